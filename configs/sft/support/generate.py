@@ -1,0 +1,179 @@
+"""Write the demo's data set: support requests in plain words, and the JSON record that routes each.
+
+    python configs/sft/support/generate.py
+
+Training and held-out requests share no sentence, no product and no order number, so a model that is right on the
+held-out ones has learned the task and not the wording. Seeded: running it again writes the same files.
+"""
+
+import json
+import random
+from itertools import chain
+from pathlib import Path
+
+SYSTEM = "Route the request. Reply with JSON only."
+
+# queue -> (training sentences, held-out sentences); {p} is the product
+BODIES = {
+    "billing": (
+        [
+            "I was charged twice for the {p}.",
+            "The invoice for my {p} shows the wrong amount.",
+            "Why does my bill list the {p} at a higher price?",
+            "Please correct the payment for the {p}.",
+            "My card was debited again for the {p}.",
+            "There is a fee on the {p} that nobody told me about.",
+            "I paid for the {p} but the receipt never came.",
+            "The discount on the {p} is missing from my invoice.",
+        ],
+        [
+            "You took the money for the {p} two times.",
+            "The total on the receipt for the {p} looks too high.",
+            "I see an extra charge next to the {p} on my statement.",
+        ],
+    ),
+    "delivery": (
+        [
+            "Where is my {p}? It should have arrived last week.",
+            "The {p} has not been delivered yet.",
+            "Tracking says the {p} is stuck at the depot.",
+            "When will the {p} be shipped?",
+            "The courier left my {p} at the wrong house.",
+            "Can you change the delivery address for the {p}?",
+            "My parcel with the {p} is lost.",
+            "The {p} is late again, what is going on?",
+        ],
+        [
+            "I am still waiting for the {p} to arrive.",
+            "The driver never showed up with my {p}.",
+            "Has the {p} left your warehouse?",
+        ],
+    ),
+    "returns": (
+        [
+            "I want to send the {p} back.",
+            "How can I return the {p} and get a refund?",
+            "The {p} is the wrong colour, please take it back.",
+            "I ordered the {p} by mistake and would like my money back.",
+            "Please give me a return label for the {p}.",
+            "The {p} does not fit, I wish to exchange it.",
+            "I changed my mind about the {p}, can I return it?",
+            "You sent a different {p} than I ordered, I will return it.",
+        ],
+        [
+            "I do not want to keep the {p}, please refund me.",
+            "How do I ship the {p} back to you?",
+            "The {p} is too small, I need to swap it.",
+        ],
+    ),
+    "repair": (
+        [
+            "The {p} stopped working after a week.",
+            "My {p} makes a strange noise.",
+            "The {p} does not turn on any more.",
+            "A part of the {p} is broken, can you fix it?",
+            "The {p} gets very hot and switches itself off.",
+            "My {p} has a crack in it, is it under warranty?",
+            "The {p} leaks, I need a technician.",
+            "The buttons on my {p} no longer react.",
+        ],
+        [
+            "My {p} died yesterday, can someone repair it?",
+            "The {p} keeps crashing and smells burnt.",
+            "Something inside the {p} came loose and it will not start.",
+        ],
+    ),
+    "sales": (
+        [
+            "Do you have the {p} in stock?",
+            "Is the {p} available in blue?",
+            "How much does the {p} cost for ten pieces?",
+            "Does the {p} come with a charger?",
+            "I would like to buy the {p}, which size do you advise?",
+            "Will the {p} be on offer next month?",
+            "Can I see the {p} in a shop near me?",
+            "What is the difference between the {p} and the older model?",
+        ],
+        [
+            "Are there any {p} models left to buy?",
+            "What would you ask for five of the {p}?",
+            "I am thinking of buying the {p}, is it any good?",
+        ],
+    ),
+}
+PRODUCTS = (
+    [
+        "desk lamp", "coffee grinder", "rain jacket", "bike helmet", "office chair", "tea kettle", "garden hose",
+        "phone case", "travel bag", "wall clock", "toaster", "hair dryer", "camping tent", "running shoes",
+        "water bottle", "guitar stand", "laptop sleeve", "ice cream maker", "steam iron", "baby monitor",
+        "electric fan", "air mattress", "knife set", "wool blanket", "bookshelf", "dog bed", "rice cooker",
+        "yoga mat", "alarm clock", "tool box", "winter gloves", "mixing bowl", "sewing machine", "lawn mower",
+    ],
+    [
+        "hiking boots", "vacuum cleaner", "night light", "paper shredder", "pizza oven", "ski goggles",
+        "kitchen scale", "bird feeder", "piano bench", "picnic basket", "car seat", "heating pad",
+    ],
+)  # fmt: skip
+ORDERS = (
+    ["My order is {o}.", "Order number {o}.", "It is order {o}.", "Reference {o}."],
+    ["The order id is {o}.", "See order {o}."],
+)
+URGENT = (
+    ["I need an answer today.", "This is urgent.", "Please hurry.", "It has to be solved at once."],
+    ["It cannot wait.", "Please reply right now."],
+)
+OPENINGS = (["Hello.", "Hi there.", "Good morning.", "Dear team,", ""], ["Hey,", "Good evening.", ""])
+CLOSINGS = (["Thanks.", "Kind regards, Ann", "Thank you very much.", "", ""], ["Cheers, Bo", "Many thanks.", ""])
+
+
+def records(number: int, held_out: bool, generator: random.Random) -> list[dict[str, object]]:
+    """Distinct records of one side.
+
+    Args:
+        number: How many.
+        held_out: Draw from the held-out wording instead of the training wording.
+        generator: Source of all choices.
+    """
+    side = int(held_out)
+    found: dict[str, dict[str, object]] = {}
+    while len(found) < number:
+        queue = list(BODIES)[len(found) % len(BODIES)]
+        product = generator.choice(PRODUCTS[side])
+        # Training numbers are even and held-out numbers odd, so that none stands on both sides.
+        order = f"{generator.choice('ABCKRT')}{generator.randrange(100, 1000) * 2 + side}"
+        has_order, urgent = generator.random() < 0.6, generator.random() < 0.4
+        parts = [
+            generator.choice(OPENINGS[side]),
+            generator.choice(BODIES[queue][side]).format(p=product),
+            generator.choice(ORDERS[side]).format(o=order) if has_order else "",
+            generator.choice(URGENT[side]) if urgent else "",
+            generator.choice(CLOSINGS[side]),
+        ]
+        route = {"queue": queue, "product": product, "order": order if has_order else None, "urgent": urgent}
+        request = " ".join(filter(None, parts))
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": request},
+            {"role": "assistant", "content": json.dumps(route)},
+        ]
+        found.setdefault(request, {"id": f"{'test' if held_out else 'train'}-{len(found)}", "messages": messages})
+    return list(found.values())
+
+
+def main() -> None:
+    """Write train.jsonl and test.jsonl beside this file."""
+    generator = random.Random(7)
+    folder = Path(__file__).parent
+    for name, number, held_out in (("train", 400, False), ("test", 100, True)):
+        lines = (json.dumps(record) + "\n" for record in records(number, held_out, generator))
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def wordings(side: int) -> set[str]:
+    """Every sentence, product and phrase that one side is made of; 0 is training, 1 held out."""
+    phrases = (ORDERS[side], URGENT[side], PRODUCTS[side], *(body[side] for body in BODIES.values()))
+    return set(chain.from_iterable(phrases))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Fine-tune and align language models with PyTorch Lightning, with losses that are exact to the token."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_alignment.callbacks.checkpoint_io import AtomicCheckpointIO
+    from lit_alignment.callbacks.cherry_picks import CherryPicks
+    from lit_alignment.callbacks.export import Export
+    from lit_alignment.callbacks.predictions import PredictionWriter
+    from lit_alignment.callbacks.throughput import Throughput
+    from lit_alignment.data.sft import SFTDataModule
+    from lit_alignment.modules.sft import SFTModule
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "AtomicCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
+    "CherryPicks": "lit_alignment.callbacks.cherry_picks",
+    "Export": "lit_alignment.callbacks.export",
+    "PredictionWriter": "lit_alignment.callbacks.predictions",
+    "SFTDataModule": "lit_alignment.data.sft",
+    "SFTModule": "lit_alignment.modules.sft",
+    "Throughput": "lit_alignment.callbacks.throughput",
+}
+__all__ = [
+    "AtomicCheckpointIO",
+    "CherryPicks",
+    "Export",
+    "PredictionWriter",
+    "SFTDataModule",
+    "SFTModule",
+    "Throughput",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `lit-alignment --help` need not wait for torch."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'lit_alignment' has no attribute '{name}'")

@@ -1,0 +1,72 @@
+"""Checkpoints that a kill at any moment leaves whole: written beside, flushed to the disk, then renamed."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from typing_extensions import override
+
+from lit_alignment.errors import CheckpointError
+
+PARTIAL = ".partial"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's torch checkpoints, each appearing under its name only when it is complete.
+
+    Loading reads weights and plain values only (`weights_only=True`): no code in a checkpoint is run.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointError: If the disk is full or the folder cannot be written; what was there before stays.
+        """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}{PARTIAL}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            flush_folder(path.parent)
+        except (OSError, RuntimeError) as error:  # torch reports a short write as a RuntimeError
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"{path}: cannot save the checkpoint ({error}). Earlier checkpoints are untouched; "
+                "free some space or set another folder, then go on with --ckpt_path."
+            ) from error
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Raises:
+            CheckpointError: If the file is damaged or holds more than weights and plain values.
+        """
+        try:
+            return dict(super().load_checkpoint(path, map_location or torch.device("cpu"), weights_only=True))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # a damaged zip raises whatever its reader happens to
+            raise CheckpointError(
+                f"{path}: cannot read the checkpoint ({str(error).splitlines()[0]}). "
+                "It is damaged or holds Python objects; use an earlier one."
+            ) from error
+
+
+def flush_folder(path: Path) -> None:
+    """Make a rename in this folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,101 @@
+"""Predictions to JSONL, one file for each way of generating."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_alignment.data.base import AlignmentDataModule, PromptBatch, PromptItem
+from lit_alignment.errors import ConfigError
+from lit_alignment.generation.prediction_file import PredictionFile
+from lit_alignment.generation.settings import Answer
+from lit_alignment.modules.base import AlignmentModule
+
+
+class PredictionWriter(Callback):
+    """Write `<output_dir>/<generation name>.jsonl`, and go on where a killed run stopped.
+
+    Lines are `{id, dataset, messages, answers: [{id, content, finish_reason, num_tokens, logprob?}], label, meta}`
+    in the order of the prompts. A prompt is asked again only if some file lacks it.
+
+    Args:
+        output_dir: Folder of the files.
+        overwrite: Answer everything again instead of going on.
+    """
+
+    def __init__(self, output_dir: str = "predictions", overwrite: bool = False) -> None:
+        """Files are opened when the run starts."""
+        self.output_dir, self.overwrite = Path(output_dir), overwrite
+        self._files: dict[str, PredictionFile] = {}
+        self._done: dict[str, set[tuple[str, str]]] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find what is answered already, before the loader is made."""
+        if stage != "predict":
+            return
+        datamodule = trainer.datamodule
+        if not isinstance(datamodule, AlignmentDataModule) or not isinstance(pl_module, AlignmentModule):
+            raise ConfigError("PredictionWriter needs a module and a data module of lit_alignment.")
+        for name in pl_module.generation:
+            file = PredictionFile(self.output_dir / f"{name}.jsonl", trainer.global_rank)
+            if self.overwrite:
+                file.remove()
+            file.check_settings(_settings(trainer, pl_module, name))
+            file.repair()
+            self._files[name] = file
+            self._done[name] = file.answered()
+        datamodule.answered = set.intersection(*self._done.values())
+        if datamodule.answered:
+            rank_zero_info(f"{len(datamodule.answered)} prompts are answered in {self.output_dir}; going on.")
+        trainer.strategy.barrier("predictions")  # all ranks have read before any writes
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: dict[str, list[list[Answer]]],
+        batch: PromptBatch,
+        *_: Any,
+    ) -> None:
+        """Append the batch's answers."""
+        for name, answers in outputs.items():
+            lines = [
+                _line(item, found)
+                for item, found in zip(batch.items, answers, strict=True)
+                if (item.dataset, item.id) not in self._done[name]
+            ]
+            self._files[name].append(lines)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the files in order."""
+        trainer.strategy.barrier("predictions")
+        if trainer.is_global_zero and isinstance(trainer.datamodule, AlignmentDataModule):
+            prompts = trainer.datamodule.examples["predict"]
+            order = {key: i for i, key in enumerate(zip(prompts["dataset"], prompts["id"], strict=True))}
+            for file in self._files.values():
+                file.finish(order)
+                rank_zero_info(f"predictions: {file.path}")
+
+
+def _settings(trainer: Trainer, module: AlignmentModule, name: str) -> dict[str, Any]:
+    """What decides the answers."""
+    checkpoint = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
+    return {
+        "model": module.backbone.path,
+        "revision": module.backbone.revision,
+        "checkpoint": None if checkpoint is None else [str(checkpoint), checkpoint.stat().st_mtime_ns],
+        **asdict(module.generation[name]),
+    }
+
+
+def _line(item: PromptItem, answers: list[Answer]) -> dict[str, Any]:
+    return {
+        "id": item.id,
+        "dataset": item.dataset,
+        "messages": item.messages,
+        "answers": [answer.to_dict() for answer in answers],
+        "label": item.label if item.label is not None else item.reference,
+        "meta": item.meta,
+    }

@@ -1,0 +1,99 @@
+"""Speed, padding, memory and hardware use of training."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_alignment.data.collate import TokenBatch
+from lit_alignment.data.messages import IGNORE_INDEX
+from lit_alignment.models.head import base_model
+from lit_alignment.models.loading import decoder_flops_per_token
+from lit_alignment.modules.base import AlignmentModule
+
+# Dense bf16 operations a second, from the makers' data sheets.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12}
+
+
+class Throughput(Callback):
+    """Log tokens/s, trained tokens/s, the share of padding, peak memory in GiB, and MFU where the device is known.
+
+    Rates are of all ranks together and leave out validation and saving.
+
+    Args:
+        every_n_steps: How often to log, in optimiser steps.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        """Start all counts at zero."""
+        self.every_n_steps = every_n_steps
+        self.total_tokens = 0
+        self.total_seconds = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tokens = self._trained = self._slots = 0
+        self._seconds = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int
+    ) -> None:
+        """Add the batch, and log at every n-th step."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        seconds = time.perf_counter() - self._start
+        self._seconds += seconds
+        self._tokens += batch.num_tokens
+        self._trained += int((batch.labels != IGNORE_INDEX).sum())
+        self._slots += batch.input_ids.numel()
+        self.total_tokens += batch.num_tokens
+        self.total_seconds += seconds
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % self.every_n_steps == 0:
+            self._log(trainer, pl_module)
+            self._reset()
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        rate = self._tokens / self._seconds
+        values = {
+            "train/tokens_per_second": rate * trainer.world_size,
+            "train/trained_tokens_per_second": self._trained / self._seconds * trainer.world_size,
+            "train/padding_share": 1 - self._tokens / self._slots,
+            "train/peak_memory_gib": peak_memory(module.device) / 2**30,
+        }
+        mfu = self._mfu(module, rate)
+        if mfu is not None:
+            values["train/mfu"] = mfu
+        module.log("train/tokens_per_second", values.pop("train/tokens_per_second"), prog_bar=True)
+        module.log_dict(values)
+
+    def _mfu(self, module: LightningModule, rate: float) -> float | None:
+        """Share of the device's peak that this rank's training arithmetic uses, or None where the peak is unknown."""
+        if module.device.type != "cuda" or not isinstance(module, AlignmentModule):
+            return None
+        name = torch.cuda.get_device_name(module.device)
+        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+        if peak is None:
+            return None
+        parameters = list(module.parameters())
+        flops = decoder_flops_per_token(
+            base_model(module.network).config,
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in parameters if p.requires_grad),
+        )
+        return rate * flops / peak
+
+
+def peak_memory(device: torch.device) -> int:
+    """Highest memory in bytes: allocated by torch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,81 @@
+"""The command line: a light dispatcher in front of LightningCLI and the tools."""
+
+import importlib
+import sys
+from collections.abc import Callable
+
+TRAINER_COMMANDS = {
+    "fit": "train a model, validating as it goes",
+    "validate": "measure a model on the validation data",
+    "test": "measure a model on the test data",
+    "predict": "answer prompts and write predictions as JSONL",
+}
+TOOLS = {
+    "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
+    "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, or 2 with one message where the input is at fault."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command == "--version":
+        from lit_alignment import __version__
+
+        print(f"lit-alignment {__version__}")
+        return 0
+    if command in TOOLS:
+        run = importlib.import_module(TOOLS[command][0]).main
+    elif command in TRAINER_COMMANDS:
+        # --config may also stand before the command in LightningCLI; here the command always comes first.
+        run = importlib.import_module("lit_alignment.trainer_cli").main
+    else:
+        return _fail(f"unknown command '{command}'{_nearest(command)}. Run: lit-alignment --help")
+    return _guarded(run, arguments if command in TRAINER_COMMANDS else arguments[1:])
+
+
+def _guarded(run: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Run, turning errors that a user can mend into one message; a fault of ours keeps its traceback."""
+    from lit_alignment.errors import AlignmentError
+
+    try:
+        run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted. Saved checkpoints and written predictions are kept.")
+    except (AlignmentError, FileNotFoundError, PermissionError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"lit-alignment: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _nearest(word: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, [*TRAINER_COMMANDS, *TOOLS], n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _help() -> str:
+    lines = ["usage: lit-alignment COMMAND [--config FILE ...] [--key value ...]", "", "train and run models:"]
+    lines += [f"  {name:<10} {text}" for name, text in TRAINER_COMMANDS.items()]
+    lines += ["", "tools:"]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in TOOLS.items()]
+    lines += [
+        "",
+        "`lit-alignment COMMAND --help` lists the settings of a command, `--print_config` prints them as YAML.",
+        "Start with: lit-alignment fit --config configs/sft/tiny.yaml",
+    ]
+    return "\n".join(lines)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,400 @@
+"""What every data module does: read, choose, encode once into a cache, report what was dropped, deal to ranks."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedTokenizerBase
+
+from lit_alignment.data.cache import cached_dataset, fingerprint, source_fingerprint, tokenizer_fingerprint
+from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig
+from lit_alignment.data.loader import PlannedLoader
+from lit_alignment.data.messages import Message, Record, read_record
+from lit_alignment.data.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.records import Source
+from lit_alignment.data.report import DataReport, write_reports
+from lit_alignment.data.sampling import choose_records, mixture_repeats, repeat_records, source_generator
+from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.paths import cache_dir as default_cache_dir
+
+Split = Literal["train", "val", "test", "predict"]
+SPLITS: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
+RECORD_FEATURES = datasets.Features(
+    {name: datasets.Value("string") for name in ("id", "where", "messages", "label", "meta", "tools")}
+)
+ROW_FEATURES = {
+    "id": datasets.Value("string"),
+    "dataset": datasets.Value("string"),
+    "dropped": datasets.Value("string"),
+    "detail": datasets.Value("string"),
+    "length": datasets.Value("int64"),
+}
+PROMPT_FEATURES = datasets.Features(
+    {
+        **ROW_FEATURES,
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "messages": datasets.Value("string"),
+        "reference": datasets.Value("string"),
+        "label": datasets.Value("string"),
+        "meta": datasets.Value("string"),
+    }
+)
+
+
+@dataclass
+class PromptItem:
+    """One prompt with what its record said.
+
+    Args:
+        index: Position among all prompts, the order of the predictions.
+        id: The record's id.
+        dataset: Name of its source.
+        input_ids: Token ids to generate from.
+        messages: The messages behind them.
+        reference: The response that the record has here, if any.
+        label: The record's label.
+        meta: The record's meta.
+    """
+
+    index: int
+    id: str
+    dataset: str
+    input_ids: list[int]
+    messages: list[Message]
+    reference: str | None
+    label: Any
+    meta: Any
+
+
+@dataclass
+class PromptBatch:
+    """Prompts to answer together."""
+
+    items: list[PromptItem]
+
+
+class AlignmentDataModule(LightningDataModule):
+    """Sources, cache, report, prompts and loaders; a method adds how a record becomes an example and a batch.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        train: Sources of the training split.
+        val: Sources of the validation split.
+        test: Sources of the test split.
+        predict: Sources of prompts.
+        encoding: How conversations become examples.
+        packing: Train and validate on rows that hold several examples, each attending to itself only.
+        tokens_per_batch: Tokens in a packed row; `encoding.max_length` by default.
+        batch_size: Examples in an unpacked batch, and prompts in a predict batch.
+        num_workers: Processes that build batches ahead; building is cheap, so 0 is usually best.
+        num_proc: Processes that encode.
+        seed: Seed of every choice and order.
+        on_drop: What to do when a record does not become an example.
+        cache_dir: Where encoded data are kept; a folder in the user's cache by default.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train: list[Source] | None = None,
+        val: list[Source] | None = None,
+        test: list[Source] | None = None,
+        predict: list[Source] | None = None,
+        encoding: EncodingConfig = EncodingConfig(),  # noqa: B008 - frozen
+        packing: bool = True,
+        tokens_per_batch: int | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        num_proc: int = 1,
+        seed: int = 0,
+        on_drop: Literal["warn", "error"] = "warn",
+        cache_dir: str | None = None,
+    ) -> None:
+        """Check the settings; files are read in `prepare_data`."""
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.sources: dict[Split, list[Source]] = {
+            "train": train or [],
+            "val": val or [],
+            "test": test or [],
+            "predict": predict or [],
+        }
+        self.encoder = Encoder(tokenizer, encoding, seed)
+        self.packing = packing
+        self.tokens_per_batch = tokens_per_batch or encoding.max_length
+        if packing and self.tokens_per_batch < encoding.max_length:
+            raise ConfigError(
+                f"data.tokens_per_batch is {tokens_per_batch}, less than encoding.max_length "
+                f"{encoding.max_length}: a single example might not fit. Raise the one or lower the other."
+            )
+        if batch_size < 1:
+            raise ConfigError(f"data.batch_size is {batch_size}; use 1 or more.")
+        self.batch_size, self.num_workers, self.num_proc = batch_size, num_workers, num_proc
+        self.seed, self.on_drop = seed, on_drop
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir() / "data"
+        self.examples: dict[str, datasets.Dataset] = {}
+        self.reports: dict[str, DataReport] = {}
+        self.answered: set[tuple[str, str]] = set()  # (dataset, id) of prompts that need no answer any more
+
+    # What a method adds.
+
+    @property
+    @abstractmethod
+    def features(self) -> datasets.Features:
+        """Columns of an encoded example: ROW_FEATURES, `weight`, and the method's own."""
+
+    @abstractmethod
+    def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
+        """Columns of one example, without ROW_FEATURES' own except `length`.
+
+        Raises:
+            Dropped: If the record does not become an example.
+        """
+
+    @abstractmethod
+    def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> Any:
+        """Tensors of one batch."""
+
+    # Reading and encoding.
+
+    def prepare_data(self) -> None:
+        """Encode into the cache on one process, so that the others only map the files."""
+        for split in self._needed("fit" if self.trainer is None else str(self.trainer.state.fn.value)):
+            self._load(split)
+
+    def setup(self, stage: str) -> None:
+        """Load the splits of a stage and report what became of their records."""
+        for split in self._needed(stage):
+            dataset, report = self._load(split)
+            self.examples[split], self.reports[split] = dataset, report
+            rank_zero_info(report.line())
+            if self.on_drop == "error" and report.dropped:
+                raise ConfigError(f"data.on_drop is 'error' and records were dropped. {report.line()}")
+            if len(dataset) == 0:
+                raise ConfigError(f"nothing to {stage} on. {report.line()}")
+        # log_dir is agreed among ranks, so every rank must ask for it.
+        directory = self.trainer.log_dir if self.trainer is not None else None
+        if directory and self.trainer is not None and self.trainer.is_global_zero:
+            write_reports(self.reports, Path(directory))
+
+    def _needed(self, stage: str) -> list[Split]:
+        splits = SPLITS[stage]
+        if not self.sources[splits[0]]:
+            raise ConfigError(f"data.{splits[0]} is empty: give at least one source to {stage} on.")
+        return [split for split in splits if self.sources[split]]
+
+    def _load(self, split: Split) -> tuple[datasets.Dataset, DataReport]:
+        report = DataReport(split)
+        parts = []
+        for source in self.sources[split]:
+            records = self._records(source)
+            chosen = choose_records(source, len(records), self.seed)
+            encoded = self._encoded(source, records.select(chosen), prompts=split == "predict")
+            report.sources[source.title] = report.sources.get(source.title, 0) + len(encoded)
+            reasons = np.array(encoded["dropped"], dtype=object)
+            report.dropped.update(reason for reason in reasons if reason)
+            for reason, detail in zip(reasons, encoded["detail"], strict=True):
+                if detail:
+                    report.details.setdefault(reason, detail)
+            parts.append(encoded.select(np.flatnonzero(reasons == "")))
+        repeats = mixture_repeats(self.sources[split], [len(part) for part in parts])
+        mixed = []
+        for source, part, repeat in zip(self.sources[split], parts, repeats, strict=True):
+            indices = repeat_records(np.arange(len(part)), repeat, source_generator(source, self.seed, "repeat"))
+            mixed.append(part.select(indices))
+        dataset = datasets.concatenate_datasets(mixed)
+        lengths = np.array(dataset["length"], dtype=np.int64)
+        report.examples, report.tokens = len(dataset), int(lengths.sum())
+        report.longest = int(lengths.max(initial=0))
+        if "num_trained" in dataset.column_names:
+            report.trained_tokens = int(np.sum(dataset["num_trained"]))
+        return dataset, report
+
+    def _records(self, source: Source) -> datasets.Dataset:
+        """The validated records of a source."""
+        path = self.cache_dir / f"records-{fingerprint(source_fingerprint(source), source.title)}.arrow"
+
+        def rows() -> Iterator[dict[str, Any]]:
+            seen: dict[str, str] = {}
+            for position, (where, raw) in enumerate(source.read()):
+                record = read_record(raw, where, position)
+                if record.id in seen:
+                    raise RecordError(
+                        where, "id", f"'{record.id}' is also the id of {seen[record.id]}", "Give each record its own."
+                    )
+                seen[record.id] = where
+                yield {
+                    "id": record.id,
+                    "where": where,
+                    **{name: json.dumps(getattr(record, name)) for name in ("messages", "label", "meta", "tools")},
+                }
+
+        return cached_dataset(path, rows, RECORD_FEATURES)
+
+    def _encoded(self, source: Source, records: datasets.Dataset, prompts: bool) -> datasets.Dataset:
+        """The examples, or prompts, of a source's chosen records; dropped ones carry their reason."""
+        name = fingerprint(
+            "prompts" if prompts else type(self).__name__,
+            source_fingerprint(source),
+            asdict(source),
+            tokenizer_fingerprint(self.tokenizer),
+            asdict(self.encoder.config),
+            getattr(self.encoder.template, "source", ""),
+            self.seed,
+        )
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        return records.map(
+            _RowEncoder(self, source, prompts),
+            remove_columns=records.column_names,
+            features=PROMPT_FEATURES if prompts else self.features,
+            cache_file_name=str(self.cache_dir / f"examples-{name}.arrow"),
+            new_fingerprint=name,
+            num_proc=self.num_proc if self.num_proc > 1 and len(records) > self.num_proc else None,
+            desc=f"Encoding {source.title}",
+        )
+
+    def prompt_items(self, sources: Sequence[Source]) -> list[PromptItem]:
+        """Encoded prompts of any sources, in order, without a cache: for cherry picks."""
+        items: list[PromptItem] = []
+        for source in sources:
+            raw = list(source.read())
+            for position in choose_records(source, len(raw), self.seed):
+                where, record = raw[position]
+                row = _RowEncoder(self, source, prompts=True).prompt(read_record(record, where, int(position)))
+                if not row["dropped"]:
+                    items.append(_prompt_item(row, len(items)))
+        return items
+
+    # Loaders.
+
+    def train_dataloader(self) -> PlannedLoader[Any]:
+        """Shuffled batches that know the trained weight of their optimiser step."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> PlannedLoader[Any] | list[Any]:
+        """Validation batches in order; none without sources."""
+        return self._loader("val") if "val" in self.examples else []
+
+    def test_dataloader(self) -> PlannedLoader[Any]:
+        """Test batches in order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> PlannedLoader[PromptBatch]:
+        """Prompts that are not answered yet, longest first, so that a batch too large for the memory fails at once."""
+        dataset = self.examples["predict"]
+        keys = zip(dataset["dataset"], dataset["id"], strict=True)
+        open_ones = [index for index, key in enumerate(keys) if key not in self.answered]
+        lengths = np.array(dataset["length"], dtype=np.int64)
+        order = sorted(open_ones, key=lambda index: -lengths[index])
+        groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        rank, world_size = self._ranks()
+
+        def build(planned: PlannedBatch) -> PromptBatch:
+            return PromptBatch([_prompt_item(dataset[index], index) for index in planned.indices])
+
+        plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
+        return PlannedLoader(lambda epoch: plan, build, len(plan), world_size)  # noqa: ARG005
+
+    def _loader(self, split: Split) -> PlannedLoader[Any]:
+        dataset = self.examples[split]
+        plan = BatchPlan(
+            lengths=np.array(dataset["length"], dtype=np.int64),
+            weights=np.array(dataset["weight"], dtype=np.float64),
+            tokens_per_batch=self.tokens_per_batch if self.packing else None,
+            batch_size=self.batch_size,
+            shuffle=split == "train",
+            seed=self.seed,
+        )
+        rank, world_size = self._ranks()
+        training = split == "train"
+        accumulate = self.trainer.accumulate_grad_batches if training and self.trainer is not None else 1
+        length = -(-len(plan.groups(0)) // world_size)
+
+        def batches(epoch: int) -> list[PlannedBatch]:
+            # A limit cuts the last window short, so the plan has to know it.
+            limit = self._train_limit(length) if training else None
+            return plan.batches(epoch, rank, world_size, accumulate, limit)
+
+        def build(planned: PlannedBatch) -> Any:
+            columns = dataset[planned.indices]
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            return self.collate(rows, planned)
+
+        pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return PlannedLoader(batches, build, length, world_size, self.num_workers, pin_memory)
+
+    def _train_limit(self, available: int) -> int | None:
+        """Batches a rank sees under the trainer's `limit_train_batches`."""
+        if self.trainer is None:
+            return None
+        limit = self.trainer.limit_train_batches
+        if isinstance(limit, float):
+            return None if limit == 1.0 else int(available * limit)
+        return int(limit)
+
+    def _ranks(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+class _RowEncoder:
+    """Encodes one row of a records data set; a class, so that it can be sent to worker processes."""
+
+    def __init__(self, module: AlignmentDataModule, source: Source, prompts: bool) -> None:
+        self.encoder, self.source, self.prompts = module.encoder, source, prompts
+        self.encode_record = module.encode_record
+        self.empty = {name: [] if isinstance(f, datasets.List) else None for name, f in module.features.items()}
+
+    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
+        loaded = {name: json.loads(row[name]) for name in ("messages", "label", "meta", "tools")}
+        record = Record(id=row["id"], where=row["where"], **loaded)
+        if self.prompts:
+            return self.prompt(record)
+        base = {"id": record.id, "dataset": self.source.title, "dropped": "", "detail": ""}
+        try:
+            return base | self.encode_record(record, self.source)
+        except Dropped as drop:
+            return {**self.empty, **base, "length": 0, "dropped": drop.reason, "detail": drop.detail}
+
+    def prompt(self, record: Record) -> dict[str, Any]:
+        """The columns of PROMPT_FEATURES."""
+        row: dict[str, Any] = {
+            "id": record.id,
+            "dataset": self.source.title,
+            "dropped": "",
+            "detail": "",
+            "input_ids": [],
+            "messages": "[]",
+            "reference": None,
+            "label": json.dumps(record.label),
+            "meta": json.dumps(record.meta),
+        }
+        try:
+            prompt = self.encoder.encode_prompt(record, self.source.system_prompt)
+        except Dropped as drop:
+            return {**row, "length": 0, "dropped": drop.reason, "detail": drop.detail}
+        return {
+            **row,
+            "length": len(prompt.input_ids),
+            "input_ids": prompt.input_ids,
+            "messages": json.dumps(prompt.messages),
+            "reference": prompt.reference,
+        }
+
+
+def _prompt_item(row: dict[str, Any], index: int) -> PromptItem:
+    loaded = {name: json.loads(row[name]) for name in ("messages", "label", "meta")}
+    rest = {name: row[name] for name in ("id", "dataset", "input_ids", "reference")}
+    return PromptItem(index=index, **rest, **loaded)

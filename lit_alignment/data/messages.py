@@ -1,0 +1,211 @@
+"""From one raw record, in any of the common chat forms, to one validated conversation."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lit_alignment.errors import RecordError
+
+Role = Literal["system", "user", "assistant", "tool"]
+Message = dict[str, Any]  # role, content and, where given, train, weight, tool_calls, name, tool_call_id, ...
+
+IGNORE_INDEX = -100
+
+ROLE_NAMES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+}
+# What a template may look at; everything else stays out of the rendering.
+TEMPLATE_KEYS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
+
+
+@dataclass
+class Record:
+    """A conversation with what else its line said.
+
+    Args:
+        id: The record's own id, or its position in the file.
+        messages: Validated messages; roles are system, user, assistant or tool.
+        where: File and line, for error messages.
+        label: A reference answer or class, if there is one.
+        meta: Anything else to carry into the predictions.
+        tools: Tool descriptions for the template.
+    """
+
+    id: str
+    messages: list[Message]
+    where: str
+    label: Any = None
+    meta: Any = None
+    tools: list[Any] = field(default_factory=list)
+
+
+def read_record(raw: object, where: str, position: int) -> Record:
+    """Return the conversation of one raw record.
+
+    Read are `messages` (our own and OpenAI's form, with `tools`), `conversations` (ShareGPT),
+    `instruction`/`input`/`output` (Alpaca), and `prompt`/`completion`.
+
+    Args:
+        raw: The parsed JSON value.
+        where: File and line.
+        position: Index in the file, the id of a record that has none.
+
+    Raises:
+        RecordError: Naming the field and the fix.
+    """
+    if not isinstance(raw, dict):
+        raise RecordError(where, "", f"the record is {_kind(raw)}, not an object", "Write one JSON object a line.")
+    messages = [_read_message(message, index, where) for index, message in enumerate(_raw_messages(raw, where))]
+    tools = _optional(raw, "tools", where, list, [])
+    record_id = raw.get("id")
+    if record_id is not None and not isinstance(record_id, str | int):
+        raise RecordError(where, "id", f"is {_kind(record_id)}", "Use a string or a number.")
+    return Record(
+        id=str(position if record_id is None else record_id),
+        messages=messages,
+        where=where,
+        label=raw.get("label"),
+        meta=raw.get("meta"),
+        tools=tools,
+    )
+
+
+def _raw_messages(raw: dict[str, Any], where: str) -> list[Any]:
+    """Find the list of messages in whichever form the record has."""
+    if "messages" in raw:
+        name, messages = "messages", raw["messages"]
+    elif "conversations" in raw:
+        name, messages = "conversations", raw["conversations"]
+    elif "instruction" in raw and "output" in raw:
+        name = "instruction"
+        question = _text(raw, "instruction", where)
+        if raw.get("input"):
+            question += "\n\n" + _text(raw, "input", where)
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": _text(raw, "output", where)},
+        ]
+    elif "prompt" in raw and "completion" in raw:
+        name = "prompt"
+        sides = {"prompt": "user", "completion": "assistant"}
+        messages = []
+        for side, role in sides.items():
+            value = raw[side]
+            messages += value if isinstance(value, list) else [{"role": role, "content": _text(raw, side, where)}]
+    else:
+        found = ", ".join(f"'{key}'" for key in raw) or "nothing"
+        raise RecordError(
+            where,
+            "messages",
+            f"is missing (found: {found})",
+            "Give 'messages', or 'conversations', 'instruction' and 'output', or 'prompt' and 'completion'.",
+        )
+    if not isinstance(messages, list):
+        raise RecordError(where, name, f"is {_kind(messages)}", "Make it a list of {role, content} objects.")
+    if not messages:
+        raise RecordError(where, name, "is empty", "Give at least one message.")
+    system = raw.get("system")
+    if name != "messages" and isinstance(system, str) and system:
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _read_message(raw: object, index: int, where: str) -> Message:
+    """Validate one message and bring its role and loss switches to our names."""
+    path = f"messages[{index}]"
+    if not isinstance(raw, dict):
+        raise RecordError(where, path, f"is {_kind(raw)}", "Write {\"role\": ..., \"content\": ...}.")
+    role = raw.get("role", raw.get("from"))
+    if role is None:
+        raise RecordError(where, f"{path}.role", "is missing", f"Use one of {_known_roles()}.")
+    if not isinstance(role, str) or role not in ROLE_NAMES:
+        raise RecordError(where, f"{path}.role", f"is {role!r}", f"Use one of {_known_roles()}.")
+
+    message: Message = {"role": ROLE_NAMES[role]}
+    for key in TEMPLATE_KEYS[2:]:
+        if raw.get(key) is not None:
+            message[key] = raw[key]
+    if not isinstance(message.get("tool_calls", []), list):
+        raise RecordError(where, f"{path}.tool_calls", f"is {_kind(raw['tool_calls'])}", "Make it a list.")
+    if "tool_calls" in message:
+        message["tool_calls"] = [_read_tool_call(call, f"{path}.tool_calls", where) for call in raw["tool_calls"]]
+    message["content"] = _read_content(raw, path, where, may_be_missing="tool_calls" in message)
+
+    train = raw.get("train")
+    if train is None and raw.get("disable_loss") is not None:
+        train = not raw["disable_loss"]
+    if train is not None:
+        if not isinstance(train, bool):
+            raise RecordError(where, f"{path}.train", f"is {train!r}", "Use true or false.")
+        message["train"] = train
+    weight = raw.get("weight")
+    if weight is not None:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+            raise RecordError(where, f"{path}.weight", f"is {weight!r}", "Use a number that is 0 or more.")
+        message["weight"] = float(weight)
+    return message
+
+
+def _read_content(raw: dict[str, Any], path: str, where: str, may_be_missing: bool) -> str:
+    """Return the text of a message; OpenAI's list of text parts is joined."""
+    content = raw.get("content", raw.get("value"))
+    if content is None and may_be_missing:
+        return ""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if content is None:
+        raise RecordError(where, f"{path}.content", "is missing", "Give the message's text.")
+    if not isinstance(content, str):
+        raise RecordError(where, f"{path}.content", f"is {_kind(content)}", "Make it a string.")
+    return content
+
+
+def _read_tool_call(call: object, path: str, where: str) -> dict[str, Any]:
+    """Return a tool call whose arguments are an object: OpenAI sends them as a JSON string."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or "name" not in function:
+        raise RecordError(where, path, "holds a call without a function name", "Give {function: {name, arguments}}.")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except json.JSONDecodeError as error:
+            raise RecordError(where, path, f"has arguments that are not JSON ({error})", "Write a JSON object.") from error
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+
+
+def _text(raw: dict[str, Any], name: str, where: str) -> str:
+    value = raw[name]
+    if not isinstance(value, str):
+        raise RecordError(where, name, f"is {_kind(value)}", "Make it a string.")
+    return value
+
+
+def _optional(raw: dict[str, Any], name: str, where: str, kind: type, default: Any) -> Any:
+    value = raw.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise RecordError(where, name, f"is {_kind(value)}", f"Make it a {kind.__name__}.")
+    return value
+
+
+def _known_roles() -> str:
+    return "system, user, assistant (or bot, gpt), tool"
+
+
+def _kind(value: object) -> str:
+    """Name a JSON value's type as a person would."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

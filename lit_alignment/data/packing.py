@@ -1,0 +1,147 @@
+"""From example lengths to the batches of an epoch, and the trained weight of each accumulation window.
+
+The whole epoch is planned before it starts, as a pure function of lengths, weights, seed, epoch and the shape of a
+window, so every rank knows, without communication, what every other rank will train on.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+PACKING_BUFFER = 1024  # examples that are packed against each other; larger packs tighter but mixes less
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One micro-batch of one rank.
+
+    Args:
+        indices: Examples in it.
+        window_weight: Trained weight of all micro-batches on all ranks that share its optimiser step.
+        filler: Whether it only keeps this rank in step with the others; its labels are then ignored.
+    """
+
+    indices: list[int]
+    window_weight: float
+    filler: bool = False
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Group positions so that the lengths of each group sum to at most `capacity`: best fit, longest first.
+
+    Args:
+        lengths: Length of each example, each at most `capacity`.
+        capacity: Tokens in a row.
+
+    Returns:
+        Groups of positions into `lengths`; every position stands in exactly one.
+
+    Raises:
+        ValueError: If an example is longer than a row.
+
+    Source: best-fit decreasing, Johnson 1973; for language models Ding et al. 2024 (arXiv:2404.10830).
+    """
+    rooms: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    rows: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[position]
+        if length > capacity:
+            raise ValueError(f"An example has {length} tokens, but a row holds {capacity}; raise tokens_per_batch.")
+        slot = bisect_left(rooms, (length, -1))
+        if slot == len(rooms):
+            rows.append([position])
+            room, row = capacity, len(rows) - 1
+        else:
+            room, row = rooms.pop(slot)
+            rows[row].append(position)
+        insort(rooms, (room - length, row))
+    return rows
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What decides the batches of an epoch.
+
+    Args:
+        lengths: Tokens of each example.
+        weights: Trained weight of each example.
+        tokens_per_batch: Tokens in a packed row; None plans `batch_size` examples a batch instead.
+        batch_size: Examples in an unpacked batch.
+        shuffle: New order each epoch; without it, order is by position.
+        seed: Seed of the order.
+    """
+
+    lengths: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    tokens_per_batch: int | None
+    batch_size: int
+    shuffle: bool
+    seed: int
+
+    @cached_property
+    def _rows(self) -> list[list[int]]:
+        """The packed rows that every epoch refills; their number must not change between epochs."""
+        order = np.arange(len(self.lengths))
+        if self.shuffle:
+            np.random.default_rng(self.seed).shuffle(order)
+        rows: list[list[int]] = []
+        for start in range(0, len(order), PACKING_BUFFER):
+            part = order[start : start + PACKING_BUFFER]
+            rows += [part[row].tolist() for row in pack(self.lengths[part].tolist(), self.tokens_per_batch or 0)]
+        return rows
+
+    def groups(self, epoch: int) -> list[list[int]]:
+        """The micro-batches of an epoch in order, before they are dealt to ranks.
+
+        Packed rows are shuffled in two ways: examples of equal length change places, and rows change order.
+        Both keep the lengths of the rows, so every epoch has the same number of batches and steps.
+        """
+        generator = np.random.default_rng([self.seed, epoch])
+        if self.tokens_per_batch is None:
+            order = np.arange(len(self.lengths))
+            if self.shuffle:
+                generator.shuffle(order)
+            return [order[i : i + self.batch_size].tolist() for i in range(0, len(order), self.batch_size)]
+        if not self.shuffle:
+            return self._rows
+        taker = np.arange(len(self.lengths))
+        by_length = np.argsort(self.lengths, kind="stable")
+        taker[by_length] = np.lexsort((generator.random(len(self.lengths)), self.lengths))
+        return [taker[self._rows[i]].tolist() for i in generator.permutation(len(self._rows))]
+
+    def batches(
+        self, epoch: int, rank: int = 0, world_size: int = 1, accumulate: int = 1, limit: int | None = None
+    ) -> list[PlannedBatch]:
+        """The micro-batches of one rank.
+
+        Micro-batch k of an epoch goes to rank k % world_size; `accumulate` x `world_size` neighbours make one
+        optimiser step. Where the last round has too few, the ranks without one get a filler of weight 0.
+
+        Args:
+            epoch: Epoch number.
+            rank: This process.
+            world_size: Number of processes.
+            accumulate: Micro-batches a rank sees in one optimiser step.
+            limit: Only this many micro-batches a rank.
+        """
+        groups = self.groups(epoch)
+        if limit is not None:
+            groups = groups[: limit * world_size]
+        window = accumulate * world_size
+        totals = [
+            float(sum(self.weights[group].sum() for group in groups[start : start + window]))
+            for start in range(0, len(groups), window)
+        ]
+        planned = []
+        for first in range(0, len(groups), world_size):
+            position = first + rank
+            if position < len(groups):
+                planned.append(PlannedBatch(groups[position], totals[first // window]))
+            else:
+                shortest = min(groups[first], key=lambda i: self.lengths[i])
+                planned.append(PlannedBatch([int(shortest)], totals[first // window], filler=True))
+        return planned

@@ -1,0 +1,61 @@
+"""The errors that users see, and the one way to ask for an optional package."""
+
+import importlib
+from types import ModuleType
+
+
+class AlignmentError(ValueError):
+    """Base of the errors that the command line prints as one message, without a traceback."""
+
+
+class ConfigError(AlignmentError):
+    """A setting is missing, wrong, or does not go with another one."""
+
+
+class RecordError(AlignmentError):
+    """A record of a data file cannot be used.
+
+    Args:
+        where: File and line, as `path:line`.
+        field: The field at fault, or "" for the record as a whole.
+        problem: What is wrong, with the value.
+        fix: What to do about it.
+    """
+
+    def __init__(self, where: str, field: str, problem: str, fix: str) -> None:
+        """Compose `where: field 'field' problem. fix`."""
+        self.where, self.field, self.problem, self.fix = where, field, problem, fix
+        subject = f"field '{field}' " if field else ""
+        super().__init__(f"{where}: {subject}{problem}. {fix}")
+
+    def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str, str, str]]:
+        """Make the error survive the trip out of a worker process."""
+        return RecordError, (self.where, self.field, self.problem, self.fix)
+
+
+class TemplateError(AlignmentError):
+    """A chat template cannot be rendered, or its rendering cannot be split into turns."""
+
+
+class CheckpointError(AlignmentError):
+    """A checkpoint or an export cannot be written, or does not fit the model."""
+
+
+def require(package: str, extra: str, instead: str = "") -> ModuleType:
+    """Import an optional package, or say which extra brings it.
+
+    Args:
+        package: The name to import.
+        extra: The extra of this project that installs it.
+        instead: A setting that works without the package, if there is one.
+
+    Raises:
+        ConfigError: If the package is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        other = f", or use {instead}" if instead else ""
+        raise ConfigError(
+            f"{package} is not installed. Run: pip install 'lit-alignment[{extra}]'{other}."
+        ) from error

@@ -1,0 +1,5 @@
+"""Answering prompts: settings, answers, and the engine on transformers."""
+
+from lit_alignment.generation.settings import Answer, GenerationSettings
+
+__all__ = ["Answer", "GenerationSettings"]

@@ -1,0 +1,105 @@
+"""A file of predictions that grows line by line, survives a kill, and ends in the order of the prompts."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_alignment.errors import ConfigError, RecordError
+
+Key = tuple[str, str]  # (dataset, id)
+
+
+class PredictionFile:
+    """Appends lines to `<path>.partial` as they come, and writes `<path>` in order when all are there.
+
+    Args:
+        path: The final file.
+        rank: This process; each has its own partial file.
+    """
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        """Make the folder."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.partial = path.with_name(f"{path.name}.partial{rank}")
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Write down how the answers are made, in `<path stem>.settings.json`, or compare with what stands there.
+
+        Raises:
+            ConfigError: If answers that are already there were made in another way.
+        """
+        manifest = self.path.with_suffix(".settings.json")
+        current = json.loads(json.dumps(settings, default=str))
+        if manifest.exists() and (self.path.exists() or self._partials()):
+            earlier = json.loads(manifest.read_text())
+            changed = sorted(key for key in earlier.keys() | current.keys() if earlier.get(key) != current.get(key))
+            if changed:
+                key = changed[0]
+                raise ConfigError(
+                    f"{self.path} was made with other settings ({key}: {earlier.get(key)} there, {current.get(key)} "
+                    "now). Set the PredictionWriter's output_dir to a new folder, or overwrite: true."
+                )
+        manifest.write_text(json.dumps(current, indent=2) + "\n")
+
+    def remove(self) -> None:
+        """Delete the final file and this rank's partial file."""
+        self.path.unlink(missing_ok=True)
+        self.partial.unlink(missing_ok=True)
+
+    def answered(self) -> set[Key]:
+        """What an earlier, unfinished or finished, run has answered, on any rank."""
+        files = [*self._partials(), *([self.path] if self.path.exists() else [])]
+        return {(line["dataset"], line["id"]) for file in files for line in _complete_lines(file)}
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        """Write lines so that a kill after this call loses none of them."""
+        with self.partial.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def repair(self) -> None:
+        """Cut a half-written last line off this rank's partial file."""
+        if self.partial.exists():
+            data = self.partial.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):
+                with self.partial.open("r+b") as file:
+                    file.truncate(len(whole))
+
+    def finish(self, order: dict[Key, int]) -> None:
+        """Write the final file in the given order from all partial files, and remove them."""
+        lines = {}
+        for file in [*([self.path] if self.path.exists() else []), *self._partials()]:
+            for line in _complete_lines(file):
+                lines[line["dataset"], line["id"]] = line
+        # Answers to prompts of an earlier run with other sources stay, at the end.
+        ordered = sorted(lines, key=lambda key: order.get(key, len(order)))
+        fresh = self.path.with_name(f".{self.path.name}.new")
+        with fresh.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(lines[key], ensure_ascii=False) + "\n" for key in ordered)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(fresh, self.path)
+        for file in self._partials():
+            file.unlink()
+
+    def _partials(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.name}.partial*"))
+
+
+def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Parsed lines; a last line without its line end is what a kill left, and is skipped."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RecordError(
+                    f"{path}:{number}", "", f"not valid JSON ({error.msg})", "Remove the line; it is answered again."
+                ) from error

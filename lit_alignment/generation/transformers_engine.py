@@ -1,0 +1,187 @@
+"""Answers from transformers' own generate.
+
+B prompts, S answers to each, T tokens, V vocabulary
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lit_alignment.data.collate import pad_prompts
+from lit_alignment.generation.settings import Answer, GenerationSettings
+from lit_alignment.models.head import base_model
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """What ends a turn besides the user's stop strings.
+
+    Args:
+        token_ids: Tokens that end it.
+        strings: Texts that end it, where the template closes a turn with plain text.
+    """
+
+    token_ids: list[int]
+    strings: list[str]
+
+
+def stop_rule(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[int]) -> StopRule:
+    """The stop rule that belongs to what was trained as the end of a turn.
+
+    Args:
+        tokenizer: Knows EOS and which tokens are special.
+        end_of_turn: Ids that close a response in training.
+    """
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    closing = [i for i in end_of_turn if i in special]
+    if closing:
+        ids += [closing[0]] if closing[0] not in ids else []
+        plain = list(end_of_turn[: list(end_of_turn).index(closing[0])])
+    else:
+        plain = list(end_of_turn)
+    text = tokenizer.decode(plain).strip() if plain else ""
+    return StopRule(ids, [text] if text else [])
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    stop: StopRule,
+    synced: bool = False,
+) -> list[list[Answer]]:
+    """Answers to each prompt, in the order of the prompts.
+
+    Args:
+        model: A causal language model; it is put into eval mode for the call.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each prompt, of any lengths; they are padded on the left.
+        settings: How to generate.
+        stop: What ends a turn.
+        synced: Go on until all ranks are done, as sharded models need.
+
+    Returns:
+        `num_return_sequences` answers to each prompt.
+    """
+    device = next(model.parameters()).device
+    input_ids, attention_mask = (t.to(device) for t in pad_prompts(prompts, int(tokenizer.pad_token_id or 0)))
+    strings = [*settings.stop_strings, *stop.strings]
+    arguments: dict[str, Any] = {"tokenizer": tokenizer} if strings else {}
+    training = model.training
+    model.eval()
+    # The seed depends on the prompts, not on what was generated before: a resumed run draws the same answers.
+    digest = hashlib.sha256(f"{settings.seed}/{list(map(list, prompts))}".encode()).digest()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        sequences = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=_generation_config(model, settings, stop, strings, int(tokenizer.pad_token_id or 0)),
+            synced_gpus=synced,
+            **arguments,
+        )
+    width = input_ids.shape[1]
+    logprobs = _logprobs(model, sequences, attention_mask, width, settings, stop) if settings.logprobs else None
+    model.train(training)
+
+    answers: list[list[Answer]] = []
+    for row, sequence in enumerate(sequences[:, width:].tolist()):
+        prompt, number = divmod(row, settings.num_return_sequences)
+        if number == 0:
+            answers.append([])
+        answer = _answer(str(number), sequence, list(prompts[prompt]), tokenizer, settings, stop, strings)
+        answer.logprob = None if logprobs is None else logprobs[row]
+        answers[prompt].append(answer)
+    return answers
+
+
+def _generation_config(
+    model: nn.Module, settings: GenerationSettings, stop: StopRule, strings: list[str], pad_token_id: int
+) -> GenerationConfig:
+    sampling: dict[str, Any] = {"do_sample": False}
+    if settings.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k,
+        }
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        num_return_sequences=settings.num_return_sequences,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=stop.token_ids or None,
+        bos_token_id=base_model(model).config.get_text_config().bos_token_id,
+        pad_token_id=pad_token_id,
+        stop_strings=strings or None,
+        **sampling,
+    )
+
+
+def _answer(
+    number: str,
+    sequence: list[int],
+    prompt: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: GenerationSettings,
+    stop: StopRule,
+    strings: list[str],
+) -> Answer:
+    """Cut a generated row where its turn ends, and turn it into text."""
+    length = answer_length(sequence, stop)
+    finished = length > 0 and sequence[length - 1] in stop.token_ids
+    kept = sequence[:length]
+    body = kept[:-1] if finished and settings.skip_special_tokens else kept
+    text = tokenizer.decode(body, skip_special_tokens=settings.skip_special_tokens)
+    cuts = [text.find(string) for string in strings if string in text]
+    if cuts:
+        # Rows that stopped early are padded until the last one stops; their text ends before the stop string.
+        text, finished = text[: min(cuts)], True
+        padding = tokenizer.pad_token_id
+        while length > 1 and sequence[length - 1] == padding:
+            length -= 1
+    if not settings.remove_prompt:
+        text = tokenizer.decode(prompt, skip_special_tokens=settings.skip_special_tokens) + text
+    return Answer(number, text, "stop" if finished else "length", length)
+
+
+def answer_length(sequence: Sequence[int], stop: StopRule) -> int:
+    """Tokens up to and with the first that ends the turn."""
+    for position, token in enumerate(sequence):
+        if token in stop.token_ids:
+            return position + 1
+    return len(sequence)
+
+
+def _logprobs(
+    model: nn.Module,
+    sequences: Tensor,
+    prompt_mask: Tensor,
+    width: int,
+    settings: GenerationSettings,
+    stop: StopRule,
+) -> list[float]:
+    """Summed log-probability of each answer, [B * S], from one forward pass over prompts and answers."""
+    lengths = torch.tensor([answer_length(s, stop) for s in sequences[:, width:].tolist()], device=sequences.device)
+    answer_mask = torch.arange(sequences.shape[1] - width, device=sequences.device)[None] < lengths[:, None]
+    mask = torch.cat([prompt_mask.repeat_interleave(settings.num_return_sequences, 0).bool(), answer_mask], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    num_new = sequences.shape[1] - width
+    logits = model(
+        input_ids=sequences,
+        attention_mask=mask.long(),
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=num_new + 1,
+    ).logits[:, :-1]
+    logps = logits.float().log_softmax(-1).gather(2, sequences[:, width:, None]).squeeze(2)  # [B * S, num_new]
+    return (logps * answer_mask).sum(1).tolist()

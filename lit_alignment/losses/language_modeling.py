@@ -1,0 +1,177 @@
+"""Next-token losses over a large vocabulary, without ever holding [N, V].
+
+N trained positions, V vocabulary, D width
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_SIZE = 256  # positions whose logits exist at one time
+
+
+def token_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of each target under its logits, and how many targets were the argmax.
+
+    loss = sum_n w_n * [(1 - s) * -log p_n(y_n) + s / V * sum_v -log p_n(v)]
+
+    The plain form of `linear_cross_entropy`, for models whose logits are not one matrix product.
+
+    Args:
+        logits: Scores, [N, V]; the softmax is taken in fp32.
+        targets: Token ids, [N].
+        weights: Weight of each position, [N]; None means 1.
+        label_smoothing: s, the probability spread evenly over the vocabulary.
+
+    Returns:
+        The sum in nats, fp32 scalar, and the number of hits, int64 scalar.
+
+    Source: label smoothing: Szegedy et al. 2016 (arXiv:1512.00567).
+    """
+    losses = torch.nn.functional.cross_entropy(
+        logits.float(), targets, reduction="none", label_smoothing=label_smoothing
+    )
+    total = losses.sum() if weights is None else (losses * weights).sum()
+    return total, (logits.detach().argmax(-1) == targets).sum()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of `softcap(scale * (hidden @ weight.T + bias))`, and the number of argmax hits.
+
+    Equal to `token_cross_entropy` of those logits. The gradients are computed in the forward pass, chunk by
+    chunk (softmax minus the target distribution, times the weights), so that the logits of only `chunk_size`
+    positions exist at once and nothing of size V is kept for the backward pass.
+
+    Args:
+        hidden: Last hidden states at the trained positions, [N, D].
+        weight: Output embedding, [V, D].
+        targets: Token ids, [N].
+        weights: Weight of each position, [N]; None means 1.
+        bias: Output bias, [V].
+        label_smoothing: Probability spread evenly over the vocabulary.
+        scale: Factor on the logits (`logit_scale` of Cohere, 1 / `logits_scaling` of Granite).
+        softcap: c in c * tanh(logits / c) (`final_logit_softcapping` of Gemma 2).
+        chunk_size: Positions a chunk.
+
+    Returns:
+        The sum in nats, fp32 scalar, and the number of hits, int64 scalar.
+
+    Raises:
+        ValueError: If the number of targets or weights differs from the number of hidden states.
+
+    Source: Wijmans et al. 2024 (arXiv:2411.09009) and Hsu et al. 2024 (arXiv:2410.10989) for the idea of
+    never storing the logits; the gradient is accumulated here in fp32, also for bf16 inputs.
+    """
+    if targets.shape != hidden.shape[:1] or (weights is not None and weights.shape != targets.shape):
+        raise ValueError(
+            f"hidden has {hidden.shape[0]} positions, but targets has shape {tuple(targets.shape)}"
+            + ("" if weights is None else f" and weights {tuple(weights.shape)}")
+            + "; all must agree."
+        )
+    loss, hits = _LinearCrossEntropy.apply(
+        hidden, weight, bias, targets, weights, label_smoothing, scale, softcap, chunk_size
+    )
+    return loss, hits
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The chunked loss; its forward pass also makes the gradients that its backward pass scales."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor | None,
+        label_smoothing: float,
+        scale: float,
+        softcap: float | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        hits = targets.new_zeros(())
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # A sum over many chunks: fp32, or a bf16 gradient loses its small terms.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+
+        for start in range(0, len(targets), chunk_size):
+            part = slice(start, start + chunk_size)
+            chunk = hidden[part].to(weight.dtype)
+            # Under autocast the product would be cast back to bf16 anyway: weight's dtype decides.
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = torch.nn.functional.linear(chunk, weight, bias).float()  # [C, V]
+            if scale != 1.0:
+                logits *= scale
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            hits += (logits.argmax(-1) == targets[part]).sum()
+            capped = logits.clone() if softcap is not None else None
+            row_weights = None if weights is None else weights[part]
+            total += _losses_and_gradient_(logits, targets[part], row_weights, label_smoothing)
+            if grad_hidden is None and grad_weight is None and grad_bias is None:
+                continue
+            if softcap is not None and capped is not None:
+                logits *= 1 - (capped / softcap) ** 2
+            if scale != 1.0:
+                logits *= scale
+            grad_logits = logits.to(weight.dtype)
+            with torch.autocast(hidden.device.type, enabled=False):
+                if grad_hidden is not None:
+                    grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad_logits.T @ chunk
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0)
+
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
+        ctx.mark_non_differentiable(hits)
+        return total, hits
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, grad_hits: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        return (*scaled, None, None, None, None, None, None)
+
+
+def _losses_and_gradient_(
+    logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """Return the chunk's summed loss and overwrite `logits` [C, V] with its gradient."""
+    target_logits = logits.gather(1, targets[:, None]).squeeze(1)
+    mean_logits = logits.mean(1) if label_smoothing else target_logits
+    top = logits.amax(1, keepdim=True)
+    logits.sub_(top).exp_()
+    normaliser = logits.sum(1, keepdim=True)
+    log_normaliser = (normaliser.log() + top).squeeze(1)
+    losses = log_normaliser - torch.lerp(target_logits, mean_logits, label_smoothing)
+    logits.div_(normaliser)
+    if label_smoothing:
+        logits.sub_(label_smoothing / logits.shape[1])
+    rows = torch.arange(len(targets), device=targets.device)
+    logits[rows, targets] -= 1 - label_smoothing
+    if weights is None:
+        return losses.sum()
+    logits.mul_(weights[:, None])
+    return (losses * weights).sum()

@@ -1,0 +1,1 @@
+"""Loading models, their attention, and their output heads."""

@@ -1,0 +1,146 @@
+"""Attention that keeps the documents of a packed row apart, without a mask.
+
+B rows, H query heads, K key heads, T tokens, C head width
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
+
+from lit_alignment.errors import ConfigError
+
+Attention = Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"]
+
+DOCUMENT_SDPA = "document_sdpa"
+ISOLATING = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ISOLATED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def document_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    document_lengths: Sequence[int] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each document of a packed row; ordinary SDPA where no row is packed.
+
+    The row is split on document boundaries and each part attends to itself, so the cost is the sum of the
+    squared document lengths instead of the squared row length, and no [T, T] mask exists.
+
+    Args:
+        module: The attention layer.
+        query: [B, H, T, C]; B is 1 in a packed row.
+        key: [B, K, T, C].
+        value: [B, K, T, C].
+        attention_mask: What transformers made for an unpacked batch; unused in a packed row.
+        dropout: Dropout on the attention weights.
+        scaling: Factor on the scores.
+        document_lengths: Lengths of the documents in a packed row, which sum to T.
+        sliding_window: How many positions back a token may look, itself included.
+        softcap: Refused; SDPA cannot cap scores.
+        s_aux: Refused; SDPA has no attention sinks.
+        **kwargs: What transformers passes to every attention function.
+
+    Returns:
+        Output, [B, T, H, C], and None for the attention weights.
+
+    Raises:
+        ConfigError: If the model caps its scores or uses attention sinks.
+    """
+    if softcap is not None or s_aux is not None:
+        raise ConfigError("This model needs soft-capped scores or sinks: set backbone.attention to flex_attention.")
+    if not document_lengths:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output, None
+    parts = zip(*(tensor.split(list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for q, k, v in parts:
+        length = q.shape[2]
+        mask = None
+        if sliding_window is not None and length > sliding_window:
+            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+            mask = (distance >= 0) & (distance < sliding_window)
+        outputs.append(
+            scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _document_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """No mask for a packed row (it comes without a 2-D mask), the usual one for padded batches."""
+    q_length, kv_length = kwargs.get("q_length"), kwargs.get("kv_length")
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def choose_attention(requested: Attention, packing: bool, device_type: str, config: PretrainedConfig) -> str:
+    """The attention implementation to load a model with.
+
+    Args:
+        requested: The setting; `auto` is FlashAttention 2 on a GPU that has it, else SDPA by document.
+        packing: Whether rows hold several documents.
+        device_type: cpu, cuda, ...
+        config: The model's configuration.
+
+    Raises:
+        ConfigError: If documents cannot be kept apart that way; the message names the ways that can.
+    """
+    if packing:
+        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if requested == "eager" or (requested == "flex_attention" and device_type == "cpu"):
+            why = "has no backward pass on CPU" if requested == "flex_attention" else "attends across documents"
+            possible = ", ".join(n for n in ISOLATING if device_type != "cpu" or n == "sdpa")
+            raise ConfigError(
+                f"backbone.attention: {requested} {why}, so it cannot train packed rows. "
+                f"Use one of: auto, {possible}; or set data's packing: false."
+            )
+        if not layers <= ISOLATED_LAYERS:
+            raise ConfigError(
+                f"{config.model_type}: layers of kind {', '.join(sorted(layers - ISOLATED_LAYERS))} carry state "
+                "from one document of a packed row to the next. Set data's packing: false."
+            )
+    if requested == "auto":
+        requested = "flash_attention_2" if device_type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    if requested != "sdpa":
+        return requested
+    AttentionInterface.register(DOCUMENT_SDPA, document_attention)
+    AttentionMaskInterface.register(DOCUMENT_SDPA, _document_mask)
+    return DOCUMENT_SDPA
+
+
+def document_arguments(implementation: str, document_lengths: list[int], device: torch.device) -> dict[str, Any]:
+    """What a model's forward needs besides positions to keep the documents of a packed row apart."""
+    if not document_lengths:
+        return {}
+    if implementation == DOCUMENT_SDPA:
+        return {"document_lengths": document_lengths}
+    if implementation.startswith("flash"):
+        ends = torch.tensor([0, *document_lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        longest = max(document_lengths)
+        return {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    return {}  # flex_attention: transformers builds its block mask from the restarting positions

@@ -1,0 +1,123 @@
+"""From a causal language model to its last hidden states, and from those to a loss, whatever the architecture.
+
+B rows, T tokens, N trained positions, D width, V vocabulary
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_alignment.errors import ConfigError
+from lit_alignment.losses import linear_cross_entropy, token_cross_entropy
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside its adapters, if it has any."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(f"{type(inner).__name__} is not a transformers model.")
+    return inner
+
+
+def output_head(model: nn.Module) -> nn.Module:
+    """The layer that turns hidden states into logits."""
+    head = base_model(model).get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.modules_to_save[head.active_adapters[0]]
+    if not isinstance(head, nn.Module):
+        raise ConfigError(f"{type(base_model(model)).__name__} has no output embeddings: it is no language model.")
+    return head
+
+
+def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """Last hidden states as the output head gets them, [B, T, D], from an ordinary forward pass of the model."""
+    head = output_head(model)
+    with _bypassed(head) as captured:
+        model(**inputs, use_cache=False)
+    return captured[0]
+
+
+@contextmanager
+def _bypassed(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Skip the head, which would make [B, T, V], and collect what it would have been given."""
+    captured: list[Tensor] = []
+
+    def capture(hidden: Tensor) -> Tensor:
+        captured.append(hidden)
+        return hidden[..., :1]
+
+    head.forward = capture
+    try:
+        yield captured
+    finally:
+        del head.forward
+
+
+def head_loss(
+    model: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of argmax hits of the model's own logits at these hidden states.
+
+    Args:
+        model: A causal language model, with or without adapters.
+        hidden: Hidden states that predict the targets, [N, D].
+        targets: Token ids, [N].
+        weights: Weight of each target, [N].
+        label_smoothing: Probability spread evenly over the vocabulary.
+    """
+    head = output_head(model)
+    if type(head) is not nn.Linear:  # an adapter on the head itself: its logits are not one product
+        return token_cross_entropy(_shaped(model, head(hidden)), targets, weights, label_smoothing)
+    scale, softcap = _logit_shape(model)
+    return linear_cross_entropy(
+        hidden,
+        head.weight,
+        targets,
+        weights,
+        bias=head.bias,
+        label_smoothing=label_smoothing,
+        scale=scale,
+        softcap=softcap,
+    )
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, input_ids: Tensor) -> None:
+    """Compare the logits that `head_loss` assumes with the model's own on a few tokens.
+
+    Raises:
+        ConfigError: If they differ: the architecture does something to its logits that is not known here.
+    """
+    training = model.training
+    model.eval()
+    expected = model(input_ids=input_ids, use_cache=False).logits.float()
+    hidden = hidden_states(model, input_ids=input_ids)
+    found = _shaped(model, output_head(model)(hidden)).float()
+    model.train(training)
+    if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise ConfigError(
+            f"{type(base_model(model)).__name__}: its logits are not those of its output embedding "
+            f"(largest difference {float((expected - found).abs().max()):.3g}), so the loss would be wrong. "
+            "Please report this architecture."
+        )
+
+
+def _logit_shape(model: nn.Module) -> tuple[float, float | None]:
+    """Scale and soft cap that the architecture puts on its logits."""
+    config = base_model(model).config.get_text_config().to_dict()
+    scale = config.get("logit_scale") or 1.0
+    if config.get("logits_scaling"):
+        scale /= config["logits_scaling"]
+    return float(scale), config.get("final_logit_softcapping")
+
+
+def _shaped(model: nn.Module, logits: Tensor) -> Tensor:
+    scale, softcap = _logit_shape(model)
+    logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap

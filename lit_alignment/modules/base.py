@@ -1,0 +1,147 @@
+"""What every method's LightningModule shares: loading, adapters, optimiser, slim checkpoints, and answering prompts."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from peft import PeftConfig
+from torch import nn
+
+from lit_alignment.data.base import AlignmentDataModule, PromptBatch
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.generation.settings import Answer, GenerationSettings
+from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
+from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
+from lit_alignment.modules.optimization import OptimizerConfig, build_optimizer
+
+CHECKPOINT_KEY = "lit_alignment"
+
+
+class AlignmentModule(LightningModule):
+    """A language model with a tokenizer, trained in part or whole.
+
+    Args:
+        backbone: The pretrained model.
+        peft: Adapters from the peft library; None trains all weights.
+        optimizer: Optimiser and schedule.
+        generation: Named ways to answer in `predict`; each writes a file of its own.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        peft: PeftConfig | None,
+        optimizer: OptimizerConfig,
+        generation: dict[str, GenerationSettings] | None,
+    ) -> None:
+        """Load the tokenizer; the weights come in `configure_model`, where the strategy is known."""
+        super().__init__()
+        self.strict_loading = False  # checkpoints hold what was trained; see on_load_checkpoint
+        self.backbone, self.peft_config = backbone, peft
+        self.optimizer_config = optimizer
+        self.generation = generation or {"greedy": GenerationSettings()}
+        self.tokenizer = load_tokenizer(backbone)
+        self.model: nn.Module | None = None
+        self._stop: StopRule | None = None
+
+    # Model.
+
+    def configure_model(self) -> None:
+        """Load the weights, once."""
+        if self.model is None:
+            datamodule = self._datamodule()
+            device_type = self.trainer.strategy.root_device.type
+            packing = datamodule is not None and datamodule.packing
+            self.model = load_causal_model(self.backbone, self.peft_config, packing, device_type)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            ConfigError: Before `configure_model`.
+        """
+        if self.model is None:
+            raise ConfigError("the model is not loaded yet: call configure_model() or run it in a Trainer.")
+        return self.model
+
+    def _datamodule(self) -> AlignmentDataModule | None:
+        """The data module in use, if it is one of ours."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return datamodule if isinstance(datamodule, AlignmentDataModule) else None
+
+    # Optimiser.
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the trainable parameters, with the schedule stepped at each optimiser step."""
+        total_steps = float(self.trainer.estimated_stepping_batches)
+        fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
+        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, total_steps, fused)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        """Log the gradient norm before clipping."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    # Checkpoints.
+
+    def trained_names(self) -> set[str]:
+        """State-dict keys of what is trained, every alias of a tied weight included."""
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trained weights only, and write down what they belong to, as plain values."""
+        trained = self.trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint[CHECKPOINT_KEY] = {
+            "module": f"{type(self).__module__}.{type(self).__qualname__}",
+            "backbone": asdict(self.backbone),
+            "peft": None if self.peft_config is None else _plain(self.peft_config.to_dict()),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that lacks a trained weight: non-strict loading would leave it at its start value."""
+        missing = sorted(self.trained_names() - set(checkpoint["state_dict"]))
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} trained weights, the first is '{missing[0]}'. "
+                "Was it made with other adapters or another model? Check model.peft and model.backbone."
+            )
+
+    # Answers.
+
+    @property
+    def stop(self) -> StopRule:
+        """What ends a turn: EOS, and what the data module trains as the end of a response."""
+        if self._stop is None:
+            datamodule = self._datamodule() if self._trainer is not None else None
+            end_of_turn = [] if datamodule is None else datamodule.encoder.end_of_turn()
+            self._stop = stop_rule(self.tokenizer, end_of_turn)
+        return self._stop
+
+    def answer(self, prompts: list[list[int]], settings: GenerationSettings) -> list[list[Answer]]:
+        """Answers to prompts, given as token ids."""
+        return generate(self.network, self.tokenizer, prompts, settings, self.stop)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[list[Answer]]]:  # noqa: ARG002
+        """Answers by name of the generation settings, in the order of the batch."""
+        prompts = [item.input_ids for item in batch.items]
+        return {name: self.answer(prompts, settings) for name, settings in self.generation.items()}
+
+
+def world_scale(module: LightningModule) -> float:
+    """What undoes the averaging over ranks and over accumulated batches that strategies and Lightning do."""
+    return float(module.trainer.world_size * module.trainer.accumulate_grad_batches)
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of dicts, lists, strings and numbers, which a weights-only load accepts."""
+    if isinstance(value, dict):
+        return {str(_plain(k)): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(v) for v in (sorted(value) if isinstance(value, set) else value)]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return str(getattr(value, "value", value))

@@ -1,0 +1,158 @@
+"""Supervised fine-tuning: next-token cross-entropy on the trained tokens of conversations.
+
+B rows, T tokens, N trained positions, D width
+"""
+
+from typing import Literal
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from lit_alignment.data.collate import TokenBatch
+from lit_alignment.data.messages import IGNORE_INDEX
+from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.metrics import TokenMean
+from lit_alignment.models.attention import document_arguments
+from lit_alignment.models.head import base_model, check_head, head_loss, hidden_states
+from lit_alignment.models.loading import Backbone
+from lit_alignment.modules.base import AlignmentModule, world_scale
+from lit_alignment.modules.optimization import OptimizerConfig
+
+Stage = Literal["train", "val", "test"]
+
+
+class SFTModule(AlignmentModule):
+    """A causal language model trained to produce the responses of conversations.
+
+    loss of an optimiser step = sum of the trained tokens' losses / number of trained tokens, both over all
+    micro-batches of the accumulation window and all ranks.
+
+    Args:
+        backbone: The pretrained model.
+        peft: Adapters from the peft library; None trains all weights.
+        optimizer: Optimiser and schedule.
+        label_smoothing: Probability spread evenly over the vocabulary, in training only.
+        neftune_alpha: Strength of uniform noise on the embeddings in training; 0 is none (Jain et al. 2023,
+            arXiv:2310.05914; the paper uses 5).
+        generation: Named ways to answer in `predict`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        peft: PeftConfig | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        label_smoothing: float = 0.0,
+        neftune_alpha: float = 0.0,
+        generation: dict[str, GenerationSettings] | None = None,
+    ) -> None:
+        """Set up the metrics; the weights come in `configure_model`."""
+        super().__init__(backbone, peft, optimizer, generation)
+        self.label_smoothing = label_smoothing
+        self.neftune_alpha = neftune_alpha
+        self.losses = nn.ModuleDict({f"{stage}_": TokenMean() for stage in ("val", "test")})
+        self.accuracies = nn.ModuleDict({f"{stage}_": TokenMean() for stage in ("val", "test")})
+        self._window_loss: Tensor | float = 0.0
+        self._head_checked = False
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """The batch's share of the optimiser step's loss."""
+        return self._shared_step(batch, "train")
+
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:  # noqa: ARG002
+        """Add the batch to the validation metrics."""
+        self._shared_step(batch, "val")
+
+    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:  # noqa: ARG002
+        """Add the batch to the test metrics."""
+        self._shared_step(batch, "test")
+
+    def _shared_step(self, batch: TokenBatch, stage: Stage) -> Tensor:
+        loss_sum, hits, weight = self._summed_loss(batch, self.label_smoothing if stage == "train" else 0.0)
+        if stage == "train":
+            # Lightning divides by the number of accumulated batches and the strategy by the number of ranks;
+            # both are undone, so that each token counts once whatever batch it stands in.
+            loss = loss_sum * (world_scale(self) / batch.window_weight)
+            self._window_loss = self._window_loss + loss.detach()
+            return loss
+        num_trained = (batch.labels != IGNORE_INDEX).sum()
+        self.losses[f"{stage}_"].update(loss_sum, weight)
+        self.accuracies[f"{stage}_"].update(hits, num_trained)
+        return loss_sum
+
+    def _summed_loss(self, batch: TokenBatch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted sum of the trained tokens' losses, number of hits, and the sum of the weights."""
+        if not self._head_checked:
+            check_head(self.network, batch.input_ids[:1, :8])
+            self._head_checked = True
+        implementation = base_model(self.network).config._attn_implementation
+        hidden = self._hidden_states(batch, implementation)
+        trained = batch.labels[:, 1:] != IGNORE_INDEX  # position t is predicted from t - 1
+        targets = batch.labels[:, 1:][trained]
+        weights = batch.weights[:, 1:][trained]
+        loss_sum, hits = head_loss(self.network, hidden[:, :-1][trained], targets, weights, label_smoothing)
+        return loss_sum, hits, weights.sum()
+
+    def _hidden_states(self, batch: TokenBatch, implementation: str) -> Tensor:
+        """Last hidden states, [B, T, D], with noise on the embeddings in training."""
+        arguments = document_arguments(implementation, batch.document_lengths, batch.input_ids.device)
+        hook = None
+        if self.training and self.neftune_alpha > 0:
+            embedding = base_model(self.network).get_input_embeddings()
+            hook = embedding.register_forward_hook(
+                lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha)  # noqa: ARG005
+            )
+        try:
+            return hidden_states(
+                self.network,
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                **arguments,
+            )
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the loss of the whole optimiser step, a mean over its trained tokens, and the gradient norm."""
+        super().on_before_optimizer_step(optimizer)
+        mean = self._window_loss / self.trainer.accumulate_grad_batches
+        self.log("train/loss", mean, prog_bar=True, sync_dist=True)
+        self._window_loss = 0.0
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_means("test")
+
+    def _log_means(self, stage: Stage) -> None:
+        loss = self.losses[f"{stage}_"].compute()
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp())
+        self.log(f"{stage}/token_accuracy", self.accuracies[f"{stage}_"].compute(), prog_bar=True)
+        self.losses[f"{stage}_"].reset()
+        self.accuracies[f"{stage}_"].reset()
+
+
+def neftune_noise(embedded: Tensor, batch: TokenBatch, alpha: float) -> Tensor:
+    """Uniform noise in [-1, 1] * alpha / sqrt(L * D), where L is the length of a token's own document.
+
+    Args:
+        embedded: Token embeddings, [B, T, D].
+        batch: Tells the document lengths.
+        alpha: Strength.
+    """
+    if batch.document_lengths:
+        lengths = torch.tensor(batch.document_lengths, device=embedded.device)
+        per_token = lengths.repeat_interleave(lengths)[None]  # [1, T]
+    elif batch.attention_mask is not None:
+        per_token = batch.attention_mask.sum(1, keepdim=True).expand_as(batch.attention_mask)
+    else:
+        per_token = torch.full_like(batch.input_ids, batch.input_ids.shape[1])
+    bound = alpha / (per_token.to(embedded.dtype) * embedded.shape[-1]).sqrt()
+    return torch.empty_like(embedded).uniform_(-1, 1) * bound[..., None]

@@ -1,0 +1,102 @@
+"""LightningCLI in subclass mode: fit, validate, test and predict from YAML or JSON."""
+
+import inspect
+import re
+import warnings
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerStatus
+
+from lit_alignment.callbacks.checkpoint_io import AtomicCheckpointIO
+from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.data.base import AlignmentDataModule
+from lit_alignment.errors import ConfigError
+from lit_alignment.modules.base import AlignmentModule
+
+# Said by libraries about themselves; a user can do nothing about them.
+QUIET = (
+    r".*does not have many workers.*",
+    r".*is smaller than the logging interval.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*is_gradient_checkpointing.* is deprecated.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*Found \d+ module\(s\) in eval mode.*",
+    r".*Trainer was configured with `enable_model_summary.*",
+)
+
+
+class AlignmentCLI(LightningCLI):
+    """Passes the module's tokenizer to the data module, and saves checkpoints whole or not at all."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link what module and data must agree on."""
+        parser.link_arguments("model", "data.init_args.tokenizer", compute_fn=_tokenizer, apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer with atomic checkpoints, a progress bar for people, and in predict a writer."""
+        # Our loaders deal batches to ranks themselves; Lightning's sampler would shuffle what must stay in order.
+        kwargs["use_distributed_sampler"] = False
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io).__module__.startswith("lightning.") and not self._has_plugin():
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in trainer.callbacks):
+            trainer.callbacks.append(PredictionWriter())
+        return trainer
+
+    def _has_plugin(self) -> bool:
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        return any(isinstance(plugin, CheckpointIO) for plugin in (plugins if isinstance(plugins, list) else [plugins]))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "predict":
+            # Answers go to a file as they come; keeping them all in memory as well serves nobody.
+            self.trainer.predict(
+                self.model,
+                datamodule=self.datamodule,
+                return_predictions=False,
+                ckpt_path=self._get(self.config_init, "ckpt_path"),
+            )
+        else:
+            super()._run_subcommand(subcommand)
+
+
+def _tokenizer(model: AlignmentModule) -> Any:
+    return model.tokenizer
+
+
+def main(arguments: list[str]) -> None:
+    """Run one of LightningCLI's commands.
+
+    Raises:
+        ConfigError: If the configuration is wrong; the message names the key and the nearest valid one.
+    """
+    for pattern in QUIET:
+        warnings.filterwarnings("ignore", pattern)
+    try:
+        cli = AlignmentCLI(
+            AlignmentModule,
+            AlignmentDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": []},
+            parser_kwargs={"exit_on_error": False},
+            args=arguments,
+        )
+    except ArgumentError as error:
+        raise ConfigError(explain(str(error), arguments)) from error
+    if cli.trainer.state.status == TrainerStatus.INTERRUPTED:
+        raise KeyboardInterrupt
+
+
+def explain(message: str, arguments: list[str]) -> str:
+    """Turn a parser's complaint into one line that names the wrong key and the nearest valid one."""
+    return message
