@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         # --config may also stand before the command in LightningCLI; here the command always comes first.
         run = importlib.import_module("lit_alignment.trainer_cli").main
     else:
-        return _fail(f"unknown command '{command}'{_nearest(command)}. Run: lit-alignment --help")
+        return _fail(f"unknown command '{command}'{_nearest(command)} (lit-alignment --help lists them)")
     return _guarded(run, arguments if command in TRAINER_COMMANDS else arguments[1:])
 
 

@@ -56,6 +56,4 @@ def require(package: str, extra: str, instead: str = "") -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         other = f", or use {instead}" if instead else ""
-        raise ConfigError(
-            f"{package} is not installed. Run: pip install 'lit-alignment[{extra}]'{other}."
-        ) from error
+        raise ConfigError(f"{package} is not installed. Run: pip install 'lit-alignment[{extra}]'{other}.") from error

@@ -1,32 +1,31 @@
 """LightningCLI in subclass mode: fit, validate, test and predict from YAML or JSON."""
 
-import inspect
-import re
+import logging
 import warnings
-from difflib import get_close_matches
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.trainer.states import TrainerStatus
 
 from lit_alignment.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.config_errors import explain
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.modules.base import AlignmentModule
 
 # Said by libraries about themselves; a user can do nothing about them.
 QUIET = (
+    r".*LightningCLI's args parameter is intended.*",
+    r".*`loftq_config` specified but will be ignored.*",
+    r".*Precision .* is not supported by the model summary.*",
     r".*does not have many workers.*",
     r".*is smaller than the logging interval.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*is_gradient_checkpointing.* is deprecated.*",
     r".*Checkpoint directory .* exists and is not empty.*",
-    r".*Found \d+ module\(s\) in eval mode.*",
     r".*Trainer was configured with `enable_model_summary.*",
 )
 
@@ -76,10 +75,24 @@ def main(arguments: list[str]) -> None:
     Raises:
         ConfigError: If the configuration is wrong; the message names the key and the nearest valid one.
     """
+    build(arguments, run=True)
+
+
+def build(arguments: list[str], run: bool = False) -> AlignmentCLI:
+    """Parse a command line, and run it or only build its objects.
+
+    Args:
+        arguments: With `run`, the command and its options; else the options alone.
+        run: Whether to run the command.
+
+    Raises:
+        ConfigError: If the configuration is wrong.
+    """
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     try:
-        cli = AlignmentCLI(
+        return AlignmentCLI(
             AlignmentModule,
             AlignmentDataModule,
             subclass_mode_model=True,
@@ -87,16 +100,17 @@ def main(arguments: list[str]) -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": []},
             parser_kwargs={"exit_on_error": False},
             args=arguments,
+            run=run,
         )
     except ArgumentError as error:
         raise ConfigError(explain(str(error), arguments)) from error
-    if cli.trainer.state.status == TrainerStatus.INTERRUPTED:
-        raise KeyboardInterrupt
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has shut down in good order
+            raise KeyboardInterrupt from stop
+        raise
 
 
-def explain(message: str, arguments: list[str]) -> str:
-    """Turn a parser's complaint into one line that names the wrong key and the nearest valid one."""
-    return message
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: " not in record.getMessage()

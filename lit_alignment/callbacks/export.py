@@ -114,7 +114,9 @@ def _write_weights(network: nn.Module, trained: dict[str, torch.Tensor], folder:
     if isinstance(network, PeftModel) and not merge:
         config = network.peft_config[network.active_adapter]
         adapter = get_peft_model_state_dict(network, state_dict=trained)
-        save_file({k: v.contiguous() for k, v in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
+        )
         inference_mode, config.inference_mode = config.inference_mode, True
         config.save_pretrained(str(folder))
         config.inference_mode = inference_mode

@@ -15,7 +15,15 @@ from lit_alignment.models.loading import decoder_flops_per_token
 from lit_alignment.modules.base import AlignmentModule
 
 # Dense bf16 operations a second, from the makers' data sheets.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "4090": 165e12,
+}
 
 
 class Throughput(Callback):

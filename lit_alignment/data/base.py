@@ -306,7 +306,7 @@ class AlignmentDataModule(LightningDataModule):
             return PromptBatch([_prompt_item(dataset[index], index) for index in planned.indices])
 
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
-        return PlannedLoader(lambda epoch: plan, build, len(plan), world_size)  # noqa: ARG005
+        return PlannedLoader(lambda epoch: plan, build, len(plan), world_size)
 
     def _loader(self, split: Split) -> PlannedLoader[Any]:
         dataset = self.examples[split]

@@ -54,7 +54,7 @@ class Prompt:
     reference: str | None
 
 
-class Dropped(Exception):  # noqa: N818 - control flow inside the data stage, never shown as an error
+class Dropped(Exception):
     """A record that does not become an example, with the reason that the drop report counts."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -229,9 +229,7 @@ class Encoder:
                 offsets += [(a + begin, b + begin) for a, b in part["offset_mapping"]]
         return self._single_bos(ids, offsets)
 
-    def _single_bos(
-        self, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def _single_bos(self, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Remove a doubled BOS: some templates write one and some tokenizers add another."""
         bos = self.tokenizer.bos_token_id
         while bos is not None and ids[:2] == [bos, bos]:
@@ -241,8 +239,13 @@ class Encoder:
     def _shorten(self, record: Record, messages: list[Message], example: Example) -> Example:
         policy = self._policy(record, len(example.input_ids))
         if self.config.truncation_unit == "tokens":
-            kept = shorten_tokens(len(example.input_ids), policy, self.config.max_length, self._pinned(messages, record))
-            cut = [[values[i] for a, b in kept for i in range(a, b)] for values in (example.input_ids, example.labels, example.weights)]
+            kept = shorten_tokens(
+                len(example.input_ids), policy, self.config.max_length, self._pinned(messages, record)
+            )
+            cut = [
+                [values[i] for a, b in kept for i in range(a, b)]
+                for values in (example.input_ids, example.labels, example.weights)
+            ]
             return replace(example, input_ids=cut[0], labels=cut[1], weights=cut[2])
 
         def encode(shorter: list[Message]) -> Example:

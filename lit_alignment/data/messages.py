@@ -125,7 +125,7 @@ def _read_message(raw: object, index: int, where: str) -> Message:
     """Validate one message and bring its role and loss switches to our names."""
     path = f"messages[{index}]"
     if not isinstance(raw, dict):
-        raise RecordError(where, path, f"is {_kind(raw)}", "Write {\"role\": ..., \"content\": ...}.")
+        raise RecordError(where, path, f"is {_kind(raw)}", 'Write {"role": ..., "content": ...}.')
     role = raw.get("role", raw.get("from"))
     if role is None:
         raise RecordError(where, f"{path}.role", "is missing", f"Use one of {_known_roles()}.")
@@ -181,7 +181,9 @@ def _read_tool_call(call: object, path: str, where: str) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments or "{}")
         except json.JSONDecodeError as error:
-            raise RecordError(where, path, f"has arguments that are not JSON ({error})", "Write a JSON object.") from error
+            raise RecordError(
+                where, path, f"has arguments that are not JSON ({error})", "Write a JSON object."
+            ) from error
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 

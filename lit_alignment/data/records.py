@@ -122,11 +122,16 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise RecordError(
-                        where, "", f"not valid JSON ({error.msg} at column {error.colno})", "Write one JSON object a line."
+                        where,
+                        "",
+                        f"not valid JSON ({error.msg} at column {error.colno})",
+                        "Write one JSON object a line.",
                     ) from error
                 yield where, record
         except UnicodeDecodeError as error:
-            raise RecordError(str(path), "", f"not UTF-8 text (byte {error.start})", "Save the file as UTF-8.") from error
+            raise RecordError(
+                str(path), "", f"not UTF-8 text (byte {error.start})", "Save the file as UTF-8."
+            ) from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:

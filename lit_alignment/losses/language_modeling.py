@@ -150,14 +150,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total, hits
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, grad_hits: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+    def backward(ctx: Any, grad_loss: Tensor, grad_hits: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
         return (*scaled, None, None, None, None, None, None)
 
 
-def _losses_and_gradient_(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float
-) -> Tensor:
+def _losses_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
     """Return the chunk's summed loss and overwrite `logits` [C, V] with its gradient."""
     target_logits = logits.gather(1, targets[:, None]).squeeze(1)
     mean_logits = logits.mean(1) if label_smoothing else target_logits

@@ -102,7 +102,8 @@ def load_causal_model(backbone: Backbone, peft: PeftConfig | None, packing: bool
             model.enable_input_require_grads()
     if backbone.compile:
         model.get_decoder().compile(dynamic=True)
-    return model if peft is None else add_adapters(model, peft)
+    # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
+    return (model if peft is None else add_adapters(model, peft)).train()
 
 
 def add_adapters(model: nn.Module, peft: PeftConfig) -> PeftModel:

@@ -80,7 +80,7 @@ class AlignmentModule(LightningModule):
         optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, total_steps, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the gradient norm before clipping."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
@@ -125,7 +125,7 @@ class AlignmentModule(LightningModule):
         """Answers to prompts, given as token ids."""
         return generate(self.network, self.tokenizer, prompts, settings, self.stop)
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[list[Answer]]]:  # noqa: ARG002
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[list[Answer]]]:
         """Answers by name of the generation settings, in the order of the batch."""
         prompts = [item.input_ids for item in batch.items]
         return {name: self.answer(prompts, settings) for name, settings in self.generation.items()}

@@ -56,15 +56,15 @@ class SFTModule(AlignmentModule):
         self._window_loss: Tensor | float = 0.0
         self._head_checked = False
 
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         """The batch's share of the optimiser step's loss."""
         return self._shared_step(batch, "train")
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add the batch to the validation metrics."""
         self._shared_step(batch, "val")
 
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:  # noqa: ARG002
+    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Add the batch to the test metrics."""
         self._shared_step(batch, "test")
 
@@ -101,7 +101,7 @@ class SFTModule(AlignmentModule):
         if self.training and self.neftune_alpha > 0:
             embedding = base_model(self.network).get_input_embeddings()
             hook = embedding.register_forward_hook(
-                lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha)  # noqa: ARG005
+                lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha)
             )
         try:
             return hidden_states(

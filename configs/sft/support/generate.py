@@ -119,9 +119,13 @@ ORDERS = (
     ["The order id is {o}.", "See order {o}."],
 )
 URGENT = (
-    ["I need an answer today.", "This is urgent.", "Please hurry.", "It has to be solved at once."],
+    [
+        "I need an answer today.", "This is urgent.", "Please hurry.", "It has to be solved at once.",
+        "Answer me as soon as possible.", "I have no time to lose.", "This must be fixed before tonight.",
+        "Get back to me immediately.", "I cannot wait any longer.", "Quickly, please.",
+    ],
     ["It cannot wait.", "Please reply right now."],
-)
+)  # fmt: skip
 OPENINGS = (["Hello.", "Hi there.", "Good morning.", "Dear team,", ""], ["Hey,", "Good evening.", ""])
 CLOSINGS = (["Thanks.", "Kind regards, Ann", "Thank you very much.", "", ""], ["Cheers, Bo", "Many thanks.", ""])
 

@@ -1,0 +1,96 @@
+"""From a parser's complaint to one line: file, key, and the nearest valid key."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import typing
+from difflib import get_close_matches
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+UNKNOWN = re.compile(r"(?:Subcommand '\w+'|Group '(?P<group>[\w.]+)') does not accept option '(?P<key>[\w.]+)'")
+UNKNOWN_IN_CLASS = re.compile(r"Option '(?P<key>[\w.]+)' is not accepted")
+UNRECOGNIZED = re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)")
+CLASS_PATH = re.compile(r"Problem with given class_path '(?P<path>[\w.]+)'")
+TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "ckpt_path", "config")
+
+
+def explain(message: str, arguments: list[str]) -> str:
+    """One line about what is wrong with the configuration.
+
+    Args:
+        message: What the parser said, often nested.
+        arguments: The command line, whose config files are searched for the line at fault.
+    """
+    owners = CLASS_PATH.findall(message)
+    if (found := UNRECOGNIZED.search(message)) or (found := UNKNOWN.search(message)):
+        key = found["key"]
+        group = found.groupdict().get("group")
+        if group and owners:
+            return _unknown(key, f"{owners[-1]}.{group}", _group_keys(owners[-1], group), arguments)
+        head, _, last = key.rpartition(".")
+        if head and head.partition(".")[0] not in TOP_LEVEL:
+            head, last = "", head.partition(".")[0]
+        candidates = list(inspect.signature(Trainer).parameters) if head == "trainer" else list(TOP_LEVEL)
+        return _unknown(last or key, head or "the configuration", candidates, arguments)
+    if found := UNKNOWN_IN_CLASS.search(message):
+        owner = owners[-1] if owners else ""
+        return _unknown(found["key"], owner, _class_keys(owner), arguments)
+    if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        module = importlib.import_module(missing[1])
+        names = [*getattr(module, "__all__", []), *(n for n in dir(module) if not n.startswith("_"))]
+        return _unknown(missing[2], missing[1], names, arguments, kind="class")
+    return _shortened(message)
+
+
+def _unknown(key: str, owner: str, candidates: list[str], arguments: list[str], kind: str = "key") -> str:
+    close = get_close_matches(key.rpartition(".")[2], candidates, n=1, cutoff=0.5)
+    hint = f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(candidates)[:20])}."
+    return f"{_place(key, arguments)}unknown {kind} '{key}' in {owner}. {hint}"
+
+
+def _class_keys(path: str) -> list[str]:
+    module, _, name = path.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    return [parameter for parameter in parameters if parameter != "self"]
+
+
+def _group_keys(path: str, group: str) -> list[str]:
+    """Fields of the dataclass that a class takes under this name."""
+    module, _, name = path.rpartition(".")
+    kind: object = getattr(importlib.import_module(module), name)
+    for step in group.split("."):
+        hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
+        kind = hints.get(step)
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
+def _place(key: str, arguments: list[str]) -> str:
+    """`file:line: ` of a key or value in the given config files, or nothing if it came from the command line."""
+    word = re.compile(rf"[\"']?\b{re.escape(key.rpartition('.')[2])}\b")
+    files = [b for a, b in zip(arguments, arguments[1:], strict=False) if a in ("--config", "-c")]
+    files += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    for file in reversed(files):
+        if Path(file).is_file():
+            for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
+                if word.search(line.partition("#")[0]):
+                    return f"{file}:{number}: "
+    return ""
+
+
+def _shortened(message: str) -> str:
+    """The first line, the innermost reasons, and the value."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    noise = (
+        "Does not validate",
+        "Subtypes:",
+        "Errors:",
+        "Given value type:",
+        "Given value: {",
+        "- Expected a <class 'NoneType'>",
+    )
+    kept = [line.removeprefix("- ") for line in lines if not line.startswith(noise)]
+    shown = [re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", line) for line in kept]
+    return " ".join(dict.fromkeys(line if len(line) < 300 else line[:300] + " ..." for line in shown))

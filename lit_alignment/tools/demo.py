@@ -1,0 +1,83 @@
+"""`lit-alignment demo`: fine-tune a real model on CPU, and show what it answers before and after."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.callbacks.throughput import Throughput
+from lit_alignment.tools.fetch import fetch
+from lit_alignment.trainer_cli import build
+
+CONFIG = "configs/sft/smollm2_lora.yaml"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def main(arguments: list[str]) -> None:
+    """Run the demo from a checkout's root."""
+    parser = argparse.ArgumentParser(prog="lit-alignment demo", description="Fine-tune SmolLM2 on support requests.")
+    parser.add_argument("--config", default=CONFIG, help=f"recipe to run (default: {CONFIG})")
+    parser.add_argument("--install-seconds", type=float, default=0.0, help="time the installation took, for the total")
+    options = parser.parse_args(arguments)
+    console = Console()
+    begin = time.perf_counter()
+    if options.config == CONFIG:
+        console.print(f"model: {fetch(MODEL)}")
+    ready = time.perf_counter()
+
+    cli = build(["--config", options.config])
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    writer = PredictionWriter()
+    trainer.callbacks.append(writer)
+    run = Path(trainer.log_dir or trainer.default_root_dir)
+
+    def predictions(name: str, checkpoint: str | None) -> list[dict[str, Any]]:
+        console.rule(f"answers to held-out requests, {name} training")
+        writer.output_dir, writer.overwrite = run / name, True
+        trainer.predict(module, data, return_predictions=False, ckpt_path=checkpoint)
+        path = writer.output_dir / f"{next(iter(module.generation))}.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    before = predictions("before", None)
+    console.rule("training")
+    trainer.fit(module, data)
+    after = predictions("after", "best")
+
+    console.rule("result")
+    console.print(_side_by_side(before, after))
+    speed = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))
+    end = time.perf_counter()
+    console.print(f"exact match on {len(after)} held-out requests: {_score(before)} before, {_score(after)} after")
+    console.print(f"training speed: {speed.total_tokens / speed.total_seconds:.0f} tokens/s")
+    console.print(f"report: {run / 'cherry_picks.html'}")
+    console.print(f"export: {run / 'checkpoints' / 'export'}  (loads with from_pretrained)", soft_wrap=True)
+    total = options.install_seconds + end - begin
+    console.print(
+        f"time: {end - ready:.0f} s for the demo, {total:.0f} s with installing and fetching the model",
+        soft_wrap=True,
+    )
+
+
+def exact_match(line: dict[str, Any]) -> bool:
+    """Whether the first answer is the reference, to the character."""
+    return bool(line["answers"][0]["content"].strip() == line["label"].strip())
+
+
+def _score(lines: list[dict[str, Any]]) -> str:
+    return f"{sum(map(exact_match, lines))} of {len(lines)}"
+
+
+def _side_by_side(before: list[dict[str, Any]], after: list[dict[str, Any]], number: int = 3) -> Table:
+    """The first requests of different kinds, with what was wanted and both answers."""
+    table = Table(show_lines=True)
+    for heading in ("request", "wanted", "before", "after"):
+        table.add_column(heading, overflow="fold", ratio=1)
+    for old, new in list(zip(before, after, strict=True))[:number]:
+        answers = (line["answers"][0]["content"].strip() for line in (old, new))
+        table.add_row(new["messages"][-1]["content"], new["label"], *answers)
+    return table
