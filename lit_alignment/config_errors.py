@@ -6,6 +6,7 @@ import inspect
 import re
 import typing
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -70,7 +71,7 @@ def _group_keys(path: str, group: str) -> list[str]:
 def _place(key: str, arguments: list[str]) -> str:
     """`file:line: ` of a key or value in the given config files, or nothing if it came from the command line."""
     word = re.compile(rf"[\"']?\b{re.escape(key.rpartition('.')[2])}\b")
-    files = [b for a, b in zip(arguments, arguments[1:], strict=False) if a in ("--config", "-c")]
+    files = [b for a, b in pairwise(arguments) if a in ("--config", "-c")]
     files += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
     for file in reversed(files):
         if Path(file).is_file():

@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_alignment.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -44,8 +44,9 @@ class AlignmentCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io).__module__.startswith("lightning.") and not self._has_plugin():
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in trainer.callbacks):
-            trainer.callbacks.append(PredictionWriter())
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
+            callbacks.append(PredictionWriter())
         return trainer
 
     def _has_plugin(self) -> bool:

@@ -1,0 +1,1 @@
+"""What happens around training and predict: checkpoints, exports, reports, speed, predictions."""

@@ -53,7 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If the file is damaged or holds more than weights and plain values.
         """
         try:
-            return dict(super().load_checkpoint(path, map_location or torch.device("cpu"), weights_only=True))
+            return dict(super().load_checkpoint(path, map_location, weights_only=True))
         except FileNotFoundError:
             raise
         except Exception as error:  # a damaged zip raises whatever its reader happens to

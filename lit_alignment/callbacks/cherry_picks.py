@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_alignment.callbacks.report import CherryPick, render_report
 from lit_alignment.callbacks.tables import log_table
-from lit_alignment.data.base import AlignmentDataModule, PromptItem
+from lit_alignment.data.base import PromptItem, datamodule_of
 from lit_alignment.data.records import Source
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import GenerationSettings
@@ -54,9 +54,9 @@ class CherryPicks(Callback):
         """Encode the prompts."""
         if stage != "fit":
             return
-        datamodule = trainer.datamodule
-        if not isinstance(datamodule, AlignmentDataModule) or not isinstance(pl_module, AlignmentModule):
-            raise ConfigError("CherryPicks needs a module and a data module of lit_alignment.")
+        if not isinstance(pl_module, AlignmentModule):
+            raise ConfigError(f"CherryPicks needs a module of lit_alignment, not {type(pl_module).__name__}.")
+        datamodule = datamodule_of(trainer)
         sources = self.sources or datamodule.sources["val"]
         if not sources:
             raise ConfigError("CherryPicks has no prompts: give it sources, or give data.val.")

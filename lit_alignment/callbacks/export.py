@@ -1,5 +1,6 @@
 """A plain Hugging Face folder beside each kept checkpoint, which `from_pretrained` loads."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_alignment.callbacks.checkpoint_io import PARTIAL, flush_folder
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.templates import JinjaTemplate
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.transformers_engine import StopRule
 from lit_alignment.models.head import base_model
@@ -130,8 +133,6 @@ def _write_weights(network: nn.Module, trained: dict[str, torch.Tensor], folder:
 
 def _merged(network: PeftModel, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """State dict of the base model with the adapters added, merged in float32 and cast once."""
-    import copy
-
     merged = copy.deepcopy(network).cpu()
     merged.load_state_dict(trained, strict=False)
     dtypes = {name: p.dtype for name, p in base_model(network).named_parameters()}
@@ -142,10 +143,9 @@ def _merged(network: PeftModel, trained: dict[str, torch.Tensor]) -> dict[str, t
 
 def save_template(module: AlignmentModule, folder: Path) -> None:
     """Store the chat template that training used, where it is a Jinja template other than the tokenizer's own."""
-    datamodule = module._datamodule()
-    source = None if datamodule is None else getattr(datamodule.encoder.template, "source", None)
-    if source is not None and source != module.tokenizer.chat_template:
-        (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    template = datamodule_of(module.trainer).encoder.template
+    if isinstance(template, JinjaTemplate) and template.source != module.tokenizer.chat_template:
+        (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
 
 def exported_generation_config(tokenizer: PreTrainedTokenizerBase, stop: StopRule) -> GenerationConfig:

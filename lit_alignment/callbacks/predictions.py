@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_alignment.data.base import AlignmentDataModule, PromptBatch, PromptItem
+from lit_alignment.data.base import PromptBatch, PromptItem, datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.prediction_file import PredictionFile
 from lit_alignment.generation.settings import Answer
@@ -35,9 +35,9 @@ class PredictionWriter(Callback):
         """Find what is answered already, before the loader is made."""
         if stage != "predict":
             return
-        datamodule = trainer.datamodule
-        if not isinstance(datamodule, AlignmentDataModule) or not isinstance(pl_module, AlignmentModule):
-            raise ConfigError("PredictionWriter needs a module and a data module of lit_alignment.")
+        if not isinstance(pl_module, AlignmentModule):
+            raise ConfigError(f"PredictionWriter needs a module of lit_alignment, not {type(pl_module).__name__}.")
+        datamodule = datamodule_of(trainer)
         for name in pl_module.generation:
             file = PredictionFile(self.output_dir / f"{name}.jsonl", trainer.global_rank)
             if self.overwrite:
@@ -71,8 +71,8 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the files in order."""
         trainer.strategy.barrier("predictions")
-        if trainer.is_global_zero and isinstance(trainer.datamodule, AlignmentDataModule):
-            prompts = trainer.datamodule.examples["predict"]
+        if trainer.is_global_zero:
+            prompts = datamodule_of(trainer).examples["predict"]
             order = {key: i for i, key in enumerate(zip(prompts["dataset"], prompts["id"], strict=True))}
             for file in self._files.values():
                 file.finish(order)

@@ -1,6 +1,6 @@
 """The cherry-pick report: one HTML page that needs nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -44,7 +44,7 @@ class CherryPick:
     answers: dict[int, str] = field(default_factory=dict)
 
 
-def render_report(title: str, curves: dict[str, Curve], picks: Sequence[CherryPick]) -> str:
+def render_report(title: str, curves: Mapping[str, Curve], picks: Sequence[CherryPick]) -> str:
     """The page: loss curves, and a table with one row a prompt and one column a validation."""
     steps = sorted({step for pick in picks for step in pick.answers})
     headings = ["prompt", "reference", *(f"step {step}" for step in steps)]
@@ -82,7 +82,7 @@ def _answer(pick: CherryPick, step: int) -> str:
     return f"<td{attribute}>{escape(pick.answers.get(step, ''))}</td>"
 
 
-def curve_svg(curves: dict[str, Curve], width: int = 640, height: int = 240) -> str:
+def curve_svg(curves: Mapping[str, Curve], width: int = 640, height: int = 240) -> str:
     """Curves over optimiser steps as an inline picture; nothing if there are no points."""
     points = [point for curve in curves.values() for point in curve]
     if not points:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
@@ -172,7 +172,8 @@ class AlignmentDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Encode into the cache on one process, so that the others only map the files."""
-        for split in self._needed("fit" if self.trainer is None else str(self.trainer.state.fn.value)):
+        running = None if self.trainer is None else self.trainer.state.fn
+        for split in self._needed("fit" if running is None else str(running.value)):
             self._load(split)
 
     def setup(self, stage: str) -> None:
@@ -349,13 +350,26 @@ class AlignmentDataModule(LightningDataModule):
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
+def datamodule_of(trainer: Trainer) -> AlignmentDataModule:
+    """The data module that a trainer runs on.
+
+    Raises:
+        ConfigError: If there is none, or it is not one of ours.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(datamodule, AlignmentDataModule):
+        raise ConfigError(f"a data module of lit_alignment is needed here, not {type(datamodule).__name__}.")
+    return datamodule
+
+
 class _RowEncoder:
     """Encodes one row of a records data set; a class, so that it can be sent to worker processes."""
 
     def __init__(self, module: AlignmentDataModule, source: Source, prompts: bool) -> None:
         self.encoder, self.source, self.prompts = module.encoder, source, prompts
         self.encode_record = module.encode_record
-        self.empty = {name: [] if isinstance(f, datasets.List) else None for name, f in module.features.items()}
+        columns = module.features.items()
+        self.empty: dict[str, Any] = {n: [] if isinstance(f, datasets.List) else None for n, f in columns}
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
         loaded = {name: json.loads(row[name]) for name in ("messages", "label", "meta", "tools")}

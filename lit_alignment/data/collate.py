@@ -90,7 +90,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Te
     return input_ids, attention_mask
 
 
-def _pad(rows: list[list[int]] | list[list[float]], width: int, value: float, dtype: torch.dtype) -> Tensor:
+def _pad(rows: Sequence[Sequence[float]], width: int, value: float, dtype: torch.dtype) -> Tensor:
     out = torch.full((len(rows), width), value, dtype=dtype)
     for index, row in enumerate(rows):
         out[index, : len(row)] = torch.tensor(row, dtype=dtype)

@@ -239,14 +239,15 @@ class Encoder:
     def _shorten(self, record: Record, messages: list[Message], example: Example) -> Example:
         policy = self._policy(record, len(example.input_ids))
         if self.config.truncation_unit == "tokens":
-            kept = shorten_tokens(
-                len(example.input_ids), policy, self.config.max_length, self._pinned(messages, record)
+            pinned = self._pinned(messages, record)
+            kept = shorten_tokens(len(example.input_ids), policy, self.config.max_length, pinned)
+            places = [place for begin, end in kept for place in range(begin, end)]
+            return replace(
+                example,
+                input_ids=[example.input_ids[place] for place in places],
+                labels=[example.labels[place] for place in places],
+                weights=[example.weights[place] for place in places],
             )
-            cut = [
-                [values[i] for a, b in kept for i in range(a, b)]
-                for values in (example.input_ids, example.labels, example.weights)
-            ]
-            return replace(example, input_ids=cut[0], labels=cut[1], weights=cut[2])
 
         def encode(shorter: list[Message]) -> Example:
             return self._encode_messages(shorter, record.tools)

@@ -32,8 +32,8 @@ def choose_records(source: Source, num_records: int, seed: int) -> Indices:
 def repeat_records(indices: Indices, times: float, generator: np.random.Generator) -> Indices:
     """Each index floor(times) times, plus a random part of them for the fraction that is left."""
     whole, rest = divmod(times * len(indices), len(indices)) if len(indices) else (0, 0)
-    extra = generator.choice(len(indices), round(rest), replace=False) if rest else []
-    return np.concatenate([np.tile(indices, int(whole)), indices[np.sort(extra).astype(np.int64)]])
+    extra = np.sort(generator.choice(len(indices), round(rest), replace=False)) if len(indices) else indices
+    return np.concatenate([np.tile(indices, int(whole)), indices[extra]])
 
 
 def mixture_repeats(sources: Sequence[Source], sizes: Sequence[int]) -> list[float]:

@@ -5,7 +5,6 @@ each message. The assistant masks of transformers are not used: stock templates 
 all-zero masks, so the places are recovered from renderings of prefixes and checked against the full one.
 """
 
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,7 +182,7 @@ class JinjaTemplate:
                 raise TemplateError(f"the chat template rewrites message {index}, so its place cannot be found")
             return content[0]
         prompt = self.render(messages[:index], tools, prompt=True) if index else self._opening(messages, tools)
-        start = len(os.path.commonprefix([prompt, text]))
+        start = _common_prefix(prompt, text)
         if not self.train_empty_thinking and (block := EMPTY_THINKING.match(text, start)):
             start = block.end()
         return start
@@ -224,12 +223,17 @@ class JinjaTemplate:
         if boundary is None:
             raise TemplateError(f"the chat template rewrites message {index}, so its end cannot be found")
         # The content is not verbatim (a tool call): the turn ends with the last special token before white space.
-        last = None
-        for last in self.special.finditer(text, start, boundary):
-            pass
+        last = max(self.special.finditer(text, start, boundary), key=re.Match.end, default=None)
         if last is not None and not text[last.end() : boundary].strip():
             return Turn(start, last.start(), last.end())
         return Turn(start, boundary, boundary)
+
+
+def _common_prefix(first: str, second: str) -> int:
+    """Number of characters that two texts share at their beginning."""
+    if second.startswith(first):
+        return len(first)
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
 
 
 class PrefixSuffixTemplate:

@@ -6,11 +6,11 @@ B prompts, S answers to each, T tokens, V vocabulary
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from lit_alignment.data.collate import pad_prompts
 from lit_alignment.generation.settings import Answer, GenerationSettings
@@ -81,7 +81,7 @@ def generate(
     digest = hashlib.sha256(f"{settings.seed}/{list(map(list, prompts))}".encode()).digest()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        sequences = model.generate(
+        sequences = cast(GenerationMixin, model).generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=_generation_config(model, settings, stop, strings, int(tokenizer.pad_token_id or 0)),
@@ -184,4 +184,4 @@ def _logprobs(
         logits_to_keep=num_new + 1,
     ).logits[:, :-1]
     logps = logits.float().log_softmax(-1).gather(2, sequences[:, width:, None]).squeeze(2)  # [B * S, num_new]
-    return (logps * answer_mask).sum(1).tolist()
+    return [float(total) for total in (logps * answer_mask).sum(1)]

@@ -82,7 +82,7 @@ def linear_cross_entropy(
             + ("" if weights is None else f" and weights {tuple(weights.shape)}")
             + "; all must agree."
         )
-    loss, hits = _LinearCrossEntropy.apply(
+    loss, hits = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, weights, label_smoothing, scale, softcap, chunk_size
     )
     return loss, hits

@@ -69,7 +69,7 @@ def document_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
-    parts = zip(*(tensor.split(list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
     for q, k, v in parts:
         length = q.shape[2]
@@ -90,7 +90,8 @@ def _document_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: A
     q_length, kv_length = kwargs.get("q_length"), kwargs.get("kv_length")
     if attention_mask is None and q_length == kv_length:
         return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    mask: Tensor | None = sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return mask
 
 
 def choose_attention(requested: Attention, packing: bool, device_type: str, config: PretrainedConfig) -> str:

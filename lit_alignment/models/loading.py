@@ -103,7 +103,8 @@ def load_causal_model(backbone: Backbone, peft: PeftConfig | None, packing: bool
     if backbone.compile:
         model.get_decoder().compile(dynamic=True)
     # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
-    return (model if peft is None else add_adapters(model, peft)).train()
+    network: nn.Module = model if peft is None else add_adapters(model, peft)
+    return network.train()
 
 
 def add_adapters(model: nn.Module, peft: PeftConfig) -> PeftModel:
@@ -113,9 +114,10 @@ def add_adapters(model: nn.Module, peft: PeftConfig) -> PeftModel:
         ConfigError: If peft refuses the combination.
     """
     try:
-        return get_peft_model(model, peft)
+        wrapped: PeftModel = get_peft_model(model, peft)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model.peft: {error}") from error
+    return wrapped
 
 
 def _dtype(backbone: Backbone, peft: PeftConfig | None, device_type: str) -> torch.dtype:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import nn
 
-from lit_alignment.data.base import AlignmentDataModule, PromptBatch
+from lit_alignment.data.base import PromptBatch, datamodule_of
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
@@ -50,9 +51,8 @@ class AlignmentModule(LightningModule):
     def configure_model(self) -> None:
         """Load the weights, once."""
         if self.model is None:
-            datamodule = self._datamodule()
+            packing = datamodule_of(self.trainer).packing
             device_type = self.trainer.strategy.root_device.type
-            packing = datamodule is not None and datamodule.packing
             self.model = load_causal_model(self.backbone, self.peft_config, packing, device_type)
 
     @property
@@ -66,14 +66,9 @@ class AlignmentModule(LightningModule):
             raise ConfigError("the model is not loaded yet: call configure_model() or run it in a Trainer.")
         return self.model
 
-    def _datamodule(self) -> AlignmentDataModule | None:
-        """The data module in use, if it is one of ours."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        return datamodule if isinstance(datamodule, AlignmentDataModule) else None
-
     # Optimiser.
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the trainable parameters, with the schedule stepped at each optimiser step."""
         total_steps = float(self.trainer.estimated_stepping_batches)
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
@@ -116,9 +111,7 @@ class AlignmentModule(LightningModule):
     def stop(self) -> StopRule:
         """What ends a turn: EOS, and what the data module trains as the end of a response."""
         if self._stop is None:
-            datamodule = self._datamodule() if self._trainer is not None else None
-            end_of_turn = [] if datamodule is None else datamodule.encoder.end_of_turn()
-            self._stop = stop_rule(self.tokenizer, end_of_turn)
+            self._stop = stop_rule(self.tokenizer, datamodule_of(self.trainer).encoder.end_of_turn())
         return self._stop
 
     def answer(self, prompts: list[list[int]], settings: GenerationSettings) -> list[list[Answer]]:

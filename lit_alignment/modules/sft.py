@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_alignment.data.collate import TokenBatch
 from lit_alignment.data.messages import IGNORE_INDEX
@@ -51,8 +51,8 @@ class SFTModule(AlignmentModule):
         super().__init__(backbone, peft, optimizer, generation)
         self.label_smoothing = label_smoothing
         self.neftune_alpha = neftune_alpha
-        self.losses = nn.ModuleDict({f"{stage}_": TokenMean() for stage in ("val", "test")})
-        self.accuracies = nn.ModuleDict({f"{stage}_": TokenMean() for stage in ("val", "test")})
+        self.val_loss, self.val_accuracy = TokenMean(), TokenMean()
+        self.test_loss, self.test_accuracy = TokenMean(), TokenMean()
         self._window_loss: Tensor | float = 0.0
         self._head_checked = False
 
@@ -76,9 +76,9 @@ class SFTModule(AlignmentModule):
             loss = loss_sum * (world_scale(self) / batch.window_weight)
             self._window_loss = self._window_loss + loss.detach()
             return loss
-        num_trained = (batch.labels != IGNORE_INDEX).sum()
-        self.losses[f"{stage}_"].update(loss_sum, weight)
-        self.accuracies[f"{stage}_"].update(hits, num_trained)
+        mean_loss, mean_accuracy = self._means(stage)
+        mean_loss.update(loss_sum, weight)
+        mean_accuracy.update(hits, (batch.labels != IGNORE_INDEX).sum())
         return loss_sum
 
     def _summed_loss(self, batch: TokenBatch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,12 +131,18 @@ class SFTModule(AlignmentModule):
         self._log_means("test")
 
     def _log_means(self, stage: Stage) -> None:
-        loss = self.losses[f"{stage}_"].compute()
+        mean_loss, mean_accuracy = self._means(stage)
+        loss = mean_loss.compute()
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp())
-        self.log(f"{stage}/token_accuracy", self.accuracies[f"{stage}_"].compute(), prog_bar=True)
-        self.losses[f"{stage}_"].reset()
-        self.accuracies[f"{stage}_"].reset()
+        self.log(f"{stage}/token_accuracy", mean_accuracy.compute(), prog_bar=True)
+        mean_loss.reset()
+        mean_accuracy.reset()
+
+    def _means(self, stage: Stage) -> tuple[TokenMean, TokenMean]:
+        if stage == "test":
+            return self.test_loss, self.test_accuracy
+        return self.val_loss, self.val_accuracy
 
 
 def neftune_noise(embedded: Tensor, batch: TokenBatch, alpha: float) -> Tensor:

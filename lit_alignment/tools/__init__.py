@@ -1,0 +1,1 @@
+"""Commands that are not Trainer loops, one file each."""

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,8 @@ def main(arguments: list[str]) -> None:
     cli = build(["--config", options.config])
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     writer = PredictionWriter()
-    trainer.callbacks.append(writer)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(writer)
     run = Path(trainer.log_dir or trainer.default_root_dir)
 
     def predictions(name: str, checkpoint: str | None) -> list[dict[str, Any]]:
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> None:
 
     console.rule("result")
     console.print(_side_by_side(before, after))
-    speed = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))
+    speed = next(callback for callback in callbacks if isinstance(callback, Throughput))
     end = time.perf_counter()
     console.print(f"exact match on {len(after)} held-out requests: {_score(before)} before, {_score(after)} after")
     console.print(f"training speed: {speed.total_tokens / speed.total_seconds:.0f} tokens/s")
