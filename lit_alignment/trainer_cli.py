@@ -18,6 +18,8 @@ from lit_alignment.modules.base import AlignmentModule
 
 # Said by libraries about themselves; a user can do nothing about them.
 QUIET = (
+    r".*The dirpath has changed from.*",
+    r".*Total length of `PlannedLoader` across ranks is zero.*",
     r".*LightningCLI's args parameter is intended.*",
     r".*`loftq_config` specified but will be ignored.*",
     r".*Precision .* is not supported by the model summary.*",

@@ -1,6 +1,7 @@
 """Predictions to JSONL, one file for each way of generating."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,30 @@ class PredictionWriter(Callback):
         self._done: dict[str, set[tuple[str, str]]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find what is answered already, before the loader is made."""
+        """Have the data module ask what is answered already."""
         if stage != "predict":
             return
         if not isinstance(pl_module, AlignmentModule):
             raise ConfigError(f"PredictionWriter needs a module of lit_alignment, not {type(pl_module).__name__}.")
-        datamodule = datamodule_of(trainer)
-        for name in pl_module.generation:
+        datamodule_of(trainer).answered = partial(self._open_files, trainer, pl_module)
+
+    def _open_files(self, trainer: Trainer, module: AlignmentModule) -> set[tuple[str, str]]:
+        """Check the files that are there, and return what all of them have answered."""
+        for name in module.generation:
             file = PredictionFile(self.output_dir / f"{name}.jsonl", trainer.global_rank)
             if self.overwrite:
                 file.remove()
-            file.check_settings(_settings(trainer, pl_module, name))
+            file.check_settings(_settings(trainer, module, name))
             file.repair()
             self._files[name] = file
             self._done[name] = file.answered()
-        datamodule.answered = set.intersection(*self._done.values())
-        if datamodule.answered:
-            rank_zero_info(f"{len(datamodule.answered)} prompts are answered in {self.output_dir}; going on.")
+        answered = set.intersection(*self._done.values())
+        if answered:
+            rank_zero_info(f"{len(answered)} prompts are answered in {self.output_dir}; going on.")
         trainer.strategy.barrier("predictions")  # all ranks have read before any writes
+        if answered >= set(self._order(trainer)):
+            self._finish(trainer)  # a run that was killed just before its end left nothing to predict
+        return answered
 
     def on_predict_batch_end(
         self,
@@ -71,12 +78,18 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the files in order."""
         trainer.strategy.barrier("predictions")
+        self._finish(trainer)
+
+    def _finish(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            prompts = datamodule_of(trainer).examples["predict"]
-            order = {key: i for i, key in enumerate(zip(prompts["dataset"], prompts["id"], strict=True))}
             for file in self._files.values():
-                file.finish(order)
+                file.finish(self._order(trainer))
                 rank_zero_info(f"predictions: {file.path}")
+
+    @staticmethod
+    def _order(trainer: Trainer) -> dict[tuple[str, str], int]:
+        prompts = datamodule_of(trainer).examples["predict"]
+        return {key: index for index, key in enumerate(zip(prompts["dataset"], prompts["id"], strict=True))}
 
 
 def _settings(trainer: Trainer, module: AlignmentModule, name: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -147,7 +147,8 @@ class AlignmentDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir() / "data"
         self.examples: dict[str, datasets.Dataset] = {}
         self.reports: dict[str, DataReport] = {}
-        self.answered: set[tuple[str, str]] = set()  # (dataset, id) of prompts that need no answer any more
+        # Gives (dataset, id) of prompts that need no answer any more; asked when the loader is made.
+        self.answered: Callable[[], set[tuple[str, str]]] = set
 
     # What a method adds.
 
@@ -296,8 +297,9 @@ class AlignmentDataModule(LightningDataModule):
     def predict_dataloader(self) -> PlannedLoader[PromptBatch]:
         """Prompts that are not answered yet, longest first, so that a batch too large for the memory fails at once."""
         dataset = self.examples["predict"]
+        answered = self.answered()
         keys = zip(dataset["dataset"], dataset["id"], strict=True)
-        open_ones = [index for index, key in enumerate(keys) if key not in self.answered]
+        open_ones = [index for index, key in enumerate(keys) if key not in answered]
         lengths = np.array(dataset["length"], dtype=np.int64)
         order = sorted(open_ones, key=lambda index: -lengths[index])
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]

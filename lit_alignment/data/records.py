@@ -119,7 +119,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                     continue
                 where = f"{path}:{number}"
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.rstrip())
                 except json.JSONDecodeError as error:
                     raise RecordError(
                         where,

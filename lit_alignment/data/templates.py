@@ -214,6 +214,8 @@ class JinjaTemplate:
             except TemplateError:
                 so_far = text + MARKER
             boundary = len(so_far) if text.startswith(so_far) else None
+        if boundary is None and messages[index].get("tool_calls"):
+            return self._finish_tool_call(messages, tools, index, text, start)
         if content is not None:
             end = max(content[1], start)
             closing = self.special.search(text, end, len(text) if boundary is None else boundary)
@@ -227,6 +229,21 @@ class JinjaTemplate:
         if last is not None and not text[last.end() : boundary].strip():
             return Turn(start, last.start(), last.end())
         return Turn(start, boundary, boundary)
+
+
+    def _finish_tool_call(
+        self, messages: list[Message], tools: list[Any], index: int, text: str, start: int
+    ) -> Turn:
+        """The range of a turn that ends in a tool call: up to the first special token behind its last call."""
+        *calls, last = messages[index]["tool_calls"]
+        marked_call = {**last, "function": {**last["function"], "name": last["function"]["name"] + MARKER}}
+        marked = {**messages[index], "tool_calls": [*calls, marked_call]}
+        rendered = self.render([*messages[:index], marked, *messages[index + 1 :]], tools, prompt=False)
+        place = rendered.find(MARKER)
+        closing = self.special.search(text, place) if rendered.replace(MARKER, "") == text and place >= 0 else None
+        if closing is None:
+            raise TemplateError(f"the chat template rewrites message {index}, so its end cannot be found")
+        return Turn(start, closing.start(), closing.end())
 
 
 def _common_prefix(first: str, second: str) -> int:

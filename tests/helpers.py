@@ -1,0 +1,113 @@
+"""Small models, data and runs that many tests share."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from peft import LoraConfig
+
+from lit_alignment import AtomicCheckpointIO, SFTDataModule, SFTModule
+from lit_alignment.data.encode import Encoder, EncodingConfig, Example
+from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.records import Source
+from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.models.loading import Backbone
+from lit_alignment.modules.optimization import OptimizerConfig
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the kitchen scale does not work please reply order urgent billing product repair null true".split()
+
+
+def chats(number: int, seed: int = 0, longest: int = 40) -> list[dict[str, Any]]:
+    """Conversations of one to three exchanges with very unequal lengths."""
+    generator = random.Random(seed)
+    records = []
+    for index in range(number):
+        messages = []
+        for _ in range(generator.randint(1, 3)):
+            for role in ("user", "assistant"):
+                length = generator.choice((1, 2, 5, longest))
+                messages.append({"role": role, "content": " ".join(generator.choices(WORDS, k=length))})
+        records.append({"id": f"r{index}", "messages": messages})
+    return records
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def record(*turns: str, **rest: Any) -> Record:
+    """A conversation that alternates user and assistant."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    return read_record({"messages": messages, **rest}, "test.jsonl:1", 0)
+
+
+def table(tokenizer, example: Example) -> str:
+    """The tokens of an example on one line, trained ones in [brackets]."""
+    shown = []
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        text = tokenizer.decode([token]).replace("\n", "\\n").replace(" ", "_")
+        shown.append(text if label == IGNORE_INDEX else f"[{text}]")
+    return " ".join(shown)
+
+
+def encoder(tokenizer, template: TemplateConfig | None = None, **settings: Any) -> Encoder:
+    return Encoder(tokenizer, EncodingConfig(template=template or TemplateConfig(), **settings))
+
+
+def sft_module(lora: bool = False, **settings: Any) -> SFTModule:
+    seed_everything(0, verbose=False)
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    settings.setdefault("optimizer", OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0))
+    return SFTModule(Backbone("configs/tiny", weights="random"), peft=peft, **settings)
+
+
+def sft_data(module: SFTModule, train: list[dict[str, Any]], val=None, **settings: Any) -> SFTDataModule:
+    settings.setdefault("encoding", EncodingConfig(max_length=512))
+    return SFTDataModule(
+        module.tokenizer,
+        train=[Source(records=train, name="train")],
+        val=[Source(records=val, name="val")] if val else None,
+        test=[Source(records=val, name="val")] if val else None,
+        predict=[Source(records=val, name="val")] if val else None,
+        **settings,
+    )
+
+
+def trainer(folder: Path, **settings: Any) -> Trainer:
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": folder,
+        "max_epochs": 1,
+        "plugins": [AtomicCheckpointIO()],
+    }
+    return Trainer(**(options | settings))
+
+
+def weights(module: SFTModule) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `lit-alignment` as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "lit_alignment", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        cwd=ROOT,
+        check=False,
+    )

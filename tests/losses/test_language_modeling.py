@@ -1,0 +1,88 @@
+import math
+
+import pytest
+import torch
+
+from lit_alignment.losses import linear_cross_entropy, token_cross_entropy
+
+
+def test_loss_of_two_tokens_worked_by_hand():
+    """Logits (1, 0) for target 0 and (0, 2) for target 0.
+
+    -log p: log(1 + e^-1) = 0.31326 and log(1 + e^2) = 2.12693; their sum is 2.44019, with weights 1 and 0.5 it is
+    1.37673. The first target is the argmax, the second is not.
+    """
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    weight, targets = torch.eye(2), torch.tensor([0, 0])
+    loss, hits = linear_cross_entropy(hidden, weight, targets)
+    assert float(loss) == pytest.approx(math.log1p(math.exp(-1)) + math.log1p(math.exp(2)), rel=1e-6)
+    assert int(hits) == 1
+    loss, _ = linear_cross_entropy(hidden, weight, targets, torch.tensor([1.0, 0.5]))
+    assert float(loss) == pytest.approx(0.31326 + 0.5 * 2.12693, rel=1e-4)
+
+
+def test_label_smoothing_worked_by_hand():
+    """Logits (1, 0), target 0, smoothing 0.2: 0.9 * 0.31326 + 0.1 * 1.31326 = 0.41326."""
+    loss, _ = linear_cross_entropy(torch.tensor([[1.0, 0.0]]), torch.eye(2), torch.tensor([0]), label_smoothing=0.2)
+    assert float(loss) == pytest.approx(0.41326, rel=1e-4)
+
+
+def _inputs(dtype):
+    torch.manual_seed(0)
+    hidden = torch.randn(37, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=dtype, requires_grad=True)
+    bias = torch.randn(50, dtype=dtype, requires_grad=True)
+    return hidden, weight, bias, torch.randint(0, 50, (37,)), torch.rand(37)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 5.0), (0.5, 3.0)])
+def test_chunked_loss_and_gradients_equal_full_logits(smoothing, scale, softcap):
+    hidden, weight, bias, targets, weights = _inputs(torch.float32)
+    found, found_hits = linear_cross_entropy(
+        hidden, weight, targets, weights, bias=bias, label_smoothing=smoothing, scale=scale, softcap=softcap, chunk_size=8
+    )
+    logits = scale * (hidden @ weight.T + bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected, expected_hits = token_cross_entropy(logits, targets, weights, smoothing)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert int(found_hits) == int(expected_hits)
+    # A factor on the loss must reach the gradients, which were made before it was known.
+    inputs = (hidden, weight, bias)
+    for one, other in zip(torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * expected, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_chunk_size_does_not_change_the_loss():
+    hidden, weight, _, targets, weights = _inputs(torch.float32)
+    losses = [float(linear_cross_entropy(hidden, weight, targets, weights, chunk_size=n)[0]) for n in (1, 5, 64)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_gradient_step_lowers_the_loss():
+    hidden, weight, _, targets, _ = _inputs(torch.float32)
+    before, _ = linear_cross_entropy(hidden, weight, targets)
+    (gradient,) = torch.autograd.grad(before, hidden)
+    after, _ = linear_cross_entropy(hidden - 0.01 * gradient, weight, targets)
+    assert float(after) < float(before)
+
+
+def test_no_trained_position_gives_zero_loss_and_zero_gradient():
+    weight = torch.randn(50, 16, requires_grad=True)
+    hidden = torch.randn(0, 16, requires_grad=True)
+    loss, hits = linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert float(loss) == 0 and int(hits) == 0 and float(weight.grad.abs().sum()) == 0
+
+
+def test_bfloat16_loss_is_computed_in_float32():
+    hidden, weight, _, targets, _ = _inputs(torch.bfloat16)
+    loss, _ = linear_cross_entropy(hidden, weight, targets)
+    expected, _ = token_cross_entropy((hidden @ weight.T), targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0.0)
+
+
+def test_wrong_number_of_targets_is_refused():
+    with pytest.raises(ValueError, match="hidden has 3 positions, but targets has shape"):
+        linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long))
