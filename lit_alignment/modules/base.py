@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import nn
@@ -14,6 +15,7 @@ from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
 from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
+from lit_alignment.models.sharding import shard
 from lit_alignment.modules.optimization import OptimizerConfig, build_optimizer
 
 CHECKPOINT_KEY = "lit_alignment"
@@ -54,6 +56,8 @@ class AlignmentModule(LightningModule):
             packing = datamodule_of(self.trainer).packing
             device_type = self.trainer.strategy.root_device.type
             self.model = load_causal_model(self.backbone, self.peft_config, packing, device_type)
+            if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
+                shard(self.model, self.device_mesh["data_parallel"])
 
     @property
     def network(self) -> nn.Module:

@@ -1,0 +1,61 @@
+"""One run of SFT on two gloo ranks; rank 0 writes gradients and losses. Started by test_distributed.py."""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from tests.helpers import chats, sft_data, sft_module, trainer
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.gradients, self.ids, self.losses, self.norms = [], [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradients = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
+        self.gradients.append({n: full(g).clone() for n, g in gradients.items()})
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.ids.append(batch.ids)
+        if len(self.gradients) > len(self.losses):
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            self.norms.append(float(full(trainer.callback_metrics["train/grad_norm"])))
+
+
+def main(kind: str, lora: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    strategies = {
+        "one": "auto",
+        "ddp": DDPStrategy(process_group_backend="gloo"),
+        "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
+    }
+    recorder = Recorder()
+    runner = trainer(
+        Path(folder),
+        strategy=strategies[kind],
+        devices=1 if kind == "one" else 2,
+        accumulate_grad_batches=6 if kind == "one" else 3,
+        callbacks=[recorder],
+    )
+    module = sft_module(lora=lora == "lora")
+    data = sft_data(module, chats(11), chats(7, seed=1), packing=True, tokens_per_batch=512)
+    runner.fit(module, data)
+    keep = {
+        "gradients": recorder.gradients,
+        "losses": recorder.losses,
+        "norms": recorder.norms,
+        "validation": float(runner.callback_metrics["val/loss"]),
+        "ids": recorder.ids,
+    }
+    torch.save(keep, Path(folder) / f"{kind}-{runner.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

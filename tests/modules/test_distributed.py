@@ -1,0 +1,44 @@
+"""Gradients and losses on two gloo ranks equal those of one process."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import ROOT
+
+
+def launch(kind, lora, folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.modules.distributed_script", kind, lora, str(folder)],
+        env=os.environ | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return torch.load(folder / f"{kind}-0.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one_process(kind, lora, tmp_path):
+    """The same micro-batches, dealt to two ranks with half the accumulation; the last window is a short one."""
+    one, two = launch("one", lora, tmp_path), launch(kind, lora, tmp_path)
+    assert len(one["gradients"]) == len(two["gradients"]) > 0
+    assert one["ids"] != two["ids"]
+    for name, gradient in one["gradients"][0].items():
+        scale = max(float(gradient.abs().max()), 1e-3)
+        torch.testing.assert_close(two["gradients"][0][name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
+    assert two["validation"] == pytest.approx(one["validation"], rel=1e-4)
