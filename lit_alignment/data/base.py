@@ -147,6 +147,8 @@ class AlignmentDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir() / "data"
         self.examples: dict[str, datasets.Dataset] = {}
         self.reports: dict[str, DataReport] = {}
+        self._train_loader: PlannedLoader[Any] | None = None
+        self._resume_at: dict[str, int] | None = None
         # Gives (dataset, id) of prompts that need no answer any more; asked when the loader is made.
         self.answered: Callable[[], set[tuple[str, str]]] = set
 
@@ -284,7 +286,18 @@ class AlignmentDataModule(LightningDataModule):
 
     def train_dataloader(self) -> PlannedLoader[Any]:
         """Shuffled batches that know the trained weight of their optimiser step."""
-        return self._loader("train")
+        self._train_loader = self._loader("train")
+        if self._resume_at is not None:
+            self._train_loader.resume(self._resume_at)
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training data, for a checkpoint."""
+        return {} if self._train_loader is None else {"train": self._train_loader.position()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at a checkpoint's place; the loader is made afterwards."""
+        self._resume_at = state_dict.get("train")
 
     def val_dataloader(self) -> PlannedLoader[Any] | list[Any]:
         """Validation batches in order; none without sources."""

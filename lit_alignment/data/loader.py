@@ -28,7 +28,8 @@ class PlannedLoader(Generic[Batch]):
     """Yields the batches of a plan and remembers how many of them were used.
 
     It is not a DataLoader, so Lightning leaves it alone: no injected sampler, no re-instantiation. Lightning finds
-    `set_epoch` through `batch_sampler`, and saves and restores whatever has `state_dict` and `load_state_dict`.
+    `set_epoch` through `batch_sampler`. The data module stores the position: Lightning's own way, a loader with a
+    `state_dict`, is skipped on resuming when a schedule has asked for the number of steps.
 
     Args:
         plan: The batches of an epoch on this rank.
@@ -86,10 +87,10 @@ class PlannedLoader(Generic[Batch]):
             self._used += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and position, in batches of all ranks together."""
-        return {"epoch": self.epoch, "position": self._used * self.world_size}
+    def position(self) -> dict[str, int]:
+        """Epoch and number of used batches of all ranks together."""
+        return {"epoch": self.epoch, "used": self._used * self.world_size}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at a stored position."""
-        self._resume = (state["epoch"], state["position"])
+    def resume(self, position: dict[str, int]) -> None:
+        """Continue at a stored position when its epoch is iterated."""
+        self._resume = (position["epoch"], position["used"])

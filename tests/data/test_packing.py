@@ -106,7 +106,7 @@ def test_loader_continues_where_it_was_stopped(workers):
     iterator = iter(stopped)
     head = [next(iterator).tolist() for _ in range(5)]
     resumed = loader()
-    resumed.load_state_dict(stopped.state_dict())
+    resumed.resume(stopped.position())
     resumed.set_epoch(1)
     assert head + [batch.tolist() for batch in resumed] == expected
     resumed.set_epoch(2)  # the stored place belongs to its epoch only
