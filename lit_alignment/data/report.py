@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -45,5 +45,5 @@ def write_reports(reports: dict[str, DataReport], directory: Path) -> Path:
     """Write the reports as `data_report.json`."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "data_report.json"
-    path.write_text(json.dumps({split: asdict(report) for split, report in reports.items()}, indent=2) + "\n")
+    path.write_text(json.dumps({split: vars(report) for split, report in reports.items()}, indent=2) + "\n")
     return path

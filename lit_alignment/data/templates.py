@@ -230,10 +230,7 @@ class JinjaTemplate:
             return Turn(start, last.start(), last.end())
         return Turn(start, boundary, boundary)
 
-
-    def _finish_tool_call(
-        self, messages: list[Message], tools: list[Any], index: int, text: str, start: int
-    ) -> Turn:
+    def _finish_tool_call(self, messages: list[Message], tools: list[Any], index: int, text: str, start: int) -> Turn:
         """The range of a turn that ends in a tool call: up to the first special token behind its last call."""
         *calls, last = messages[index]["tool_calls"]
         marked_call = {**last, "function": {**last["function"], "name": last["function"]["name"] + MARKER}}

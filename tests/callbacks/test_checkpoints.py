@@ -51,7 +51,9 @@ def newest(folder):
     return max((folder / "ckpt").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
 
 
-@pytest.mark.parametrize("data", [{"packing": False, "batch_size": 2}, {"tokens_per_batch": 512}], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "data", [{"packing": False, "batch_size": 2}, {"tokens_per_batch": 512}], ids=["padded", "packed"]
+)
 def test_resume_sees_the_same_records_and_losses(tmp_path, data):
     """Killed in mid-epoch, then in the second epoch, then twice in one epoch."""
     whole, _, module = run(tmp_path / "whole", **data)

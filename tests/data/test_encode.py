@@ -14,8 +14,8 @@ def trained_text(tokenizer, example):
 def test_golden_table_of_a_conversation(tokenizer):
     example = encoder(tokenizer).encode(record("Hi", "now", "more", "yes"))
     assert table(tokenizer, example) == (
-        '<|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> as s istant \\n [n] [ow] [<|im_end|>] \\n '
-        '<|im_start|> user \\n m o re <|im_end|> \\n <|im_start|> as s istant \\n [y] [es] [<|im_end|>] \\n'
+        "<|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> as s istant \\n [n] [ow] [<|im_end|>] \\n "
+        "<|im_start|> user \\n m o re <|im_end|> \\n <|im_start|> as s istant \\n [y] [es] [<|im_end|>] \\n"
     )
 
 
@@ -159,7 +159,7 @@ class TestTruncation:
     def test_too_long_is_dropped_or_an_error(self, tokenizer):
         with pytest.raises(Dropped, match="too_long"):
             self.kept(tokenizer, 50, truncation="drop")
-        with pytest.raises(RecordError, match=r"test.jsonl:1: the conversation has \d+ tokens, more than max_length 50"):
+        with pytest.raises(RecordError, match=r"test.jsonl:1: the conversation has \d+ tokens, more than max_length"):
             self.kept(tokenizer, 50, truncation="error")
         with pytest.raises(Dropped, match="too_long"):  # not even one exchange fits
             self.kept(tokenizer, 8, truncation="keep_end")

@@ -10,7 +10,12 @@ EXPECTED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "
     "raw",
     [
         {"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"instruction": "q", "input": "", "output": "a"},
         {"prompt": "q", "completion": "a"},
@@ -71,7 +76,10 @@ def test_openai_tool_calls_get_arguments_as_objects():
         ({"messages": [{"role": "user", "content": "x", "train": "no"}]}, "field 'messages[0].train' is 'no'"),
         ({"id": [1], "messages": [{"role": "user", "content": "x"}]}, "field 'id' is a list"),
         ({"prompt": 3, "completion": "x"}, "field 'prompt' is a number"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "not JSON"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "not JSON",
+        ),
     ],
 )
 def test_bad_record_names_file_line_field_and_fix(raw, message):

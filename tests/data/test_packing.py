@@ -96,7 +96,9 @@ def test_loader_continues_where_it_was_stopped(workers):
     planned = plan(tokens=None)
 
     def loader():
-        return PlannedLoader(lambda epoch: planned.batches(epoch), _indices, len(planned.groups(0)), num_workers=workers)
+        return PlannedLoader(
+            lambda epoch: planned.batches(epoch), _indices, len(planned.groups(0)), num_workers=workers
+        )
 
     whole = loader()
     whole.set_epoch(1)

@@ -25,21 +25,21 @@ def file(name: str, **rest) -> TemplateConfig:
 
 
 GOLDEN = {
-    'llama3': (
-        '<|begin_of_text|> <|start_header_id|> user <|end_header_id|> \\n \\n Hi <|eot_id|> <|start_header_id|>'
-        ' as s istant <|end_header_id|> \\n \\n [n] [ow] [<|eot_id|>] <|start_header_id|> user '
-        '<|end_header_id|> \\n \\n m o re <|eot_id|> <|start_header_id|> as s istant <|end_header_id|> \\n \\n '
-        '[y] [es] [<|eot_id|>]'
+    "llama3": (
+        "<|begin_of_text|> <|start_header_id|> user <|end_header_id|> \\n \\n Hi <|eot_id|> <|start_header_id|>"
+        " as s istant <|end_header_id|> \\n \\n [n] [ow] [<|eot_id|>] <|start_header_id|> user "
+        "<|end_header_id|> \\n \\n m o re <|eot_id|> <|start_header_id|> as s istant <|end_header_id|> \\n \\n "
+        "[y] [es] [<|eot_id|>]"
     ),
-    'gemma': (
-        '<bos> <start_of_turn> user \\n Hi <end_of_turn> \\n <start_of_turn> m odel \\n [n] [ow] [<end_of_turn>]'
-        ' \\n <start_of_turn> user \\n m o re <end_of_turn> \\n <start_of_turn> m odel \\n [y] [es] '
-        '[<end_of_turn>] \\n'
+    "gemma": (
+        "<bos> <start_of_turn> user \\n Hi <end_of_turn> \\n <start_of_turn> m odel \\n [n] [ow] [<end_of_turn>]"
+        " \\n <start_of_turn> user \\n m o re <end_of_turn> \\n <start_of_turn> m odel \\n [y] [es] "
+        "[<end_of_turn>] \\n"
     ),
-    'qwen3': (
-        '<|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> as s istant \\n [n] [ow] [<|im_end|>] \\n '
-        '<|im_start|> user \\n m o re <|im_end|> \\n <|im_start|> as s istant \\n < t hin k > \\n \\n < / t hin k '
-        '> \\n \\n [y] [es] [<|im_end|>] \\n'
+    "qwen3": (
+        "<|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> as s istant \\n [n] [ow] [<|im_end|>] \\n "
+        "<|im_start|> user \\n m o re <|im_end|> \\n <|im_start|> as s istant \\n < t hin k > \\n \\n < / t hin k "
+        "> \\n \\n [y] [es] [<|im_end|>] \\n"
     ),
 }
 
@@ -53,7 +53,13 @@ def test_golden_table(name, rich_tokenizer):
 @pytest.mark.parametrize("name", ALL)
 def test_trained_text_is_the_responses_and_their_end_of_turn(name, rich_tokenizer):
     """The last trained token of a turn is its end-of-turn token, once; nothing of the headers is trained."""
-    closing = {"llama3": "<|eot_id|>", "llama2": " </s>", "qwen3": "<|im_end|>", "gemma": "<end_of_turn>", "plain": "\n\n"}
+    closing = {
+        "llama3": "<|eot_id|>",
+        "llama2": " </s>",
+        "qwen3": "<|im_end|>",
+        "gemma": "<end_of_turn>",
+        "plain": "\n\n",
+    }
     opening = " " if name == "llama2" else ""
     example = encoder(rich_tokenizer, file(name)).encode(record("Where is it?", "On its way.", "When?", "Today."))
     trained = rich_tokenizer.decode([i for i, l in zip(example.input_ids, example.labels, strict=True) if l != -100])
@@ -70,9 +76,7 @@ def test_prompt_ids_are_a_prefix_of_the_training_ids(name, rich_tokenizer):
         example = enc.encode(record(*turns[:stop]))
         prompt = enc.encode_prompt(record(*turns[:stop]))
         assert example.input_ids[: len(prompt.input_ids)] == prompt.input_ids
-        first_trained = next(
-            i for i in range(len(prompt.input_ids), len(example.labels)) if example.labels[i] != -100
-        )
+        first_trained = next(i for i in range(len(prompt.input_ids), len(example.labels)) if example.labels[i] != -100)
         skipped = rich_tokenizer.decode(example.input_ids[len(prompt.input_ids) : first_trained])
         assert skipped.strip() in ("", "<think>\n\n</think>")
 

@@ -40,7 +40,15 @@ def _inputs(dtype):
 def test_chunked_loss_and_gradients_equal_full_logits(smoothing, scale, softcap):
     hidden, weight, bias, targets, weights = _inputs(torch.float32)
     found, found_hits = linear_cross_entropy(
-        hidden, weight, targets, weights, bias=bias, label_smoothing=smoothing, scale=scale, softcap=softcap, chunk_size=8
+        hidden,
+        weight,
+        targets,
+        weights,
+        bias=bias,
+        label_smoothing=smoothing,
+        scale=scale,
+        softcap=softcap,
+        chunk_size=8,
     )
     logits = scale * (hidden @ weight.T + bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -49,7 +57,9 @@ def test_chunked_loss_and_gradients_equal_full_logits(smoothing, scale, softcap)
     assert int(found_hits) == int(expected_hits)
     # A factor on the loss must reach the gradients, which were made before it was known.
     inputs = (hidden, weight, bias)
-    for one, other in zip(torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * expected, inputs), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(3 * found, inputs), torch.autograd.grad(3 * expected, inputs), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 

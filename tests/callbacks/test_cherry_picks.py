@@ -1,0 +1,116 @@
+import json
+import shutil
+import subprocess
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from lit_alignment import CherryPicks, Throughput
+from lit_alignment.callbacks.report import CherryPick, curve_svg, render_report
+from lit_alignment.callbacks.tables import log_table, markdown_table
+from lit_alignment.data.records import Source
+from lit_alignment.errors import ConfigError
+from lit_alignment.generation.settings import GenerationSettings
+from tests.helpers import chats, sft_data, sft_module, trainer
+
+
+def fit(folder, callback, **options):
+    module = sft_module()
+    logger = TensorBoardLogger(folder, name="tb")
+    runner = trainer(folder, callbacks=[callback, *options.pop("more", [])], logger=logger, max_epochs=2, **options)
+    runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)))
+    return runner
+
+
+def test_same_prompts_are_answered_before_and_at_each_validation(tmp_path):
+    callback = CherryPicks(num_samples=2, generation=GenerationSettings(max_new_tokens=5))
+    runner = fit(tmp_path, callback)
+    lines = [json.loads(line) for line in open(f"{runner.log_dir}/cherry_picks.jsonl")]
+    steps = sorted({line["step"] for line in lines})
+    assert len(steps) == 3 and steps[0] == 0
+    for step in steps:
+        assert [line["id"] for line in lines if line["step"] == step] == ["r0", "r1"]
+    assert lines[0]["reference"] == chats(5, seed=1)[0]["messages"][-1]["content"]
+    page = open(f"{runner.log_dir}/cherry_picks.html").read()
+    assert all(f"step {step}" in page for step in steps) and "val/loss" in page
+    assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
+
+
+def test_table_reaches_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runner = fit(tmp_path, CherryPicks(num_samples=1, generation=GenerationSettings(max_new_tokens=3)))
+    events = EventAccumulator(runner.log_dir)
+    events.Reload()
+    entries = events.Tensors("cherry_picks/text_summary")
+    assert len(entries) == 3 and b"| prompt | reference | answer |" in entries[0].tensor_proto.string_val[0]
+
+
+def test_table_reaches_wandb_offline(tmp_path):
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="p")
+    log_table([logger], "cherry_picks", ["prompt", "answer"], [["q", "a"]], 1)
+    logger.experiment.finish()
+    stored = [json.loads(path.read_text()) for path in tmp_path.rglob("*.table.json")]
+    assert {"columns": ["prompt", "answer"], "data": [["q", "a"]]}.items() <= stored[0].items()
+
+
+def test_report_goes_on_after_a_resume(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
+    fit(tmp_path, CherryPicks(num_samples=1), more=[saver], enable_checkpointing=True)
+    callback = CherryPicks(num_samples=1)
+    module = sft_module()
+    runner = trainer(tmp_path, callbacks=[callback], max_epochs=3)
+    runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)), ckpt_path=tmp_path / "ckpt/x.ckpt")
+    assert len(callback.picks[0].answers) == 4 and len(callback.curves["val/loss"]) == 3
+
+
+def test_own_prompts_and_missing_prompts(tmp_path):
+    own = CherryPicks([Source(records=[{"messages": [{"role": "user", "content": "mine"}]}], name="own")])
+    fit(tmp_path, own)
+    assert own.picks[0].messages[-1]["content"] == "mine" and own.picks[0].reference is None
+    module = sft_module()
+    with pytest.raises(ConfigError, match="CherryPicks has no prompts"):
+        trainer(tmp_path, callbacks=[CherryPicks()]).fit(module, sft_data(module, chats(2)))
+
+
+def test_report_escapes_and_counts_exact_matches():
+    pick = CherryPick("d", "1", [{"role": "user", "content": "<b>&"}], "yes", {0: "no", 5: " yes "})
+    page = render_report("run", {"train/loss": [(1, 2.0), (5, 0.5)]}, [pick])
+    assert "&lt;b&gt;&amp;" in page and "<b>" not in page
+    assert "<th>0 of 1</th><th>1 of 1</th>" in page and page.count("class=match") == 1
+
+
+def test_curve_picture_spans_its_points():
+    picture = curve_svg({"a": [(0, 4.0), (10, 1.0)]}, width=640, height=240)
+    assert 'points="56.0,12.0 628.0,' in picture
+    assert curve_svg({}) == ""
+
+
+def test_markdown_cells_keep_to_one_line():
+    assert markdown_table(["a"], [["x|y\nz"]]).splitlines()[-1] == "| x\\|y<br>z |"
+
+
+def test_throughput_counts_tokens_and_padding(tmp_path):
+    callback = Throughput(every_n_steps=1)
+    module = sft_module()
+    runner = trainer(tmp_path, callbacks=[callback])
+    data = sft_data(module, chats(9), packing=False, batch_size=3)
+    runner.fit(module, data)
+    assert callback.total_tokens == data.reports["train"].tokens
+    metrics = runner.callback_metrics
+    assert 0 < float(metrics["train/padding_share"]) < 1
+    assert 0 < float(metrics["train/trained_tokens_per_second"]) < float(metrics["train/tokens_per_second"])
+    assert 0.1 < float(metrics["train/peak_memory_gib"]) < 64
+    packed = trainer(tmp_path, callbacks=[Throughput(every_n_steps=1)])
+    packed.fit(sft_module(), sft_data(module, chats(9)))
+    assert float(packed.callback_metrics["train/padding_share"]) == 0
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser on this machine")
+def test_report_opens_in_a_browser(tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(render_report("run", {"val/loss": [(1, 1.0)]}, [CherryPick("d", "1", [], "r", {1: "r"})]))
+    arguments = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False).stdout
+    assert 'class="match"' in shown
