@@ -46,8 +46,15 @@ def _guarded(run: Callable[[list[str]], None], arguments: list[str]) -> int:
         run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted. Saved checkpoints and written predictions are kept.")
-    except (AlignmentError, FileNotFoundError, PermissionError) as error:
+    except (FileNotFoundError, PermissionError) as error:
         return _fail(str(error))
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, AlignmentError):
+            cause = cause.__cause__  # the parser wraps what a constructor raises
+        if cause is None:
+            raise
+        return _fail(str(cause))
     return 0
 
 

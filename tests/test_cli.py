@@ -1,0 +1,146 @@
+"""The command line as a user meets it: help, overrides, and one clear message for each mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from lit_alignment.config_errors import explain
+from tests.helpers import ROOT, chats, command, write_jsonl
+
+TINY = "configs/sft/tiny.yaml"
+
+
+def test_help_answers_at_once_and_names_every_command():
+    best = 9.0
+    for _ in range(3):
+        begin = time.perf_counter()
+        result = command("--help")
+        best = min(best, time.perf_counter() - begin)
+    assert result.returncode == 0 and best < 0.5
+    assert all(f"  {name} " in result.stdout for name in ("fit", "validate", "test", "predict", "fetch", "demo"))
+    assert command("--version").stdout.startswith("lit-alignment 0.")
+
+
+def test_unknown_command_names_the_nearest():
+    result = command("predct")
+    assert result.returncode == 2 and "did you mean 'predict'?" in result.stderr
+
+
+CASES = {
+    "trainer-key": (
+        {"trainer": {"max_epoch": 3}},
+        [],
+        "unknown key 'max_epoch' in trainer. Did you mean 'max_epochs'?",
+    ),
+    "model-key": ({"model": {"init_args": {"label_smothing": 1}}}, [], "Did you mean 'label_smoothing'?"),
+    "nested-key": ({"model": {"init_args": {"backbone": {"atention": "x"}}}}, [], "Did you mean 'attention'?"),
+    "source-key": ({"data": {"init_args": {"train": [{"pth": "x"}]}}}, [], "Did you mean 'path'?"),
+    "class": ({"model": {"class_path": "lit_alignment.SFTModul"}}, [], "Did you mean 'SFTModule'?"),
+    "top-level": ({"traner": {"max_epochs": 1}}, [], "unknown key 'traner'"),
+    "command-line": ({}, ["--model.init_args.label_smothing=1"], "Did you mean 'label_smoothing'?"),
+    "wrong-type": ({"trainer": {"max_epochs": "many"}}, [], "trainer.max_epochs"),
+    "missing-model": ({"model": {"init_args": {"backbone": {"path": "./nowhere"}}}}, [], "./nowhere: no such model"),
+    "missing-data": ({"data": {"init_args": {"train": [{"path": "no.jsonl"}]}}}, [], "no.jsonl: no such file"),
+    "bad-value": ({"data": {"init_args": {"encoding": {"max_length": 1}}}}, [], "max_length is 1; use 2 or more"),
+    "eager-packing": (
+        {"model": {"init_args": {"backbone": {"attention": "eager"}}}},
+        [],
+        "eager attends across documents, so it cannot train packed rows. Use one of: auto, sdpa",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_mistake_in_a_config_is_one_message_with_exit_code_2(name, tmp_path):
+    change, arguments, words = CASES[name]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(change))
+    result = command(
+        "fit", "--config", TINY, "--config", str(path), f"--trainer.default_root_dir={tmp_path}", *arguments
+    )
+    message = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2, result.stderr
+    assert message.startswith("lit-alignment: error: ") and words in message
+    assert "Traceback" not in result.stderr
+
+
+def test_explanation_names_file_and_line(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("trainer:\n  max_epoch: 1\n")
+    message = "Subcommand 'fit' does not accept option 'trainer.max_epoch'"
+    found = explain(message, ["fit", "--config", str(path)])
+    assert found == f"{path}:2: unknown key 'max_epoch' in trainer. Did you mean 'max_epochs'?"
+
+
+@pytest.mark.slow
+def test_bad_record_stops_before_training_with_file_line_and_field(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(chats(1)[0]) + '\n{"messages": [{"role": "wizard", "content": "x"}]}\n')
+    arguments = [f'--data.init_args.train=[{{"path": "{path}"}}]', f"--trainer.logger.init_args.save_dir={tmp_path}"]
+    result = command("fit", "--config", TINY, *arguments)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"{path}:2: field 'messages[0].role' is 'wizard'. Use one of system, user, assistant" in result.stderr
+
+
+def quick(tmp_path, **changes):
+    """A config that trains for a moment into a folder of the test's own."""
+    data = write_jsonl(tmp_path / "d.jsonl", chats(6, longest=5))
+    config = yaml.safe_load((ROOT / TINY).read_text())
+    config["trainer"] |= {"max_epochs": 1, "enable_progress_bar": False, "callbacks": [], "accumulate_grad_batches": 1}
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
+    for split in ("train", "val", "test", "predict"):
+        config["data"]["init_args"][split] = [{"path": data}]
+    for key, value in changes.items():
+        config["trainer"][key] = value
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_json_config_overrides_and_print_config(tmp_path):
+    config = quick(tmp_path)
+    result = command("fit", "--config", config, "--trainer.max_epochs=7", "--print_config")
+    printed = yaml.safe_load(result.stdout)
+    assert printed["trainer"]["max_epochs"] == 7
+    assert printed["model"]["init_args"]["optimizer"]["schedule"] == "cosine"
+
+
+@pytest.mark.slow
+def test_run_folder_holds_config_report_and_checkpoint_that_resumes(tmp_path):
+    config = quick(tmp_path)
+    assert command("fit", "--config", config).returncode == 0
+    run = tmp_path / "runs/sft_tiny/version_0"
+    assert {"config.yaml", "data_report.json", "checkpoints"} <= {path.name for path in run.iterdir()}
+    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    again = command("fit", "--config", str(run / "config.yaml"), "--trainer.max_epochs=2", f"--ckpt_path={checkpoint}")
+    assert again.returncode == 0 and "Restored all states" in again.stderr
+    for name in ("validate", "test"):
+        assert "loss" in command(name, "--config", config, f"--ckpt_path={checkpoint}").stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_checkpoints_and_exits_with_one_message(tmp_path):
+    saver = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"every_n_train_steps": 1, "dirpath": str(tmp_path / "ckpt")},
+    }
+    config = quick(tmp_path, max_epochs=100_000, callbacks=[saver])
+    arguments = [sys.executable, "-m", "lit_alignment", "fit", "--config", config]
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ)
+    deadline = time.time() + 60
+    while time.time() < deadline and not list((tmp_path / "ckpt").glob("*.ckpt")):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stderr.strip().splitlines()[-1].startswith("lit-alignment: error: interrupted. Saved checkpoints")
+    assert "Traceback" not in stderr
+    assert list((tmp_path / "ckpt").glob("*.ckpt")) and not list((tmp_path / "ckpt").glob(".*"))
