@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from tests.helpers import chats, sft_data, sft_module, trainer
@@ -29,7 +30,8 @@ class Recorder(Callback):
             self.norms.append(float(full(trainer.callback_metrics["train/grad_norm"])))
 
 
-def main(kind: str, lora: str, folder: str) -> None:
+def main(kind: str, lora: str, folder: str, part: str = "all") -> None:
+    """Train one epoch (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`)."""
     torch.set_num_threads(1)
     strategies = {
         "one": "auto",
@@ -37,24 +39,28 @@ def main(kind: str, lora: str, folder: str) -> None:
         "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
     }
     recorder = Recorder()
+    saver = ModelCheckpoint(folder, filename="saved", every_n_train_steps=1, enable_version_counter=False)
+    limits = {"all": {}, "whole": {"max_epochs": 2}, "first": {"max_steps": 1}, "rest": {"max_epochs": 2}}
     runner = trainer(
         Path(folder),
         strategy=strategies[kind],
         devices=1 if kind == "one" else 2,
         accumulate_grad_batches=6 if kind == "one" else 3,
-        callbacks=[recorder],
+        callbacks=[recorder, saver] if part == "first" else [recorder],
+        enable_checkpointing=part == "first",
+        **limits[part],
     )
     module = sft_module(lora=lora == "lora")
     data = sft_data(module, chats(11), chats(7, seed=1), packing=True, tokens_per_batch=512)
-    runner.fit(module, data)
+    runner.fit(module, data, ckpt_path=Path(folder) / "saved.ckpt" if part == "rest" else None)
     keep = {
         "gradients": recorder.gradients,
         "losses": recorder.losses,
         "norms": recorder.norms,
-        "validation": float(runner.callback_metrics["val/loss"]),
+        "validation": float(runner.callback_metrics.get("val/loss", torch.nan)),
         "ids": recorder.ids,
     }
-    torch.save(keep, Path(folder) / f"{kind}-{runner.global_rank}.pt")
+    torch.save(keep, Path(folder) / f"{kind}-{part}-{runner.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import torch
 from tests.helpers import ROOT
 
 
-def launch(kind, lora, folder):
+def launch(kind, lora, folder, part="all"):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     run = subprocess.run(
-        [sys.executable, "-m", "tests.modules.distributed_script", kind, lora, str(folder)],
+        [sys.executable, "-m", "tests.modules.distributed_script", kind, lora, str(folder), part],
         env=os.environ | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
         cwd=ROOT,
         capture_output=True,
@@ -25,7 +25,7 @@ def launch(kind, lora, folder):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return torch.load(folder / f"{kind}-0.pt")
+    return torch.load(folder / f"{kind}-{part}-0.pt")
 
 
 @pytest.mark.slow
@@ -42,3 +42,15 @@ def test_two_ranks_equal_one_process(kind, lora, tmp_path):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
     assert two["validation"] == pytest.approx(one["validation"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_resume_on_two_ranks_sees_the_same_records(tmp_path):
+    """Stopped in the middle of the first epoch; each rank goes on with its own records."""
+    for part in ("whole", "first", "rest"):
+        launch("ddp", "lora", tmp_path, part)
+    for rank in (0, 1):
+        whole, first, rest = (torch.load(tmp_path / f"ddp-{p}-{rank}.pt") for p in ("whole", "first", "rest"))
+        assert 0 < len(first["ids"]) < len(whole["ids"]) / 2
+        assert first["ids"] + rest["ids"] == whole["ids"]
+        assert first["losses"] + rest["losses"] == pytest.approx(whole["losses"], rel=1e-5)

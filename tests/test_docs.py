@@ -1,0 +1,79 @@
+"""What the documents say is there, is there."""
+
+import ast
+import dataclasses
+import inspect
+import re
+
+import pytest
+import yaml
+
+from lit_alignment.callbacks.cherry_picks import CherryPicks
+from lit_alignment.callbacks.export import Export
+from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.callbacks.throughput import Throughput
+from lit_alignment.cli import TOOLS, TRAINER_COMMANDS
+from lit_alignment.data.base import AlignmentDataModule
+from lit_alignment.data.encode import EncodingConfig
+from lit_alignment.data.records import Source
+from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.models.loading import Backbone
+from lit_alignment.modules.optimization import OptimizerConfig
+from lit_alignment.modules.sft import SFTModule
+from tests.helpers import ROOT
+
+README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "configs/README.md").read_text()
+SETTINGS = [Backbone, OptimizerConfig, EncodingConfig, TemplateConfig, Source, GenerationSettings]
+SETTINGS += [AlignmentDataModule, SFTModule, CherryPicks, Export, PredictionWriter, Throughput]
+
+
+def rows():
+    return re.findall(r"^\| ([A-I]\d?b?) \|.*`(\S+)::(\w+)` \|$", (ROOT / "tests/README.md").read_text(), re.M)
+
+
+def test_guarantee_table_names_tests_that_exist():
+    assert len(rows()) >= 40
+    for _, file, name in rows():
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (file, name)
+
+
+def test_every_guarantee_of_this_method_has_a_row():
+    expected = {"A1", "A2", "A2b", "A4", "A5", "A6", "B1", "B2", "B3", "B4", "C1", "C2", "E2", "E4", "E6", "I"}
+    assert expected <= {name for name, _, _ in rows()}
+
+
+@pytest.mark.parametrize("owner", SETTINGS, ids=lambda owner: owner.__name__)
+def test_every_setting_is_in_the_guide(owner):
+    if dataclasses.is_dataclass(owner):
+        names = [field.name for field in dataclasses.fields(owner)]
+    else:
+        names = [name for name in inspect.signature(owner).parameters if name not in ("tokenizer", "self")]
+    missing = [name for name in names if f"`{name}`" not in GUIDE]
+    assert not missing
+
+
+@pytest.mark.parametrize("text", [README, GUIDE], ids=["README", "guide"])
+def test_commands_and_files_in_the_documents_exist(text):
+    commands = re.findall(r"lit-alignment ([a-z]+)", text)
+    assert commands and set(commands) <= {*TRAINER_COMMANDS, *TOOLS}
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets
+    for name in re.findall(r"(?<![\w/])((?:configs|tests|benchmarks)/[\w./-]+\.\w+)", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_yaml_in_the_guide_is_yaml():
+    blocks = re.findall(r"```yaml\n(.*?)```", GUIDE, re.S)
+    assert len(blocks) >= 5
+    for block in blocks:
+        assert isinstance(yaml.safe_load(block), dict)
+
+
+def test_python_in_the_readme_compiles():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
