@@ -33,7 +33,7 @@ from lit_alignment.data.records import Source
 from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import head_loss, hidden_states
 from lit_alignment.models.loading import Backbone, load_causal_model
-from lit_alignment.modules.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.optimization import OptimizerConfig, build_optimizer
 
 ROOT = Path(__file__).parent.parent
 MAX_LENGTH, TOKENS_PER_STEP = 1024, 2048

@@ -18,7 +18,7 @@ from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.records import Source
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.models.loading import Backbone
-from lit_alignment.modules.optimization import OptimizerConfig
+from lit_alignment.optimization import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the kitchen scale does not work please reply order urgent billing product repair null true".split()

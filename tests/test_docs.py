@@ -19,8 +19,8 @@ from lit_alignment.data.records import Source
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.models.loading import Backbone
-from lit_alignment.modules.optimization import OptimizerConfig
 from lit_alignment.modules.sft import SFTModule
+from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()

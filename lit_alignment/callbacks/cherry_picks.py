@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_alignment.callbacks.report import CherryPick, render_report
 from lit_alignment.callbacks.tables import log_table
-from lit_alignment.data.base import PromptItem, datamodule_of
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.prompts import PromptItem
 from lit_alignment.data.records import Source
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import GenerationSettings

@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_alignment.data.base import PromptBatch, PromptItem, datamodule_of
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.prompts import PromptBatch, PromptItem
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.prediction_file import PredictionFile
 from lit_alignment.generation.settings import Answer

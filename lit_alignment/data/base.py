@@ -3,7 +3,7 @@
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from lit_alignment.data.cache import cached_dataset, fingerprint, source_fingerprint, tokenizer_fingerprint
 from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig
 from lit_alignment.data.loader import PlannedLoader
-from lit_alignment.data.messages import Message, Record, read_record
+from lit_alignment.data.messages import Record, read_record
 from lit_alignment.data.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.prompts import (
+    PROMPT_FEATURES,
+    PromptBatch,
+    PromptItem,
+    prompt_item,
+    prompt_row,
+)
 from lit_alignment.data.records import Source
 from lit_alignment.data.report import DataReport, write_reports
 from lit_alignment.data.sampling import choose_records, mixture_repeats, repeat_records, source_generator
@@ -35,55 +42,6 @@ SPLITS: dict[str, tuple[Split, ...]] = {
 RECORD_FEATURES = datasets.Features(
     {name: datasets.Value("string") for name in ("id", "where", "messages", "label", "meta", "tools")}
 )
-ROW_FEATURES = {
-    "id": datasets.Value("string"),
-    "dataset": datasets.Value("string"),
-    "dropped": datasets.Value("string"),
-    "detail": datasets.Value("string"),
-    "length": datasets.Value("int64"),
-}
-PROMPT_FEATURES = datasets.Features(
-    {
-        **ROW_FEATURES,
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "messages": datasets.Value("string"),
-        "reference": datasets.Value("string"),
-        "label": datasets.Value("string"),
-        "meta": datasets.Value("string"),
-    }
-)
-
-
-@dataclass
-class PromptItem:
-    """One prompt with what its record said.
-
-    Args:
-        index: Position among all prompts, the order of the predictions.
-        id: The record's id.
-        dataset: Name of its source.
-        input_ids: Token ids to generate from.
-        messages: The messages behind them.
-        reference: The response that the record has here, if any.
-        label: The record's label.
-        meta: The record's meta.
-    """
-
-    index: int
-    id: str
-    dataset: str
-    input_ids: list[int]
-    messages: list[Message]
-    reference: str | None
-    label: Any
-    meta: Any
-
-
-@dataclass
-class PromptBatch:
-    """Prompts to answer together."""
-
-    items: list[PromptItem]
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -277,9 +235,9 @@ class AlignmentDataModule(LightningDataModule):
             raw = list(source.read())
             for position in choose_records(source, len(raw), self.seed):
                 where, record = raw[position]
-                row = _RowEncoder(self, source, prompts=True).prompt(read_record(record, where, int(position)))
+                row = prompt_row(self.encoder, read_record(record, where, int(position)), source)
                 if not row["dropped"]:
-                    items.append(_prompt_item(row, len(items)))
+                    items.append(prompt_item(row, len(items)))
         return items
 
     # Loaders.
@@ -319,7 +277,7 @@ class AlignmentDataModule(LightningDataModule):
         rank, world_size = self._ranks()
 
         def build(planned: PlannedBatch) -> PromptBatch:
-            return PromptBatch([_prompt_item(dataset[index], index) for index in planned.indices])
+            return PromptBatch([prompt_item(dataset[index], index) for index in planned.indices])
 
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
         return PlannedLoader(lambda epoch: plan, build, len(plan), world_size)
@@ -390,40 +348,9 @@ class _RowEncoder:
         loaded = {name: json.loads(row[name]) for name in ("messages", "label", "meta", "tools")}
         record = Record(id=row["id"], where=row["where"], **loaded)
         if self.prompts:
-            return self.prompt(record)
+            return prompt_row(self.encoder, record, self.source)
         base = {"id": record.id, "dataset": self.source.title, "dropped": "", "detail": ""}
         try:
             return base | self.encode_record(record, self.source)
         except Dropped as drop:
             return {**self.empty, **base, "length": 0, "dropped": drop.reason, "detail": drop.detail}
-
-    def prompt(self, record: Record) -> dict[str, Any]:
-        """The columns of PROMPT_FEATURES."""
-        row: dict[str, Any] = {
-            "id": record.id,
-            "dataset": self.source.title,
-            "dropped": "",
-            "detail": "",
-            "input_ids": [],
-            "messages": "[]",
-            "reference": None,
-            "label": json.dumps(record.label),
-            "meta": json.dumps(record.meta),
-        }
-        try:
-            prompt = self.encoder.encode_prompt(record, self.source.system_prompt)
-        except Dropped as drop:
-            return {**row, "length": 0, "dropped": drop.reason, "detail": drop.detail}
-        return {
-            **row,
-            "length": len(prompt.input_ids),
-            "input_ids": prompt.input_ids,
-            "messages": json.dumps(prompt.messages),
-            "reference": prompt.reference,
-        }
-
-
-def _prompt_item(row: dict[str, Any], index: int) -> PromptItem:
-    loaded = {name: json.loads(row[name]) for name in ("messages", "label", "meta")}
-    rest = {name: row[name] for name in ("id", "dataset", "input_ids", "reference")}
-    return PromptItem(index=index, **rest, **loaded)

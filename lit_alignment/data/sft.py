@@ -4,11 +4,12 @@ from typing import Any
 
 import datasets
 
-from lit_alignment.data.base import ROW_FEATURES, AlignmentDataModule
+from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.collate import TokenBatch, collate_packed, collate_padded
 from lit_alignment.data.encode import Example
 from lit_alignment.data.messages import IGNORE_INDEX, Record
 from lit_alignment.data.packing import PlannedBatch
+from lit_alignment.data.prompts import ROW_FEATURES
 from lit_alignment.data.records import Source
 
 

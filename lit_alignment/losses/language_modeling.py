@@ -104,6 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
+        """Loss and hits; the gradients go to `ctx`."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         total = hidden.new_zeros((), dtype=torch.float32)
         hits = targets.new_zeros(())
@@ -151,6 +152,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, grad_hits: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, times that of the loss."""
         scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
         return (*scaled, None, None, None, None, None, None)
 

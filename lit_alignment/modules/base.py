@@ -10,13 +10,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import nn
 
-from lit_alignment.data.base import PromptBatch, datamodule_of
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.prompts import PromptBatch
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
 from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
 from lit_alignment.models.sharding import shard
-from lit_alignment.modules.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.optimization import OptimizerConfig, build_optimizer
 
 CHECKPOINT_KEY = "lit_alignment"
 

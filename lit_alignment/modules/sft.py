@@ -17,7 +17,7 @@ from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import base_model, check_head, head_loss, hidden_states
 from lit_alignment.models.loading import Backbone
 from lit_alignment.modules.base import AlignmentModule, world_scale
-from lit_alignment.modules.optimization import OptimizerConfig
+from lit_alignment.optimization import OptimizerConfig
 
 Stage = Literal["train", "val", "test"]
 

@@ -13,8 +13,8 @@ from lit_alignment.data.encode import EncodingConfig
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import Backbone
-from lit_alignment.modules.optimization import OptimizerConfig
 from lit_alignment.modules.sft import SFTModule
+from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import ROOT, chats, sft_data, sft_module, trainer
 
 FIXTURE = [{"role": "user", "content": "Where is my order?\n  Né 42"}, {"role": "assistant", "content": "  here "}]

@@ -8,8 +8,8 @@ from lit_alignment.data.collate import collate_packed
 from lit_alignment.data.encode import EncodingConfig
 from lit_alignment.data.messages import IGNORE_INDEX
 from lit_alignment.models.loading import Backbone, load_causal_model
-from lit_alignment.modules.optimization import OptimizerConfig
 from lit_alignment.modules.sft import neftune_noise
+from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import chats, encoder, record, sft_data, sft_module, trainer
 
 ONE_BATCH = {"tokens_per_batch": 100_000}
