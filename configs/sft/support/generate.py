@@ -25,6 +25,11 @@ BODIES = {
             "There is a fee on the {p} that nobody told me about.",
             "I paid for the {p} but the receipt never came.",
             "The discount on the {p} is missing from my invoice.",
+            "The price on my bill for the {p} is higher than in the shop.",
+            "You billed me for two units of the {p}, I bought one.",
+            "I was overcharged for the {p}.",
+            "My bank shows a second payment for the {p}.",
+            "Please explain the amount you charged for the {p}.",
         ],
         [
             "You took the money for the {p} two times.",
@@ -42,6 +47,10 @@ BODIES = {
             "Can you change the delivery address for the {p}?",
             "My parcel with the {p} is lost.",
             "The {p} is late again, what is going on?",
+            "Nobody delivered the {p} today as promised.",
+            "The {p} did not come, how long do I have to wait?",
+            "Is the {p} on its way?",
+            "I expected the {p} on Monday and nothing came.",
         ],
         [
             "I am still waiting for the {p} to arrive.",
@@ -59,6 +68,10 @@ BODIES = {
             "The {p} does not fit, I wish to exchange it.",
             "I changed my mind about the {p}, can I return it?",
             "You sent a different {p} than I ordered, I will return it.",
+            "Please take the {p} back and refund the money.",
+            "I would like to swap the {p} for a bigger one.",
+            "I no longer want the {p}, how do I send it to you?",
+            "The {p} is too large, can I exchange it?",
         ],
         [
             "I do not want to keep the {p}, please refund me.",
@@ -76,6 +89,10 @@ BODIES = {
             "My {p} has a crack in it, is it under warranty?",
             "The {p} leaks, I need a technician.",
             "The buttons on my {p} no longer react.",
+            "Smoke came out of the {p}, it needs a repair.",
+            "My {p} broke and will not start.",
+            "The {p} crashes all the time.",
+            "Something is loose inside my {p}.",
         ],
         [
             "My {p} died yesterday, can someone repair it?",
@@ -93,6 +110,10 @@ BODIES = {
             "Will the {p} be on offer next month?",
             "Can I see the {p} in a shop near me?",
             "What is the difference between the {p} and the older model?",
+            "Are more of the {p} coming in soon?",
+            "What is the price of three pieces of the {p}?",
+            "Would you recommend the {p}? I may buy one.",
+            "Can I still buy the {p}?",
         ],
         [
             "Are there any {p} models left to buy?",
@@ -118,13 +139,35 @@ ORDERS = (
     ["My order is {o}.", "Order number {o}.", "It is order {o}.", "Reference {o}."],
     ["The order id is {o}.", "See order {o}."],
 )
+DEMANDS = [
+    "I need an answer",
+    "Please respond",
+    "I must hear from you",
+    "Fix this",
+    "Get back to me",
+    "Help me",
+    "Call me",
+]
+TIMES = ["today", "immediately", "at once", "within the hour", "as soon as possible", "before noon", "straight away"]
 URGENT = (
     [
-        "I need an answer today.", "This is urgent.", "Please hurry.", "It has to be solved at once.",
-        "Answer me as soon as possible.", "I have no time to lose.", "This must be fixed before tonight.",
-        "Get back to me immediately.", "I cannot wait any longer.", "Quickly, please.",
+        *(f"{demand} {time}." for demand in DEMANDS for time in TIMES),
+        "This is urgent.",
+        "Please hurry.",
+        "I have no time to lose.",
+        "I cannot wait any longer.",
+        "Quickly, please.",
+        "It is very pressing.",
+        "Time is short.",
+        "There is no time.",
+        "Do not make me wait.",
+        "Hurry up, please.",
     ],
     ["It cannot wait.", "Please reply right now."],
+)
+CALM = (
+    ["There is no hurry.", "Take your time.", "Next week is fine.", "It is not urgent.", "Whenever you have a moment."],
+    ["No rush.", "I can wait."],
 )  # fmt: skip
 OPENINGS = (["Hello.", "Hi there.", "Good morning.", "Dear team,", ""], ["Hey,", "Good evening.", ""])
 CLOSINGS = (["Thanks.", "Kind regards, Ann", "Thank you very much.", "", ""], ["Cheers, Bo", "Many thanks.", ""])
@@ -150,7 +193,7 @@ def records(number: int, held_out: bool, generator: random.Random) -> list[dict[
             generator.choice(OPENINGS[side]),
             generator.choice(BODIES[queue][side]).format(p=product),
             generator.choice(ORDERS[side]).format(o=order) if has_order else "",
-            generator.choice(URGENT[side]) if urgent else "",
+            generator.choice(URGENT[side]) if urgent else generator.choice([*CALM[side], "", "", ""]),
             generator.choice(CLOSINGS[side]),
         ]
         route = {"queue": queue, "product": product, "order": order if has_order else None, "urgent": urgent}
@@ -175,7 +218,7 @@ def main() -> None:
 
 def wordings(side: int) -> set[str]:
     """Every sentence, product and phrase that one side is made of; 0 is training, 1 held out."""
-    phrases = (ORDERS[side], URGENT[side], PRODUCTS[side], *(body[side] for body in BODIES.values()))
+    phrases = (ORDERS[side], URGENT[side], CALM[side], PRODUCTS[side], *(body[side] for body in BODIES.values()))
     return set(chain.from_iterable(phrases))
 
 
