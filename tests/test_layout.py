@@ -20,7 +20,8 @@ ALLOWED = {
     "data": {"errors", "paths"},
     "models": {"errors", "paths", "losses"},
     "generation": {"errors", "data", "models"},
-    "modules": {"errors", "paths", "losses", "metrics", "data", "models", "generation"},
+    "optimization": {"errors"},
+    "modules": {"errors", "paths", "optimization", "losses", "metrics", "data", "models", "generation"},
 }
 
 

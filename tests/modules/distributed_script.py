@@ -45,13 +45,13 @@ def main(kind: str, lora: str, folder: str, part: str = "all") -> None:
         Path(folder),
         strategy=strategies[kind],
         devices=1 if kind == "one" else 2,
-        accumulate_grad_batches=6 if kind == "one" else 3,
+        accumulate_grad_batches=1 if part != "all" else 6 if kind == "one" else 3,
         callbacks=[recorder, saver] if part == "first" else [recorder],
         enable_checkpointing=part == "first",
         **limits[part],
     )
     module = sft_module(lora=lora == "lora")
-    data = sft_data(module, chats(11), chats(7, seed=1), packing=True, tokens_per_batch=512)
+    data = sft_data(module, chats(11), chats(7, seed=1), packing=part == "all", tokens_per_batch=512, batch_size=2)
     runner.fit(module, data, ckpt_path=Path(folder) / "saved.ckpt" if part == "rest" else None)
     keep = {
         "gradients": recorder.gradients,
