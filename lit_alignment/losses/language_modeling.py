@@ -113,12 +113,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
 
+        buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
         for start in range(0, len(targets), chunk_size):
             part = slice(start, start + chunk_size)
             chunk = hidden[part].to(weight.dtype)
             # Under autocast the product would be cast back to bf16 anyway: weight's dtype decides.
             with torch.autocast(hidden.device.type, enabled=False):
-                logits = torch.nn.functional.linear(chunk, weight, bias).float()  # [C, V]
+                logits = _chunk_logits(chunk, weight, bias, buffer)  # [C, V]
             if scale != 1.0:
                 logits *= scale
             if softcap is not None:
@@ -137,7 +138,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             with torch.autocast(hidden.device.type, enabled=False):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
-                if grad_weight is not None:
+                if grad_weight is not None and grad_logits.dtype == torch.float32:
+                    grad_weight.addmm_(grad_logits.T, chunk)  # no [V, D] temporary
+                elif grad_weight is not None:
                     grad_weight += grad_logits.T @ chunk
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
@@ -155,6 +158,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """The gradients, times that of the loss."""
         scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
         return (*scaled, None, None, None, None, None, None)
+
+
+def _chunk_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
+    """Logits of one chunk, [C, V], in fp32; through one buffer, since fresh memory for each chunk costs page faults."""
+    if buffer is None:
+        return torch.nn.functional.linear(chunk, weight, bias).float()
+    return torch.mm(chunk, weight.T, out=buffer[: len(chunk)]).float()
 
 
 def _losses_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
