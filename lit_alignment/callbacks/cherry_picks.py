@@ -95,7 +95,8 @@ class CherryPicks(Callback):
         for start in range(0, len(self._items), self.batch_size):
             prompts = [item.input_ids for item in self._items[start : start + self.batch_size]]
             answers += [found[0].content for found in module.answer(prompts, self.generation)]
-        if not self.picks:
+        asked = [(item.dataset, item.id) for item in self._items]
+        if [(pick.dataset, pick.id) for pick in self.picks] != asked:  # a first run, or resumed with other prompts
             self.picks = [CherryPick(i.dataset, i.id, i.messages, i.reference) for i in self._items]
         for pick, answer in zip(self.picks, answers, strict=True):
             pick.answers[step] = answer

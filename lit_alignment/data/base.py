@@ -135,7 +135,8 @@ class AlignmentDataModule(LightningDataModule):
         """Encode into the cache on one process, so that the others only map the files."""
         running = None if self.trainer is None else self.trainer.state.fn
         for split in self._needed("fit" if running is None else str(running.value)):
-            self._load(split)
+            for source in self.sources[split]:
+                self._encoded(source, split)
 
     def setup(self, stage: str) -> None:
         """Load the splits of a stage and report what became of their records."""
@@ -162,9 +163,7 @@ class AlignmentDataModule(LightningDataModule):
         report = DataReport(split)
         parts = []
         for source in self.sources[split]:
-            records = self._records(source)
-            chosen = choose_records(source, len(records), self.seed)
-            encoded = self._encoded(source, records.select(chosen), prompts=split == "predict")
+            encoded = self._encoded(source, split)
             report.sources[source.title] = report.sources.get(source.title, 0) + len(encoded)
             reasons = np.array(encoded["dropped"], dtype=object)
             report.dropped.update(reason for reason in reasons if reason)
@@ -206,8 +205,11 @@ class AlignmentDataModule(LightningDataModule):
 
         return cached_dataset(path, rows, RECORD_FEATURES)
 
-    def _encoded(self, source: Source, records: datasets.Dataset, prompts: bool) -> datasets.Dataset:
+    def _encoded(self, source: Source, split: Split) -> datasets.Dataset:
         """The examples, or prompts, of a source's chosen records; dropped ones carry their reason."""
+        records = self._records(source)
+        records = records.select(choose_records(source, len(records), self.seed))
+        prompts = split == "predict"
         name = fingerprint(
             "prompts" if prompts else type(self).__name__,
             source_fingerprint(source),

@@ -65,6 +65,16 @@ def test_report_goes_on_after_a_resume(tmp_path):
     assert len(callback.picks[0].answers) == 4 and len(callback.curves["val/loss"]) == 3
 
 
+def test_resume_with_other_prompts_starts_a_new_table(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
+    fit(tmp_path, CherryPicks(num_samples=1), more=[saver], enable_checkpointing=True)
+    callback = CherryPicks(num_samples=3)
+    module = sft_module()
+    runner = trainer(tmp_path, callbacks=[callback], max_epochs=3)
+    runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)), ckpt_path=tmp_path / "ckpt/x.ckpt")
+    assert [len(pick.answers) for pick in callback.picks] == [1, 1, 1]
+
+
 def test_own_prompts_and_missing_prompts(tmp_path):
     own = CherryPicks([Source(records=[{"messages": [{"role": "user", "content": "mine"}]}], name="own")])
     fit(tmp_path, own)
