@@ -4,10 +4,11 @@
 
 The workload: conversations of one to four exchanges whose lengths are log-normal, loss on the assistant; a random
 Llama (9.4M parameters in the decoder, 49,152 entries), float32, AdamW, one epoch. The bare loop uses the same packed
-batches, attention and loss as `fit`, and nothing of Lightning. TRL runs in an environment of its own
-(`pip install torch==2.13.0 trl`), padded and packed, with as many tokens in a step. Rates count each conversation's
-tokens once, whatever is padded or computed for it; the validation loss of each trained model is a mean over tokens,
-computed by one function.
+batches, attention and loss as `fit`, and nothing of Lightning: after each of fit's steps it makes the same step with a
+second model, so that a drift of the machine meets both alike, and each has its own clock. TRL runs in an environment of
+its own (`pip install torch==2.13.0 trl`), padded and packed, with as many tokens in a step. Rates count each
+conversation's tokens once, whatever is padded or computed for it; the validation loss of each trained model is a mean
+over tokens, computed by one function.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import math
 import random
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,11 +32,11 @@ from lit_alignment.data.messages import IGNORE_INDEX
 from lit_alignment.data.records import Source
 from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import head_loss, hidden_states
-from lit_alignment.models.loading import Backbone, load_causal_model
+from lit_alignment.models.loading import Backbone
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
 
 ROOT = Path(__file__).parent.parent
-MAX_LENGTH, TOKENS_PER_STEP = 1024, 2048
+MAX_LENGTH = TOKENS_PER_STEP = 2048
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=0)
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
@@ -82,55 +82,67 @@ def data_of(folder: Path, tokenizer: Any) -> SFTDataModule:
     )
 
 
-class Clock(Callback):
-    """Wall time from the first to the last training batch, all of Lightning's own work included."""
+class BareLoop(Callback):
+    """A plain PyTorch loop over the batches that `fit` trains on, one step after each of fit's, with separate clocks.
+
+    Args:
+        folder: Holds the same pretrained model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Load the second model."""
+        self.model = SFTModule(Backbone(str(folder))).load_model(packing=True)
+        self.fit_seconds: list[float] = []
+        self.bare_seconds: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start."""
-        self.begin = time.perf_counter()
+        """Start fit's clock: all of Lightning's work between two bare steps counts as fit's."""
+        self.optimizer, _ = build_optimizer(self.model.parameters(), OPTIMIZER, trainer.estimated_stepping_batches)
+        self.mark = time.perf_counter()
 
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Stop."""
-        self.seconds = time.perf_counter() - self.begin
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop fit's clock, make the bare step, and start fit's clock again."""
+        begin = time.perf_counter()
+        self.fit_seconds.append(begin - self.mark)
+        self.step(batch)
+        self.mark = time.perf_counter()
+        self.bare_seconds.append(self.mark - begin)
 
-
-def run_fit(folder: Path) -> dict[str, float]:
-    """Train with the library."""
-    seed_everything(0, verbose=False)
-    module = SFTModule(Backbone(str(folder)), optimizer=OPTIMIZER)
-    data, clock = data_of(folder, module.tokenizer), Clock()
-    options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
-    options |= {"limit_val_batches": 0, "use_distributed_sampler": False, "enable_model_summary": False}
-    Trainer(**options, callbacks=[clock, Throughput()], enable_progress_bar=False).fit(module, data)
-    return {
-        "tokens": data.reports["train"].tokens,
-        "seconds": clock.seconds,
-        "val_loss": validation_loss(module.network, folder),
-    }
-
-
-def run_bare(folder: Path) -> dict[str, float]:
-    """Train with a plain loop over the same packed batches."""
-    seed_everything(0, verbose=False)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = data_of(folder, tokenizer)
-    data.setup("fit")
-    model = load_causal_model(Backbone(str(folder)), None, packing=True, device_type="cpu")
-    loader = data.train_dataloader()
-    optimizer, _ = build_optimizer(model.parameters(), OPTIMIZER, len(loader))
-    begin = time.perf_counter()
-    for batch in loader:
+    @torch.enable_grad()
+    def step(self, batch: Any) -> None:
+        """Forward, backward and update."""
+        model = self.model
         arguments = document_arguments(model.config._attn_implementation, batch.document_lengths, torch.device("cpu"))
         hidden = hidden_states(model, input_ids=batch.input_ids, position_ids=batch.position_ids, **arguments)
         trained = batch.labels[:, 1:] != IGNORE_INDEX
         targets = batch.labels[:, 1:][trained]
         loss, _ = head_loss(model, hidden[:, :-1][trained], targets, None)
         (loss / len(targets)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    seconds = time.perf_counter() - begin
-    tokens = data.reports["train"].tokens
-    return {"tokens": tokens, "seconds": seconds, "val_loss": validation_loss(model, folder)}
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def run_ours(folder: Path) -> dict[str, dict[str, Any]]:
+    """Train with the library and with the bare loop, step by step in turn."""
+    seed_everything(0, verbose=False)
+    module = SFTModule(Backbone(str(folder)), optimizer=OPTIMIZER)
+    data, bare = data_of(folder, module.tokenizer), BareLoop(folder)
+    options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    options |= {"limit_val_batches": 0, "use_distributed_sampler": False, "enable_model_summary": False}
+    # Last in the list: what the other callbacks do at the end of a step counts as fit's time.
+    Trainer(**options, callbacks=[Throughput(), bare], enable_progress_bar=False).fit(module, data)
+    found = {}
+    for name, model, seconds in (
+        ("fit", module.network, bare.fit_seconds),
+        ("bare loop", bare.model, bare.bare_seconds),
+    ):
+        found[name] = {
+            "tokens": data.reports["train"].tokens,
+            "steps": len(seconds),
+            "seconds": seconds,
+            "val_loss": validation_loss(model, folder),
+        }
+    return found
 
 
 @torch.no_grad()
@@ -149,57 +161,43 @@ def validation_loss(model: Any, folder: Path) -> float:
     return total / count
 
 
-def run_trl(folder: Path, python: str, form: str, tokens: int, records: int) -> dict[str, float]:
+def run_trl(folder: Path, python: str, form: str, tokens: int, records: int) -> dict[str, Any]:
     """Train with TRL in its own environment, and measure what it saved."""
     rows = MAX_LENGTH if form == "packed" else tokens / records
     out = folder / f"trl-{form}"
     script = str(Path(__file__).with_name("sft_throughput_trl.py"))
     arguments = [python, script, str(folder), str(out), form, str(round(TOKENS_PER_STEP / rows)), str(MAX_LENGTH)]
     shown = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    seconds, steps = json.loads(shown.strip().splitlines()[-1])
     model = AutoModelForCausalLM.from_pretrained(out)
-    seconds = float(shown.strip().splitlines()[-1])
-    return {"tokens": tokens, "seconds": seconds, "val_loss": validation_loss(model, folder)}
-
-
-def in_own_process(folder: Path, form: str) -> dict[str, float]:
-    """Run one of our forms where nothing is warm."""
-    out = subprocess.check_output([sys.executable, __file__, "--folder", str(folder), "--form", form], text=True)
-    return json.loads(out.strip().splitlines()[-1])
+    return {"tokens": tokens, "steps": steps, "seconds": [seconds], "val_loss": validation_loss(model, folder)}
 
 
 def main() -> None:
-    """Run all forms in turn and print the table."""
+    """Run all forms and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", help="interpreter of an environment with trl; TRL is left out without it")
     parser.add_argument("--records", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--form", choices=["fit", "bare"])
     options = parser.parse_args()
-    if options.form:
-        print(json.dumps({"fit": run_fit, "bare": run_bare}[options.form](options.folder)))
-        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_workload(folder, options.records)
-        found: dict[str, list[dict[str, float]]] = {}
-        for _ in range(options.repeats):  # in turn, so that a drift of the machine meets both alike
-            for form in ("bare", "fit"):
-                found.setdefault(form, []).append(in_own_process(folder, form))
-                print(form, found[form][-1], file=sys.stderr, flush=True)
-        tokens = int(found["fit"][0]["tokens"])
+        found = run_ours(folder)
+        tokens = int(found["fit"]["tokens"])
         for form in ("padded", "packed") if options.trl_python else ():
-            result = run_trl(folder, options.trl_python, form, tokens, options.records)
-            found[f"TRL {form}"] = [result]
-            print(form, result, file=sys.stderr, flush=True)
-    rates = {name: statistics.median(r["tokens"] / r["seconds"] for r in runs) for name, runs in found.items()}
-    print(f"{options.records} conversations, {tokens} tokens\n\n| trainer | tokens/s | val loss |\n|---|---|---|")
-    for name, runs in found.items():
-        print(f"| {name} | {rates[name]:.0f} | {runs[0]['val_loss']:.4f} |")
-    ratios = [f"{b['seconds'] / f['seconds']:.3f}" for b, f in zip(found["bare"], found["fit"], strict=True)]
-    print(f"\nfit / bare, pair by pair: {', '.join(ratios)}")
-    for name in [name for name in rates if name.startswith("TRL")]:
-        print(f"fit / {name}: {rates['fit'] / rates[name]:.2f}")
+            found[f"TRL {form}"] = run_trl(folder, options.trl_python, form, tokens, options.records)
+    rates = {form: tokens / sum(run["seconds"]) for form, run in found.items()}
+    print(f"{options.records} conversations, {tokens} tokens\n")
+    print("| trainer | tokens/s | optimiser steps | val loss |\n|---|---|---|---|")
+    for form, run in found.items():
+        print(f"| {form} | {rates[form]:.0f} | {run['steps']} | {run['val_loss']:.4f} |")
+    pairs = zip(found["bare loop"]["seconds"], found["fit"]["seconds"], strict=True)
+    ratios = sorted(bare / fit for bare, fit in pairs)
+    low, middle, high = ratios[len(ratios) // 4], statistics.median(ratios), ratios[-1 - len(ratios) // 4]
+    print(f"\nfit / bare loop: {rates['fit'] / rates['bare loop']:.3f} in all; ", end="")
+    print(f"step by step: median {middle:.3f}, middle half {low:.3f} to {high:.3f}")
+    for form in [form for form in rates if form.startswith("TRL")]:
+        print(f"fit / {form}: {rates['fit'] / rates[form]:.2f}")
 
 
 if __name__ == "__main__":

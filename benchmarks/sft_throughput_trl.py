@@ -1,5 +1,6 @@
-"""The TRL side of sft_throughput.py; runs in an environment of its own. Prints the seconds of training."""
+"""The TRL side of sft_throughput.py; runs in an environment of its own. Prints seconds and steps."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(folder: str, out: str, form: str, batch_size: int, max_length: int) -> 
     )
     trainer.train()
     trainer.save_model(out)
-    print(clock.seconds)
+    print(json.dumps([clock.seconds, trainer.state.global_step]))
 
 
 if __name__ == "__main__":
