@@ -86,7 +86,7 @@ def build_optimizer(
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
-        raise ConfigError("no parameter is trainable: check model.peft.")
+        raise ConfigError("no parameter is trainable: set model.peft, or model.adapter.trainable to true.")
     share = isinstance(config.warmup, float) and config.warmup > 0
     if math.isinf(total_steps) and (config.schedule != "constant" or share):
         raise ConfigError("this schedule needs an end: set trainer.max_steps or trainer.max_epochs.")

@@ -18,14 +18,26 @@ from lit_alignment.data.encode import EncodingConfig
 from lit_alignment.data.records import Source
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone
+from lit_alignment.models.tokens import NewToken, TokensConfig
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "configs/README.md").read_text()
-SETTINGS = [Backbone, OptimizerConfig, EncodingConfig, TemplateConfig, Source, GenerationSettings]
+SETTINGS = [
+    Backbone,
+    Adapter,
+    TokensConfig,
+    NewToken,
+    OptimizerConfig,
+    EncodingConfig,
+    TemplateConfig,
+    Source,
+    GenerationSettings,
+]
 SETTINGS += [AlignmentDataModule, SFTModule, CherryPicks, Export, PredictionWriter, Throughput]
 
 

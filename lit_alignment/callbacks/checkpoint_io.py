@@ -9,8 +9,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from lit_alignment.errors import CheckpointError
-
-PARTIAL = ".partial"
+from lit_alignment.models.saving import PARTIAL, flush_folder
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -61,12 +60,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path}: cannot read the checkpoint ({str(error).splitlines()[0]}). "
                 "It is damaged or holds Python objects; use an earlier one."
             ) from error
-
-
-def flush_folder(path: Path) -> None:
-    """Make a rename in this folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

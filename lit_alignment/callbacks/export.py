@@ -1,6 +1,5 @@
 """A plain Hugging Face folder beside each kept checkpoint, which `from_pretrained` loads."""
 
-import copy
 import os
 import shutil
 from pathlib import Path
@@ -9,17 +8,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from lightning.pytorch.utilities import rank_zero_info
 
-from lit_alignment.callbacks.checkpoint_io import PARTIAL, flush_folder
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.templates import JinjaTemplate
-from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.generation.transformers_engine import StopRule
-from lit_alignment.models.head import base_model
+from lit_alignment.errors import ConfigError
+from lit_alignment.generation.transformers_engine import generation_config
+from lit_alignment.models.saving import PARTIAL, Companions, Form, export_form, write_folder
 from lit_alignment.modules.base import AlignmentModule
 
 
@@ -31,12 +25,13 @@ class Export(Callback):
 
     Args:
         which: `best` exports the best checkpoint, `kept` every checkpoint that is kept.
-        merge: Merge adapters into a full model instead of writing an adapter folder.
+        form: For adapters: write them alone (`adapter`) or merged into a full model (`merged`); `auto` merges
+            those that servers such as vLLM cannot load beside the base.
     """
 
-    def __init__(self, which: Literal["best", "kept"] = "best", merge: bool = False) -> None:
+    def __init__(self, which: Literal["best", "kept"] = "best", form: Form = "auto") -> None:
         """Nothing is written before the first checkpoint."""
-        self.which, self.merge = which, merge
+        self.which, self.form = which, form
         self._exported: dict[str, Path] = {}
         self._best = ""
 
@@ -64,7 +59,7 @@ class Export(Callback):
             return
         if trainer.is_global_zero and isinstance(module, AlignmentModule):
             for path in sorted(wanted - set(self._exported)):
-                self._exported[path] = export_checkpoint(module, Path(path), Path(path).with_suffix(""), self.merge)
+                self._exported[path] = export_checkpoint(module, Path(path), Path(path).with_suffix(""), self.form)
             if best:
                 point_to(Path(best).parent / "export", self._exported[best])
             for path in set(self._exported) - wanted:
@@ -74,88 +69,26 @@ class Export(Callback):
         self._best = best
 
 
-def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, merge: bool = False) -> Path:
+def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, form: Form = "auto") -> Path:
     """Write the folder of one checkpoint.
 
     Args:
         module: The module that made it, with its model loaded; its live weights are not used.
         checkpoint: The checkpoint file.
         target: The folder to write; one that is there is replaced.
-        merge: Merge adapters into a full model.
-
-    Returns:
-        The folder.
+        form: Merge adapters, write them alone, or merge where servers could not load them.
 
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written.
     """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     trained = {name.removeprefix("model."): value for name, value in state.items()}
-    partial = target.with_name(f".{target.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        _write_weights(module.network, trained, partial, merge)
-        module.tokenizer.save_pretrained(partial)
-        save_template(module, partial)
-        exported_generation_config(module.tokenizer, module.stop).save_pretrained(partial)
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-        flush_folder(target.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{target}: cannot write the export ({error}). The checkpoint is untouched.") from error
-    return target
-
-
-def _write_weights(network: nn.Module, trained: dict[str, torch.Tensor], folder: Path, merge: bool) -> None:
-    """Write a full model, or an adapter's two files."""
-    if isinstance(network, PeftModel) and not merge:
-        config = network.peft_config[network.active_adapter]
-        adapter = get_peft_model_state_dict(network, state_dict=trained)
-        save_file(
-            {k: v.contiguous() for k, v in adapter.items()}, folder / "adapter_model.safetensors", {"format": "pt"}
-        )
-        inference_mode, config.inference_mode = config.inference_mode, True
-        config.save_pretrained(str(folder))
-        config.inference_mode = inference_mode
-        return
-    if isinstance(network, PeftModel):
-        base_model(network).save_pretrained(folder, state_dict=_merged(network, trained))
-        return
-    full = {name: trained.get(name, value).detach().cpu() for name, value in network.state_dict().items()}
-    base_model(network).save_pretrained(folder, state_dict=full)
-
-
-def _merged(network: PeftModel, trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of the base model with the adapters added, merged in float32 and cast once."""
-    merged = copy.deepcopy(network).cpu()
-    merged.load_state_dict(trained, strict=False)
-    dtypes = {name: p.dtype for name, p in base_model(network).named_parameters()}
-    plain = merged.float().merge_and_unload()
-    originals = {name.replace(".base_layer", ""): dtype for name, dtype in dtypes.items()}
-    return {name: value.to(originals.get(name, value.dtype)) for name, value in plain.state_dict().items()}
-
-
-def save_template(module: AlignmentModule, folder: Path) -> None:
-    """Store the chat template that training used, where it is a Jinja template other than the tokenizer's own."""
-    template = datamodule_of(module.trainer).encoder.template
-    if isinstance(template, JinjaTemplate) and template.source != module.tokenizer.chat_template:
-        (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
-
-
-def exported_generation_config(tokenizer: PreTrainedTokenizerBase, stop: StopRule) -> GenerationConfig:
-    """Generation settings under which a loaded model stops where it was trained to."""
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop.token_ids or None,
-        pad_token_id=tokenizer.pad_token_id,
-        stop_strings=stop.strings or None,
-    )
+    _, reason = export_form(module.network, form)
+    if reason:
+        rank_zero_info(f"export: merged into the weights, since {reason}, which servers such as vLLM cannot load.")
+    template = datamodule_of(module.trainer).chat_template()
+    companions = Companions(module.tokenizer, generation_config(module.tokenizer, module.stop), template)
+    return write_folder(module.network, trained, target, companions, form)
 
 
 def point_to(link: Path, target: Path) -> None:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from lit_alignment.data.collate import pad_prompts
 from lit_alignment.generation.settings import Answer, GenerationSettings
+from lit_alignment.models.adapters import is_prompt_learning, prefix_cache
 from lit_alignment.models.head import base_model
 
 
@@ -49,6 +51,16 @@ def stop_rule(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[int]) ->
     return StopRule(ids, [text] if text else [])
 
 
+def generation_config(tokenizer: PreTrainedTokenizerBase, stop: StopRule) -> GenerationConfig:
+    """Generation settings under which a loaded model stops where it was trained to."""
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop.token_ids or None,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=stop.strings or None,
+    )
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -81,9 +93,10 @@ def generate(
     digest = hashlib.sha256(f"{settings.seed}/{list(map(list, prompts))}".encode()).digest()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        sequences = cast(GenerationMixin, model).generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+        sequences = _sequences(
+            model,
+            input_ids,
+            attention_mask,
             generation_config=_generation_config(model, settings, stop, strings, int(tokenizer.pad_token_id or 0)),
             synced_gpus=synced,
             **arguments,
@@ -101,6 +114,33 @@ def generate(
         answer.logprob = None if logprobs is None else logprobs[row]
         answers[prompt].append(answer)
     return answers
+
+
+def _sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **arguments: Any) -> Tensor:
+    """Prompts and answers, [B * S, T].
+
+    Vectors that prompt learning puts before the tokens are given as a cache that is filled already: peft's own
+    generate counts their positions differently from its training.
+    """
+    plain = cast(GenerationMixin, model)
+    if not isinstance(model, PeftModel) or not is_prompt_learning(model):
+        return cast(Tensor, plain.generate(input_ids=input_ids, attention_mask=attention_mask, **arguments))
+    number = model.active_peft_config.num_virtual_tokens
+    config = arguments["generation_config"]
+    copies = max(config.num_beams, config.num_return_sequences)  # transformers expands tensors, but no cache
+    # The cache's positions need ids; a prompt's own last token changes nothing for the repetition penalty.
+    filled = input_ids[:, -1:].expand(-1, number)
+    sequences: Tensor = base_model(model).generate(
+        input_ids=torch.cat([filled, input_ids], 1),
+        attention_mask=_after_prefix(attention_mask, number),
+        past_key_values=prefix_cache(model, len(input_ids) * copies),
+        **arguments,
+    )
+    return sequences[:, number:]
+
+
+def _after_prefix(attention_mask: Tensor, number: int) -> Tensor:
+    return torch.cat([attention_mask.new_ones(len(attention_mask), number), attention_mask], dim=1)
 
 
 def _generation_config(
@@ -176,12 +216,12 @@ def _logprobs(
     mask = torch.cat([prompt_mask.repeat_interleave(settings.num_return_sequences, 0).bool(), answer_mask], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     num_new = sequences.shape[1] - width
-    logits = model(
-        input_ids=sequences,
-        attention_mask=mask.long(),
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=num_new + 1,
-    ).logits[:, :-1]
+    inputs: dict[str, Any] = {"attention_mask": mask.long(), "position_ids": positions, "use_cache": False}
+    if isinstance(model, PeftModel) and is_prompt_learning(model):
+        number = model.active_peft_config.num_virtual_tokens
+        inputs = {"attention_mask": _after_prefix(mask.long(), number), "position_ids": positions + number}
+        inputs["past_key_values"] = prefix_cache(model, len(sequences))
+        model = base_model(model)
+    logits = model(input_ids=sequences, **inputs, logits_to_keep=num_new + 1).logits[:, :-1]
     logps = logits.float().log_softmax(-1).gather(2, sequences[:, width:, None]).squeeze(2)  # [B * S, num_new]
     return [float(total) for total in (logps * answer_mask).sum(1)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -35,10 +35,24 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
+def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias with which the head is one product, or None if an adapter makes it something else."""
+    if isinstance(head, TrainableTokensWrapper):
+        adapter = head.token_adapter
+        return adapter.get_merged_weights(adapter.active_adapters), None
+    return (head.weight, head.bias) if type(head) is nn.Linear else None
+
+
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
-    """Last hidden states as the output head gets them, [B, T, D], from an ordinary forward pass of the model."""
-    head = output_head(model)
-    with _bypassed(head) as captured:
+    """Last hidden states as the output head gets them, [B, T, D], from an ordinary forward pass of the model.
+
+    Positions of vectors that prompt learning puts before the tokens are left out.
+    """
+    with _bypassed(output_head(model)) as captured:
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            inputs.pop("position_ids", None)  # peft counts them itself, from the first virtual token on
+            model(**inputs, use_cache=False)
+            return captured[0][:, -inputs["input_ids"].shape[1] :]
         model(**inputs, use_cache=False)
     return captured[0]
 
@@ -72,15 +86,17 @@ def head_loss(
         label_smoothing: Probability spread evenly over the vocabulary.
     """
     head = output_head(model)
-    if type(head) is not nn.Linear:  # an adapter on the head itself: its logits are not one product
+    product = head_weight(head)
+    if product is None:
         return token_cross_entropy(_shaped(model, head(hidden)), targets, weights, label_smoothing)
+    weight, bias = product
     scale, softcap = _logit_shape(model)
     return linear_cross_entropy(
         hidden,
-        head.weight,
+        weight,
         targets,
         weights,
-        bias=head.bias,
+        bias=bias,
         label_smoothing=label_smoothing,
         scale=scale,
         softcap=softcap,
@@ -96,7 +112,7 @@ def check_head(model: nn.Module, input_ids: Tensor) -> None:
     """
     training = model.training
     model.eval()
-    expected = model(input_ids=input_ids, use_cache=False).logits.float()
+    expected = model(input_ids=input_ids, use_cache=False).logits[:, -input_ids.shape[1] :].float()
     hidden = hidden_states(model, input_ids=input_ids)
     found = _shaped(model, output_head(model)(hidden)).float()
     model.train(training)

@@ -5,18 +5,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, require
+from lit_alignment.models.adapters import Adapter, add_adapters, is_prompt_learning, load_adapter
 from lit_alignment.models.attention import Attention, choose_attention
+from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.paths import cache_dir
 
 
@@ -27,22 +31,28 @@ class Backbone:
     Args:
         path: A local folder, a name on the hub, or a name that `lit-alignment fetch` has put into the cache.
         revision: Branch, tag or commit on the hub.
+        tokenizer: Where the tokenizer is, if not beside the weights; an exported adapter's folder, for one.
         weights: `random` takes only the configuration from `path`, for tests and training from scratch.
         dtype: Precision of the frozen weights; `auto` is bfloat16 under adapters on a GPU, else float32.
             Trained adapters are always float32.
         attention: Implementation; `auto` picks the best that keeps packed documents apart.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
         compile: Compile the decoder with torch.compile.
+        liger: Use Liger's fused kernels for rotary positions, norms and MLP, on a GPU; the loss stays ours.
+        quantization: Hold the frozen weights in 4 bits (`nf4`, QLoRA) or 8 (`int8`), on a GPU.
         trust_remote_code: Run code that comes with the model.
     """
 
     path: str
     revision: str = "main"
+    tokenizer: str | None = None
     weights: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Attention = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
+    liger: bool = False
+    quantization: Literal["none", "nf4", "int8"] = "none"
     trust_remote_code: bool = False
 
 
@@ -62,72 +72,132 @@ def local_path(name: str) -> str:
     return name
 
 
-def load_tokenizer(backbone: Backbone) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, with a pad token.
+def load_tokenizer(backbone: Backbone, tokens: TokensConfig) -> tuple[PreTrainedTokenizerBase, dict[str, int]]:
+    """The tokenizer with its tokens and a pad token, and the ids of the tokens that were new to it.
 
     Raises:
         ConfigError: If there is none.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, backbone)
+    tokenizer = _from_pretrained(AutoTokenizer, backbone, backbone.tokenizer or backbone.path)
+    added = add_tokens(tokenizer, tokens)
     if tokenizer.pad_token_id is None:
         # Masking is by position, never by id, so padding with EOS hides no EOS.
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return tokenizer, added
 
 
-def load_causal_model(backbone: Backbone, peft: PeftConfig | None, packing: bool, device_type: str) -> nn.Module:
-    """The language model, with fresh adapters if asked.
+def load_causal_model(
+    backbone: Backbone,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
+    added: dict[str, int] | None = None,
+    peft: PeftConfig | None = None,
+    adapter: Adapter | None = None,
+    packing: bool = False,
+    device_type: str = "cpu",
+) -> nn.Module:
+    """The language model with room for the tokenizer's tokens, and with new or existing adapters if asked.
 
     Args:
         backbone: What to load.
+        tokenizer: Its tokenizer, with new tokens.
+        tokens: How the rows of new tokens begin.
+        added: Ids of the new tokens.
         peft: Adapters to add; None trains all weights.
+        adapter: An adapter to load instead.
         packing: Whether it will see packed rows.
         device_type: Where it will run.
 
     Raises:
         ConfigError: If it cannot be loaded, or cannot be trained that way.
     """
-    config = _from_pretrained(AutoConfig, backbone)
-    options = {
+    wrapped = peft is not None or adapter is not None
+    _check_device(backbone, wrapped, device_type)
+    config = _from_pretrained(AutoConfig, backbone, backbone.path)
+    options: dict[str, Any] = {
         "attn_implementation": choose_attention(backbone.attention, packing, device_type, config),
-        "dtype": _dtype(backbone, peft, device_type),
+        "dtype": _dtype(backbone, wrapped, device_type),
     }
     if backbone.weights == "random":
         model = AutoModelForCausalLM.from_config(config, **options)
     else:
-        model = _from_pretrained(AutoModelForCausalLM, backbone, **options)
+        options |= _quantized(backbone)
+        model = _from_pretrained(AutoModelForCausalLM, backbone, backbone.path, **options)
+    fit_vocabulary(model, tokenizer, added or {}, tokens)
+    if backbone.liger:
+        _apply_liger(model)
     if backbone.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        if peft is not None:
+        if wrapped:
             model.enable_input_require_grads()
     if backbone.compile:
         model.get_decoder().compile(dynamic=True)
+    network: nn.Module = model
+    if peft is not None:
+        network = add_adapters(model, peft, added or {})
+    elif adapter is not None:
+        network = load_adapter(model, adapter, tokenizer)
+    if packing and isinstance(network, PeftModel) and is_prompt_learning(network):
+        raise ConfigError(
+            f"model.peft: {type(network.active_peft_config).__name__} puts its vectors before each row, so the "
+            "conversations of a packed row could not all see them. Set data's packing: false."
+        )
     # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
-    network: nn.Module = model if peft is None else add_adapters(model, peft)
     return network.train()
 
 
-def add_adapters(model: nn.Module, peft: PeftConfig) -> PeftModel:
-    """Wrap a model in new adapters, whose weights are float32.
+def _check_device(backbone: Backbone, wrapped: bool, device_type: str) -> None:
+    """Refuse what only a GPU can do, before anything is loaded."""
+    if backbone.quantization != "none":
+        if not wrapped:
+            raise ConfigError("backbone.quantization: quantised weights cannot train; add model.peft (QLoRA).")
+        if device_type != "cuda":
+            raise ConfigError(
+                f"backbone.quantization: {backbone.quantization} needs a CUDA GPU, and this run is on {device_type}. "
+                "Set it to none, or trainer.accelerator to gpu."
+            )
+        require("bitsandbytes", "qlora", "backbone.quantization: none")
+    if backbone.liger:
+        if device_type != "cuda":
+            raise ConfigError(f"backbone.liger needs a CUDA GPU, and this run is on {device_type}. Set it to false.")
+        require("liger_kernel", "liger", "backbone.liger: false")
 
-    Raises:
-        ConfigError: If peft refuses the combination.
-    """
-    try:
-        wrapped: PeftModel = get_peft_model(model, peft)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model.peft: {error}") from error
-    return wrapped
+
+def _quantized(backbone: Backbone) -> dict[str, Any]:
+    """Arguments that load the weights in 4 or 8 bits. Source: Dettmers et al. 2023 (arXiv:2305.14314)."""
+    match backbone.quantization:
+        case "none":
+            return {}
+        case "nf4":
+            config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        case "int8":
+            config = BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
-def _dtype(backbone: Backbone, peft: PeftConfig | None, device_type: str) -> torch.dtype:
+def _apply_liger(model: PreTrainedModel) -> None:
+    """Put Liger's kernels into a loaded model; the loss is not taken from it."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ConfigError(f"backbone.liger: Liger has no kernels for {model.config.model_type}. Set it to false.")
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _dtype(backbone: Backbone, wrapped: bool, device_type: str) -> torch.dtype:
     if backbone.dtype == "auto":
-        return torch.bfloat16 if peft is not None and device_type == "cuda" else torch.float32
+        return torch.bfloat16 if wrapped and device_type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[backbone.dtype]
 
 
-def _from_pretrained(loader: Any, backbone: Backbone, **options: Any) -> Any:
-    path = local_path(backbone.path)
+def _from_pretrained(loader: Any, backbone: Backbone, name: str, **options: Any) -> Any:
+    path = local_path(name)
     try:
         return loader.from_pretrained(
             path, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code, **options
@@ -135,7 +205,7 @@ def _from_pretrained(loader: Any, backbone: Backbone, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{backbone.path}: cannot load this model ({first}). Give a folder with config.json, tokenizer and "
+            f"{name}: cannot load this model ({first}). Give a folder with config.json, tokenizer and "
             "weights, or a hub name that can be reached; `lit-alignment fetch --help` lists models that need no hub."
         ) from error
 

@@ -15,8 +15,10 @@ from lit_alignment.data.prompts import PromptBatch
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
+from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
 from lit_alignment.models.sharding import shard
+from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
 
 CHECKPOINT_KEY = "lit_alignment"
@@ -27,7 +29,9 @@ class AlignmentModule(LightningModule):
 
     Args:
         backbone: The pretrained model.
-        peft: Adapters from the peft library; None trains all weights.
+        peft: New adapters from the peft library; without these and `adapter` all weights train.
+        adapter: An adapter that exists, frozen or to go on with.
+        tokens: Special and new tokens; with LoRA only the rows of new ones train.
         optimizer: Optimiser and schedule.
         generation: Named ways to answer in `predict`; each writes a file of its own.
     """
@@ -36,16 +40,23 @@ class AlignmentModule(LightningModule):
         self,
         backbone: Backbone,
         peft: PeftConfig | None,
+        adapter: Adapter | None,
+        tokens: TokensConfig,
         optimizer: OptimizerConfig,
         generation: dict[str, GenerationSettings] | None,
     ) -> None:
         """Load the tokenizer; the weights come in `configure_model`, where the strategy is known."""
         super().__init__()
+        if peft is not None and adapter is not None:
+            raise ConfigError(
+                "model.peft and model.adapter: give new adapters or an existing one, not both. To train new adapters "
+                "on top of an existing one, merge that first (lit-alignment merge) and make the result the backbone."
+            )
         self.strict_loading = False  # checkpoints hold what was trained; see on_load_checkpoint
-        self.backbone, self.peft_config = backbone, peft
+        self.backbone, self.peft_config, self.adapter, self.tokens_config = backbone, peft, adapter, tokens
         self.optimizer_config = optimizer
         self.generation = generation or {"greedy": GenerationSettings()}
-        self.tokenizer = load_tokenizer(backbone)
+        self.tokenizer, self.added_tokens = load_tokenizer(backbone, tokens)
         self.model: nn.Module | None = None
         self._stop: StopRule | None = None
 
@@ -55,10 +66,23 @@ class AlignmentModule(LightningModule):
         """Load the weights, once."""
         if self.model is None:
             packing = datamodule_of(self.trainer).packing
-            device_type = self.trainer.strategy.root_device.type
-            self.model = load_causal_model(self.backbone, self.peft_config, packing, device_type)
+            model = self.load_model(self.trainer.strategy.root_device.type, packing)
             if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
-                shard(self.model, self.device_mesh["data_parallel"])
+                shard(model, self.device_mesh["data_parallel"])
+
+    def load_model(self, device_type: str = "cpu", packing: bool = False) -> nn.Module:
+        """Load the weights, with tokens and adapters, without a Trainer."""
+        self.model = load_causal_model(
+            self.backbone,
+            self.tokenizer,
+            tokens=self.tokens_config,
+            added=self.added_tokens,
+            peft=self.peft_config,
+            adapter=self.adapter,
+            packing=packing,
+            device_type=device_type,
+        )
+        return self.model
 
     @property
     def network(self) -> nn.Module:
@@ -99,6 +123,10 @@ class AlignmentModule(LightningModule):
             "module": f"{type(self).__module__}.{type(self).__qualname__}",
             "backbone": asdict(self.backbone),
             "peft": None if self.peft_config is None else _plain(self.peft_config.to_dict()),
+            "adapter": None if self.adapter is None else asdict(self.adapter),
+            "tokens": asdict(self.tokens_config),
+            "chat_template": datamodule_of(self.trainer).chat_template(),
+            "stop": asdict(self.stop),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

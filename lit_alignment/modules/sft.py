@@ -13,9 +13,11 @@ from lit_alignment.data.collate import TokenBatch
 from lit_alignment.data.messages import IGNORE_INDEX
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.metrics import TokenMean
+from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import base_model, check_head, head_loss, hidden_states
 from lit_alignment.models.loading import Backbone
+from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule, world_scale
 from lit_alignment.optimization import OptimizerConfig
 
@@ -30,7 +32,9 @@ class SFTModule(AlignmentModule):
 
     Args:
         backbone: The pretrained model.
-        peft: Adapters from the peft library; None trains all weights.
+        peft: New adapters from the peft library; without these and `adapter` all weights train.
+        adapter: An adapter that exists, frozen or to go on with.
+        tokens: Special and new tokens; with LoRA only the rows of new ones train.
         optimizer: Optimiser and schedule.
         label_smoothing: Probability spread evenly over the vocabulary, in training only.
         neftune_alpha: Strength of uniform noise on the embeddings in training; 0 is none (Jain et al. 2023,
@@ -42,13 +46,15 @@ class SFTModule(AlignmentModule):
         self,
         backbone: Backbone,
         peft: PeftConfig | None = None,
+        adapter: Adapter | None = None,
+        tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         label_smoothing: float = 0.0,
         neftune_alpha: float = 0.0,
         generation: dict[str, GenerationSettings] | None = None,
     ) -> None:
         """Set up the metrics; the weights come in `configure_model`."""
-        super().__init__(backbone, peft, optimizer, generation)
+        super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
         self.label_smoothing = label_smoothing
         self.neftune_alpha = neftune_alpha
         self.val_loss, self.val_accuracy = TokenMean(), TokenMean()

@@ -43,7 +43,7 @@ def base(tmp_path):
 
 def lora_module(base):
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    return SFTModule(Backbone(base), peft, OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0))
+    return SFTModule(Backbone(base), peft, optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0))
 
 
 def logits(model):
@@ -76,7 +76,7 @@ def test_adapter_export_loads_with_equal_logits(tmp_path, base):
 
 def test_merged_export_loads_with_equal_logits(tmp_path, base):
     module = lora_module(base)
-    saver = fit(tmp_path, module, Export(merge=True))
+    saver = fit(tmp_path, module, Export(form="merged"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "ckpt/export")
     assert not list((tmp_path / "ckpt/export").glob("adapter*"))
     torch.testing.assert_close(logits(model), live_logits_at(module, saver.best_model_path), rtol=1e-4, atol=1e-4)

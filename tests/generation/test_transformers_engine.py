@@ -4,8 +4,7 @@ import torch
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
-from lit_alignment.models.loading import Backbone, load_causal_model
-from tests.helpers import encoder, record
+from tests.helpers import encoder, record, sft_module
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17]]
 NEVER = StopRule([2], [])
@@ -14,7 +13,7 @@ NEVER = StopRule([2], [])
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return load_causal_model(Backbone("configs/tiny", weights="random"), None, packing=True, device_type="cpu")
+    return sft_module().load_model()
 
 
 def slow_greedy(model, prompt, number):

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from lit_alignment.data.collate import collate_packed
 from lit_alignment.data.encode import EncodingConfig
 from lit_alignment.data.messages import IGNORE_INDEX
-from lit_alignment.models.loading import Backbone, load_causal_model
+from lit_alignment.models.loading import Backbone
 from lit_alignment.modules.sft import neftune_noise
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import chats, encoder, record, sft_data, sft_module, trainer
@@ -61,8 +61,7 @@ def test_gradient_equals_a_slow_loop_over_single_conversations(tmp_path):
     module = sft_module()
     found = run(tmp_path, records, module=module, trainer_options={"max_steps": 1}, **ONE_BATCH)
     fresh = sft_module()
-    fresh.model = load_causal_model(fresh.backbone, None, packing=False, device_type="cpu")
-    fresh.model.load_state_dict(_start_weights(tmp_path))
+    fresh.load_model().load_state_dict(_start_weights(tmp_path))
     data = sft_data(fresh, records, **ONE_BATCH)
     data.setup("fit")
     total, count = torch.zeros(()), 0

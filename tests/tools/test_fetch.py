@@ -8,7 +8,8 @@ from lit_alignment.data.encode import Encoder, EncodingConfig
 from lit_alignment.errors import AlignmentError
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.generation.transformers_engine import generate, stop_rule
-from lit_alignment.models.loading import Backbone, load_causal_model, local_path
+from lit_alignment.models.loading import Backbone, local_path
+from lit_alignment.modules.sft import SFTModule
 from lit_alignment.tools import fetch
 from tests.helpers import command, record, table
 
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_packaged_model_loads_and_answers(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = load_causal_model(Backbone(str(folder)), None, packing=True, device_type="cpu")
+    model = SFTModule(Backbone(str(folder))).load_model(packing=True)
     encoder = Encoder(tokenizer, EncodingConfig())
     prompt = encoder.encode_prompt(record("What is the capital of France?")).input_ids
     rule = stop_rule(tokenizer, encoder.end_of_turn())
@@ -63,7 +64,7 @@ def test_packed_loss_of_the_real_model_equals_separate_conversations(folder):
         encoder.encode(record("Hi", "Hello there.")),
         encoder.encode(record("1 + 1?", "It is 2.", "Yes?", "No.")),
     ]
-    model = load_causal_model(Backbone(str(folder)), None, packing=True, device_type="cpu").eval()
+    model = SFTModule(Backbone(str(folder))).load_model(packing=True).eval()
     batch = collate_packed(examples)
     arguments = document_arguments(model.config._attn_implementation, batch.document_lengths, torch.device("cpu"))
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()

@@ -1,0 +1,224 @@
+"""Adapters: new ones, existing ones, what is saved of them, and merging them into the weights."""
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
+
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.models.head import base_model
+from lit_alignment.models.tokens import vocabulary_difference
+
+# Initialisations that also change the base weights, so that the adapter alone means nothing without its start.
+MUTATING_INITS = ("pissa", "olora", "corda")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that exists.
+
+    Args:
+        path: Its folder, with adapter_config.json.
+        trainable: Go on training it; else it stays as it is.
+    """
+
+    path: str
+    trainable: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a folder that is none."""
+        if not (Path(self.path).expanduser() / "adapter_config.json").is_file():
+            raise ConfigError(f"{self.path}: no adapter_config.json in this folder. Check model.adapter.path.")
+
+
+def add_adapters(model: nn.Module, peft: PeftConfig, added: dict[str, int]) -> PeftModel:
+    """Wrap a model in new adapters, whose weights are float32.
+
+    Args:
+        model: The base.
+        peft: What to add.
+        added: Ids of tokens whose rows train beside LoRA, and no other row of the embeddings.
+
+    Raises:
+        ConfigError: If peft refuses the combination, or cannot train new tokens with it.
+    """
+    config = copy.deepcopy(peft)
+    if added:
+        train_token_rows(model, config, added)
+    mutates = _mutates_base(config)
+    try:
+        # Randomised initialisations of the base (pissa_niter_N) must come out the same when a run is resumed.
+        with torch.random.fork_rng(enabled=mutates):
+            if mutates:
+                torch.manual_seed(0)
+            wrapped: PeftModel = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.peft: {error}") from error
+    if mutates:  # what the adapter is relative to, for exporting it as a plain LoRA
+        start = get_peft_model_state_dict(wrapped)
+        wrapped.start_state = {name: value.detach().cpu().clone() for name, value in start.items()}
+    return wrapped
+
+
+def train_token_rows(model: nn.Module, config: PeftConfig, added: dict[str, int]) -> None:
+    """Have LoRA also train the rows of new tokens, in the input embedding and, if it is another, in the output's.
+
+    Raises:
+        ConfigError: If these adapters cannot train rows.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"model.peft: {type(config).__name__} cannot train the rows of new tokens ({', '.join(added)}). "
+            "Use peft.LoraConfig, or no peft."
+        )
+    base = base_model(model)
+    tables = [base.get_input_embeddings()]
+    if base.get_output_embeddings() is not None and not base.config.get_text_config().tie_word_embeddings:
+        tables.append(base.get_output_embeddings())
+    names = {id(module): name.rpartition(".")[2] for name, module in base.named_modules()}
+    wanted = [names[id(table)] for table in tables]
+    if config.trainable_token_indices is not None or set(config.modules_to_save or ()) & set(wanted):
+        return  # the user has said which rows train
+    rows = sorted(added.values())
+    config.trainable_token_indices = rows if len(wanted) == 1 else {name: rows for name in wanted}
+
+
+def load_adapter(model: nn.Module, adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    """Wrap a model in an adapter that exists.
+
+    Raises:
+        CheckpointError: If it was trained with another vocabulary, or does not fit the model.
+    """
+    folder = Path(adapter.path).expanduser()
+    if adapter.trainable and PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
+        raise ConfigError(
+            f"model.adapter: {adapter.path} holds learned vectors without the encoder that made them, so they cannot "
+            "train on. Resume from the checkpoint instead: --ckpt_path."
+        )
+    if (folder / "tokenizer_config.json").is_file():
+        difference = vocabulary_difference(tokenizer, AutoTokenizer.from_pretrained(folder))
+        if difference:
+            raise CheckpointError(
+                f"{adapter.path}: this adapter was trained with another vocabulary than the backbone's tokenizer: "
+                f"{difference}. Set model.backbone.tokenizer to {adapter.path}, or give model.tokens.new as then."
+            )
+    try:
+        wrapped: PeftModel = PeftModel.from_pretrained(model, str(folder), is_trainable=adapter.trainable)
+    except (ValueError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{adapter.path}: this adapter does not fit the backbone ({reason}).") from error
+    if not adapter.trainable:
+        wrapped.requires_grad_(False)  # peft leaves learned vectors trainable
+    return wrapped
+
+
+def is_prompt_learning(model: nn.Module) -> bool:
+    """Whether a model has learned vectors before its tokens (prefix tuning, prompt tuning, P-tuning)."""
+    return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
+
+
+def prefix_cache(network: PeftModel, batch_size: int) -> Cache:
+    """Keys and values of the learned vectors, as if they had been read before the tokens, for a batch."""
+    prompt = network.get_prompt(batch_size)
+    if isinstance(prompt, Cache):
+        return prompt
+    base = base_model(network)
+    cache: Cache = base(inputs_embeds=prompt.to(base.dtype), use_cache=True).past_key_values
+    return cache
+
+
+@contextmanager
+def holding(network: PeftModel, trained: dict[str, Tensor]) -> Iterator[None]:
+    """Put a checkpoint's trained weights into the model for a while."""
+    live = {n: p.detach().clone() for n, p in network.named_parameters(remove_duplicate=False) if n in trained}
+    network.load_state_dict(trained, strict=False)
+    try:
+        yield
+    finally:
+        network.load_state_dict(live, strict=False)
+
+
+def save_adapter(network: PeftModel, folder: Path) -> None:
+    """Write the adapter's two files; one whose start changed the base becomes a plain LoRA of twice the rank.
+
+    Args:
+        network: The model, with the weights to write.
+        folder: Where to.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        conversion = {}
+        if _mutates_base(network.active_peft_config):
+            save_file(network.start_state, Path(temporary) / "adapter_model.safetensors", {"format": "pt"})
+            conversion = {"path_initial_model_for_weight_conversion": temporary}
+        network.save_pretrained(str(folder), save_embedding_layers=False, **conversion)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty form
+
+
+def why_merge(network: nn.Module) -> str:
+    """Why servers such as vLLM cannot load this adapter beside its base, or "" if they can."""
+    if not isinstance(network, PeftModel) or is_prompt_learning(network):
+        return ""
+    config = network.active_peft_config
+    if any(isinstance(module, TrainableTokensWrapper) for module in network.modules()):
+        return "it holds rows of new tokens"
+    if any(isinstance(module, ModulesToSaveWrapper) for module in network.modules()):
+        return "it holds whole layers"
+    if not isinstance(config, LoraConfig):
+        return f"it is no LoRA but {type(config).__name__}"
+    return "it uses DoRA" if config.use_dora else ""
+
+
+@torch.no_grad()
+def merged_state(network: PeftModel) -> dict[str, Tensor]:
+    """State dict of the base model with the adapter in it, each weight merged in float32 and cast once.
+
+    One layer at a time is copied, so the memory is that of the result.
+
+    Raises:
+        ConfigError: If the adapter cannot become weights.
+    """
+    if is_prompt_learning(network):
+        raise ConfigError(
+            f"{type(network.active_peft_config).__name__}: vectors before the tokens cannot be merged into weights. "
+            "Export the adapter instead."
+        )
+    base = base_model(network)
+    merged: dict[str, dict[str, Tensor]] = {}
+    for name, module in base.named_modules():
+        if any(prefix in merged for prefix in _prefixes(name)):
+            continue
+        match module:
+            case TrainableTokensWrapper():
+                adapter = module.token_adapter
+                rows = adapter.get_merged_weights(adapter.active_adapters)
+                merged[name] = {**module.original_module.state_dict(), "weight": rows}
+            case ModulesToSaveWrapper():
+                merged[name] = module.modules_to_save[module.active_adapters[0]].state_dict()
+            case BaseTunerLayer():
+                layer = copy.deepcopy(module).float()
+                layer.merge()
+                dtypes = {key: value.dtype for key, value in module.get_base_layer().state_dict().items()}
+                merged[name] = {k: v.to(dtypes[k]) for k, v in layer.get_base_layer().state_dict().items()}
+    state = {k: v for k, v in base.state_dict().items() if not any(prefix in merged for prefix in _prefixes(k))}
+    state |= {f"{name}.{key}": value for name, layer in merged.items() for key, value in layer.items()}
+    return {name: value.detach().cpu() for name, value in state.items()}
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+
+
+def _mutates_base(config: PeftConfig) -> bool:
+    init = config.init_lora_weights if isinstance(config, LoraConfig) else None
+    return isinstance(init, str) and init.startswith(MUTATING_INITS)

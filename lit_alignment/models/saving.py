@@ -1,0 +1,109 @@
+"""Write a model or an adapter as a Hugging Face folder, whole or not at all."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lit_alignment.errors import CheckpointError
+from lit_alignment.models.adapters import holding, is_prompt_learning, merged_state, save_adapter, why_merge
+from lit_alignment.models.head import base_model
+
+PARTIAL = ".partial"
+Form = Literal["auto", "merged", "adapter"]
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What a folder holds besides weights.
+
+    Args:
+        tokenizer: The tokenizer.
+        generation_config: Under which a loaded model stops where it was trained to.
+        chat_template: The Jinja template that training used; None leaves the tokenizer's own.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    generation_config: GenerationConfig
+    chat_template: str | None = None
+
+
+def export_form(network: nn.Module, form: Form) -> tuple[Literal["merged", "adapter", "full"], str]:
+    """The form in which a model is written, and why, where `auto` had to choose merging."""
+    if not isinstance(network, PeftModel):
+        return "full", ""
+    if form != "auto":
+        return form, ""
+    reason = why_merge(network)
+    return ("merged", reason) if reason else ("adapter", "")
+
+
+def write_folder(
+    network: nn.Module,
+    trained: dict[str, Tensor],
+    target: Path,
+    companions: Companions,
+    form: Form = "auto",
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write a folder that `from_pretrained` loads; one that is there is replaced when the new one is complete.
+
+    Args:
+        network: The model; its live weights are left as they are.
+        trained: Trained weights to write instead of the live ones, by name in the network.
+        target: The folder.
+        companions: Tokenizer, generation config and template.
+        form: For a model with adapters: merge them or write them alone; `auto` merges what servers cannot load.
+        max_shard_size: Largest file of weights.
+
+    Raises:
+        CheckpointError: If the disk is full or the folder cannot be written.
+    """
+    partial = target.with_name(f".{target.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _write_weights(network, trained, partial, export_form(network, form)[0], max_shard_size)
+        companions.tokenizer.save_pretrained(partial)
+        if companions.chat_template not in (None, companions.tokenizer.chat_template):
+            (partial / "chat_template.jinja").write_text(str(companions.chat_template), encoding="utf-8")
+        companions.generation_config.save_pretrained(partial)
+        for file in partial.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+        flush_folder(target.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{target}: cannot write the export ({error}). The checkpoint is untouched.") from error
+    return target
+
+
+def _write_weights(
+    network: nn.Module, trained: dict[str, Tensor], folder: Path, form: str, max_shard_size: str
+) -> None:
+    if isinstance(network, PeftModel):
+        with holding(network, trained):
+            if form == "adapter" or is_prompt_learning(network):
+                save_adapter(network, folder)
+                return
+            state = merged_state(network)
+    else:
+        state = {name: trained.get(name, value).detach().cpu() for name, value in network.state_dict().items()}
+    base_model(network).save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+
+
+def flush_folder(path: Path) -> None:
+    """Make a rename in this folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

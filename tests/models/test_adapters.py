@@ -1,0 +1,288 @@
+"""Every kind of adapter trains, saves, resumes, exports and answers, with the numbers of its own training."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lit_alignment import Export, SFTModule
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.transformers_engine import StopRule, generate
+from lit_alignment.models.adapters import Adapter, merged_state
+from lit_alignment.models.loading import Backbone
+from lit_alignment.models.tokens import NewToken, TokensConfig
+from lit_alignment.optimization import OptimizerConfig
+from tests.helpers import ROOT, chats, sft_data, trainer, weights
+
+LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+VIRTUAL = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"}
+WEIGHTS = {
+    "lora": LoraConfig(**LORA),
+    "dora": LoraConfig(**LORA, use_dora=True),
+    "rslora": LoraConfig(**LORA, use_rslora=True),
+    "pissa": LoraConfig(**LORA, init_lora_weights="pissa"),
+    "pissa_niter": LoraConfig(**LORA, init_lora_weights="pissa_niter_4"),
+}
+PROMPTS = {
+    "prefix": PrefixTuningConfig(**VIRTUAL),
+    "prefix_projection": PrefixTuningConfig(**VIRTUAL, prefix_projection=True, encoder_hidden_size=16),
+    "prompt": PromptTuningConfig(**VIRTUAL),
+    "p_tuning": PromptEncoderConfig(**VIRTUAL, encoder_hidden_size=16),
+}
+ADAPTERS = WEIGHTS | PROMPTS
+EACH = pytest.mark.parametrize("name", ADAPTERS)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder with a base model, as adapters need one."""
+    torch.manual_seed(0)
+    folder = tmp_path / "base"
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "configs/tiny")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "configs/tiny").save_pretrained(folder)
+    return str(folder)
+
+
+def module_with(base, peft=None, **settings):
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
+    return SFTModule(Backbone(base), peft, optimizer=optimizer, **settings)
+
+
+def fit(folder, module, epochs=2, resume=None, callbacks=(), **data):
+    saver = ModelCheckpoint(folder / "ckpt", save_last=True)
+    runner = trainer(folder, callbacks=[*callbacks, saver], enable_checkpointing=True, max_epochs=epochs)
+    seed_everything(0, verbose=False)  # the adapters' own start
+    data.setdefault("packing", module.peft_config is None or not module.peft_config.is_prompt_learning)
+    runner.fit(module, sft_data(module, chats(8), chats(4), batch_size=4, **data), ckpt_path=resume)
+    return saver.last_model_path
+
+
+@torch.no_grad()
+def logits(model):
+    model.eval()
+    ids = torch.arange(3, 40)[None]
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
+
+
+@EACH
+def test_adapter_trains_and_leaves_the_base_alone(name, base, tmp_path):
+    module = module_with(base, ADAPTERS[name])
+    module.load_model()
+    frozen = {n: p.detach().clone() for n, p in module.network.named_parameters() if not p.requires_grad}
+    start = weights(module)
+    fit(tmp_path, module)
+    assert any(not torch.equal(value, start[key]) for key, value in weights(module).items())
+    after = dict(module.network.named_parameters())
+    assert all(torch.equal(value, after[key]) for key, value in frozen.items())
+
+
+@EACH
+def test_resumed_adapter_equals_an_uninterrupted_run(name, base, tmp_path):
+    whole = module_with(base, ADAPTERS[name])
+    fit(tmp_path / "whole", whole, epochs=2)
+    last = fit(tmp_path / "parts", module_with(base, ADAPTERS[name]), epochs=1)
+    resumed = module_with(base, ADAPTERS[name])
+    fit(tmp_path / "parts", resumed, epochs=2, resume=last)
+    expected = weights(whole)
+    for key, value in weights(resumed).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+
+
+@EACH
+def test_exported_adapter_loads_with_equal_logits(name, base, tmp_path):
+    module = module_with(base, ADAPTERS[name])
+    fit(tmp_path, module, callbacks=[Export(form="adapter")])
+    folder = tmp_path / "ckpt/export"
+    loaded = AutoPeftModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded), logits(module.network), rtol=1e-4, atol=1e-4)
+    assert {file.name for file in folder.iterdir()} >= {"adapter_config.json", "tokenizer.json"}
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_merged_weights_give_the_logits_of_the_adapter(name, base, tmp_path):
+    module = module_with(base, WEIGHTS[name])
+    fit(tmp_path, module)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    plain.load_state_dict(merged_state(module.network), strict=True)
+    torch.testing.assert_close(logits(plain), logits(module.network), rtol=1e-4, atol=1e-4)
+
+
+def test_merging_rounds_once(base, tmp_path):
+    """The merged bf16 weight is the rounded fp32 sum, not a sum in bf16."""
+    module = module_with(base, WEIGHTS["lora"])
+    module.backbone = replace(module.backbone, dtype="bfloat16")
+    network = module.load_model()
+    layer = network.get_base_model().model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+    expected = (layer.base_layer.weight.float() + b @ a * layer.scaling["default"]).bfloat16()
+    assert torch.equal(merged_state(network)["model.layers.0.self_attn.q_proj.weight"], expected)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_vectors_before_the_tokens_are_refused_where_they_cannot_work(name, base, tmp_path):
+    module = module_with(base, PROMPTS[name])
+    with pytest.raises(ConfigError, match="packing: false"):
+        fit(tmp_path, module, packing=True)
+    with pytest.raises(ConfigError, match="cannot be merged into weights. Export the adapter"):
+        merged_state(module_with(base, PROMPTS[name]).load_model())
+
+
+@EACH
+def test_answers_are_those_of_a_slow_loop_with_the_training_forward(name, base):
+    """Batched and padded, against one token at a time through the forward pass that training uses."""
+    module = module_with(base, ADAPTERS[name])
+    network = module.load_model().eval()
+    torch.manual_seed(1)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17]]
+    settings = GenerationSettings(max_new_tokens=6, skip_special_tokens=False, logprobs=True)
+    answers = generate(network, module.tokenizer, prompts, settings, StopRule([], []))
+    for prompt, (answer,) in zip(prompts, answers, strict=True):
+        ids, logprob = list(prompt), 0.0
+        for _ in range(6):
+            mask = torch.ones(1, len(ids))
+            with torch.no_grad():
+                scores = network(input_ids=torch.tensor([ids]), attention_mask=mask, use_cache=False).logits[0, -1]
+            ids.append(int(scores.argmax()))
+            logprob += float(scores.log_softmax(-1).max())
+        assert answer.content == module.tokenizer.decode(ids[len(prompt) :])
+        assert answer.logprob == pytest.approx(logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_beams_and_samples_work_with_vectors_before_the_tokens(name, base):
+    module = module_with(base, PROMPTS[name])
+    network = module.load_model()
+    for settings in (
+        GenerationSettings(max_new_tokens=4, num_beams=3, num_return_sequences=2),
+        GenerationSettings(max_new_tokens=4, temperature=1.0, num_return_sequences=3),
+    ):
+        answers = generate(network, module.tokenizer, [[5, 6], [7, 8, 9]], settings, StopRule([], []))
+        assert [len(found) for found in answers] == [settings.num_return_sequences] * 2
+
+
+def test_prompt_tuning_begins_with_the_rows_of_its_text(base):
+    text = "route the request"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(text)["input_ids"]
+    peft = PromptTuningConfig(
+        num_virtual_tokens=len(ids),
+        prompt_tuning_init=PromptTuningInit.TEXT,
+        prompt_tuning_init_text=text,
+        tokenizer_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
+    network = module_with(base, peft).load_model()
+    rows = network.get_base_model().get_input_embeddings().weight[ids]
+    assert torch.equal(network.prompt_encoder["default"].embedding.weight, rows)
+
+
+@pytest.mark.parametrize("name", ["lora", "prompt"])
+def test_existing_adapter_goes_on_or_stays_frozen(name, base, tmp_path):
+    first = module_with(base, ADAPTERS[name])
+    fit(tmp_path / "first", first, callbacks=[Export(form="adapter")])
+    folder = str(tmp_path / "first/ckpt/export")
+    frozen = module_with(base, adapter=Adapter(folder))
+    assert torch.equal(logits(frozen.load_model()), logits(first.network))
+    with pytest.raises(ConfigError, match="set model.peft, or model.adapter.trainable"):
+        fit(tmp_path / "frozen", module_with(base, adapter=Adapter(folder)), packing=False)
+    going_on = module_with(base, adapter=Adapter(folder, trainable=True))
+    if name == "prompt":
+        with pytest.raises(ConfigError, match="cannot train on. Resume from the checkpoint"):
+            going_on.load_model()
+        return
+    last = fit(tmp_path / "on", going_on, epochs=1, packing=False)
+    assert not torch.equal(logits(going_on.network), logits(first.network))
+    saved = torch.load(last, weights_only=True)
+    assert set(saved["state_dict"]) == set(going_on.trained_names())
+    assert saved["lit_alignment"]["adapter"] == {"path": folder, "trainable": True}
+
+
+def test_new_and_existing_adapters_together_are_refused(base, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"not both.*lit-alignment merge"):
+        module_with(base, ADAPTERS["lora"], adapter=Adapter(str(tmp_path)))
+
+
+def test_folder_without_an_adapter_is_refused(base):
+    with pytest.raises(ConfigError, match="no adapter_config.json in this folder"):
+        Adapter(base)
+
+
+def test_adapter_of_another_vocabulary_names_the_tokens(base, tmp_path):
+    tokens = TokensConfig(new={"<tool>": NewToken("mean"), "<end>": NewToken("mean")})
+    module = module_with(base, ADAPTERS["lora"], tokens=tokens)
+    fit(tmp_path, module, epochs=1, callbacks=[Export(form="adapter")])
+    folder = str(tmp_path / "ckpt/export")
+    with pytest.raises(CheckpointError, match=r"it lacks '<tool>', '<end>'. Set model.backbone.tokenizer to"):
+        module_with(base, adapter=Adapter(folder)).load_model()
+    other = module_with(base, adapter=Adapter(folder), tokens=TokensConfig(new={"<end>": NewToken("mean")}))
+    with pytest.raises(CheckpointError, match=r"it lacks '<tool>'; '<end>' stand at other ids"):
+        other.load_model()
+    same = module_with(base, adapter=Adapter(folder))
+    same = SFTModule(Backbone(base, tokenizer=folder), adapter=Adapter(folder))
+    assert torch.equal(logits(same.load_model()), logits(module.network))
+
+
+def test_adapter_of_another_model_is_refused(base, tmp_path):
+    module = module_with(base, ADAPTERS["lora"])
+    fit(tmp_path, module, epochs=1, callbacks=[Export(form="adapter")])
+    config = json.loads((tmp_path / "base/config.json").read_text()) | {"hidden_size": 32, "head_dim": 8}
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    (wide / "config.json").write_text(json.dumps(config))
+    AutoTokenizer.from_pretrained(base).save_pretrained(wide)
+    narrow = SFTModule(Backbone(str(wide), weights="random"), adapter=Adapter(str(tmp_path / "ckpt/export")))
+    with pytest.raises(CheckpointError, match="does not fit the backbone"):
+        narrow.load_model()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantization": "nf4"}, "nf4 needs a CUDA GPU"),
+        ({"liger": True}, "backbone.liger needs a CUDA GPU"),
+    ],
+)
+def test_what_needs_a_gpu_says_so(settings, message, base):
+    module = SFTModule(Backbone(base, **settings), ADAPTERS["lora"])
+    with pytest.raises(ConfigError, match=message):
+        module.load_model("cpu")
+
+
+def test_quantised_weights_without_adapters_are_refused(base):
+    with pytest.raises(ConfigError, match="quantised weights cannot train"):
+        SFTModule(Backbone(base, quantization="nf4")).load_model("cuda")
+
+
+@pytest.mark.gpu
+def test_qlora_trains_and_saves_its_adapter_only(base, tmp_path):
+    module = module_with(base, ADAPTERS["lora"])
+    module.backbone = replace(module.backbone, quantization="nf4")
+    last = fit(tmp_path, module, epochs=1)
+    assert set(torch.load(last, weights_only=True)["state_dict"]) == module.trained_names()
+
+
+@pytest.mark.gpu
+def test_liger_kernels_leave_the_loss_as_it_is(base):
+    plain = module_with(base).load_model("cuda").cuda()
+    fused = SFTModule(Backbone(base, liger=True)).load_model("cuda").cuda()
+    ids = torch.arange(3, 40, device="cuda")[None]
+    torch.testing.assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
