@@ -1,6 +1,7 @@
 """The command line: a light dispatcher in front of LightningCLI and the tools."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ TRAINER_COMMANDS = {
     "predict": "answer prompts and write predictions as JSONL",
 }
 TOOLS = {
+    "inspect": ("lit_alignment.tools.inspect", "show what the model will see, and why records were dropped"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
     "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),
 }
@@ -30,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if command in TOOLS:
         run = importlib.import_module(TOOLS[command][0]).main
+        if command != "demo":  # tools say themselves what there is to say; Lightning sets these levels when imported
+            for name in ("lightning.pytorch", "lightning.fabric"):
+                logging.getLogger(name).setLevel(logging.WARNING)
     elif command in TRAINER_COMMANDS:
         # --config may also stand before the command in LightningCLI; here the command always comes first.
         run = importlib.import_module("lit_alignment.trainer_cli").main

@@ -2,9 +2,9 @@
 
 import logging
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,6 +30,9 @@ QUIET = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Trainer was configured with `enable_model_summary.*",
 )
+
+
+CLI = TypeVar("CLI", bound="AlignmentCLI")
 
 
 class AlignmentCLI(LightningCLI):
@@ -91,11 +94,15 @@ def build(arguments: list[str], run: bool = False) -> AlignmentCLI:
     Raises:
         ConfigError: If the configuration is wrong.
     """
+    return _built(AlignmentCLI, arguments, run)
+
+
+def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     try:
-        return AlignmentCLI(
+        return kind(
             AlignmentModule,
             AlignmentDataModule,
             subclass_mode_model=True,
@@ -113,6 +120,34 @@ def build(arguments: list[str], run: bool = False) -> AlignmentCLI:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has shut down in good order
             raise KeyboardInterrupt from stop
         raise
+
+
+class ToolCLI(AlignmentCLI):
+    """Builds module and data module as a command would, beside a Trainer that touches no device, logger or file."""
+
+    asked: Namespace
+
+    def before_instantiate_classes(self) -> None:
+        """Keep what the configuration asks of the Trainer in `asked`, and ask for nothing."""
+        self.asked = self.config.trainer.clone()
+        nothing: dict[str, Any] = {"callbacks": None, "plugins": None, "profiler": None, "precision": None}
+        nothing |= {"logger": False, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+        for name, value in nothing.items():
+            self.config.trainer[name] = value
+
+
+def build_for_tool(arguments: list[str]) -> ToolCLI:
+    """The objects of a configuration for a tool that runs no Trainer.
+
+    Args:
+        arguments: Options as of `fit`.
+
+    Raises:
+        ConfigError: If the configuration is wrong.
+    """
+    if not any(argument.startswith("--config") or argument == "-c" for argument in arguments):
+        raise ConfigError("no configuration: give --config FILE, as to fit.")
+    return _built(ToolCLI, arguments)
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

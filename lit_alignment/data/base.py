@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.cache import cached_dataset, fingerprint, source_fingerprint, tokenizer_fingerprint
-from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig
+from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig, Example
 from lit_alignment.data.loader import PlannedLoader
-from lit_alignment.data.messages import Record, read_record
+from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.prompts import (
     PROMPT_FEATURES,
@@ -129,6 +129,12 @@ class AlignmentDataModule(LightningDataModule):
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> Any:
         """Tensors of one batch."""
+
+    def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:
+        """The token sequences of one encoded row, each with its name, for people to look at."""
+        ids = row["input_ids"]
+        labels = row.get("labels", [IGNORE_INDEX] * len(ids))
+        return [("", Example(ids, labels, row.get("weights", [0.0] * len(ids))))]
 
     # Reading and encoding.
 
@@ -290,9 +296,10 @@ class AlignmentDataModule(LightningDataModule):
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
         return PlannedLoader(lambda epoch: plan, build, len(plan), world_size)
 
-    def _loader(self, split: Split) -> PlannedLoader[Any]:
+    def plan(self, split: Split) -> BatchPlan:
+        """What decides the batches of a split that is loaded."""
         dataset = self.examples[split]
-        plan = BatchPlan(
+        return BatchPlan(
             lengths=np.array(dataset["length"], dtype=np.int64),
             weights=np.array(dataset["weight"], dtype=np.float64),
             tokens_per_batch=self.tokens_per_batch if self.packing else None,
@@ -300,6 +307,9 @@ class AlignmentDataModule(LightningDataModule):
             shuffle=split == "train",
             seed=self.seed,
         )
+
+    def _loader(self, split: Split) -> PlannedLoader[Any]:
+        dataset, plan = self.examples[split], self.plan(split)
         rank, world_size = self._ranks()
         training = split == "train"
         accumulate = self.trainer.accumulate_grad_batches if training and self.trainer is not None else 1

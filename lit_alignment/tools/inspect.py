@@ -1,0 +1,228 @@
+"""`lit-alignment inspect`: what the model will see, token by token, and what became of the records."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from lit_alignment.callbacks.report import STYLE
+from lit_alignment.data.base import AlignmentDataModule, Split
+from lit_alignment.data.encode import Example
+from lit_alignment.data.messages import IGNORE_INDEX
+from lit_alignment.errors import ConfigError
+from lit_alignment.trainer_cli import build_for_tool
+
+STAGES: dict[Split, str] = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
+BINS = 12
+
+TOKEN_STYLE = """
+.tokens { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; padding: .8rem; }
+.tokens span { padding: 2px 0; border-radius: 3px; box-shadow: inset 0 0 0 .5px var(--line); }
+.trained { background: #16a34a55; } .special { opacity: .55; } .zero { text-decoration: line-through; }
+.key span { margin-right: 1rem; padding: 2px 6px; border-radius: 3px; }
+"""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token as shown.
+
+    Args:
+        position: Its place in the sequence.
+        index: Its id.
+        text: What it decodes to, line ends visible.
+        trained: Whether the loss applies to it.
+        weight: Its weight in the loss.
+        special: Whether it is a special token.
+    """
+
+    position: int
+    index: int
+    text: str
+    trained: bool
+    weight: float
+    special: bool
+
+
+def main(arguments: list[str]) -> None:
+    """Print the first examples of a split, and write a page if asked."""
+    parser = argparse.ArgumentParser(
+        prog="lit-alignment inspect",
+        description="Show what the model will see: tokens and labels of the first examples, the trained share, the "
+        "lengths, and why records were dropped. Takes the options of fit: --config, and any setting.",
+        epilog="In the terminal trained tokens are green (and in [brackets] where there is no colour).",
+    )
+    parser.add_argument("--split", choices=list(STAGES), default="train")
+    parser.add_argument("--number", type=int, default=2, help="examples to show (default: 2)")
+    parser.add_argument("--tokens", action="store_true", help="one line a token, with id, label and weight")
+    parser.add_argument("--html", type=Path, help="also write the view to this file")
+    options, rest = parser.parse_known_args(arguments)
+    data = build_for_tool(rest).datamodule
+    if not data.sources[options.split]:
+        raise ConfigError(f"data.{options.split} is empty: nothing to inspect. Choose another --split.")
+    data.setup(STAGES[options.split])
+    rows = [data.examples[options.split][index] for index in range(min(options.number, _size(data, options.split)))]
+    views = [(row, data.views(row)) for row in rows]
+
+    console = Console(soft_wrap=False)
+    for number, (row, sequences) in enumerate(views, start=1):
+        for name, example in sequences:
+            tokens = shown_tokens(example, data.tokenizer)
+            console.rule(f"{options.split} {number}: {row['dataset']}/{row['id']}{name and ' ' + name}", align="left")
+            console.print(_summary(tokens))
+            console.print(token_table(tokens) if options.tokens else run_table(tokens, console.is_terminal))
+    console.rule("lengths", align="left")
+    lengths = np.array(data.examples[options.split]["length"])
+    console.print(terminal_histogram(lengths, data.encoder.config.max_length))
+    console.rule("records", align="left")
+    console.print(data.reports[options.split].line(), soft_wrap=True)
+    if options.split != "predict" and data.packing:
+        console.print(_packing_line(data, options.split))
+    if options.html is not None:
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        options.html.write_text(render_page(data, options.split, views, lengths), encoding="utf-8")
+        console.print(f"page: {options.html}")
+
+
+def _size(data: AlignmentDataModule, split: Split) -> int:
+    return len(data.examples[split])
+
+
+def shown_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
+    """The tokens of an example. The first never counts as trained: nothing predicts it."""
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    tokens = []
+    for position, index in enumerate(example.input_ids):
+        text = tokenizer.decode([index])
+        if "\ufffd" in text:  # a part of a character
+            text = str(tokenizer.convert_ids_to_tokens(index))
+        trained = position > 0 and example.labels[position] != IGNORE_INDEX
+        weight = example.weights[position]
+        tokens.append(Token(position, index, text, trained, weight if trained else 0.0, index in special))
+    return tokens
+
+
+def _summary(tokens: Sequence[Token]) -> str:
+    trained = sum(token.trained for token in tokens)
+    return f"{len(tokens)} tokens, {trained} trained ({trained / len(tokens):.0%})"
+
+
+def run_table(tokens: Sequence[Token], colour: bool) -> Table:
+    """One line a run of tokens that are trained alike."""
+    table = Table(show_lines=True)
+    for heading in ("position", "loss", "tokens"):
+        table.add_column(heading, overflow="fold")
+    for (trained, weight), run in groupby(tokens, key=lambda token: (token.trained, token.weight)):
+        part = list(run)
+        loss = ("trained" if weight == 1.0 else f"weight {weight:g}") if trained else ""
+        table.add_row(f"{part[0].position}-{part[-1].position}", loss, _flow(part, colour))
+    return table
+
+
+def _flow(tokens: Sequence[Token], colour: bool) -> Text:
+    """Tokens one after the other; neighbours differ in shade, so that their borders can be seen."""
+    flow = Text()
+    for token in tokens:
+        shown = token.text.replace("\n", "\\n\n")
+        if not colour and token.trained:
+            shown = f"[{shown}]"
+        shade = "on grey23" if token.position % 2 else "on grey30"
+        if token.trained:
+            shade = "black on green3" if token.position % 2 else "black on spring_green2"
+        flow.append(shown, style=f"bold {shade}" if token.special else shade)
+    return flow
+
+
+def token_table(tokens: Sequence[Token]) -> Table:
+    """One line a token."""
+    table = Table("position", "token", "id", "label", "weight", box=None)
+    for token in tokens:
+        label = str(token.index) if token.trained else str(IGNORE_INDEX)
+        cells = [str(token.position), repr(token.text), str(token.index), label, f"{token.weight:g}"]
+        table.add_row(*(Text(cell) for cell in cells), style="green" if token.trained else "dim")
+    return table
+
+
+def histogram(lengths: np.ndarray[Any, Any]) -> list[tuple[int, int, int]]:
+    """(from, to, number) of equal bins over the lengths, both ends included."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = max(1, -(-(high - low + 1) // BINS))
+    edges = range(low, high + 1, width)
+    return [(start, start + width - 1, int(((lengths >= start) & (lengths < start + width)).sum())) for start in edges]
+
+
+def terminal_histogram(lengths: np.ndarray[Any, Any], max_length: int) -> Text:
+    """Bars of the lengths in tokens."""
+    bins = histogram(lengths)
+    most = max(count for _, _, count in bins)
+    lines = [f"{start:>7}-{end:<7}{'█' * round(40 * count / most):<40} {count}" for start, end, count in bins]
+    middle, late = (int(np.percentile(lengths, q)) for q in (50, 95))
+    return Text("\n".join([*lines, f"median {middle}, 95% up to {late}, max_length {max_length}"]))
+
+
+def histogram_svg(lengths: np.ndarray[Any, Any], width: int = 640, height: int = 200) -> str:
+    """The same bars as an inline picture."""
+    bins = histogram(lengths)
+    most, bottom, step = max(count for _, _, count in bins), height - 24, width / len(bins)
+    marks = []
+    for place, (start, end, count) in enumerate(bins):
+        tall, x = (bottom - 20) * count / most, place * step
+        marks.append(
+            f'<rect x={x + 1:.1f} y={bottom - tall:.1f} width={step - 2:.1f} height={tall:.1f} fill="#2563eb"/>'
+        )
+        marks.append(f"<text x={x + step / 2:.1f} y={bottom - tall - 4:.1f} text-anchor=middle>{count}</text>")
+        marks.append(f"<text x={x + step / 2:.1f} y={height - 8} text-anchor=middle>{start}-{end}</text>")
+    picture = "".join(marks)
+    return f'<svg viewBox="0 0 {width} {height}" width={width} role=img aria-label="lengths">{picture}</svg>'
+
+
+def _packing_line(data: AlignmentDataModule, split: Split) -> str:
+    plan = data.plan(split)
+    rows = len(plan.groups(0))
+    filled = data.reports[split].tokens / (rows * data.tokens_per_batch)
+    return f"packed into {rows} rows of up to {data.tokens_per_batch} tokens, {filled:.1%} full"
+
+
+def render_page(
+    data: AlignmentDataModule,
+    split: Split,
+    views: Sequence[tuple[dict[str, Any], list[tuple[str, Example]]]],
+    lengths: np.ndarray[Any, Any],
+) -> str:
+    """The view as one HTML page that needs nothing else."""
+    parts = []
+    for row, sequences in views:
+        for name, example in sequences:
+            tokens = shown_tokens(example, data.tokenizer)
+            title = escape(f"{row['dataset']}/{row['id']} {name}")
+            body = "".join(map(_token_html, tokens))
+            parts.append(f"<h2>{title}</h2><p>{_summary(tokens)}</p><div class='scroll tokens'>{body}</div>")
+    report = escape(data.reports[split].line())
+    packed = f"<p>{_packing_line(data, split)}</p>" if split != "predict" and data.packing else ""
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{split}</title><style>{STYLE}{TOKEN_STYLE}</style>"
+        f"<h1>What the model sees: {split}</h1><p style='white-space:pre-wrap'>{report}</p>{packed}"
+        f"<h2>Lengths in tokens</h2>{histogram_svg(lengths)}"
+        "<p class=key><span class=trained>trained</span><span class=special>special token</span>"
+        "hover over a token for its id, label and weight</p>"
+        f"{''.join(parts)}</html>\n"
+    )
+
+
+def _token_html(token: Token) -> str:
+    label = token.index if token.trained else IGNORE_INDEX
+    names = [n for n, on in (("trained", token.trained), ("special", token.special)) if on]
+    if token.trained and token.weight == 0:
+        names.append("zero")
+    hint = f"position {token.position}, id {token.index}, label {label}, weight {token.weight:g}"
+    text = escape(token.text).replace("\n", "\\n<br>")
+    return f'<span class="{" ".join(names)}" title="{hint}">{text}</span>'
