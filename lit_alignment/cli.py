@@ -13,6 +13,8 @@ TRAINER_COMMANDS = {
 }
 TOOLS = {
     "inspect": ("lit_alignment.tools.inspect", "show what the model will see, and why records were dropped"),
+    "export": ("lit_alignment.tools.export", "checkpoint or adapter -> a Hugging Face folder, logits compared"),
+    "merge": ("lit_alignment.tools.merge", "the same, with the adapters merged into the weights"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
     "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),
 }
@@ -32,9 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if command in TOOLS:
         run = importlib.import_module(TOOLS[command][0]).main
-        if command != "demo":  # tools say themselves what there is to say; Lightning sets these levels when imported
-            for name in ("lightning.pytorch", "lightning.fabric"):
-                logging.getLogger(name).setLevel(logging.WARNING)
+        if command != "demo":
+            _quiet()
     elif command in TRAINER_COMMANDS:
         # --config may also stand before the command in LightningCLI; here the command always comes first.
         run = importlib.import_module("lit_alignment.trainer_cli").main
@@ -61,6 +62,18 @@ def _guarded(run: Callable[[list[str]], None], arguments: list[str]) -> int:
             raise
         return _fail(str(cause))
     return 0
+
+
+def _quiet() -> None:
+    """Tools say themselves what there is to say: no notes of libraries, no bars for the loading of a model."""
+    import warnings
+
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _fail(message: str) -> int:

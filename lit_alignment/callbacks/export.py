@@ -41,6 +41,12 @@ class Export(Callback):
             raise ConfigError("the Export callback needs checkpoints: set trainer.enable_checkpointing, or remove it.")
         if not isinstance(pl_module, AlignmentModule):
             raise ConfigError(f"the Export callback needs a module of lit_alignment, not {type(pl_module).__name__}.")
+        peft = pl_module.peft_config
+        if self.form == "merged" and peft is not None and peft.is_prompt_learning:
+            raise ConfigError(
+                f"Export: {type(peft).__name__} puts vectors before the tokens, which cannot be merged into weights. "
+                "Set form to auto or adapter."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Catch up with checkpoints that were saved since the last batch; ModelCheckpoint saves after all callbacks."""

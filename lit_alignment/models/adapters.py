@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.head import base_model
 from lit_alignment.models.tokens import vocabulary_difference
+from lit_alignment.paths import local_path
 
 # Initialisations that also change the base weights, so that the adapter alone means nothing without its start.
 MUTATING_INITS = ("pissa", "olora", "corda")
@@ -55,6 +56,8 @@ def add_adapters(model: nn.Module, peft: PeftConfig, added: dict[str, int]) -> P
     config = copy.deepcopy(peft)
     if added:
         train_token_rows(model, config, added)
+    if isinstance(config, PromptTuningConfig) and config.tokenizer_name_or_path:
+        config.tokenizer_name_or_path = local_path(config.tokenizer_name_or_path)
     mutates = _mutates_base(config)
     try:
         # Randomised initialisations of the base (pissa_niter_N) must come out the same when a run is resumed.
@@ -62,7 +65,7 @@ def add_adapters(model: nn.Module, peft: PeftConfig, added: dict[str, int]) -> P
             if mutates:
                 torch.manual_seed(0)
             wrapped: PeftModel = get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"model.peft: {error}") from error
     if mutates:  # what the adapter is relative to, for exporting it as a plain LoRA
         start = get_peft_model_state_dict(wrapped)
@@ -179,10 +182,14 @@ def why_merge(network: nn.Module) -> str:
 
 
 @torch.no_grad()
-def merged_state(network: PeftModel) -> dict[str, Tensor]:
+def merged_state(network: PeftModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """State dict of the base model with the adapter in it, each weight merged in float32 and cast once.
 
     One layer at a time is copied, so the memory is that of the result.
+
+    Args:
+        network: The base with its adapter.
+        dtype: What floating-point weights are cast to; by default each keeps the precision that it has in the base.
 
     Raises:
         ConfigError: If the adapter cannot become weights.
@@ -207,11 +214,17 @@ def merged_state(network: PeftModel) -> dict[str, Tensor]:
             case BaseTunerLayer():
                 layer = copy.deepcopy(module).float()
                 layer.merge()
-                dtypes = {key: value.dtype for key, value in module.get_base_layer().state_dict().items()}
+                dtypes = {key: dtype or value.dtype for key, value in module.get_base_layer().state_dict().items()}
                 merged[name] = {k: v.to(dtypes[k]) for k, v in layer.get_base_layer().state_dict().items()}
     state = {k: v for k, v in base.state_dict().items() if not any(prefix in merged for prefix in _prefixes(k))}
     state |= {f"{name}.{key}": value for name, layer in merged.items() for key, value in layer.items()}
-    return {name: value.detach().cpu() for name, value in state.items()}
+    return {name: cast(value, dtype) for name, value in state.items()}
+
+
+def cast(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A weight on the CPU; floating-point ones in `dtype`, if there is one."""
+    value = value.detach().cpu()
+    return value.to(dtype) if dtype is not None and value.is_floating_point() else value
 
 
 def _prefixes(name: str) -> list[str]:

@@ -1,7 +1,6 @@
 """Load a tokenizer and a language model as the configuration asks."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from lit_alignment.errors import ConfigError, require
 from lit_alignment.models.adapters import Adapter, add_adapters, is_prompt_learning, load_adapter
 from lit_alignment.models.attention import Attention, choose_attention
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
-from lit_alignment.paths import cache_dir
+from lit_alignment.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -54,22 +53,6 @@ class Backbone:
     liger: bool = False
     quantization: Literal["none", "nf4", "int8"] = "none"
     trust_remote_code: bool = False
-
-
-def local_path(name: str) -> str:
-    """Where a model's files are: a folder as it stands, a fetched copy in the cache, or the hub's own name.
-
-    Raises:
-        ConfigError: If the name can only be a folder, and there is none.
-    """
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser())
-    fetched = cache_dir() / "models" / name.replace("/", "--")
-    if (fetched / "config.json").is_file():
-        return str(fetched)
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ConfigError(f"{name}: no such model folder (looked from {Path.cwd()}). Check backbone.path.")
-    return name
 
 
 def load_tokenizer(backbone: Backbone, tokens: TokensConfig) -> tuple[PreTrainedTokenizerBase, dict[str, int]]:

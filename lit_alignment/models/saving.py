@@ -1,21 +1,24 @@
 """Write a model or an adapter as a Hugging Face folder, whole or not at all."""
 
+import copy
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_alignment.errors import CheckpointError
-from lit_alignment.models.adapters import holding, is_prompt_learning, merged_state, save_adapter, why_merge
+from lit_alignment.models.adapters import cast, holding, merged_state, save_adapter, why_merge
 from lit_alignment.models.head import base_model
 
 PARTIAL = ".partial"
 Form = Literal["auto", "merged", "adapter"]
+Written = Literal["merged", "adapter", "full"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,11 @@ class Companions:
     chat_template: str | None = None
 
 
-def export_form(network: nn.Module, form: Form) -> tuple[Literal["merged", "adapter", "full"], str]:
+def export_form(network: nn.Module, form: Form | Written) -> tuple[Written, str]:
     """The form in which a model is written, and why, where `auto` had to choose merging."""
     if not isinstance(network, PeftModel):
         return "full", ""
-    if form != "auto":
+    if form in ("merged", "adapter"):
         return form, ""
     reason = why_merge(network)
     return ("merged", reason) if reason else ("adapter", "")
@@ -48,8 +51,9 @@ def write_folder(
     trained: dict[str, Tensor],
     target: Path,
     companions: Companions,
-    form: Form = "auto",
+    form: Form | Written = "auto",
     max_shard_size: str = "5GB",
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a folder that `from_pretrained` loads; one that is there is replaced when the new one is complete.
 
@@ -60,6 +64,7 @@ def write_folder(
         companions: Tokenizer, generation config and template.
         form: For a model with adapters: merge them or write them alone; `auto` merges what servers cannot load.
         max_shard_size: Largest file of weights.
+        dtype: Precision of full or merged weights; by default that of the model.
 
     Raises:
         CheckpointError: If the disk is full or the folder cannot be written.
@@ -68,7 +73,7 @@ def write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write_weights(network, trained, partial, export_form(network, form)[0], max_shard_size)
+        _write_weights(network, trained, partial, export_form(network, form)[0], max_shard_size, dtype)
         companions.tokenizer.save_pretrained(partial)
         if companions.chat_template not in (None, companions.tokenizer.chat_template):
             (partial / "chat_template.jinja").write_text(str(companions.chat_template), encoding="utf-8")
@@ -87,17 +92,37 @@ def write_folder(
 
 
 def _write_weights(
-    network: nn.Module, trained: dict[str, Tensor], folder: Path, form: str, max_shard_size: str
+    network: nn.Module,
+    trained: dict[str, Tensor],
+    folder: Path,
+    form: str,
+    max_shard_size: str,
+    dtype: torch.dtype | None,
 ) -> None:
     if isinstance(network, PeftModel):
         with holding(network, trained):
-            if form == "adapter" or is_prompt_learning(network):
+            if form == "adapter":
                 save_adapter(network, folder)
                 return
-            state = merged_state(network)
+            state = merged_state(network, dtype)
     else:
-        state = {name: trained.get(name, value).detach().cpu() for name, value in network.state_dict().items()}
-    base_model(network).save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+        state = {name: cast(trained.get(name, value), dtype) for name, value in network.state_dict().items()}
+    model = base_model(network)
+    _share_tied(model, state)
+    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+    if dtype is not None:
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype
+        config.save_pretrained(folder)
+
+
+def _share_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
+    """Give tied embeddings one tensor again, so that they are written once."""
+    output = model.get_output_embeddings()
+    if output is None or not model.config.get_text_config().tie_word_embeddings:
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    state[f"{names[id(output)]}.weight"] = state[f"{names[id(model.get_input_embeddings())]}.weight"]
 
 
 def flush_folder(path: Path) -> None:

@@ -17,11 +17,10 @@ from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
+from lit_alignment.models.restoring import CHECKPOINT_KEY
 from lit_alignment.models.sharding import shard
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
-
-CHECKPOINT_KEY = "lit_alignment"
 
 
 class AlignmentModule(LightningModule):

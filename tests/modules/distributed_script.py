@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
+from lit_alignment.models.loading import Backbone
 from tests.helpers import chats, sft_data, sft_module, trainer
 
 
@@ -31,7 +32,10 @@ class Recorder(Callback):
 
 
 def main(kind: str, lora: str, folder: str, part: str = "all") -> None:
-    """Train one epoch (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`)."""
+    """Train one epoch (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`).
+
+    `sharded` trains one epoch over `folder/base`, saves a checkpoint in shards, and writes the logits.
+    """
     torch.set_num_threads(1)
     strategies = {
         "one": "auto",
@@ -40,19 +44,33 @@ def main(kind: str, lora: str, folder: str, part: str = "all") -> None:
     }
     recorder = Recorder()
     saver = ModelCheckpoint(folder, filename="saved", every_n_train_steps=1, enable_version_counter=False)
-    limits = {"all": {}, "whole": {"max_epochs": 2}, "first": {"max_steps": 1}, "rest": {"max_epochs": 2}}
+    limits = {
+        "all": {},
+        "whole": {"max_epochs": 2},
+        "first": {"max_steps": 1},
+        "rest": {"max_epochs": 2},
+        "sharded": {},
+    }
     runner = trainer(
         Path(folder),
         strategy=strategies[kind],
         devices=1 if kind == "one" else 2,
         accumulate_grad_batches=1 if part != "all" else 6 if kind == "one" else 3,
-        callbacks=[recorder, saver] if part == "first" else [recorder],
-        enable_checkpointing=part == "first",
-        **limits[part],
+        callbacks=[recorder, saver] if part in ("first", "sharded") else [recorder],
+        enable_checkpointing=part in ("first", "sharded"),
+        **limits.get(part, {}),
     )
     module = sft_module(lora=lora == "lora")
+    if part == "sharded":
+        module.backbone = Backbone(f"{folder}/base")
     data = sft_data(module, chats(11), chats(7, seed=1), packing=part == "all", tokens_per_batch=512, batch_size=2)
     runner.fit(module, data, ckpt_path=Path(folder) / "saved.ckpt" if part == "rest" else None)
+    if part == "sharded":
+        module.network.eval()
+        with torch.no_grad():
+            found = full(module.network(input_ids=torch.arange(3, 40)[None]).logits)
+        if runner.is_global_zero:
+            torch.save(found, Path(folder) / "logits.pt")
     keep = {
         "gradients": recorder.gradients,
         "losses": recorder.losses,

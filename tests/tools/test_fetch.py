@@ -8,8 +8,9 @@ from lit_alignment.data.encode import Encoder, EncodingConfig
 from lit_alignment.errors import AlignmentError
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.generation.transformers_engine import generate, stop_rule
-from lit_alignment.models.loading import Backbone, local_path
+from lit_alignment.models.loading import Backbone
 from lit_alignment.modules.sft import SFTModule
+from lit_alignment.paths import local_path
 from lit_alignment.tools import fetch
 from tests.helpers import command, record, table
 

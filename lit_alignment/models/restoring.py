@@ -1,0 +1,138 @@
+"""A trained model again, from a checkpoint file, a sharded checkpoint, or an adapter folder."""
+
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import PreTrainedTokenizerBase
+
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
+from lit_alignment.models.tokens import NewToken, TokensConfig
+
+CHECKPOINT_KEY = "lit_alignment"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint or an adapter folder says about its model.
+
+    Args:
+        backbone: The base.
+        peft: New adapters that were trained.
+        adapter: An existing adapter that was trained on, or the folder itself.
+        tokens: New tokens.
+        trained: Trained weights by name; empty for an adapter folder, which `adapter` names.
+        stop: Token ids and strings that end a turn; None where the folder has its own generation config.
+        chat_template: The Jinja template that training used.
+    """
+
+    backbone: Backbone
+    peft: PeftConfig | None
+    adapter: Adapter | None
+    tokens: TokensConfig
+    trained: dict[str, Tensor]
+    stop: dict[str, Any] | None
+    chat_template: str | None
+
+
+def read_saved(source: Path, base: str | None = None) -> Saved:
+    """What stands in a checkpoint file, a folder of a sharded checkpoint, or an adapter folder.
+
+    Args:
+        source: The file or folder.
+        base: The base model, if it is not where the source says.
+
+    Raises:
+        CheckpointError: If it is none of these, or does not say what it belongs to.
+    """
+    if (source / "adapter_config.json").is_file():
+        return _read_adapter(source, base)
+    if (source / ".metadata").is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / "whole.ckpt"
+            dcp_to_torch_save(source, whole)
+            content = _load(whole)
+        # Lightning keeps what is no tensor in a file of its own beside the shards.
+        return _from_content(source, content | _load(source / "meta.pt"), content, base)
+    if source.is_file():
+        content = _load(source)
+        return _from_content(source, content, content, base)
+    raise CheckpointError(
+        f"{source}: no checkpoint file, sharded checkpoint (with .metadata) or adapter folder (with "
+        "adapter_config.json)."
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its reader happens to
+        raise CheckpointError(f"{path}: cannot read the checkpoint ({str(error).splitlines()[0]}).") from error
+
+
+def _from_content(source: Path, about: dict[str, Any], content: dict[str, Any], base: str | None) -> Saved:
+    info = about.get(CHECKPOINT_KEY)
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{source}: not written by lit_alignment: it does not say what model it belongs to.")
+    state = content.get("state_dict", content.get("model", {}))
+    trained = {name.removeprefix("model."): value for name, value in state.items()}
+    backbone = Backbone(**info["backbone"])
+    tokens = dict(info["tokens"])
+    tokens["new"] = {token: NewToken(**how) for token, how in tokens["new"].items()}
+    return Saved(
+        backbone=replace(backbone, path=base) if base else backbone,
+        peft=None if info["peft"] is None else PeftConfig.from_peft_type(**info["peft"]),
+        adapter=None if info["adapter"] is None else Adapter(**info["adapter"]),
+        tokens=TokensConfig(**tokens),
+        trained=trained,
+        stop=info["stop"],
+        chat_template=info["chat_template"],
+    )
+
+
+def _read_adapter(folder: Path, base: str | None) -> Saved:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    path = base or config.get("base_model_name_or_path")
+    if not path:
+        raise CheckpointError(f"{folder}: adapter_config.json does not name its base model. Give --base.")
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    return Saved(Backbone(path, tokenizer=own), None, Adapter(str(folder)), TokensConfig(), {}, None, None)
+
+
+def restore(saved: Saved) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The trained model in float32 on the CPU, unquantised, and its tokenizer.
+
+    Raises:
+        ConfigError: If the base was random and its weights are not saved.
+        CheckpointError: If a trained weight does not fit.
+    """
+    backbone = replace(
+        saved.backbone, dtype="float32", quantization="none", liger=False, compile=False, gradient_checkpointing=False
+    )
+    if backbone.weights == "random" and (saved.peft is not None or saved.adapter is not None):
+        raise ConfigError("the base of these adapters was random (backbone.weights: random) and is not saved anywhere.")
+    tokenizer, added = load_tokenizer(backbone, saved.tokens)
+    network = load_causal_model(
+        backbone, tokenizer, tokens=saved.tokens, added=added, peft=saved.peft, adapter=saved.adapter
+    )
+    known = network.state_dict().keys()
+    foreign = sorted(name for name in saved.trained if name not in known)
+    if foreign:
+        raise CheckpointError(f"the checkpoint's weight '{foreign[0]}' has no place in {backbone.path}.")
+    try:
+        network.load_state_dict(saved.trained, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint does not fit {backbone.path} ({str(error).splitlines()[-1]})."
+        ) from error
+    return network.eval(), tokenizer

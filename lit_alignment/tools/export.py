@@ -1,0 +1,202 @@
+"""`lit-alignment export` and `merge`: a checkpoint or an adapter as a plain Hugging Face folder, checked."""
+
+import argparse
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig
+from lit_alignment.data.messages import read_record
+from lit_alignment.data.records import Source
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.generation.transformers_engine import StopRule, generation_config, stop_rule
+from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.loading import Backbone
+from lit_alignment.models.restoring import Saved, read_saved, restore
+from lit_alignment.models.saving import PARTIAL, Companions, export_form, write_folder
+from lit_alignment.paths import local_path
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest difference of a logit, as a share of the largest logit: rounding of the stored weights, and nothing else,
+# since both sides compute in float32.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+TEXTS = (
+    "What is the capital of France?",
+    "Write a haiku about the sea.",
+    "def fibonacci(n):",
+    "Explain to a child why the sky is blue, in two sentences.",
+)
+NUM_PROMPTS = 16
+
+
+def main(arguments: list[str], merge: bool = False) -> None:
+    """Export, compare the logits before and after, and print the largest difference.
+
+    Raises:
+        CheckpointError: If the difference is past the tolerance; nothing is written then.
+    """
+    options = _parser(merge).parse_args(arguments)
+    target: Path = options.out
+    if target.exists() and not options.overwrite:
+        raise ConfigError(f"{target} exists. Choose another --out, or add --overwrite.")
+    saved = read_saved(options.source, options.base)
+    network, tokenizer = restore(saved)
+    form, reason = export_form(network, "merged" if merge else options.form)
+    if merge and form == "full":
+        raise ConfigError(f"{options.source}: nothing to merge, this checkpoint has no adapters. Use export.")
+    if form == "merged" and saved.backbone.quantization != "none" and not options.dequantize:
+        raise ConfigError(
+            f"{options.source} was trained over {saved.backbone.quantization} weights. Merged into the unquantised "
+            "ones it is another model than was trained. Export it with --form adapter, or accept that: --dequantize."
+        )
+    if reason:
+        print(f"merged, since {reason}, which servers such as vLLM cannot load beside the base")
+    dtype = DTYPES[options.dtype] if options.dtype != "auto" else _dtype(saved, form)
+
+    prompts = encode_prompts(tokenizer, options.prompts)
+    before = logits(network, prompts)
+    fresh = target.with_name(f".{target.name}.checked{PARTIAL}")
+    companions = Companions(tokenizer, _generation_config(saved, options.source, tokenizer), saved.chat_template)
+    write_folder(network, {}, fresh, companions, form, options.max_shard_size, dtype)
+    try:
+        difference = compare(before, logits(reload(fresh, form, saved), prompts))
+        tolerance = options.tolerance if options.tolerance is not None else TOLERANCE[dtype]
+        print(f"logits before and after on {len(prompts)} prompts: {difference}")
+        if not difference.share <= tolerance:  # also where it is no number
+            raise CheckpointError(
+                f"{target}: not written: the exported model answers differently than the trained one ({difference}; "
+                f"allowed is {tolerance:g} of the largest logit). Try --dtype float32, or raise --tolerance."
+            )
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    stored = "" if form == "adapter" else f", {str(dtype).removeprefix('torch.')}"
+    print(f"{form}: {target}  ({size / 1e6:.1f} MB{stored})")
+
+
+def _parser(merge: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"lit-alignment {'merge' if merge else 'export'}",
+        description="Write a folder that from_pretrained and servers load, and compare its logits with the trained "
+        "model's. Adapters are merged in float32 and cast once.",
+    )
+    parser.add_argument("source", type=Path, help="a .ckpt file, the folder of a sharded checkpoint, or of an adapter")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--base", help="the base model, if it is not where the source says")
+    if not merge:
+        parser.add_argument("--form", choices=["auto", "merged", "adapter"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="default: that of the base's files")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: 5GB)")
+    parser.add_argument("--prompts", type=Path, help="chat records to compare on; a few questions by default")
+    parser.add_argument("--tolerance", type=float, help="largest difference, as a share of the largest logit")
+    parser.add_argument("--dequantize", action="store_true", help="merge what was trained over quantised weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    return parser
+
+
+def _dtype(saved: Saved, form: str) -> torch.dtype:
+    """Merged weights are stored as the base's files are, trained ones as they were trained."""
+    if form == "full" and saved.backbone.dtype in DTYPES:
+        return DTYPES[saved.backbone.dtype]
+    stored = AutoConfig.from_pretrained(local_path(saved.backbone.path)).dtype if form == "merged" else None
+    return stored or torch.float32
+
+
+def _generation_config(saved: Saved, source: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    if saved.stop is not None:
+        return generation_config(tokenizer, StopRule(**saved.stop))
+    if (source / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(source)
+    return generation_config(tokenizer, stop_rule(tokenizer, []))
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> list[list[int]]:
+    """Token ids of the prompts to compare on: records of a file, or a few questions."""
+    if tokenizer.chat_template is None:
+        if file is not None:
+            raise ConfigError(f"{tokenizer.name_or_path} has no chat template to render {file} with.")
+        return [tokenizer(text)["input_ids"] for text in TEXTS]
+    questions = [(f"[{i}]", {"messages": [{"role": "user", "content": text}]}) for i, text in enumerate(TEXTS)]
+    records = Source(str(file)).read() if file is not None else iter(questions)
+    encoder = Encoder(tokenizer, EncodingConfig())
+    prompts: list[list[int]] = []
+    for position, (where, raw) in enumerate(records):
+        try:
+            prompts.append(encoder.encode_prompt(read_record(raw, where, position)).input_ids)
+        except Dropped as drop:
+            print(f"{where}: not compared ({drop.reason})")
+        if len(prompts) == NUM_PROMPTS:
+            break
+    if not prompts:
+        raise ConfigError(f"{file}: no record to compare on.")
+    return prompts
+
+
+@torch.no_grad()
+def logits(network: nn.Module, prompts: list[list[int]]) -> list[Tensor]:
+    """Logits after each prompt's tokens, [T, V] each."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        found.append(network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(prompt) :].float())
+    return found
+
+
+def reload(folder: Path, form: str, saved: Saved) -> nn.Module:
+    """The written folder as a user would load it, computing in float32."""
+    if form != "adapter":
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.eval()
+    alone = Saved(
+        Backbone(saved.backbone.path, saved.backbone.revision, tokenizer=str(folder)),
+        None, Adapter(str(folder)), saved.tokens, {}, None, None,
+    )  # fmt: skip
+    return restore(alone)[0]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two models' logits are apart.
+
+    Args:
+        largest: Largest absolute difference of a logit.
+        scale: Largest absolute logit.
+        agreement: Share of positions with the same most likely token.
+    """
+
+    largest: float
+    scale: float
+    agreement: float
+
+    @property
+    def share(self) -> float:
+        """The largest difference as a share of the largest logit."""
+        return self.largest / self.scale
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference {self.largest:.3g} ({self.share:.2g} of the largest logit), "
+            f"same top token at {self.agreement:.1%} of positions"
+        )
+
+
+def compare(before: list[Tensor], after: list[Tensor]) -> Difference:
+    """The difference over all prompts; padding rows of the vocabulary that only one side has are left out."""
+    pairs = [
+        (a[:, : min(a.shape[1], b.shape[1])], b[:, : min(a.shape[1], b.shape[1])])
+        for a, b in zip(before, after, strict=True)
+    ]
+    agreeing = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
+    return Difference(
+        largest=max(float((a - b).abs().max()) for a, b in pairs),
+        scale=max(float(a.abs().max()) for a, _ in pairs),
+        agreement=agreeing / sum(len(a) for a, _ in pairs),
+    )

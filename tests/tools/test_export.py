@@ -1,0 +1,206 @@
+"""Exporting and merging from every source, checked by the logits, refused where they would differ."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lit_alignment import Export
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.models.tokens import NewToken, TokensConfig
+from lit_alignment.tools import export, merge
+from lit_alignment.tools.export import Difference, compare
+from tests.helpers import ROOT, chats, command, sft_data, trainer, write_jsonl
+from tests.models.test_adapters import ADAPTERS, PROMPTS, WEIGHTS, fit, logits, module_with
+from tests.modules.test_distributed import launch
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base model whose files are bf16, as those of most published models."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(ROOT / "configs/tiny")
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(ROOT / "configs/tiny").save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def plain_logits(folder, dtype=torch.float32):
+    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_merge_from_a_checkpoint_prints_the_largest_difference(name, base, tmp_path, capsys):
+    module = module_with(base, WEIGHTS[name])
+    last = fit(tmp_path, module)
+    merge.main([last, "--out", str(tmp_path / "out"), "--dtype", "float32"])
+    torch.testing.assert_close(plain_logits(tmp_path / "out"), logits(module.network), rtol=1e-4, atol=1e-4)
+    out = capsys.readouterr().out
+    assert "logits before and after on 4 prompts: largest difference" in out
+    assert "same top token at 100.0% of positions" in out and "merged: " in out
+
+
+def test_merged_weights_are_stored_as_the_base_is_and_rounded_once(base, tmp_path):
+    module = module_with(base, WEIGHTS["lora"])
+    last = fit(tmp_path, module)
+    merge.main([last, "--out", str(tmp_path / "exact"), "--dtype", "float32"])
+    merge.main([last, "--out", str(tmp_path / "stored")])
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "exact", dtype=torch.float32).state_dict()
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", dtype="auto")
+    assert stored.dtype == torch.bfloat16
+    assert all(torch.equal(value, exact[key].bfloat16()) for key, value in stored.state_dict().items())
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_learned_vectors_are_exported_as_adapters_and_not_merged(name, base, tmp_path):
+    module = module_with(base, PROMPTS[name])
+    last = fit(tmp_path, module)
+    export.main([last, "--out", str(tmp_path / "out")])
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(loaded), logits(module.network), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match="cannot be merged into weights"):
+        merge.main([last, "--out", str(tmp_path / "merged")])
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapter_folder_merges_over_the_base_that_it_names_or_is_given(base, tmp_path):
+    module = module_with(base, WEIGHTS["lora"])
+    fit(tmp_path, module, callbacks=[Export(form="adapter")])
+    adapter = str((tmp_path / "ckpt/export").resolve())
+    merge.main([adapter, "--out", str(tmp_path / "out"), "--dtype", "float32"])
+    torch.testing.assert_close(plain_logits(tmp_path / "out"), logits(module.network), rtol=1e-4, atol=1e-4)
+    moved = tmp_path / "moved"
+    shutil.move(base, moved)
+    with pytest.raises(ConfigError, match="no such model folder"):
+        merge.main([adapter, "--out", str(tmp_path / "again")])
+    merge.main([adapter, "--out", str(tmp_path / "again"), "--dtype", "float32", "--base", str(moved)])
+    assert torch.equal(plain_logits(tmp_path / "again"), plain_logits(tmp_path / "out"))
+
+
+def test_new_tokens_are_merged_by_export_and_their_rows_kept(base, tmp_path, capsys):
+    tokens = TokensConfig(new={"<best>": NewToken("text", "order kitchen")}, pad_vocabulary_to=64)
+    module = module_with(base, WEIGHTS["lora"], tokens=tokens)
+    last = fit(tmp_path, module)
+    export.main([last, "--out", str(tmp_path / "out"), "--dtype", "float32"])
+    assert "merged, since it holds rows of new tokens" in capsys.readouterr().out
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    index = AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<best>")
+    with torch.no_grad():
+        live = module.network.get_base_model().get_input_embeddings()(torch.tensor([index]))
+    assert torch.equal(plain.get_input_embeddings().weight[index], live[0]) and plain.config.vocab_size == 832
+    export.main([last, "--out", str(tmp_path / "alone"), "--form", "adapter"])
+    assert (tmp_path / "alone/adapter_config.json").exists()
+
+
+def test_full_training_is_exported_and_has_nothing_to_merge(base, tmp_path):
+    module = module_with(base)
+    last = fit(tmp_path, module)
+    export.main([last, "--out", str(tmp_path / "out"), "--max-shard-size", "100KB"])
+    assert torch.equal(plain_logits(tmp_path / "out"), logits(module.network))
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        merge.main([last, "--out", str(tmp_path / "merged")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_sharded_checkpoint_of_two_ranks_is_exported(kind, base, tmp_path):
+    """Written by FSDP2 on two gloo ranks; a plain from_pretrained has the logits of the gathered weights."""
+    launch("fsdp2", kind, tmp_path, "sharded")
+    assert (tmp_path / "saved.ckpt").is_dir()
+    export.main([str(tmp_path / "saved.ckpt"), "--out", str(tmp_path / "out"), "--dtype", "float32"])
+    if kind == "lora":
+        merge.main([str(tmp_path / "saved.ckpt"), "--out", str(tmp_path / "out"), "--dtype", "float32", "--overwrite"])
+    expected = torch.load(tmp_path / "logits.pt", weights_only=True)
+    torch.testing.assert_close(plain_logits(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_generation_config_and_template_come_from_the_checkpoint(base, tmp_path):
+    last = fit(tmp_path, module_with(base, WEIGHTS["lora"]))
+    export.main([last, "--out", str(tmp_path / "out")])
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in written["eos_token_id"]
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base).chat_template
+
+
+def test_difference_past_the_tolerance_is_refused_and_nothing_is_written(base, tmp_path):
+    last = fit(tmp_path, module_with(base, WEIGHTS["lora"]))
+    with pytest.raises(CheckpointError, match=r"not written: .* answers differently .* Try --dtype float32"):
+        merge.main([last, "--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--tolerance", "1e-7"])
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_silent_merge_of_quantised_training_is_refused(base, tmp_path):
+    last = fit(tmp_path, module_with(base, WEIGHTS["lora"]))
+    saved = torch.load(last, weights_only=True)
+    saved["lit_alignment"]["backbone"]["quantization"] = "nf4"
+    torch.save(saved, last)
+    with pytest.raises(ConfigError, match=r"over nf4 weights.*--form adapter, or accept that: --dequantize"):
+        merge.main([last, "--out", str(tmp_path / "out")])
+    merge.main([last, "--out", str(tmp_path / "out"), "--dequantize"])
+    export.main([last, "--out", str(tmp_path / "adapter")])
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
+def test_prompts_of_a_file_are_compared(base, tmp_path, capsys):
+    last = fit(tmp_path, module_with(base, WEIGHTS["lora"]))
+    records = [*chats(5), {"id": "s", "messages": [{"role": "system", "content": "only"}]}]
+    file = write_jsonl(tmp_path / "prompts.jsonl", records)
+    export.main([last, "--out", str(tmp_path / "out"), "--prompts", file])
+    out = capsys.readouterr().out
+    assert "on 5 prompts" in out and "prompts.jsonl:6: not compared (nothing_to_answer)" in out
+
+
+def test_existing_folder_is_kept_unless_told(base, tmp_path):
+    last = fit(tmp_path, module_with(base, WEIGHTS["lora"]))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="exists. Choose another --out, or add --overwrite"):
+        export.main([last, "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/mine.txt").read_text() == "keep"
+    export.main([last, "--out", str(tmp_path / "out"), "--overwrite"])
+    assert not (tmp_path / "out/mine.txt").exists()
+
+
+@pytest.mark.parametrize("content", [b"nonsense", None])
+def test_what_is_no_checkpoint_is_refused(content, tmp_path):
+    source = tmp_path / "x.ckpt"
+    if content is None:
+        torch.save({"state_dict": {}}, source)
+    else:
+        source.write_bytes(content)
+    with pytest.raises(CheckpointError, match="x.ckpt: (cannot read|not written by lit_alignment)"):
+        export.main([str(source), "--out", str(tmp_path / "out")])
+    with pytest.raises(CheckpointError, match="no checkpoint file, sharded checkpoint"):
+        export.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+
+
+def test_adapters_over_a_random_base_are_refused(tmp_path):
+    from tests.helpers import sft_module
+
+    module = sft_module(lora=True)
+    saver = ModelCheckpoint(tmp_path / "ckpt")
+    trainer(tmp_path, callbacks=[saver], enable_checkpointing=True).fit(module, sft_data(module, chats(4)))
+    with pytest.raises(ConfigError, match="was random"):
+        export.main([saver.best_model_path, "--out", str(tmp_path / "out")])
+
+
+def test_difference_is_the_largest_over_all_prompts():
+    before = [torch.tensor([[1.0, 2.0], [4.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+    after = [torch.tensor([[1.0, 2.5], [4.0, 0.0]]), torch.tensor([[1.0, 0.0]])]
+    found = compare(before, after)
+    assert found == Difference(largest=1.0, scale=4.0, agreement=2 / 3) and found.share == 0.25
+
+
+@pytest.mark.slow
+def test_command_line_merges_and_says_what_it_did(base, tmp_path):
+    last = fit(tmp_path, module_with(base, ADAPTERS["lora"]))
+    result = command("merge", last, "--out", str(tmp_path / "out"))
+    assert result.returncode == 0 and "merged: " in result.stdout and result.stderr == ""
+    missing = command("export", str(tmp_path / "no.ckpt"), "--out", str(tmp_path / "x"))
+    assert missing.returncode == 2 and "no checkpoint file" in missing.stderr
