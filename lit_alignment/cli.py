@@ -13,6 +13,7 @@ TRAINER_COMMANDS = {
 }
 TOOLS = {
     "inspect": ("lit_alignment.tools.inspect", "show what the model will see, and why records were dropped"),
+    "estimate": ("lit_alignment.tools.estimate", "parameters and memory per device, before a launch"),
     "export": ("lit_alignment.tools.export", "checkpoint or adapter -> a Hugging Face folder, logits compared"),
     "merge": ("lit_alignment.tools.merge", "the same, with the adapters merged into the weights"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),

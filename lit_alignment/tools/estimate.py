@@ -1,0 +1,168 @@
+"""`lit-alignment estimate`: parameters and memory per device of a training configuration, before a launch."""
+
+import argparse
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lit_alignment.models.memory import StepMemory, Workload, step_memory
+from lit_alignment.trainer_cli import ToolCLI, build_for_tool
+
+GIB = 2**30
+CONTEXT = 1.0  # GiB that a CUDA context and the libraries' workspaces take beside tensors
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a step is spread over devices.
+
+    Args:
+        name: The strategy, as printed.
+        devices: Devices that share.
+        weights: Whether weights are split; likewise `gradients` and `optimizer`.
+        gradients: Whether gradients are split.
+        optimizer: Whether optimiser states are split.
+        buckets: Whether gradients are copied into buckets for their reduction.
+    """
+
+    name: str
+    devices: int
+    weights: bool = False
+    gradients: bool = False
+    optimizer: bool = False
+    buckets: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Print parameters, memory by part, and whether it fits."""
+    parser = argparse.ArgumentParser(
+        prog="lit-alignment estimate",
+        description="Memory per device of a training step. The step is simulated with tensors that have shapes and no "
+        "data, so it needs neither the weights nor the device. Takes the options of fit: --config, and any setting.",
+    )
+    parser.add_argument("--memory", type=float, help="GiB of one device: say whether it fits")
+    parser.add_argument("--trained-share", type=float, default=1.0, help="share of trained tokens (default: all)")
+    options, rest = parser.parse_known_args(arguments)
+    cli = build_for_tool(rest)
+    memory, workload = estimate(cli, options.trained_share)
+    sharding = sharding_of(cli.asked)
+    parts = per_device(memory, sharding)
+    console = Console(soft_wrap=True)
+    share = memory.trainable / memory.parameters
+    console.print(f"parameters: {memory.parameters:,}, trainable {memory.trainable:,} ({share:.2%})")
+    console.print(f"micro-batch: {_described(workload)}; {sharding.name} over {sharding.devices} device(s)")
+    console.print(_table(parts))
+    total = sum(parts.values()) / GIB
+    on_gpu = cli.asked["accelerator"] in ("gpu", "cuda")
+    if on_gpu:
+        total += CONTEXT
+        console.print(f"with {CONTEXT:g} GiB for the CUDA context: {total:.2f} GiB")
+    if options.memory is not None:
+        verdict = "fits" if total <= options.memory else "does not fit"
+        advice = "" if total <= options.memory else f". {advice_for(parts, cli)}"
+        console.print(f"{verdict} into {options.memory:g} GiB ({total / options.memory:.0%}){advice}")
+
+
+def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
+    """Memory of a step on one device, and the micro-batch it is of."""
+    module, data = cli.model, cli.datamodule
+    precision = str(cli.asked["precision"] or "32-true")
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16}
+    kind = kinds.get(precision.partition("-")[0])
+    mixed = precision.endswith("mixed")
+    length = data.encoder.config.max_length
+    lengths: list[int] = []
+    if data.packing:
+        whole, rest = divmod(data.tokens_per_batch, length)
+        lengths = [length] * whole + ([rest] if rest else [])
+    workload = Workload(lengths, data.batch_size, length, trained_share, kind if mixed else None)
+    memory = step_memory(
+        module.backbone,
+        module.tokenizer,
+        workload,
+        tokens=module.tokens_config,
+        added=module.added_tokens,
+        peft=module.peft_config,
+        adapter=module.adapter,
+        dtype=None if mixed else kind,
+        device_type="cuda" if cli.asked["accelerator"] in ("gpu", "cuda") else "cpu",
+    )
+    return memory, workload
+
+
+def sharding_of(asked: Any) -> Sharding:
+    """What the configuration's strategy splits."""
+    strategy = asked["strategy"]
+    name = strategy if isinstance(strategy, str) else str(strategy.class_path).rpartition(".")[2]
+    settings: Any = {} if isinstance(strategy, str) else strategy.init_args
+    devices = _count(asked["devices"]) * asked["num_nodes"]
+    if name.startswith(("fsdp", "FSDP")) or name == "ModelParallelStrategy":
+        return Sharding(name, devices, weights=True, gradients=True, optimizer=True)
+    if name.lower().startswith("deepspeed"):
+        stage = int(settings.get("stage", 2)) if settings else int(name.partition("stage_")[2][:1] or 2)
+        return Sharding(f"{name} {stage}", devices, weights=stage == 3, gradients=stage >= 2, optimizer=stage >= 1)
+    return Sharding(name, devices, buckets=devices > 1)
+
+
+def _count(devices: int | str | list[int]) -> int:
+    """Devices of a node; 1 where only the machine itself would know (`auto`, -1)."""
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else 1
+
+
+def per_device(memory: StepMemory, sharding: Sharding) -> dict[str, int]:
+    """Bytes of each part on one device."""
+    n = sharding.devices
+
+    def split(size: int, is_split: bool) -> int:
+        return math.ceil(size / n) if is_split and n > 1 else size
+
+    parts = {
+        "weights": split(memory.weights, sharding.weights),
+        "gradients": split(memory.gradients, sharding.gradients),
+        "optimiser": split(memory.optimizer, sharding.optimizer),
+        "activations": memory.activations,
+        "logits and loss": memory.loss,
+    }
+    if memory.temporary:
+        parts["temporaries"] = memory.temporary
+    if sharding.weights and n > 1:  # the layer at work, the next one on its way, and what lies outside the layers
+        parts["gathered weights"] = 2 * memory.largest_layer + memory.outside_layers
+    if sharding.buckets:
+        parts["buckets of gradients"] = memory.gradients
+    return parts
+
+
+def advice_for(parts: dict[str, int], cli: ToolCLI) -> str:
+    """What to change first."""
+    largest = max(parts, key=lambda name: parts[name])
+    if largest in ("activations", "temporaries"):
+        if not cli.model.backbone.gradient_checkpointing:
+            return "Most are activations: set model.backbone.gradient_checkpointing to true."
+        return "Most are activations: lower data.tokens_per_batch or data.batch_size, and accumulate more."
+    if largest == "logits and loss":
+        return "Most is the loss: with new tokens or full training its gradient is as large as the output embedding."
+    if cli.model.peft_config is None and cli.model.adapter is None:
+        return "Most are weights and their states: set model.peft, or shard over more devices (FSDP2)."
+    return "Most are weights: set model.backbone.quantization to nf4, or shard over more devices (FSDP2)."
+
+
+def _described(workload: Workload) -> str:
+    if workload.document_lengths:
+        return f"one packed row of {sum(workload.document_lengths)} tokens"
+    return f"{workload.rows} rows of {workload.width} tokens"
+
+
+def _table(parts: dict[str, int]) -> Table:
+    table = Table("part", "GiB per device", "share", "")
+    total = sum(parts.values())
+    for name, size in parts.items():
+        table.add_row(name, f"{size / GIB:.3f}", f"{size / total:.0%}", "█" * round(30 * size / total))
+    table.add_section()
+    table.add_row("total", f"{total / GIB:.3f}", "", "")
+    return table

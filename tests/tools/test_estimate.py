@@ -1,0 +1,73 @@
+"""What the estimate says of a configuration."""
+
+import pytest
+from jsonargparse import Namespace
+
+from lit_alignment.models.memory import StepMemory
+from lit_alignment.tools.estimate import GIB, Sharding, main, per_device, sharding_of
+
+TINY = "configs/sft/tiny.yaml"
+MEMORY = StepMemory(
+    parameters=100, trainable=50, weights=800, gradients=400, optimizer=1600, activations=300, loss=40, temporary=0,
+    largest_layer=60, outside_layers=80,
+)  # fmt: skip
+
+
+def asked(strategy, devices=4, num_nodes=1):
+    return Namespace(strategy=strategy, devices=devices, num_nodes=num_nodes)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights", "gradients", "optimizer"),
+    [
+        ("auto", 800, 400, 1600),
+        ("deepspeed_stage_1", 800, 400, 400),
+        ("deepspeed_stage_2", 800, 100, 400),
+        ("deepspeed_stage_3_offload", 200, 100, 400),
+        ("fsdp", 200, 100, 400),
+        (
+            Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy", init_args=Namespace()),
+            200, 100, 400,
+        ),
+        (
+            Namespace(class_path="lightning.pytorch.strategies.DeepSpeedStrategy", init_args=Namespace(stage=3)),
+            200, 100, 400,
+        ),
+    ],
+)  # fmt: skip
+def test_strategies_split_what_they_split(strategy, weights, gradients, optimizer):
+    parts = per_device(MEMORY, sharding_of(asked(strategy)))
+    assert (parts["weights"], parts["gradients"], parts["optimiser"]) == (weights, gradients, optimizer)
+    assert parts["activations"] == 300 and parts["logits and loss"] == 40
+
+
+def test_sharded_weights_are_gathered_a_layer_at_a_time():
+    parts = per_device(MEMORY, Sharding("fsdp", 4, weights=True, gradients=True, optimizer=True))
+    assert parts["gathered weights"] == 2 * 60 + 80
+
+
+def test_ddp_copies_gradients_into_buckets_and_one_device_does_not():
+    assert per_device(MEMORY, sharding_of(asked("ddp")))["buckets of gradients"] == 400
+    assert "buckets of gradients" not in per_device(MEMORY, sharding_of(asked("ddp", devices=1)))
+
+
+def test_nodes_multiply_devices():
+    assert sharding_of(asked("fsdp", devices=8, num_nodes=2)).devices == 16
+
+
+def test_estimate_names_parts_and_says_whether_it_fits(capsys):
+    main(["--config", TINY, "--memory", "1"])
+    out = capsys.readouterr().out
+    assert "parameters: " in out and "one packed row of 1024 tokens" in out and "fits into 1 GiB" in out
+    assert all(part in out for part in ("weights", "gradients", "optimiser", "activations", "logits and loss", "total"))
+    main(["--config", TINY, "--memory", "0.001"])
+    out = capsys.readouterr().out
+    assert "does not fit into 0.001 GiB" in out and "set model.backbone.gradient_checkpointing to true" in out
+
+
+def test_gpu_configuration_is_estimated_without_a_gpu(capsys):
+    arguments = ["--trainer.accelerator=gpu", "--trainer.devices=8", "--trainer.precision=bf16-mixed"]
+    main(["--config", TINY, *arguments, "--trainer.strategy=fsdp", "--memory", "80"])
+    out = capsys.readouterr().out
+    assert "fsdp over 8 device(s)" in out and "with 1 GiB for the CUDA context" in out and "fits into 80 GiB" in out
+    assert GIB == 1024**3
