@@ -16,6 +16,7 @@ TOOLS = {
     "estimate": ("lit_alignment.tools.estimate", "parameters and memory per device, before a launch"),
     "export": ("lit_alignment.tools.export", "checkpoint or adapter -> a Hugging Face folder, logits compared"),
     "merge": ("lit_alignment.tools.merge", "the same, with the adapters merged into the weights"),
+    "evaluate": ("lit_alignment.tools.evaluate", "metrics of the answers in a predictions file"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
     "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),
 }

@@ -19,7 +19,7 @@ ALLOWED = {
     "metrics": {"errors"},
     "data": {"errors", "paths"},
     "models": {"errors", "paths", "losses"},
-    "generation": {"errors", "data", "models"},
+    "generation": {"errors", "paths", "metrics", "data", "models"},
     "optimization": {"errors"},
     "modules": {"errors", "paths", "optimization", "losses", "metrics", "data", "models", "generation"},
 }

@@ -14,7 +14,9 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.prompts import PromptItem
 from lit_alignment.data.records import Source
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.scoring import AnsweredPrompt, Scorer
+from lit_alignment.generation.settings import Answer, GenerationSettings
+from lit_alignment.metrics.answers import build_metric
 from lit_alignment.modules.base import AlignmentModule
 
 
@@ -31,6 +33,10 @@ class CherryPicks(Callback):
         batch_size: Prompts to answer together.
         every_n_validations: Answer at every n-th validation only.
         before_training: Also answer before the first step.
+        metrics: Names of metrics of the answers: `exact_match` (the default), `length`, `distinct`, `diversity`,
+            `self_bleu`, `rouge`, `perplexity`, `kl` (to the model without its adapters), `reward`,
+            `retrieval_utility` (of `meta.documents`). Means go to the loggers as `cherry_picks/NAME`.
+        reward_model: Folder of the reward model, for `reward`.
     """
 
     def __init__(
@@ -41,8 +47,14 @@ class CherryPicks(Callback):
         batch_size: int = 8,
         every_n_validations: int = 1,
         before_training: bool = True,
+        metrics: list[str] | None = None,
+        reward_model: str | None = None,
     ) -> None:
         """Prompts are read when the fit starts."""
+        self.metrics = ["exact_match"] if metrics is None else metrics
+        self.reward_model = reward_model
+        self._built = [build_metric(name) for name in self.metrics]
+        self._scorer: Scorer | None = None
         self.sources, self.num_samples = sources, num_samples
         self.generation, self.batch_size = generation, batch_size
         self.every_n_validations, self.before_training = every_n_validations, before_training
@@ -90,21 +102,54 @@ class CherryPicks(Callback):
         if not isinstance(module, AlignmentModule):
             return
         step = trainer.global_step
-        answers: list[str] = []
+        answers: list[list[Answer]] = []
         # Every rank answers all prompts: sharded models hang if ranks make different numbers of calls.
         for start in range(0, len(self._items), self.batch_size):
             prompts = [item.input_ids for item in self._items[start : start + self.batch_size]]
-            answers += [found[0].content for found in module.answer(prompts, self.generation)]
+            answers += module.answer(prompts, self.generation)
         asked = [(item.dataset, item.id) for item in self._items]
         if [(pick.dataset, pick.id) for pick in self.picks] != asked:  # a first run, or resumed with other prompts
             self.picks = [CherryPick(i.dataset, i.id, i.messages, i.reference) for i in self._items]
-        for pick, answer in zip(self.picks, answers, strict=True):
-            pick.answers[step] = answer
+        scores = self._score(trainer, module, answers)
+        for pick, found, values in zip(self.picks, answers, scores, strict=True):
+            pick.answers[step], pick.scores[step] = found[0].content, values
         directory = trainer.log_dir or trainer.default_root_dir
         if trainer.is_global_zero:
             self._write(Path(directory), step)
-            rows = [[p.messages[-1]["content"], p.reference or "", p.answers[step]] for p in self.picks]
-            log_table(trainer.loggers, "cherry_picks", ["prompt", "reference", "answer"], rows, step)
+            names = [name for metric in self._built for name in metric.names if any(name in s for s in scores)]
+            rows = [
+                [p.messages[-1]["content"], p.reference or "", p.answers[step], *(p.scores[step].get(n) for n in names)]
+                for p in self.picks
+            ]
+            log_table(trainer.loggers, "cherry_picks", ["prompt", "reference", "answer", *names], rows, step)
+            means = {f"cherry_picks/{n}": v for metric in self._built for n, v in metric.compute().items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(means, step)
+
+    def _score(self, trainer: Trainer, module: AlignmentModule, answers: list[list[Answer]]) -> list[dict[str, float]]:
+        """Values of each prompt by name; the metrics then hold their means."""
+        if self._scorer is None:
+            encoder = datamodule_of(trainer).encoder
+            self._scorer = Scorer(self.metrics, encoder, module.network, None, self.reward_model)
+        prompts = [
+            AnsweredPrompt(
+                messages=item.messages,
+                answers=[answer.content for answer in found],
+                finished=[answer.finish_reason == "stop" for answer in found],
+                reference=item.reference,
+                num_tokens=[answer.num_tokens for answer in found],
+                documents=item.meta.get("documents", []) if isinstance(item.meta, dict) else [],
+            )
+            for item, found in zip(self._items, answers, strict=True)
+        ]
+        for metric in self._built:
+            metric.reset()
+        values = []
+        for scored in self._scorer.score(prompts):
+            for metric in self._built:
+                metric.update(scored)
+            values.append({name: v for metric in self._built for name, v in metric.values(scored).items()})
+        return values
 
     def _write(self, directory: Path, step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -117,6 +162,7 @@ class CherryPicks(Callback):
                     "messages": pick.messages,
                     "reference": pick.reference,
                     "answer": pick.answers[step],
+                    "scores": pick.scores[step],
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         fresh = directory / ".cherry_picks.html.new"

@@ -35,6 +35,7 @@ class CherryPick:
         messages: The conversation up to the answer.
         reference: The answer that the record has.
         answers: Answers by optimiser step.
+        scores: Values of metrics by optimiser step and name.
     """
 
     dataset: str
@@ -42,6 +43,7 @@ class CherryPick:
     messages: list[dict[str, Any]]
     reference: str | None
     answers: dict[int, str] = field(default_factory=dict)
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 def render_report(title: str, curves: Mapping[str, Curve], picks: Sequence[CherryPick]) -> str:
@@ -50,13 +52,28 @@ def render_report(title: str, curves: Mapping[str, Curve], picks: Sequence[Cherr
     headings = ["prompt", "reference", *(f"step {step}" for step in steps)]
     rows = "".join(f"<tr>{_prompt(p)}{_reference(p)}{''.join(_answer(p, s) for s in steps)}</tr>" for p in picks)
     head = "".join(f"<th>{escape(name)}</th>" for name in headings)
-    scores = "".join(f"<th>{_matches(picks, s)}</th>" for s in steps)
+    matches = "".join(f"<th>{_matches(picks, s)}</th>" for s in steps)
+    scores = f"<tr><th></th><th>exact matches</th>{matches}</tr>{_score_rows(picks, steps)}"
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{escape(title)}</h1>{curve_svg(curves)}<h2>Answers at each validation</h2>"
-        f"<div class=scroll><table><thead><tr>{head}</tr><tr><th></th><th>exact matches</th>{scores}</tr></thead>"
+        f"<div class=scroll><table><thead><tr>{head}</tr>{scores}</thead>"
         f"<tbody>{rows}</tbody></table></div></html>\n"
     )
+
+
+def _score_rows(picks: Sequence[CherryPick], steps: Sequence[int]) -> str:
+    """One row a metric with its mean over the prompts at each step; exact matches have a row already."""
+    found = {name: None for pick in picks for values in pick.scores.values() for name in values}
+    rows = []
+    for name in found:
+        cells = []
+        for step in steps:
+            values = [pick.scores[step][name] for pick in picks if name in pick.scores.get(step, {})]
+            cells.append(f"<th>{sum(values) / len(values):.3g}</th>" if values else "<th></th>")
+        if name != "exact_match":
+            rows.append(f"<tr><th></th><th>{escape(name)}, mean</th>{''.join(cells)}</tr>")
+    return "".join(rows)
 
 
 def _matches(picks: Sequence[CherryPick], step: int) -> str:

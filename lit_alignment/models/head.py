@@ -104,6 +104,25 @@ def head_loss(
 
 
 @torch.no_grad()
+def token_logps(model: nn.Module, hidden: Tensor, targets: Tensor, chunk_size: int = 256) -> Tensor:
+    """Log-probability of each target under the model's own logits, [N] in fp32; [N, V] never exists at once.
+
+    Args:
+        model: A causal language model.
+        hidden: Hidden states that predict the targets, [N, D].
+        targets: Token ids, [N].
+        chunk_size: Positions a chunk.
+    """
+    head = output_head(model)
+    parts = []
+    for start in range(0, len(targets), chunk_size):
+        part = slice(start, start + chunk_size)
+        logits = _shaped(model, head(hidden[part])).float()
+        parts.append(logits.gather(1, targets[part, None]).squeeze(1) - logits.logsumexp(1))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+@torch.no_grad()
 def check_head(model: nn.Module, input_ids: Tensor) -> None:
     """Compare the logits that `head_loss` assumes with the model's own on a few tokens.
 

@@ -124,3 +124,28 @@ def test_report_opens_in_a_browser(tmp_path):
     arguments = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
     shown = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False).stdout
     assert 'class="match"' in shown
+
+
+def test_metrics_of_the_answers_reach_loggers_table_and_report(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    generation = GenerationSettings(max_new_tokens=5, temperature=1.0, num_return_sequences=3)
+    names = ["exact_match", "length", "self_bleu", "perplexity"]
+    runner = fit(tmp_path, CherryPicks(num_samples=2, generation=generation, metrics=names))
+    events = EventAccumulator(runner.log_dir)
+    events.Reload()
+    for name in ("exact_match", "length_tokens", "self_bleu", "perplexity"):
+        points = events.Scalars(f"cherry_picks/{name}")
+        assert len(points) == 3 and points[0].step == 0
+    assert events.Scalars("cherry_picks/perplexity")[0].value > 100  # a random model over 768 tokens
+    lines = [json.loads(line) for line in open(f"{runner.log_dir}/cherry_picks.jsonl")]
+    assert {"exact_match", "length_words", "self_bleu"} <= set(lines[0]["scores"])
+    page = open(f"{runner.log_dir}/cherry_picks.html").read()
+    assert "self_bleu, mean" in page and "perplexity, mean" in page
+
+
+def test_impossible_metric_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="unknown metric 'exact'. Did you mean 'exact_match'"):
+        CherryPicks(metrics=["exact"])
+    with pytest.raises(ConfigError, match="kl needs the base model"):
+        fit(tmp_path, CherryPicks(metrics=["kl"]))

@@ -1,0 +1,210 @@
+"""What models say about answers: log-probabilities, rewards, and the use of documents.
+
+N answer tokens, V vocabulary
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_alignment.data.encode import Dropped, Encoder
+from lit_alignment.data.messages import IGNORE_INDEX, Message, Record
+from lit_alignment.errors import ConfigError
+from lit_alignment.metrics.answers import Answered
+from lit_alignment.models.head import hidden_states, token_logps
+from lit_alignment.paths import local_path
+
+NO_LIMIT = 1 << 30
+
+
+@dataclass
+class AnsweredPrompt:
+    """A prompt, its answers, and what a predictions line says of them.
+
+    Args:
+        messages: The conversation up to the answer.
+        answers: Texts.
+        finished: Whether each answer ended by itself, so that its end-of-turn token is one of its tokens.
+        reference: What was wanted.
+        num_tokens: Tokens of each answer, if known.
+        documents: Retrieved texts.
+    """
+
+    messages: list[Message]
+    answers: list[str]
+    finished: list[bool]
+    reference: str | None = None
+    num_tokens: list[int] | None = None
+    documents: Sequence[str] = ()
+
+
+class Scorer:
+    """Adds to answers what the asked metrics need of models.
+
+    Args:
+        metrics: Names of metrics.
+        encoder: How conversations become ids, as in training.
+        network: The model; needed by perplexity, kl and retrieval_utility.
+        base: The model before training; None uses `network` with its adapters switched off.
+        reward: Folder of a sequence classifier with one label.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        encoder: Encoder | None = None,
+        network: nn.Module | None = None,
+        base: nn.Module | None = None,
+        reward: str | None = None,
+    ) -> None:
+        """Check that each metric has what it needs."""
+        self.metrics, self.network, self.base = set(metrics), network, base
+        if self.metrics & {"perplexity", "kl", "retrieval_utility"} and (network is None or encoder is None):
+            raise ConfigError("perplexity, kl and retrieval_utility need a model: give --model.")
+        if "kl" in self.metrics and base is None and not isinstance(network, PeftModel):
+            raise ConfigError("kl needs the base model: give --base, or a model with adapters.")
+        if "reward" in self.metrics and reward is None:
+            raise ConfigError("reward needs a reward model: give --reward, or CherryPicks' reward_model.")
+        if encoder is not None:
+            config = replace(
+                encoder.config, loss_on="last_assistant", max_length=NO_LIMIT, random_cut=False, end_of_turn="turn"
+            )
+            self.encoders = {
+                True: Encoder(encoder.tokenizer, config),
+                False: Encoder(encoder.tokenizer, replace(config, end_of_turn="none")),
+            }
+        self.reward = RewardScorer(reward) if "reward" in self.metrics and reward is not None else None
+
+    def score(self, prompts: Sequence[AnsweredPrompt]) -> list[Answered]:
+        """What the metrics need, for each prompt."""
+        return [self._score(prompt) for prompt in prompts]
+
+    def _score(self, prompt: AnsweredPrompt) -> Answered:
+        found = Answered(prompt.answers, prompt.reference, prompt.num_tokens)
+        if self.network is not None and self.metrics & {"perplexity", "kl"}:
+            found.logps = self._logps(self.network, prompt)
+        if self.network is not None and "kl" in self.metrics:
+            with _without_adapters(self.network) if self.base is None else nullcontext():
+                found.base_logps = self._logps(self.base or self.network, prompt)
+        if self.reward is not None:
+            conversations = [[*prompt.messages, {"role": "assistant", "content": text}] for text in prompt.answers]
+            found.rewards = [self.reward(conversation) for conversation in conversations]
+        if "retrieval_utility" in self.metrics and prompt.documents:
+            found.document_utilities = self._utilities(prompt)
+        return found
+
+    def _logps(self, network: nn.Module, prompt: AnsweredPrompt) -> list[list[float]]:
+        """Log-probability of each token of each answer; none for an answer without tokens."""
+        encoded = [
+            self._encoded([*prompt.messages, {"role": "assistant", "content": text}], done)
+            for text, done in zip(prompt.answers, prompt.finished, strict=True)
+        ]
+        return answer_logps(network, encoded)
+
+    def _encoded(self, messages: list[Message], finished: bool) -> tuple[list[int], list[int]]:
+        try:
+            example = self.encoders[finished].encode(Record("", messages, "answer"))
+        except Dropped:
+            return [], []
+        return example.input_ids, example.labels
+
+    def _utilities(self, prompt: AnsweredPrompt) -> list[list[float]]:
+        """For each answer: CE without documents minus CE with each of them, and with all, in nats a token."""
+        questions = [i for i, message in enumerate(prompt.messages) if message["role"] == "user"]
+        if not questions or self.network is None:
+            return []
+        contexts = ["", *prompt.documents, "\n\n".join(prompt.documents)]
+        rows = []
+        for context in contexts:
+            messages = list(prompt.messages)
+            question = messages[questions[-1]]
+            if context:
+                messages[questions[-1]] = {**question, "content": f"{context}\n\n{question['content']}"}
+            logps = self._logps(self.network, replace(prompt, messages=messages))
+            rows.append([-sum(answer) / len(answer) if answer else float("nan") for answer in logps])
+        plain, *others = rows
+        utilities = [[plain[i] - row[i] for row in others] for i in range(len(prompt.answers))]
+        return [row for row in utilities if row[0] == row[0]]
+
+
+@torch.no_grad()
+def answer_logps(
+    network: nn.Module, encoded: Sequence[tuple[list[int], list[int]]], batch_size: int = 8
+) -> list[list[float]]:
+    """Log-probabilities of labelled tokens, one list a sequence; rows are padded on the right, which changes nothing.
+
+    Args:
+        network: A causal language model.
+        encoded: Token ids and labels of each sequence; labels are IGNORE_INDEX where nothing is asked.
+        batch_size: Sequences in a forward pass.
+    """
+    training = network.training
+    network.eval()
+    device = next(network.parameters()).device
+    order = sorted((i for i, (ids, _) in enumerate(encoded) if ids), key=lambda i: -len(encoded[i][0]))
+    found: list[list[float]] = [[] for _ in encoded]
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        ids, labels, mask = _padded([encoded[i] for i in part], device)
+        hidden = hidden_states(network, input_ids=ids, attention_mask=mask)[:, :-1]
+        asked = labels[:, 1:] != IGNORE_INDEX
+        logps = token_logps(network, hidden[asked], labels[:, 1:][asked])
+        pieces = torch.split(logps, asked.sum(1).tolist())
+        for i, piece in zip(part, pieces, strict=True):
+            found[i] = piece.tolist()
+    network.train(training)
+    return found
+
+
+def _padded(rows: list[tuple[list[int], list[int]]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
+    for row, (row_ids, row_labels) in enumerate(rows):
+        ids[row, : len(row_ids)] = torch.tensor(row_ids)
+        labels[row, : len(row_ids)] = torch.tensor(row_labels)
+        mask[row, : len(row_ids)] = 1
+    return ids.to(device), labels.to(device), mask.to(device)
+
+
+def _without_adapters(network: nn.Module) -> AbstractContextManager[Any]:
+    if not isinstance(network, PeftModel):
+        raise ConfigError("kl needs the base model: give --base, or a model with adapters.")
+    switched_off: AbstractContextManager[Any] = network.disable_adapter()
+    return switched_off
+
+
+class RewardScorer:
+    """Raw scores of conversations from a sequence classifier with one label.
+
+    Args:
+        path: Its folder, or a name on the hub.
+
+    Raises:
+        ConfigError: If it cannot be loaded or has not one label.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Load it."""
+        folder = local_path(path)
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            self.model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot load this reward model ({str(error).splitlines()[0]}).") from error
+        if self.model.config.num_labels != 1:
+            raise ConfigError(f"{path}: a reward model has one label, this one {self.model.config.num_labels}.")
+
+    @torch.no_grad()
+    def __call__(self, messages: list[Message]) -> float:
+        """The score of a conversation, alone in its batch, so that no padding is involved."""
+        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+        ids = self.tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+        tensor = torch.tensor([ids])
+        return float(self.model(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits[0, 0])
