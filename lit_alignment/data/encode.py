@@ -156,6 +156,55 @@ class Encoder:
             raise Dropped("template_error", f"{record.where}: {error}") from error
         return Prompt(ids, messages, reference)
 
+    def encode_pair(
+        self, record: Record, chosen: Message, rejected: Message, system_prompt: str | None = None
+    ) -> tuple[Example, Example]:
+        """Examples of two responses to one prompt, which begin with the same prompt ids and train their response only.
+
+        The prompt is shortened once, by whole messages, so that the longer response fits behind it. Under `keep_start`
+        a pair that is too long is dropped: without its last message the prompt would be another question.
+
+        Args:
+            record: The conversation up to the responses.
+            chosen: The preferred response.
+            rejected: The other one.
+            system_prompt: Replaces the system message.
+
+        Raises:
+            Dropped: With the reason, if a response is empty or nothing of the prompt would be left.
+            RecordError: If it is too long and the policy says `error`.
+        """
+        prompt = self._with_system_prompt(record.messages, system_prompt)
+        responses = [{**message, "train": True} for message in (chosen, rejected)]
+        if not all(message["content"].strip() or message.get("tool_calls") for message in responses):
+            raise Dropped("empty_response")
+        prompt = [{**message, "train": False} for message in prompt]
+
+        def encode(messages: list[Message]) -> tuple[Example, Example]:
+            first, second = (self._encode_messages([*messages, response], record.tools) for response in responses)
+            return first, second
+
+        def longest(pair: tuple[Example, Example]) -> int:
+            return max(len(example.input_ids) for example in pair)
+
+        try:
+            pair = encode(prompt)
+            if longest(pair) > self.config.max_length:
+                shorter = shorten_messages(
+                    prompt,
+                    self._policy(record, longest(pair)),
+                    fits=lambda candidate: longest(encode(candidate)) <= self.config.max_length,
+                    ends=lambda message: message is prompt[-1],
+                )
+                if shorter is None:
+                    raise Dropped("too_long")
+                pair = encode(shorter)
+        except TemplateError as error:
+            raise Dropped("template_error", f"{record.where}: {error}") from error
+        if any(example.num_trained == 0 for example in pair):
+            raise Dropped("no_trained_token")
+        return pair
+
     def end_of_turn(self) -> list[int]:
         """Ids of the text that closes a response, found on a short conversation."""
         messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

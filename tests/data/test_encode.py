@@ -1,7 +1,7 @@
 import pytest
 
 from lit_alignment.data.encode import Dropped
-from lit_alignment.data.messages import read_record
+from lit_alignment.data.messages import IGNORE_INDEX, read_record
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError
 from tests.helpers import encoder, record, table
@@ -184,3 +184,51 @@ def test_no_trained_token_is_refused_with_its_reason(tokenizer):
 def test_useless_max_length_is_refused(tokenizer):
     with pytest.raises(ConfigError, match="max_length is 1"):
         encoder(tokenizer, max_length=1)
+
+
+CONTEXT = ("first question here", "first answer", "second question", "second answer", "third question")
+CHOSEN = {"role": "assistant", "content": "yes please reply"}
+REJECTED = {"role": "assistant", "content": "no"}
+
+
+def common_start(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def test_both_responses_of_a_pair_follow_the_same_prompt_ids(tokenizer):
+    chosen, rejected = encoder(tokenizer).encode_pair(record(*CONTEXT), CHOSEN, REJECTED)
+    prompt = encoder(tokenizer).encode_prompt(record(*CONTEXT)).input_ids
+    assert chosen.input_ids[: len(prompt)] == rejected.input_ids[: len(prompt)] == prompt
+    for example, text in ((chosen, "yes please reply"), (rejected, "no")):
+        trained = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORE_INDEX]
+        assert tokenizer.decode(trained) == f"{text}<|im_end|>"
+        assert all(label == IGNORE_INDEX for label in example.labels[: len(prompt)])
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_prompt_of_a_pair_is_shortened_once_for_both(tokenizer, swap):
+    whole = encoder(tokenizer).encode_pair(record(*CONTEXT), CHOSEN, REJECTED)
+    limit = len(whole[0].input_ids) - 1  # the longer one does not fit, the shorter one would
+    assert len(whole[1].input_ids) <= limit
+    responses = (REJECTED, CHOSEN) if swap else (CHOSEN, REJECTED)
+    pair = encoder(tokenizer, max_length=limit).encode_pair(record(*CONTEXT), *responses)
+    prompt = encoder(tokenizer).encode_prompt(record(*CONTEXT[2:])).input_ids
+    assert all(example.input_ids[: len(prompt)] == prompt for example in pair)
+    assert common_start(pair[0].input_ids, pair[1].input_ids) == len(prompt)
+    assert max(len(example.input_ids) for example in pair) <= limit
+
+
+@pytest.mark.parametrize("empty", ["", "  \n"])
+def test_pair_with_an_empty_response_is_refused(tokenizer, empty):
+    blank = {"role": "assistant", "content": empty}
+    for pair in ((CHOSEN, blank), (blank, REJECTED)):
+        with pytest.raises(Dropped) as drop:
+            encoder(tokenizer).encode_pair(record(*CONTEXT), *pair)
+        assert drop.value.reason == "empty_response"
+
+
+@pytest.mark.parametrize("policy", ["drop", "keep_end", "keep_start"])
+def test_pair_that_cannot_fit_is_dropped_with_its_reason(tokenizer, policy):
+    with pytest.raises(Dropped) as drop:
+        encoder(tokenizer, max_length=9, truncation=policy).encode_pair(record(*CONTEXT), CHOSEN, REJECTED)
+    assert drop.value.reason == "too_long"
