@@ -143,8 +143,8 @@ def _read_message(raw: object, index: int, where: str) -> Message:
     message["content"] = _read_content(raw, path, where, may_be_missing="tool_calls" in message)
 
     train = raw.get("train")
-    if train is None and raw.get("disable_loss") is not None:
-        train = not raw["disable_loss"]
+    if train is None and raw.get("disable_loss"):
+        train = False  # turbo-alignment writes false on every message, which leaves the role to decide
     if train is not None:
         if not isinstance(train, bool):
             raise RecordError(where, f"{path}.train", f"is {train!r}", "Use true or false.")
