@@ -82,30 +82,32 @@ class Scorer:
         self.reward = RewardScorer(reward) if "reward" in self.metrics and reward is not None else None
 
     def score(self, prompts: Sequence[AnsweredPrompt]) -> list[Answered]:
-        """What the metrics need, for each prompt."""
-        return [self._score(prompt) for prompt in prompts]
-
-    def _score(self, prompt: AnsweredPrompt) -> Answered:
-        found = Answered(prompt.answers, prompt.reference, prompt.num_tokens)
+        """What the metrics need, for each prompt; all answers go through a model together, in batches."""
+        found = [Answered(prompt.answers, prompt.reference, prompt.num_tokens) for prompt in prompts]
         if self.network is not None and self.metrics & {"perplexity", "kl"}:
-            found.logps = self._logps(self.network, prompt)
+            for item, logps in zip(found, self._logps(self.network, prompts), strict=True):
+                item.logps = logps
         if self.network is not None and "kl" in self.metrics:
             with _without_adapters(self.network) if self.base is None else nullcontext():
-                found.base_logps = self._logps(self.base or self.network, prompt)
-        if self.reward is not None:
-            conversations = [[*prompt.messages, {"role": "assistant", "content": text}] for text in prompt.answers]
-            found.rewards = [self.reward(conversation) for conversation in conversations]
-        if "retrieval_utility" in self.metrics and prompt.documents:
-            found.document_utilities = self._utilities(prompt)
+                for item, logps in zip(found, self._logps(self.base or self.network, prompts), strict=True):
+                    item.base_logps = logps
+        for item, prompt in zip(found, prompts, strict=True):
+            if self.reward is not None:
+                conversations = [[*prompt.messages, {"role": "assistant", "content": text}] for text in prompt.answers]
+                item.rewards = [self.reward(conversation) for conversation in conversations]
+            if "retrieval_utility" in self.metrics and prompt.documents:
+                item.document_utilities = self._utilities(prompt)
         return found
 
-    def _logps(self, network: nn.Module, prompt: AnsweredPrompt) -> list[list[float]]:
-        """Log-probability of each token of each answer; none for an answer without tokens."""
+    def _logps(self, network: nn.Module, prompts: Sequence[AnsweredPrompt]) -> list[list[list[float]]]:
+        """Log-probability of each token of each answer of each prompt; none for an answer without tokens."""
         encoded = [
             self._encoded([*prompt.messages, {"role": "assistant", "content": text}], done)
+            for prompt in prompts
             for text, done in zip(prompt.answers, prompt.finished, strict=True)
         ]
-        return answer_logps(network, encoded)
+        flat = iter(answer_logps(network, encoded))
+        return [[next(flat) for _ in prompt.answers] for prompt in prompts]
 
     def _encoded(self, messages: list[Message], finished: bool) -> tuple[list[int], list[int]]:
         try:
@@ -120,14 +122,15 @@ class Scorer:
         if not questions or self.network is None:
             return []
         contexts = ["", *prompt.documents, "\n\n".join(prompt.documents)]
-        rows = []
+        asked = []
         for context in contexts:
             messages = list(prompt.messages)
             question = messages[questions[-1]]
             if context:
                 messages[questions[-1]] = {**question, "content": f"{context}\n\n{question['content']}"}
-            logps = self._logps(self.network, replace(prompt, messages=messages))
-            rows.append([-sum(answer) / len(answer) if answer else float("nan") for answer in logps])
+            asked.append(replace(prompt, messages=messages))
+        scored = self._logps(self.network, asked)
+        rows = [[-sum(logps) / len(logps) if logps else float("nan") for logps in answers] for answers in scored]
         plain, *others = rows
         utilities = [[plain[i] - row[i] for row in others] for i in range(len(prompt.answers))]
         return [row for row in utilities if row[0] == row[0]]

@@ -23,6 +23,7 @@ from lit_alignment.models.restoring import read_saved, restore
 from lit_alignment.models.tokens import TokensConfig
 
 Line = tuple[dict[str, Any], AnsweredPrompt]
+PROMPTS_TOGETHER = 32
 
 
 def main(arguments: list[str]) -> None:
@@ -43,13 +44,14 @@ def main(arguments: list[str]) -> None:
 
     found: dict[str, list[AnswerMetric]] = {}
     rows = []
-    for line, prompt in track(lines, "scoring", transient=True, disable=not Console().is_terminal):
-        (item,) = scorer.score([prompt])
-        metrics = found.setdefault(line["dataset"], copy.deepcopy(built))
-        for metric in metrics:
-            metric.update(item)
-        values = {name: value for metric in metrics for name, value in metric.values(item).items()}
-        rows.append({"id": line["id"], "dataset": line["dataset"], **values})
+    groups = [lines[start : start + PROMPTS_TOGETHER] for start in range(0, len(lines), PROMPTS_TOGETHER)]
+    for group in track(groups, "scoring", transient=True, disable=not Console().is_terminal):
+        for (line, _), item in zip(group, scorer.score([prompt for _, prompt in group]), strict=True):
+            metrics = found.setdefault(line["dataset"], copy.deepcopy(built))
+            for metric in metrics:
+                metric.update(item)
+            values = {name: value for metric in metrics for name, value in metric.values(item).items()}
+            rows.append({"id": line["id"], "dataset": line["dataset"], **values})
     console = Console()
     for dataset, metrics in found.items():
         console.print(_table(dataset, metrics, sum(row["dataset"] == dataset for row in rows)))

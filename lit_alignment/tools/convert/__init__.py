@@ -1,0 +1,88 @@
+"""`lit-alignment convert`: a JSON configuration of turbo-alignment as one of ours."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lit_alignment.errors import ConfigError
+from lit_alignment.tools.convert.document import Document
+from lit_alignment.tools.convert.kinds import KINDS, SHORT, kind_of
+from lit_alignment.tools.convert.settings import Notes, Settings, read_json
+
+
+def main(arguments: list[str]) -> None:
+    """Write our configuration beside the old one, and say what to know about it.
+
+    Raises:
+        ConfigError: If the file is no configuration, lacks a setting, or is of a kind that is not converted.
+    """
+    options = _parser().parse_args(arguments)
+    top = Settings(read_json(options.config), "", Notes())
+    documents = convert(top, SHORT.get(options.kind, options.kind) or kind_of(top.values, options.config))
+    notes = top.notes
+    if notes.missing:
+        raise ConfigError(f"{options.config}: missing: {', '.join(dict.fromkeys(notes.missing))}.")
+    notes.unknown += top.unread()
+    targets = _targets(options.out or options.config.with_suffix(documents[0].suffix), len(documents))
+    taken = [str(target) for target in targets if target.exists()]
+    if taken and not options.overwrite:
+        raise ConfigError(f"{', '.join(taken)} exists. Choose another --out, or add --overwrite.")
+    for document, target in zip(documents, targets, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(document.text(target, options.config, notes), encoding="utf-8")
+    for title, lines in (
+        ("warning", notes.warnings),
+        ("not carried over", notes.left_out),
+        ("unknown key", notes.unknown),
+    ):
+        for line in lines:
+            print(f"{title}: {line}", file=sys.stderr)
+    for document, target in zip(documents, targets, strict=True):
+        print(f"{target} is written. Run: {document.how_to_run(target)}")
+
+
+def convert(top: Settings, kind: str) -> list[Document]:
+    """Our documents for an old configuration.
+
+    Args:
+        top: The old configuration; its notes are filled.
+        kind: The old command that takes it.
+
+    Raises:
+        ConfigError: If this kind is not converted.
+    """
+    match kind:
+        case "train_sft":
+            from lit_alignment.tools.convert.sft import convert as convert_kind
+        case "inference_chat":
+            from lit_alignment.tools.convert.inference import convert as convert_kind
+        case "merge_adapters_to_base":
+            from lit_alignment.tools.convert.merge import convert as convert_kind
+        case "train_dpo" | "train_kto" | "train_ddpo":
+            raise ConfigError(f"{kind}: preference training is not there yet, so this cannot be converted.")
+        case _:
+            raise ConfigError(f"{kind}: the conversion of this method is not there yet.")
+    return convert_kind(top)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lit-alignment convert",
+        description="Turn a JSON configuration of turbo-alignment into a YAML for lit-alignment, and list each setting "
+        "that works otherwise, has no counterpart, or is not known.",
+    )
+    parser.add_argument("config", type=Path, help="the JSON file")
+    parser.add_argument("--out", type=Path, help="file to write (default: beside the JSON file)")
+    parser.add_argument(
+        "--kind",
+        choices=(*SHORT, *KINDS),
+        metavar="KIND",
+        help=f"if its keys do not tell: {', '.join(SHORT)}, or the old command that takes it",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser
+
+
+def _targets(first: Path, number: int) -> list[Path]:
+    """Where to write: one file, or as many with a number each."""
+    return [first] if number <= 1 else [first.with_suffix(f".{index}{first.suffix}") for index in range(number)]

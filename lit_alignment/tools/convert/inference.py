@@ -1,0 +1,102 @@
+"""inference_chat: answers of one or several models."""
+
+from typing import Any
+
+from lit_alignment.tools.convert.chat import encoding, sources
+from lit_alignment.tools.convert.document import Document
+from lit_alignment.tools.convert.generation import META, PIECES, generation, warn_of_batches
+from lit_alignment.tools.convert.model import adapters, backbone
+from lit_alignment.tools.convert.settings import Settings, shorten
+
+MANY_MODELS = "each model has a configuration of its own here; run them one after the other"
+ONE_ANSWER = "with a batch above 1 there was one answer to a prompt there, and no beams; here both are as asked"
+FILES = "Files have the old names, single_inference_0.jsonl and so on; a line has `dataset` instead of dataset_name."
+VLLM = "the vLLM engine is not there yet; transformers answers"
+
+
+def convert(top: Settings) -> list[Document]:
+    """Our configurations for `predict`, one a model."""
+    notes = top.notes
+    seed, folder = top.take("seed", 42), top.need("save_path", str)
+    for name in ("inference_settings", "dataset_settings"):
+        if not top.values.get(name):
+            notes.missing.append(name)
+    dataset = top.part("dataset_settings")
+    found: dict[str, Any] = {"predict": sources(dataset), "encoding": {}} if dataset.values else {}
+    if dataset.values:
+        found["encoding"] = encoding(dataset, [], prompts=dataset)
+    models = top.parts("inference_settings")
+    if len(models) > 1:
+        notes.warn("inference_settings", MANY_MODELS)
+
+    documents = []
+    number = 0  # the old files are numbered through all models
+    for old in models:
+        named: dict[str, Any] = {}
+        batch = old.take("batch", 1)
+        for settings in old.parts("generation_settings"):
+            named[f"single_inference_{number}"] = _generation(old, settings, seed)
+            batch = max(batch, _batch(old, settings, named[f"single_inference_{number}"]))
+            number += 1
+        if not named:
+            notes.missing.append(old.path_of("generation_settings"))
+        _note_engine(old)
+        old.leave_out("batch_size prompts are answered at a time", "micro_batch")
+        documents.append(_document(old, named, found | {"packing": False, "batch_size": batch}, folder, seed))
+    return documents
+
+
+def _generation(old: Settings, settings: Settings, seed: int) -> dict[str, Any]:
+    if "transformers_settings" not in settings:
+        settings.notes.missing.append(settings.path_of("transformers_settings"))
+    answers = settings.part("transformers_settings")
+    if old.values.get("use_vllm") is True:
+        old.notes.warn(answers.path_of("stop_strings"), PIECES)
+    return generation(answers, settings.part("custom_settings")) | {"seed": seed}
+
+
+def _batch(old: Settings, settings: Settings, ours: dict[str, Any]) -> int:
+    custom = settings.part("custom_settings")
+    batch = custom.take("batch", 1)
+    key = custom.path_of("batch") if batch > 1 else old.path_of("batch")
+    batch = max(batch, old.take("batch", 1))
+    warn_of_batches(old.notes, key, batch, ours)
+    if batch > 1 and old.values.get("use_vllm") is not True:
+        if ours.get("num_beams", 1) > 1 or ours.get("num_return_sequences", 1) > 1:
+            old.notes.warn(key, ONE_ANSWER)
+    return batch
+
+
+def _note_engine(old: Settings) -> None:
+    """Take note of what vLLM was told."""
+    if not old.take("use_vllm", False):
+        for key in ("vllm_engine_settings", "tensor_parallel_size"):
+            if (value := old.raw(key)) is not None:
+                old.notes.leave_out(f"{old.path_of(key)} {shorten(value)}", "use_vllm is off")
+        return
+    old.notes.warn(old.path_of("use_vllm"), META)
+    old.notes.leave_out(old.path_of("use_vllm"), VLLM)
+    engine = old.part("vllm_engine_settings")
+    for owner, key in ((old, "tensor_parallel_size"), *((engine, key) for key in engine.values)):
+        if (value := owner.raw(key)) is not None:
+            old.notes.leave_out(f"{owner.path_of(key)} {shorten(value)}", VLLM)
+
+
+def _document(old: Settings, named: dict[str, Any], data: dict[str, Any], folder: str, seed: int) -> Document:
+    model = old.part("model_settings")
+    if "model_settings" not in old:
+        old.notes.missing.append(old.path_of("model_settings"))
+    model.leave_out("the tokenizer has its tokens, and nothing is trained", "embeddings_initialization_strategy")
+    module = {
+        "backbone": backbone(model, old.part("tokenizer_settings")),
+        **adapters(model, training=False),
+        "generation": named,
+    }
+    writer = {"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": folder}}
+    config = {
+        "seed_everything": seed,
+        "trainer": {"default_root_dir": folder, "logger": False, "callbacks": [writer]},
+        "model": {"class_path": "lit_alignment.SFTModule", "init_args": module},
+        "data": {"class_path": "lit_alignment.SFTDataModule", "init_args": {**data, "seed": seed}},
+    }
+    return Document("predict", "answers to prompts", config, [FILES])

@@ -1,0 +1,193 @@
+"""Converted configurations run: training, answers, and the merge."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lit_alignment.cli import main as lit_alignment
+from lit_alignment.tools.convert import main
+from lit_alignment.trainer_cli import build
+from tests.helpers import ROOT, write_jsonl
+
+CONFIGS = ROOT / "tests/tools/convert/configs"
+CHATS = [
+    {
+        "id": number,
+        "source": "unknown keys are ignored",
+        "messages": [
+            {"role": "user", "content": f"order {number}", "disable_loss": False},
+            {"role": "bot", "content": "please reply", "disable_loss": False},
+            {"role": "user", "content": "does not work", "disable_loss": False},
+            {"role": "assistant", "content": "repair", "disable_loss": False},
+        ],
+        "label": "urgent",
+        "meta": {"number": number},
+    }
+    for number in range(12)
+]
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder with a tiny random model."""
+    torch.manual_seed(0)
+    folder = tmp_path / "base"
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "configs/tiny")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "configs/tiny").save_pretrained(folder)
+    return folder
+
+
+def dataset(tmp_path, **more):
+    source = {"name": "chats", "records_path": write_jsonl(tmp_path / "chats.jsonl", CHATS), "sample_rate": 1}
+    template = {
+        "prefix_template": "<RS>{role}",
+        "suffix_template": "</RS>",
+        "role_tag_mapping": {"bot": "BOT", "user": "USER", "system": "SYSTEM"},
+    }
+    return {
+        "sources": [source],
+        "dataset_type": "chat",
+        "prompt_template": template,
+        "max_tokens_count": 200,
+        **more,
+    }
+
+
+def sft(tmp_path, base, model, trainer, **more):
+    """An old configuration of training."""
+    return {
+        "train_dataset_settings": dataset(tmp_path),
+        "val_dataset_settings": dataset(tmp_path),
+        "model_settings": {
+            "model_path": str(base),
+            "model_type": "causal",
+            "transformers_settings": {"torch_dtype": "float32"},
+            **model,
+        },
+        "tokenizer_settings": {},
+        "special_tokens_settings": {"bos_token": "<s>", "eos_token": "</s>"},
+        "trainer_settings": {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "num_train_epochs": 2,
+            "eval_steps": 2,
+            "save_steps": 2,
+            "learning_rate": 1e-2,
+            "dataloader_num_workers": 0,
+            "no_cuda": True,
+            **trainer,
+        },
+        "wandb_settings": {"project_name": "a", "run_name": "b", "entity": "c", "mode": "disabled"},
+        "log_path": str(tmp_path / "run"),
+        **more,
+    }
+
+
+def convert(tmp_path, values, name="new.yaml"):
+    source = tmp_path / "old.json"
+    source.write_text(json.dumps(values))
+    target = tmp_path / name
+    main([str(source), "--out", str(target)])
+    return target
+
+
+def fit(target):
+    return build(["fit", "--config", str(target), "--trainer.enable_progress_bar=false"], run=True).trainer
+
+
+def predict(target):
+    build(["predict", "--config", str(target), "--trainer.accelerator=cpu"], run=True)
+    folder = yaml.safe_load(target.read_text())["trainer"]["callbacks"][0]["init_args"]["output_dir"]
+    return [json.loads(line) for line in (Path(folder) / "single_inference_0.jsonl").read_text().splitlines()]
+
+
+def inference(tmp_path, model, **generation):
+    """An old configuration of inference."""
+    settings = {"max_new_tokens": 8, "do_sample": False, "stop_strings": "</RS>", **generation}
+    return {
+        "inference_settings": [
+            {
+                "model_settings": {
+                    "model_type": "causal",
+                    "transformers_settings": {"torch_dtype": "float32"},
+                    **model,
+                },
+                "tokenizer_settings": {},
+                "generation_settings": [{"transformers_settings": settings, "custom_settings": {"batch": 5}}],
+            }
+        ],
+        "dataset_settings": dataset(tmp_path),
+        "save_path": str(tmp_path / "answers"),
+    }
+
+
+@pytest.mark.slow
+def test_full_training_with_new_tokens_and_picks_then_answers(tmp_path, base):
+    picks = {
+        "generator_transformers_settings": {"max_new_tokens": 4, "do_sample": False, "stop_strings": "</RS>"},
+        "custom_generation_settings": {},
+        "dataset_settings": dataset(tmp_path, random_cut=True),
+        "metric_settings": [{"type": name, "parameters": {"need_average": [True]}} for name in ("accuracy", "length")],
+    }
+    tokens = {"<RS>": "<|im_start|>", "</RS>": "order"}
+    values = sft(tmp_path, base, {"embeddings_initialization_strategy": tokens}, {}, cherry_pick_settings=picks)
+    trainer = fit(convert(tmp_path, values))
+    assert trainer.global_step == 6  # 12 conversations, 2 at a time, 2 batches a step, 2 epochs
+    assert trainer.lightning_module.tokenizer.tokenize("<RS>USER")[0] == "<RS>"
+    assert float(trainer.callback_metrics["val/loss"]) < 6.0
+    lines = [json.loads(line) for line in (tmp_path / "run/cherry_picks.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} == {2, 4, 6} and len(lines) == 3 * len(CHATS)
+    assert "exact_match" in lines[0]["scores"] and any(name.startswith("length") for name in lines[0]["scores"])
+    export = next((tmp_path / "run").rglob("export"))
+    answers = predict(convert(tmp_path, inference(tmp_path, {"model_path": str(export)}), "infer.yaml"))
+    assert [line["id"] for line in answers] == [str(number) for number in range(12)]
+    assert (tmp_path / "answers/config.yaml").is_file() and not (ROOT / "config.yaml").exists()
+    assert answers[3]["meta"] == {"number": 3} and answers[3]["label"] == "urgent"
+
+
+@pytest.mark.slow
+def test_lora_then_answers_and_merge_from_its_adapter(tmp_path, base):
+    peft = {"name": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+    values = sft(tmp_path, base, {"peft_settings": peft}, {"load_best_model_at_end": False, "save_total_limit": 2})
+    fit(convert(tmp_path, values))
+    kept = sorted(path.name.partition("step=")[2] or path.name for path in (tmp_path / "run").rglob("*.ckpt"))
+    assert kept == ["4.ckpt", "6.ckpt", "last.ckpt"]  # the newest two, and the end
+    adapter = next((tmp_path / "run").rglob("export"))
+    model = {"model_path": str(base), "adapter_path": str(adapter)}
+    assert len(predict(convert(tmp_path, inference(tmp_path, model), "infer.yaml"))) == 12
+    merge = {"model_settings": {"model_path": str(base), "model_type": "causal", "transformers_settings": {}}}
+    merge |= {"tokenizer_settings": {}, "adapter_path": str(adapter), "save_path": str(tmp_path / "merged")}
+    line = convert(tmp_path, merge, "merge.sh").read_text().splitlines()[-1]
+    assert lit_alignment(shlex.split(line)[1:]) == 0
+    assert (tmp_path / "merged/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft_prefix", "sft_prompt", "sft_p_tuning"])
+def test_vectors_before_the_tokens_train(name, tmp_path, base):
+    peft = json.loads((CONFIGS / f"{name}.json").read_text())["model_settings"]["peft_settings"]
+    trainer = fit(convert(tmp_path, sft(tmp_path, base, {"peft_settings": peft}, {"max_steps": 2})))
+    assert trainer.global_step == 2 and "val/loss" in trainer.callback_metrics
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_before_its_first_validation_keeps_its_weights(tmp_path, base):
+    peft = {"name": "LORA", "r": 4, "target_modules": ["q_proj"]}
+    values = sft(tmp_path, base, {"peft_settings": peft}, {"max_steps": 3, "eval_steps": 150, "save_steps": 150})
+    fit(convert(tmp_path, values))
+    last = next((tmp_path / "run").rglob("last.ckpt"))
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.slow
+def test_an_adapter_trains_on(tmp_path, base):
+    peft = {"name": "LORA", "r": 4, "target_modules": ["q_proj"]}
+    fit(convert(tmp_path, sft(tmp_path, base, {"peft_settings": peft}, {"max_steps": 2})))
+    adapter = next((tmp_path / "run").rglob("export"))
+    values = sft(tmp_path, base, {"adapter_path": str(adapter)}, {"max_steps": 2}, log_path=str(tmp_path / "second"))
+    assert fit(convert(tmp_path, values, "second.yaml")).global_step == 2
