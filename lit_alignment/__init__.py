@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from lit_alignment.callbacks.export import Export
     from lit_alignment.callbacks.predictions import PredictionWriter
     from lit_alignment.callbacks.throughput import Throughput
+    from lit_alignment.callbacks.upload import Upload
     from lit_alignment.data.sft import SFTDataModule
+    from lit_alignment.loggers import ClearMLLogger
     from lit_alignment.modules.sft import SFTModule
 
 __version__ = "0.1.0"
@@ -17,20 +19,24 @@ __version__ = "0.1.0"
 _PLACES = {
     "AtomicCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
     "CherryPicks": "lit_alignment.callbacks.cherry_picks",
+    "ClearMLLogger": "lit_alignment.loggers",
     "Export": "lit_alignment.callbacks.export",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
     "SFTDataModule": "lit_alignment.data.sft",
     "SFTModule": "lit_alignment.modules.sft",
     "Throughput": "lit_alignment.callbacks.throughput",
+    "Upload": "lit_alignment.callbacks.upload",
 }
 __all__ = [
     "AtomicCheckpointIO",
     "CherryPicks",
+    "ClearMLLogger",
     "Export",
     "PredictionWriter",
     "SFTDataModule",
     "SFTModule",
     "Throughput",
+    "Upload",
     "__version__",
 ]
 

@@ -8,13 +8,16 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_alignment.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.config_errors import explain
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.paths import cache_dir
 
 # Said by libraries about themselves; a user can do nothing about them.
 QUIET = (
@@ -28,6 +31,7 @@ QUIET = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*is_gradient_checkpointing.* is deprecated.*",
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*past_key_values.* (is|are) deprecated.*",
     r".*Trainer was configured with `enable_model_summary.*",
 )
 
@@ -47,6 +51,7 @@ class AlignmentCLI(LightningCLI):
         # Our loaders deal batches to ranks themselves; Lightning's sampler would shuffle what must stay in order.
         kwargs["use_distributed_sampler"] = False
         trainer = super().instantiate_trainer(**kwargs)
+        _check_run_folder(trainer)
         if type(trainer.strategy.checkpoint_io).__module__.startswith("lightning.") and not self._has_plugin():
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -54,11 +59,21 @@ class AlignmentCLI(LightningCLI):
             callbacks.append(PredictionWriter())
         return trainer
 
+    def _fetch_checkpoint(self, subcommand: str) -> None:
+        """Fetch a checkpoint that is given by its URL; the saved configuration keeps the URL."""
+        url = self._get(self.config_init, "ckpt_path")
+        if isinstance(url, str) and "://" in url:
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            uploads = [c for c in callbacks if isinstance(c, Upload)]
+            options = next((u.storage_options for u in uploads if u.url.split(":")[0] == url.split(":")[0]), None)
+            self.config_init[subcommand]["ckpt_path"] = str(fetch_checkpoint(url, cache_dir(), options))
+
     def _has_plugin(self) -> bool:
         plugins = self._get(self.config_init, "trainer.plugins") or []
         return any(isinstance(plugin, CheckpointIO) for plugin in (plugins if isinstance(plugins, list) else [plugins]))
 
     def _run_subcommand(self, subcommand: str) -> None:
+        self._fetch_checkpoint(subcommand)
         if subcommand == "predict":
             # Answers go to a file as they come; keeping them all in memory as well serves nobody.
             self.trainer.predict(
@@ -69,6 +84,16 @@ class AlignmentCLI(LightningCLI):
             )
         else:
             super()._run_subcommand(subcommand)
+
+
+def _check_run_folder(trainer: Trainer) -> None:
+    """Refuse a first logger that keeps nothing on this disk: reports and configuration would have no place."""
+    first = trainer.loggers[0] if trainer.loggers else None
+    if first is not None and first.save_dir is None and not isinstance(first, DummyLogger):
+        raise ConfigError(
+            f"trainer.logger: {type(first).__name__} gives the run no folder on this disk. "
+            "Make it a list, with a TensorBoardLogger or CSVLogger first."
+        )
 
 
 def _tokenizer(model: AlignmentModule) -> Any:

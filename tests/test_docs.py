@@ -12,12 +12,14 @@ from lit_alignment.callbacks.cherry_picks import CherryPicks
 from lit_alignment.callbacks.export import Export
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.throughput import Throughput
+from lit_alignment.callbacks.upload import Upload
 from lit_alignment.cli import TOOLS, TRAINER_COMMANDS
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.encode import EncodingConfig
 from lit_alignment.data.records import Source
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.loggers import ClearMLLogger
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.tokens import NewToken, TokensConfig
@@ -38,7 +40,7 @@ SETTINGS = [
     Source,
     GenerationSettings,
 ]
-SETTINGS += [AlignmentDataModule, SFTModule, CherryPicks, Export, PredictionWriter, Throughput]
+SETTINGS += [AlignmentDataModule, SFTModule, CherryPicks, Export, PredictionWriter, Throughput, Upload, ClearMLLogger]
 
 
 def rows():

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from lit_alignment.loggers import ClearMLLogger
 
 
 def log_table(loggers: Sequence[Logger], key: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
-    """Write one table to TensorBoard, W&B, and a running ClearML task; other loggers are passed over.
+    """Write one table to TensorBoard, W&B, MLflow and ClearML; other loggers are passed over.
 
     Args:
         loggers: The trainer's loggers.
@@ -22,9 +24,12 @@ def log_table(loggers: Sequence[Logger], key: str, columns: list[str], rows: lis
                 logger.experiment.add_text(key, markdown_table(columns, rows), step)
             case WandbLogger():
                 logger.log_table(key, columns=columns, data=rows, step=step)
+            case MLFlowLogger():
+                logger.experiment.log_table(logger.run_id, _columns(columns, rows, step), f"{key}.json")
+            case ClearMLLogger():
+                logger.log_table(key, columns, rows, step)
             case _:
                 pass
-    _log_clearml(key, columns, rows, step)
 
 
 def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
@@ -36,11 +41,7 @@ def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
     return "\n".join([line(columns), line(["---"] * len(columns)), *(line(row) for row in rows)])
 
 
-def _log_clearml(key: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
-    import sys
-
-    if "clearml" not in sys.modules:  # no task can be running
-        return
-    task = sys.modules["clearml"].Task.current_task()
-    if task is not None:
-        task.get_logger().report_table(key, "table", iteration=step, table_plot=[columns, *rows])
+def _columns(columns: list[str], rows: list[list[Any]], step: int) -> dict[str, list[Any]]:
+    """Cells by column; MLflow appends to one table, so the step is a column of its own."""
+    cells = {name: [row[index] for row in rows] for index, name in enumerate(columns)}
+    return {"step": [step] * len(rows), **cells}

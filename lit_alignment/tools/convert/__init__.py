@@ -28,8 +28,12 @@ def main(arguments: list[str]) -> None:
     if taken and not options.overwrite:
         raise ConfigError(f"{', '.join(taken)} exists. Choose another --out, or add --overwrite.")
     for document, target in zip(documents, targets, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(document.text(target, options.config, notes), encoding="utf-8")
+        text = document.text(target, options.config, notes)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{target} cannot be written ({error.strerror}). Choose another --out.") from error
     for title, lines in (
         ("warning", notes.warnings),
         ("not carried over", notes.left_out),

@@ -15,7 +15,7 @@ from lit_alignment.tools.convert.model import (
     trained_dtype,
 )
 from lit_alignment.tools.convert.settings import Settings
-from lit_alignment.tools.convert.trainer import logger, training, upload
+from lit_alignment.tools.convert.trainer import Training, logger, section, training, upload
 
 PACKING = (
     "packing: false keeps the old step of batch_size conversations. Packed rows train the same loss faster: remove "
@@ -25,6 +25,7 @@ PADDING = (
     "packing: false also since eager attention, and vectors before the tokens, cannot keep the conversations of a "
     "packed row apart."
 )
+NO_CHECKPOINTING = "prefix tuning hands over a cache of keys and values, which it cannot recompute"
 LOSS = "The loss is a mean over all trained tokens of a step, whatever micro-batch they stand in."
 LAST = (
     "last.ckpt is written at each epoch's end, for the model that was saved at the end there; a run shorter than its "
@@ -48,11 +49,7 @@ def convert(top: Settings) -> list[Document]:
     model, picks = top.part("model_settings"), top.part("cherry_pick_settings")
     prompts = picks.part("dataset_settings") if picks.values else None
     found = adapters(model, training=True)
-    base = backbone(model, top.part("tokenizer_settings"))
-    ours = training(top, trained_dtype(model, base, found))
-    base |= ours.backbone
-    if ours.trainer.get("accelerator") == "cpu":
-        leave_gpu(model, base)
+    base, ours = _base_and_training(top, found)
 
     saver = "lightning.pytorch.callbacks.ModelCheckpoint"
     callbacks: list[dict[str, Any]] = [
@@ -96,3 +93,21 @@ def convert(top: Settings) -> list[Document]:
     if data["encoding"].get("template", {}).get("append_eos") is False:
         remarks.append(NO_EOS)
     return [Document("fit", "supervised fine-tuning", config, remarks)]
+
+
+def _base_and_training(top: Settings, found: dict[str, Any]) -> tuple[dict[str, Any], Training]:
+    """Our backbone and training settings, which depend on each other.
+
+    Args:
+        top: The old configuration.
+        found: Our adapters.
+    """
+    model = top.part("model_settings")
+    base = backbone(model, top.part("tokenizer_settings"))
+    ours = training(top, trained_dtype(model, base, found))
+    base |= ours.backbone
+    if adapter_kind(model) == "PREFIX_TUNING" and base.pop("gradient_checkpointing", False):
+        top.notes.leave_out(section(top).path_of("gradient_checkpointing"), NO_CHECKPOINTING)
+    if ours.trainer.get("accelerator") == "cpu":
+        leave_gpu(model, base)
+    return base, ours

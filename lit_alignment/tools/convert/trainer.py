@@ -100,6 +100,11 @@ class Training:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+def section(top: Settings) -> Settings:
+    """The settings of the old trainer."""
+    return top.part("training_arguments" if "training_arguments" in top else "trainer_settings")
+
+
 def training(top: Settings, dtype: str) -> Training:
     """Our settings for those of the old trainer.
 
@@ -107,8 +112,8 @@ def training(top: Settings, dtype: str) -> Training:
         top: The whole configuration.
         dtype: Of the weights that train.
     """
-    section = "training_arguments" if "training_arguments" in top else "trainer_settings"
-    old, defaults = top.part(section), DEFAULTS[section]
+    old = section(top)
+    defaults = DEFAULTS[old.path]
     ours = Training()
     batch = old.take("per_device_train_batch_size", int(defaults["per_device_train_batch_size"]))
     accumulate = old.take("gradient_accumulation_steps", int(defaults["gradient_accumulation_steps"]))

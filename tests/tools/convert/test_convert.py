@@ -242,6 +242,14 @@ def test_files_are_not_replaced_unasked(tmp_path):
     assert target.read_text() == "mine"
 
 
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for target in (tmp_path / "file/new.yaml", tmp_path / "folder"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            main([str(CONFIGS / "sft_lora.json"), "--out", str(target), "--overwrite"])
+
+
 def test_last_line_is_the_command(convert, tmp_path):
     out = convert(old("sft_lora"))[1]
     assert out.splitlines()[-1].endswith(f"lit-alignment fit --config {tmp_path / 'old.yaml'}")
@@ -310,6 +318,12 @@ def test_what_only_a_gpu_has_is_left_out_on_the_cpu(convert):
     assert not {"liger", "quantization", "attention"} & set(config["model"]["init_args"]["backbone"])
     line = next(line for line in err.splitlines() if line.endswith(model.ON_CPU))
     assert all(key in line for key in ("liger_kernels_settings", "load_in_8bit", "attn_implementation"))
+
+
+def test_prefix_tuning_goes_without_gradient_checkpointing(convert):
+    config, err = ours(convert, changed("sft_prefix", trainer={"gradient_checkpointing": True}))
+    assert "gradient_checkpointing" not in config["model"]["init_args"]["backbone"]
+    assert "not carried over: trainer_settings.gradient_checkpointing: prefix tuning" in err
 
 
 def test_old_defaults_are_written_out(convert):
