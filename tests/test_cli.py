@@ -135,7 +135,7 @@ def test_ctrl_c_keeps_checkpoints_and_exits_with_one_message(tmp_path):
     config = quick(tmp_path, max_epochs=100_000, callbacks=[saver])
     arguments = [sys.executable, "-m", "lit_alignment", "fit", "--config", config]
     process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ)
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while time.time() < deadline and not list((tmp_path / "ckpt").glob("*.ckpt")):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
