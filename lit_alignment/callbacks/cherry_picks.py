@@ -14,7 +14,7 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.prompts import PromptItem
 from lit_alignment.data.records import Source
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.scoring import AnsweredPrompt, Scorer
+from lit_alignment.generation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.metrics.answers import build_metric
 from lit_alignment.modules.base import AlignmentModule
@@ -61,6 +61,7 @@ class CherryPicks(Callback):
         self.picks: list[CherryPick] = []
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self._items: list[PromptItem] = []
+        self._documents: list[list[str]] = []
         self._validations = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -74,6 +75,15 @@ class CherryPicks(Callback):
         if not sources:
             raise ConfigError("CherryPicks has no prompts: give it sources, or give data.val.")
         self._items = datamodule.prompt_items(sources)[: self.num_samples]
+        self._documents = [[] for _ in self._items]
+        if "retrieval_utility" in self.metrics:
+            self._documents = [_documents(item) for item in self._items]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a metric that this model cannot have, before any training."""
+        if isinstance(pl_module, AlignmentModule):
+            encoder = datamodule_of(trainer).encoder
+            self._scorer = Scorer(self.metrics, encoder, pl_module.network, None, self.reward_model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer before the first step."""
@@ -99,7 +109,7 @@ class CherryPicks(Callback):
             self._answer(trainer, pl_module)
 
     def _answer(self, trainer: Trainer, module: LightningModule) -> None:
-        if not isinstance(module, AlignmentModule):
+        if not isinstance(module, AlignmentModule) or self._scorer is None:
             return
         step = trainer.global_step
         answers: list[list[Answer]] = []
@@ -110,7 +120,7 @@ class CherryPicks(Callback):
         asked = [(item.dataset, item.id) for item in self._items]
         if [(pick.dataset, pick.id) for pick in self.picks] != asked:  # a first run, or resumed with other prompts
             self.picks = [CherryPick(i.dataset, i.id, i.messages, i.reference) for i in self._items]
-        scores = self._score(trainer, module, answers)
+        scores = self._score(self._scorer, answers)
         for pick, found, values in zip(self.picks, answers, scores, strict=True):
             pick.answers[step], pick.scores[step] = found[0].content, values
         directory = trainer.log_dir or trainer.default_root_dir
@@ -122,15 +132,13 @@ class CherryPicks(Callback):
                 for p in self.picks
             ]
             log_table(trainer.loggers, "cherry_picks", ["prompt", "reference", "answer", *names], rows, step)
-            means = {f"cherry_picks/{n}": v for metric in self._built for n, v in metric.compute().items()}
+            # Every rank has all the answers, so nothing is gathered, and the other ranks are not waited for.
+            means = {f"cherry_picks/{n}": v for metric in self._built for n, v in metric.means().items()}
             for logger in trainer.loggers:
                 logger.log_metrics(means, step)
 
-    def _score(self, trainer: Trainer, module: AlignmentModule, answers: list[list[Answer]]) -> list[dict[str, float]]:
+    def _score(self, scorer: Scorer, answers: list[list[Answer]]) -> list[dict[str, float]]:
         """Values of each prompt by name; the metrics then hold their means."""
-        if self._scorer is None:
-            encoder = datamodule_of(trainer).encoder
-            self._scorer = Scorer(self.metrics, encoder, module.network, None, self.reward_model)
         prompts = [
             AnsweredPrompt(
                 messages=item.messages,
@@ -138,14 +146,14 @@ class CherryPicks(Callback):
                 finished=[answer.finish_reason == "stop" for answer in found],
                 reference=item.reference,
                 num_tokens=[answer.num_tokens for answer in found],
-                documents=item.meta.get("documents", []) if isinstance(item.meta, dict) else [],
+                documents=documents,
             )
-            for item, found in zip(self._items, answers, strict=True)
+            for item, documents, found in zip(self._items, self._documents, answers, strict=True)
         ]
         for metric in self._built:
             metric.reset()
         values = []
-        for scored in self._scorer.score(prompts):
+        for scored in scorer.score(prompts):
             for metric in self._built:
                 metric.update(scored)
             values.append({name: v for metric in self._built for name, v in metric.values(scored).items()})
@@ -182,3 +190,8 @@ class CherryPicks(Callback):
         self.curves = {name: [(int(s), float(v)) for s, v in points] for name, points in state_dict["curves"].items()}
         self.picks = [CherryPick(**pick) for pick in state_dict["picks"]]
         self._validations = state_dict["validations"]
+
+
+def _documents(item: PromptItem) -> list[str]:
+    meta = item.meta if isinstance(item.meta, dict) else {}
+    return read_documents(meta.get("documents"), f"{item.dataset}, record {item.id}")

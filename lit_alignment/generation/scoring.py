@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_alignment.data.encode import Dropped, Encoder
-from lit_alignment.data.messages import IGNORE_INDEX, Message, Record
-from lit_alignment.errors import ConfigError
+from lit_alignment.data.messages import IGNORE_INDEX, TEMPLATE_KEYS, Message, Record
+from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.metrics.answers import Answered
 from lit_alignment.models.head import hidden_states, token_logps
 from lit_alignment.paths import local_path
@@ -72,8 +72,14 @@ class Scorer:
         if "reward" in self.metrics and reward is None:
             raise ConfigError("reward needs a reward model: give --reward, or CherryPicks' reward_model.")
         if encoder is not None:
+            # A prompt's messages are what was asked: its system message is the one that stood there then.
             config = replace(
-                encoder.config, loss_on="last_assistant", max_length=NO_LIMIT, random_cut=False, end_of_turn="turn"
+                encoder.config,
+                loss_on="last_assistant",
+                max_length=NO_LIMIT,
+                random_cut=False,
+                end_of_turn="turn",
+                ignore_system_prompt=False,
             )
             self.encoders = {
                 True: Encoder(encoder.tokenizer, config),
@@ -85,12 +91,12 @@ class Scorer:
         """What the metrics need, for each prompt; all answers go through a model together, in batches."""
         found = [Answered(prompt.answers, prompt.reference, prompt.num_tokens) for prompt in prompts]
         if self.network is not None and self.metrics & {"perplexity", "kl"}:
-            for item, logps in zip(found, self._logps(self.network, prompts), strict=True):
-                item.logps = logps
+            for item, ours in zip(found, self._logps(self.network, prompts), strict=True):
+                item.logps = ours
         if self.network is not None and "kl" in self.metrics:
             with _without_adapters(self.network) if self.base is None else nullcontext():
-                for item, logps in zip(found, self._logps(self.base or self.network, prompts), strict=True):
-                    item.base_logps = logps
+                for item, theirs in zip(found, self._logps(self.base or self.network, prompts), strict=True):
+                    item.base_logps = theirs
         for item, prompt in zip(found, prompts, strict=True):
             if self.reward is not None:
                 conversations = [[*prompt.messages, {"role": "assistant", "content": text}] for text in prompt.answers]
@@ -102,16 +108,19 @@ class Scorer:
     def _logps(self, network: nn.Module, prompts: Sequence[AnsweredPrompt]) -> list[list[list[float]]]:
         """Log-probability of each token of each answer of each prompt; none for an answer without tokens."""
         encoded = [
-            self._encoded([*prompt.messages, {"role": "assistant", "content": text}], done)
+            self._encoded(prompt.messages, text, done)
             for prompt in prompts
             for text, done in zip(prompt.answers, prompt.finished, strict=True)
         ]
         flat = iter(answer_logps(network, encoded))
         return [[next(flat) for _ in prompt.answers] for prompt in prompts]
 
-    def _encoded(self, messages: list[Message], finished: bool) -> tuple[list[int], list[int]]:
+    def _encoded(self, messages: list[Message], text: str, finished: bool) -> tuple[list[int], list[int]]:
+        # What earlier messages say of the loss is about training; here the answer alone counts.
+        asked: list[Message] = [{k: m[k] for k in TEMPLATE_KEYS if k in m} | {"train": False} for m in messages]
+        answer = {"role": "assistant", "content": text, "train": True}
         try:
-            example = self.encoders[finished].encode(Record("", messages, "answer"))
+            example = self.encoders[finished].encode(Record("", [*asked, answer], "answer"))
         except Dropped:
             return [], []
         return example.input_ids, example.labels
@@ -129,11 +138,26 @@ class Scorer:
             if context:
                 messages[questions[-1]] = {**question, "content": f"{context}\n\n{question['content']}"}
             asked.append(replace(prompt, messages=messages))
-        scored = self._logps(self.network, asked)
-        rows = [[-sum(logps) / len(logps) if logps else float("nan") for logps in answers] for answers in scored]
-        plain, *others = rows
-        utilities = [[plain[i] - row[i] for row in others] for i in range(len(prompt.answers))]
-        return [row for row in utilities if row[0] == row[0]]
+        by_answer = zip(*self._logps(self.network, asked), strict=True)  # each in all contexts
+        rows = [[-sum(logps) / len(logps) for logps in contexts] for contexts in by_answer if all(contexts)]
+        return [[plain - entropy for entropy in others] for plain, *others in rows]
+
+
+def read_documents(value: Any, where: str) -> list[str]:
+    """The texts of a prompt's documents; none if the field is missing.
+
+    Args:
+        value: What the record has in `documents`.
+        where: The record's place, for the message.
+
+    Raises:
+        RecordError: If it is no list of texts.
+    """
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise RecordError(where, "documents", "is no list of texts", 'Write ["first document", "second document"].')
+    return value
 
 
 @torch.no_grad()
@@ -190,7 +214,7 @@ class RewardScorer:
         path: Its folder, or a name on the hub.
 
     Raises:
-        ConfigError: If it cannot be loaded or has not one label.
+        ConfigError: If it cannot be loaded, has no chat template, or has not one label.
     """
 
     def __init__(self, path: str) -> None:
@@ -201,6 +225,8 @@ class RewardScorer:
             self.model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot load this reward model ({str(error).splitlines()[0]}).") from error
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(f"{path}: this reward model has no chat template. Save one with its tokenizer.")
         if self.model.config.num_labels != 1:
             raise ConfigError(f"{path}: a reward model has one label, this one {self.model.config.num_labels}.")
 

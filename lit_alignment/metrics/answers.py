@@ -1,6 +1,7 @@
 """Metrics of generated answers. Each is a mean over prompts, except where its formula says otherwise."""
 
 import math
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.text.rouge import rouge_score
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.metrics.bleu import bleu, ngrams
 
 
 @dataclass
@@ -66,7 +68,11 @@ class AnswerMetric(Metric):
             self.counts[place] += 1
 
     def compute(self) -> dict[str, float]:
-        """Means by name; a value that no prompt had is left out."""
+        """Means by name over the prompts of all ranks, every one of which has to call this."""
+        return self.means()
+
+    def means(self) -> dict[str, float]:
+        """Means by name over the prompts of this process; a value that no prompt had is left out."""
         return {
             name: float(total / count)
             for name, total, count in zip(self.names, self.totals, self.counts, strict=True)
@@ -89,15 +95,18 @@ class ExactMatch(AnswerMetric):
 
 
 class Length(AnswerMetric):
-    """Tokens, where they are known, and words of an answer."""
+    """Tokens, where they are known, words and characters of an answer."""
 
     def __init__(self) -> None:
-        """Two values."""
-        super().__init__(["length_tokens", "length_words"])
+        """Three values."""
+        super().__init__(["length_tokens", "length_words", "length_characters"])
 
     def values(self, item: Answered) -> dict[str, float]:
         """Means over the prompt's answers."""
-        found = {"length_words": _mean([len(answer.split()) for answer in item.answers])}
+        found = {
+            "length_words": _mean([len(answer.split()) for answer in item.answers]),
+            "length_characters": _mean([len(answer) for answer in item.answers]),
+        }
         return found if item.num_tokens is None else {"length_tokens": _mean(item.num_tokens), **found}
 
 
@@ -114,12 +123,17 @@ class Distinct(AnswerMetric):
         ngram: Largest n.
         vocabulary: V; None leaves the adjusted form out.
 
+    Raises:
+        ConfigError: If `ngram` is below 1 or `vocabulary` below 2.
+
     Source: Li et al. 2016 (arXiv:1510.03055); adjusted: Liu et al. 2022 (arXiv:2202.13587).
     """
 
     def __init__(self, ngram: int = 3, vocabulary: int | None = None) -> None:
         """A value for each n, and for each form."""
-        orders = range(1, ngram + 1)
+        if vocabulary is not None and vocabulary < 2:
+            raise ConfigError(f"vocabulary is {vocabulary}; use 2 or more, or leave it out.")
+        orders = range(1, _checked(ngram) + 1)
         adjusted = [] if vocabulary is None else [f"ead_{n}" for n in orders]
         super().__init__([*(f"distinct_{n}" for n in orders), *adjusted])
         self.ngram, self.vocabulary = ngram, vocabulary
@@ -162,10 +176,15 @@ class Diversity(AnswerMetric):
 
 
 class SelfBLEU(AnswerMetric):
-    """BLEU, on words, of each answer of a prompt against its other answers: 1 where all are alike.
+    """BLEU, on words, of each answer of a prompt against its other answers.
+
+    1 where all are alike, and at least `ngram` words long: smoothing lowers the value of shorter ones.
 
     Args:
         ngram: Largest n; orders weigh equally.
+
+    Raises:
+        ConfigError: If `ngram` is below 1.
 
     Source: Zhu et al. 2018 (arXiv:1802.01886).
     """
@@ -173,7 +192,7 @@ class SelfBLEU(AnswerMetric):
     def __init__(self, ngram: int = 3) -> None:
         """One value."""
         super().__init__(["self_bleu"])
-        self.ngram = ngram
+        self.ngram = _checked(ngram)
 
     def values(self, item: Answered) -> dict[str, float]:
         """Not defined for a single answer."""
@@ -186,6 +205,9 @@ class SelfBLEU(AnswerMetric):
 
 class ROUGE(AnswerMetric):
     """Overlap with the reference: n-grams (1 and 2) and longest common subsequence; precision, recall and F1.
+
+    Words are compared in lower case, without punctuation and unstemmed. Letters of every script count; torchmetrics'
+    own normalisation keeps a-z and digits only, so that a text in another script would have 0.
 
     Source: Lin 2004 (aclanthology.org/W04-1013), as torchmetrics computes it.
     """
@@ -200,7 +222,10 @@ class ROUGE(AnswerMetric):
         """Needs a reference."""
         if item.reference is None:
             return {}
-        found = [rouge_score(answer, item.reference, rouge_keys=self.KEYS) for answer in item.answers]
+        found = [
+            rouge_score(answer, item.reference, rouge_keys=self.KEYS, normalizer=_without_punctuation)
+            for answer in item.answers
+        ]
         return {name: _mean([float(scores[name]) for scores in found]) for name in self.names}
 
 
@@ -222,9 +247,9 @@ class Perplexity(AnswerMetric):
             self.totals[0] -= sum(answer)
             self.counts[0] += len(answer)
 
-    def compute(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """The perplexity over all tokens."""
-        return {name: math.exp(mean) for name, mean in super().compute().items()}
+        return {name: math.exp(mean) for name, mean in super().means().items()}
 
 
 class KLToBase(AnswerMetric):
@@ -323,38 +348,14 @@ def build_metric(name: str, ngram: int = 3, vocabulary: int | None = None) -> An
     raise ConfigError(f"unknown metric '{name}'. {hint}")
 
 
-def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """All runs of n words."""
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+def _without_punctuation(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", text.lower())
 
 
-def bleu(words: Sequence[str], references: Sequence[Sequence[str]], ngram: int) -> float:
-    """BLEU of one text against several, in [0, 1].
-
-    bleu = min(1, exp(1 - r / c)) * exp(mean over n of log p_n)
-
-    p_n is the share of n-grams that a reference has, each counted as often as the reference has it at most; c is the
-    text's length and r that of the reference nearest in length. An order without a match counts 0.1 matches, and one
-    without n-grams counts 0.1 of 1 (method 1).
-
-    Source: Papineni et al. 2002 (aclanthology.org/P02-1040); smoothing: Chen and Cherry 2014
-    (aclanthology.org/W14-3346).
-    """
-    if not words:
-        return 0.0
-    logs = []
-    for n in range(1, ngram + 1):
-        counts = Counter(ngrams(words, n))
-        limits: Counter[tuple[str, ...]] = Counter()
-        for reference in references:
-            limits |= Counter(ngrams(reference, n))
-        matches = sum(min(count, limits[gram]) for gram, count in counts.items())
-        if n == 1 and matches == 0:
-            return 0.0
-        logs.append(math.log((matches or 0.1) / max(1, counts.total())))
-    nearest = min((abs(len(reference) - len(words)), len(reference)) for reference in references)[1]
-    brevity = min(1.0, math.exp(1 - nearest / len(words)))
-    return brevity * math.exp(sum(logs) / ngram)
+def _checked(ngram: int) -> int:
+    if ngram < 1:
+        raise ConfigError(f"ngram is {ngram}; use 1 or more.")
+    return ngram
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,7 +3,7 @@
 import argparse
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.encode import Encoder, EncodingConfig
+from lit_alignment.data.messages import Record, read_record
+from lit_alignment.data.records import READERS
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError
-from lit_alignment.generation.scoring import AnsweredPrompt, Scorer
+from lit_alignment.generation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.metrics.answers import TEXT_METRICS, AnswerMetric, build_metric
 from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
 from lit_alignment.models.restoring import read_saved, restore
@@ -29,9 +31,9 @@ PROMPTS_TOGETHER = 32
 def main(arguments: list[str]) -> None:
     """Measure the answers and print one table for each data set."""
     options = _parser().parse_args(arguments)
-    names = options.metrics.split(",") if options.metrics else _default_metrics(options)
+    names = [name.strip() for name in options.metrics.split(",")] if options.metrics else _default_metrics(options)
     built = [build_metric(name, options.ngram, options.vocabulary) for name in names]
-    lines = [line for path in options.predictions for line in read_predictions(path)]
+    lines = list(read_predictions(options.predictions))
     if not lines:
         raise ConfigError(f"{options.predictions[0]}: no predictions.")
     network, encoder = None, None
@@ -54,7 +56,8 @@ def main(arguments: list[str]) -> None:
             rows.append({"id": line["id"], "dataset": line["dataset"], **values})
     console = Console()
     for dataset, metrics in found.items():
-        console.print(_table(dataset, metrics, sum(row["dataset"] == dataset for row in rows)))
+        number = sum(row["dataset"] == dataset for row in rows)
+        console.print(_table(dataset, dict(zip(names, metrics, strict=True)), number))
     if options.per_record:
         _write(options.per_record, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         console.print(f"values of each record: {options.per_record}", soft_wrap=True)
@@ -93,44 +96,58 @@ def _default_metrics(options: argparse.Namespace) -> list[str]:
     return names
 
 
-def read_predictions(path: Path) -> Iterator[Line]:
-    """The lines of a predictions file, with what is asked of models.
+def read_predictions(paths: Sequence[Path]) -> Iterator[Line]:
+    """The lines of predictions files, with what is asked of models.
 
     Raises:
+        FileNotFoundError: If a file is not there.
         RecordError: Naming the line and the field at fault.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise RecordError(where, "", f"not valid JSON ({error.msg})", "Remove or mend the line.") from error
-            if not isinstance(line, dict):
-                raise RecordError(where, "", "is no object", "Give a file that predict has written.")
-            for name, kind in (("id", (str, int)), ("messages", list), ("answers", list)):
-                if not isinstance(line.get(name), kind):
+    seen: dict[tuple[str, str], str] = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}).")
+        for where, raw in READERS[".jsonl"](path):
+            record = read_record(raw, where, 0)
+            line = {"dataset": path.stem, **raw, "id": record.id}
+            for name, value, kind in (
+                ("id", raw.get("id"), str | int),
+                ("answers", raw.get("answers"), list),
+                ("dataset", line["dataset"], str),
+            ):
+                if not isinstance(value, kind):
                     raise RecordError(where, name, "is missing or wrong", "Give a file that predict has written.")
-            yield {"dataset": path.stem, **line}, _prompt(line, where)
+            key = line["dataset"], line["id"]
+            if key in seen:
+                raise RecordError(
+                    where,
+                    "id",
+                    f"'{record.id}' of '{key[0]}' was answered at {seen[key]} already",
+                    "Measure files with answers to the same prompts one by one.",
+                )
+            seen[key] = where
+            yield line, _prompt(line, record)
 
 
-def _prompt(line: dict[str, Any], where: str) -> AnsweredPrompt:
-    answers = line["answers"]
+def _prompt(line: dict[str, Any], record: Record) -> AnsweredPrompt:
+    answers, where = line["answers"], record.where
     if not answers:
         raise RecordError(where, "answers", "is empty", "Remove the line, or answer it again.")
     for answer in answers:
         if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
             raise RecordError(where, "answers", "holds one without a text 'content'", "Mend the line.")
-    label, meta = line.get("label"), line.get("meta")
-    counts = [answer["num_tokens"] for answer in answers if "num_tokens" in answer]
-    documents = meta.get("documents", []) if isinstance(meta, dict) else []
+    counts = [answer.get("num_tokens") for answer in answers]
+    if not all(count is None or isinstance(count, int) for count in counts):
+        raise RecordError(where, "answers", "holds one whose 'num_tokens' is no whole number", "Mend the line.")
+    known = [count for count in counts if count is not None]
+    meta = record.meta if isinstance(record.meta, dict) else {}
     return AnsweredPrompt(
-        messages=line["messages"],
+        messages=record.messages,
         answers=[answer["content"] for answer in answers],
         finished=[answer.get("finish_reason", "stop") == "stop" for answer in answers],
-        reference=label if isinstance(label, str) else None,
-        num_tokens=counts if len(counts) == len(answers) else None,
-        documents=line.get("documents") or documents,
+        reference=record.label if isinstance(record.label, str) else None,
+        num_tokens=known if len(known) == len(answers) else None,
+        documents=read_documents(line.get("documents", meta.get("documents")), where),
     )
 
 
@@ -138,15 +155,23 @@ def _load(path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A model from a checkpoint, an adapter folder, or anything that from_pretrained takes."""
     local = Path(path).expanduser()
     if local.is_file() or any((local / name).exists() for name in ("adapter_config.json", ".metadata")):
-        return restore(read_saved(local))
+        saved = read_saved(local)
+        network, tokenizer = restore(saved)
+        if saved.chat_template is not None:
+            tokenizer.chat_template = saved.chat_template  # what it was trained with, not what its base came with
+        return network, tokenizer
     backbone = Backbone(path)
     tokenizer, _ = load_tokenizer(backbone, TokensConfig())
     return load_causal_model(backbone, tokenizer).eval(), tokenizer
 
 
-def _table(dataset: str, metrics: list[AnswerMetric], number: int) -> Table:
+def _table(dataset: str, metrics: dict[str, AnswerMetric], number: int) -> Table:
+    """Values with what each is a mean over; metrics that no prompt has a value of stand below."""
+    missing = [name for name, metric in metrics.items() if not metric.compute()]
     table = Table("metric", "value", "over", title=f"{dataset}, {number} prompts", title_justify="left")
-    for metric in metrics:
+    if missing:
+        table.caption, table.caption_justify = f"no value: {', '.join(missing)}", "left"
+    for metric in metrics.values():
         counts = dict(zip(metric.names, metric.counts.tolist(), strict=True))
         unit = "tokens" if metric.names == ("perplexity",) else "prompts"
         for name, value in metric.compute().items():

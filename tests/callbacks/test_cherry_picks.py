@@ -1,8 +1,14 @@
+import csv
 import json
+import math
+import os
 import shutil
+import socket
 import subprocess
+import sys
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
@@ -10,9 +16,11 @@ from lit_alignment import CherryPicks, Throughput
 from lit_alignment.callbacks.report import CherryPick, curve_svg, render_report
 from lit_alignment.callbacks.tables import log_table, markdown_table
 from lit_alignment.data.records import Source
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.generation.settings import GenerationSettings
-from tests.helpers import chats, sft_data, sft_module, trainer
+from tests.helpers import ROOT, chats, sft_data, sft_module, trainer
+
+SHORT = GenerationSettings(max_new_tokens=5)
 
 
 def fit(folder, callback, **options):
@@ -57,8 +65,8 @@ def test_table_reaches_wandb_offline(tmp_path):
 
 def test_report_goes_on_after_a_resume(tmp_path):
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
-    fit(tmp_path, CherryPicks(num_samples=1), more=[saver], enable_checkpointing=True)
-    callback = CherryPicks(num_samples=1)
+    fit(tmp_path, CherryPicks(num_samples=1, generation=SHORT), more=[saver], enable_checkpointing=True)
+    callback = CherryPicks(num_samples=1, generation=SHORT)
     module = sft_module()
     runner = trainer(tmp_path, callbacks=[callback], max_epochs=3)
     runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)), ckpt_path=tmp_path / "ckpt/x.ckpt")
@@ -67,8 +75,8 @@ def test_report_goes_on_after_a_resume(tmp_path):
 
 def test_resume_with_other_prompts_starts_a_new_table(tmp_path):
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
-    fit(tmp_path, CherryPicks(num_samples=1), more=[saver], enable_checkpointing=True)
-    callback = CherryPicks(num_samples=3)
+    fit(tmp_path, CherryPicks(num_samples=1, generation=SHORT), more=[saver], enable_checkpointing=True)
+    callback = CherryPicks(num_samples=3, generation=SHORT)
     module = sft_module()
     runner = trainer(tmp_path, callbacks=[callback], max_epochs=3)
     runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)), ckpt_path=tmp_path / "ckpt/x.ckpt")
@@ -76,7 +84,8 @@ def test_resume_with_other_prompts_starts_a_new_table(tmp_path):
 
 
 def test_own_prompts_and_missing_prompts(tmp_path):
-    own = CherryPicks([Source(records=[{"messages": [{"role": "user", "content": "mine"}]}], name="own")])
+    source = Source(records=[{"messages": [{"role": "user", "content": "mine"}]}], name="own")
+    own = CherryPicks([source], generation=SHORT)
     fit(tmp_path, own)
     assert own.picks[0].messages[-1]["content"] == "mine" and own.picks[0].reference is None
     module = sft_module()
@@ -147,5 +156,38 @@ def test_metrics_of_the_answers_reach_loggers_table_and_report(tmp_path):
 def test_impossible_metric_is_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match="unknown metric 'exact'. Did you mean 'exact_match'"):
         CherryPicks(metrics=["exact"])
+    callback = CherryPicks(metrics=["kl"], before_training=False)
     with pytest.raises(ConfigError, match="kl needs the base model"):
-        fit(tmp_path, CherryPicks(metrics=["kl"]))
+        fit(tmp_path, callback)
+    assert callback.picks == [] and callback.curves == {}
+    asked = {"id": "q", "messages": [{"role": "user", "content": "mine"}], "meta": {"documents": "one text"}}
+    callback = CherryPicks([Source(records=[asked], name="own")], metrics=["retrieval_utility"])
+    with pytest.raises(RecordError, match="own, record q: field 'documents' is no list of texts"):
+        fit(tmp_path, callback)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_score_the_same_answers_and_gather_what_each_has(kind, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.callbacks.cherry_picks_script", kind, str(tmp_path)],
+        env=os.environ | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["scores"] == second["scores"] and len(first["scores"][0]) == 2  # before, and after an epoch
+    assert first["scores"][0][0]["kl"] == pytest.approx(0, abs=1e-6)
+    # Three tokens: -1, -4 and -4.
+    assert first["gathered"] == second["gathered"] == pytest.approx({"perplexity": math.exp(3)})
+    assert first["own"] == pytest.approx({"perplexity": math.e})
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = [row["cherry_picks/length_tokens"] for row in csv.DictReader(file)]
+    assert len([value for value in logged if value]) == 2

@@ -6,8 +6,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.errors import ConfigError
-from lit_alignment.generation.scoring import AnsweredPrompt, RewardScorer, Scorer, answer_logps
+from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.generation.scoring import AnsweredPrompt, RewardScorer, Scorer, answer_logps, read_documents
 from tests.helpers import ROOT, encoder, sft_module
 
 QUESTION = [{"role": "user", "content": "the kitchen scale"}]
@@ -53,6 +53,42 @@ def test_truncation_of_training_does_not_cut_what_is_scored(module, tokenizer):
     long = Scorer(["perplexity"], encoder(tokenizer), network).score([PROMPT])[0].logps
     short = Scorer(["perplexity"], encoder(tokenizer, max_length=4), network).score([PROMPT])[0].logps
     assert short == long
+
+
+@pytest.mark.parametrize("switch", [{"train": True}, {"train": False}, {"weight": 2.0}, {"weight": 0.0}])
+def test_loss_switches_of_earlier_messages_do_not_change_what_is_scored(switch, module, tokenizer):
+    earlier = {"role": "assistant", "content": "order order"}
+    scorer = Scorer(["perplexity"], encoder(tokenizer), module.load_model())
+    plain, switched = (
+        AnsweredPrompt([*QUESTION, m, *QUESTION], ["reply"], [True]) for m in (earlier, earlier | switch)
+    )
+    expected, found = scorer.score([plain, switched])
+    assert found.logps[0] == pytest.approx(expected.logps[0], abs=1e-6)
+
+
+def test_system_message_that_was_asked_with_is_scored_with(module, tokenizer):
+    """`ignore_system_prompt` takes out the record's own; a source's `system_prompt` may stand in its place."""
+    prompt = AnsweredPrompt([{"role": "system", "content": "be kind"}, *QUESTION], ["reply"], [True])
+    network = module.load_model()
+    (kept,) = Scorer(["perplexity"], encoder(tokenizer), network).score([prompt])
+    (ignored,) = Scorer(["perplexity"], encoder(tokenizer, ignore_system_prompt=True), network).score([prompt])
+    (without,) = Scorer(["perplexity"], encoder(tokenizer), network).score(
+        [AnsweredPrompt(QUESTION, ["reply"], [True])]
+    )
+    assert ignored.logps == kept.logps != without.logps
+
+
+def test_answer_without_tokens_has_no_utility(module, tokenizer):
+    scorer = Scorer(["retrieval_utility"], encoder(tokenizer), module.load_model())
+    prompt = AnsweredPrompt(QUESTION, ["", "reply"], [False, True], documents=["order urgent"])
+    assert len(scorer.score([prompt])[0].document_utilities) == 1
+
+
+def test_documents_are_a_list_of_texts():
+    assert read_documents(None, "f:1") == [] and read_documents(["a"], "f:1") == ["a"]
+    for value in ("a text", [{"text": "a"}], 3):
+        with pytest.raises(RecordError, match="f:1: field 'documents' is no list of texts"):
+            read_documents(value, "f:1")
 
 
 def test_kl_of_fresh_adapters_is_zero_and_of_changed_ones_is_not(tokenizer):
@@ -126,6 +162,12 @@ def test_what_a_metric_lacks_is_named(module, tokenizer, reward_model, tmp_path)
     AutoTokenizer.from_pretrained(reward_model).save_pretrained(tmp_path / "three")
     with pytest.raises(ConfigError, match="a reward model has one label, this one 3"):
         RewardScorer(str(tmp_path / "three"))
+    silent = AutoTokenizer.from_pretrained(reward_model)
+    silent.chat_template = None
+    silent.save_pretrained(tmp_path / "silent")
+    LlamaForSequenceClassification.from_pretrained(reward_model).save_pretrained(tmp_path / "silent")
+    with pytest.raises(ConfigError, match="this reward model has no chat template"):
+        RewardScorer(str(tmp_path / "silent"))
 
 
 def test_adapters_are_on_again_after_scoring(tokenizer):

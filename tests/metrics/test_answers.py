@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torchmetrics.functional.text import bleu_score
+from torchmetrics.functional.text.rouge import rouge_score
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.metrics.answers import (
@@ -21,7 +21,6 @@ from lit_alignment.metrics.answers import (
     RetrievalUtility,
     Reward,
     SelfBLEU,
-    bleu,
     build_metric,
 )
 
@@ -42,9 +41,18 @@ def test_nothing_to_compare_gives_no_value():
     assert computed(Perplexity()) == {}
 
 
-def test_length_counts_words_and_tokens_where_known():
+def test_length_counts_words_characters_and_tokens_where_known():
     found = computed(Length(), Answered(["one two", "three"], num_tokens=[4, 2]), Answered(["a b c d"]))
-    assert found == {"length_tokens": 3.0, "length_words": (1.5 + 4) / 2}
+    assert found == {"length_tokens": 3.0, "length_words": (1.5 + 4) / 2, "length_characters": (6 + 7) / 2}
+
+
+def test_answers_may_differ_in_number_and_be_empty():
+    items = [Answered(["", "a"], ""), Answered([""], "a"), Answered(["a", "a", "b"], "a")]
+    assert computed(ExactMatch(), *items)["exact_match"] == pytest.approx((1 / 2 + 0 + 2 / 3) / 3)
+    assert computed(ROUGE(), Answered([""], "a"))["rouge1_fmeasure"] == 0.0
+    assert computed(Distinct(1), items[1]) == {} and computed(SelfBLEU(1), Answered(["", ""])) == {"self_bleu": 0.0}
+    # a | a b: 1, a | a b: 1, b | a a: 0
+    assert computed(SelfBLEU(1), items[2])["self_bleu"] == pytest.approx(2 / 3)
 
 
 def test_distinct_pools_the_answers_of_a_prompt():
@@ -73,23 +81,6 @@ def test_diversity_is_the_entropy_of_the_words():
     assert computed(Diversity(), Answered([""])) == {}
 
 
-def test_bleu_by_hand():
-    """`the cat sat on` against `the cat sat down`: 3 of 4 words, 2 of 3 pairs, same length."""
-    words, reference = "the cat sat on".split(), "the cat sat down".split()
-    assert bleu(words, [reference], 2) == pytest.approx(math.sqrt(3 / 4 * 2 / 3))
-    assert bleu("the cat".split(), [reference], 1) == pytest.approx(math.exp(1 - 4 / 2))  # brevity
-    assert bleu("a b".split(), ["a c".split()], 2) == pytest.approx(math.sqrt(1 / 2 * 0.1 / 1))  # method 1
-    assert bleu(["x"], [["y"]], 2) == 0.0 and bleu([], [["y"]], 2) == 0.0
-
-
-@pytest.mark.parametrize("ngram", [1, 2, 3])
-def test_bleu_agrees_with_torchmetrics_where_nothing_is_smoothed(ngram):
-    text = "the small cat sat on the old mat today"
-    others = ["the small cat sat on the new mat", "a small cat sat on the old mat yesterday evening"]
-    expected = float(bleu_score([text], [others], n_gram=ngram))
-    assert bleu(text.split(), [other.split() for other in others], ngram) == pytest.approx(expected, abs=1e-6)
-
-
 def test_self_bleu_compares_words_and_needs_two_answers():
     assert computed(SelfBLEU(2), Answered(["a b c d"] * 3))["self_bleu"] == pytest.approx(1.0)
     # Words that share letters only are not alike.
@@ -103,6 +94,14 @@ def test_rouge_by_hand():
     assert found["rouge1_precision"] == 1 and found["rouge1_recall"] == pytest.approx(2 / 3)
     assert found["rouge1_fmeasure"] == pytest.approx(0.8) and found["rouge2_recall"] == pytest.approx(1 / 2)
     assert found["rougeL_fmeasure"] == pytest.approx(0.8)
+
+
+def test_rouge_reads_every_script_and_english_as_torchmetrics_does():
+    found = computed(ROUGE(), Answered(["Кошка спит."], "кошка сидит"))
+    assert found["rouge1_fmeasure"] == pytest.approx(0.5)
+    answer, reference = "It's a small_cat -- 3 mats, OK?", "it s the Small cat; 3 mats!"
+    expected = rouge_score(answer, reference, rouge_keys=ROUGE.KEYS)
+    assert computed(ROUGE(), Answered([answer], reference)) == pytest.approx({k: float(v) for k, v in expected.items()})
 
 
 def test_perplexity_weighs_tokens_not_prompts():
@@ -144,6 +143,14 @@ def test_parts_added_up_equal_the_whole(name):
     first.totals += second.totals
     first.counts += second.counts
     assert first.compute() == pytest.approx(expected) and expected
+
+
+def test_impossible_orders_and_vocabularies_are_refused():
+    for name in ("distinct", "self_bleu"):
+        with pytest.raises(ConfigError, match="ngram is 0; use 1 or more"):
+            build_metric(name, ngram=0)
+    with pytest.raises(ConfigError, match="vocabulary is 1; use 2 or more"):
+        build_metric("distinct", vocabulary=1)
 
 
 def test_unknown_metric_names_the_nearest():
