@@ -29,7 +29,7 @@ def output_head(model: nn.Module) -> nn.Module:
     """The layer that turns hidden states into logits."""
     head = base_model(model).get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):
-        head = head.modules_to_save[head.active_adapters[0]]
+        head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
     if not isinstance(head, nn.Module):
         raise ConfigError(f"{type(base_model(model)).__name__} has no output embeddings: it is no language model.")
     return head
@@ -39,6 +39,8 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias with which the head is one product, or None if an adapter makes it something else."""
     if isinstance(head, TrainableTokensWrapper):
         adapter = head.token_adapter
+        if adapter.disable_adapters:
+            return head.original_module.weight, None
         return adapter.get_merged_weights(adapter.active_adapters), None
     return (head.weight, head.bias) if type(head) is nn.Linear else None
 

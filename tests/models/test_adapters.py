@@ -22,6 +22,7 @@ from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.generation.transformers_engine import StopRule, generate
 from lit_alignment.models.adapters import Adapter, merged_state
+from lit_alignment.models.head import head_loss, hidden_states, token_logps
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.tokens import NewToken, TokensConfig
 from lit_alignment.optimization import OptimizerConfig
@@ -286,3 +287,31 @@ def test_liger_kernels_leave_the_loss_as_it_is(base):
     fused = SFTModule(Backbone(base, liger=True)).load_model("cuda").cuda()
     ids = torch.arange(3, 40, device="cuda")[None]
     torch.testing.assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["whole layer", "new rows"])
+def test_adapters_switched_off_give_the_base_also_in_the_head(kind, base):
+    """As KL to the base needs it: the head that the loss and the log-probabilities are taken from is off as well."""
+    if kind == "whole layer":
+        module = module_with(base, LoraConfig(**LORA, modules_to_save=["lm_head"]))
+    else:
+        module = module_with(base, LoraConfig(**LORA), tokens=TokensConfig(new={"<a>": NewToken("mean")}))
+    network = module.load_model().eval()
+    ids = torch.arange(3, 40)[None]
+
+    def found():
+        hidden = hidden_states(network, input_ids=ids)[0, :-1]
+        loss, _ = head_loss(network, hidden, ids[0, 1:], None)
+        return float(loss), token_logps(network, hidden, ids[0, 1:])
+
+    with torch.no_grad(), network.disable_adapter():
+        before = found()
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        changed = found()
+        with network.disable_adapter():
+            after = found()
+    assert after[0] == before[0] and torch.equal(after[1], before[1])
+    assert changed[0] != before[0] and after[0] == pytest.approx(-float(after[1].sum()), rel=1e-4)
