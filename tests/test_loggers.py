@@ -15,6 +15,7 @@ from lit_alignment.callbacks.tables import log_table
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.loggers import ClearMLLogger
+from lit_alignment.trainer_cli import build
 from tests.helpers import ROOT, chats, sft_data, sft_module, trainer
 
 
@@ -96,6 +97,20 @@ def test_missing_clearml_is_one_message_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "clearml", None)
     with pytest.raises(ConfigError, match=r"clearml is not installed. Run: pip install 'lit-alignment\[clearml\]'"):
         fit(tmp_path, ClearMLLogger("project", "task", save_dir=str(tmp_path)))
+
+
+class NoFolder(CSVLogger):
+    """As a logger that writes to a server only."""
+
+    save_dir = None
+
+
+def test_first_logger_without_a_folder_is_refused(tmp_path):
+    arguments = ["--config", "configs/sft/tiny.yaml", "--trainer.callbacks=[]"]
+    logger = {"class_path": "tests.test_loggers.NoFolder", "init_args": {"save_dir": str(tmp_path)}}
+    with pytest.raises(ConfigError, match="NoFolder gives the run no folder on this disk. Make it a list"):
+        build([*arguments, f"--trainer.logger={json.dumps(logger)}"])
+    build([*arguments, f"--trainer.logger={json.dumps(logger)}", "--trainer.fast_dev_run=true"])
 
 
 def test_logger_without_tables_is_passed_over(tmp_path):

@@ -155,7 +155,7 @@ class Upload(Callback):
                 value = None if score is None or not math.isfinite(score) else float(score)
                 if self.what != "exports":
                     yield Job(path, "checkpoint", step, saver.monitor, value)
-                if self.what != "checkpoints" and path.with_suffix("").is_dir():
+                if self.what != "checkpoints" and os.path.isdir(path.with_suffix("")):
                     yield Job(path.with_suffix(""), "export", step, saver.monitor, value)
 
     def _take_new(self, trainer: Trainer) -> None:
@@ -173,7 +173,7 @@ class Upload(Callback):
 
     def _take_failed(self, besides: set[Path]) -> list[Job]:
         """Failed jobs that can be tried again, no longer listed as failed; what is gone here stays listed."""
-        again = [job for job in list(self._failed.values()) if job.path.exists()]
+        again = [job for job in list(self._failed.values()) if _identity(job.path) is not None]
         for job in again:
             del self._failed[job.path]
         return [job for job in again if job.path not in besides]
@@ -273,10 +273,10 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What changes when a file or folder is replaced; None if there is none."""
+    """What changes when a file or folder is replaced; None if there is none, or the disk does not answer."""
     try:
         status = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
 
