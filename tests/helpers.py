@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lit_alignment import AtomicCheckpointIO, SFTDataModule, SFTModule
 from lit_alignment.data.encode import Encoder, EncodingConfig, Example
@@ -63,6 +65,15 @@ def encoder(tokenizer, template: TemplateConfig | None = None, **settings: Any) 
     return Encoder(tokenizer, EncodingConfig(template=template or TemplateConfig(), **settings))
 
 
+def base_model_folder(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> str:
+    """A folder with a tiny base model and its tokenizer, as adapters need one."""
+    torch.manual_seed(0)
+    settings = AutoConfig.from_pretrained(ROOT / "configs/tiny", **config)
+    AutoModelForCausalLM.from_config(settings).to(dtype).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "configs/tiny").save_pretrained(folder)
+    return str(folder)
+
+
 def sft_module(lora: bool = False, **settings: Any) -> SFTModule:
     seed_everything(0, verbose=False)
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
@@ -99,6 +110,23 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
 
 def weights(module: SFTModule) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def run_on_ranks(script: str, *arguments: str) -> None:
+    """Run a script of the tests that starts its other ranks itself, on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    run = subprocess.run(
+        [sys.executable, "-m", f"tests.{script}", *arguments],
+        env=os.environ | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.transformers_engine import generation_config
+from lit_alignment.models.restoring import read_saved
 from lit_alignment.models.saving import PARTIAL, Companions, Form, export_form, write_folder
 from lit_alignment.modules.base import AlignmentModule
 
@@ -85,16 +85,14 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
         form: Merge adapters, write them alone, or merge where servers could not load them.
 
     Raises:
-        CheckpointError: If the disk is full or the folder cannot be written.
+        CheckpointError: If the checkpoint is damaged, the disk is full, or the folder cannot be written.
     """
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    trained = {name.removeprefix("model."): value for name, value in state.items()}
-    _, reason = export_form(module.network, form)
+    chosen, reason = export_form(module.network, form)
     if reason:
         rank_zero_info(f"export: merged into the weights, since {reason}, which servers such as vLLM cannot load.")
     template = datamodule_of(module.trainer).chat_template()
     companions = Companions(module.tokenizer, generation_config(module.tokenizer, module.stop), template)
-    return write_folder(module.network, trained, target, companions, form)
+    return write_folder(module.network, read_saved(checkpoint).trained, target, companions, chosen)
 
 
 def point_to(link: Path, target: Path) -> None:

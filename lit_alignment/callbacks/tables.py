@@ -35,8 +35,11 @@ def log_table(loggers: Sequence[Logger], key: str, columns: list[str], rows: lis
 def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
     """A table in Markdown; cells keep to one line."""
 
+    def text(cell: Any) -> str:
+        return "" if cell is None else str(cell).replace("|", "\\|").replace("\n", "<br>")
+
     def line(cells: Sequence[Any]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in cells) + " |"
+        return f"| {' | '.join(map(text, cells))} |"
 
     return "\n".join([line(columns), line(["---"] * len(columns)), *(line(row) for row in rows)])
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_alignment.data.encode import Dropped, Encoder
+from lit_alignment.data.collate import collate_padded
+from lit_alignment.data.encode import Dropped, Encoder, Example
 from lit_alignment.data.messages import IGNORE_INDEX, TEMPLATE_KEYS, Message, Record
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.metrics.answers import Answered
@@ -178,26 +179,17 @@ def answer_logps(
     found: list[list[float]] = [[] for _ in encoded]
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        ids, labels, mask = _padded([encoded[i] for i in part], device)
-        hidden = hidden_states(network, input_ids=ids, attention_mask=mask)[:, :-1]
-        asked = labels[:, 1:] != IGNORE_INDEX
-        logps = token_logps(network, hidden[asked], labels[:, 1:][asked])
+        batch = collate_padded([Example(*encoded[i], weights=[1.0] * len(encoded[i][0])) for i in part], pad_token_id=0)
+        labels = batch.labels[:, 1:].to(device)
+        # No mask: the padding stands on the right, where causal attention does not look.
+        hidden = hidden_states(network, input_ids=batch.input_ids.to(device))[:, :-1]
+        asked = labels != IGNORE_INDEX
+        logps = token_logps(network, hidden[asked], labels[asked])
         pieces = torch.split(logps, asked.sum(1).tolist())
         for i, piece in zip(part, pieces, strict=True):
             found[i] = piece.tolist()
     network.train(training)
     return found
-
-
-def _padded(rows: list[tuple[list[int], list[int]]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
-    for row, (row_ids, row_labels) in enumerate(rows):
-        ids[row, : len(row_ids)] = torch.tensor(row_ids)
-        labels[row, : len(row_ids)] = torch.tensor(row_labels)
-        mask[row, : len(row_ids)] = 1
-    return ids.to(device), labels.to(device), mask.to(device)
 
 
 def _without_adapters(network: nn.Module) -> AbstractContextManager[Any]:

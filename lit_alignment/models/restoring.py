@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,36 @@ def _read_adapter(folder: Path, base: str | None) -> Saved:
     return Saved(Backbone(path, tokenizer=own), None, Adapter(str(folder)), TokensConfig(), {}, None, None)
 
 
+def refuse_missing(trained: set[str], found: Iterable[str], fix: str) -> None:
+    """Refuse weights of which a trained one is missing: non-strict loading would leave it at its start value.
+
+    Args:
+        trained: Names of the parameters that train.
+        found: Names of the weights that are there.
+        fix: What to do, for the message.
+
+    Raises:
+        CheckpointError: Naming the first that is missing.
+    """
+    missing = sorted(trained - set(found))
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} trained weights, the first is '{missing[0]}'. "
+            f"Was it made with other adapters or another model? {fix}"
+        )
+
+
+def trained_names(network: nn.Module) -> set[str]:
+    """Names of what trains, every alias of a tied weight included."""
+    return {name for name, p in network.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+
 def restore(saved: Saved) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The trained model in float32 on the CPU, unquantised, and its tokenizer.
 
     Raises:
         ConfigError: If the base was random and its weights are not saved.
-        CheckpointError: If a trained weight does not fit.
+        CheckpointError: If a trained weight is missing or does not fit.
     """
     backbone = replace(
         saved.backbone, dtype="float32", quantization="none", liger=False, compile=False, gradient_checkpointing=False
@@ -129,6 +154,7 @@ def restore(saved: Saved) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     foreign = sorted(name for name in saved.trained if name not in known)
     if foreign:
         raise CheckpointError(f"the checkpoint's weight '{foreign[0]}' has no place in {backbone.path}.")
+    refuse_missing(trained_names(network), saved.trained, "It may be damaged; use another one.")
     try:
         network.load_state_dict(saved.trained, strict=False)
     except RuntimeError as error:

@@ -36,11 +36,11 @@ class Companions:
     chat_template: str | None = None
 
 
-def export_form(network: nn.Module, form: Form | Written) -> tuple[Written, str]:
+def export_form(network: nn.Module, form: Form) -> tuple[Written, str]:
     """The form in which a model is written, and why, where `auto` had to choose merging."""
     if not isinstance(network, PeftModel):
         return "full", ""
-    if form in ("merged", "adapter"):
+    if form != "auto":
         return form, ""
     reason = why_merge(network)
     return ("merged", reason) if reason else ("adapter", "")
@@ -51,7 +51,7 @@ def write_folder(
     trained: dict[str, Tensor],
     target: Path,
     companions: Companions,
-    form: Form | Written = "auto",
+    form: Written,
     max_shard_size: str = "5GB",
     dtype: torch.dtype | None = None,
 ) -> Path:
@@ -62,7 +62,7 @@ def write_folder(
         trained: Trained weights to write instead of the live ones, by name in the network.
         target: The folder.
         companions: Tokenizer, generation config and template.
-        form: For a model with adapters: merge them or write them alone; `auto` merges what servers cannot load.
+        form: What to write, as `export_form` has chosen.
         max_shard_size: Largest file of weights.
         dtype: Precision of full or merged weights; by default that of the model.
 
@@ -73,7 +73,7 @@ def write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write_weights(network, trained, partial, export_form(network, form)[0], max_shard_size, dtype)
+        _write_weights(network, trained, partial, form, max_shard_size, dtype)
         companions.tokenizer.save_pretrained(partial)
         if companions.chat_template not in (None, companions.tokenizer.chat_template):
             (partial / "chat_template.jinja").write_text(str(companions.chat_template), encoding="utf-8")
@@ -95,7 +95,7 @@ def _write_weights(
     network: nn.Module,
     trained: dict[str, Tensor],
     folder: Path,
-    form: str,
+    form: Written,
     max_shard_size: str,
     dtype: torch.dtype | None,
 ) -> None:

@@ -129,9 +129,8 @@ def _tables(model: PreTrainedModel) -> list[Tensor]:
     if isinstance(output, nn.Module):
         if output.weight is not tables[0]:
             tables.append(output.weight)
-        bias = getattr(output, "bias", None)
-        if isinstance(bias, Tensor):
-            tables.append(bias[:, None])
+        if isinstance(output, nn.Linear) and output.bias is not None:
+            tables.append(output.bias[:, None])
     return tables
 
 
@@ -164,7 +163,7 @@ def _set_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
     config = model.config.get_text_config()
     for role in ("bos", "eos", "pad"):
         index = getattr(tokenizer, f"{role}_token_id")
-        if index is not None and getattr(config, f"{role}_token_id", None) is None:
+        if index is not None and config.to_dict().get(f"{role}_token_id") is None:
             setattr(config, f"{role}_token_id", index)
     config.pad_token_id = tokenizer.pad_token_id
 

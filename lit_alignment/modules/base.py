@@ -12,12 +12,12 @@ from torch import nn
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.prompts import PromptBatch
-from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
-from lit_alignment.models.restoring import CHECKPOINT_KEY
+from lit_alignment.models.restoring import CHECKPOINT_KEY, refuse_missing, trained_names
 from lit_alignment.models.sharding import shard
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
@@ -110,13 +110,9 @@ class AlignmentModule(LightningModule):
 
     # Checkpoints.
 
-    def trained_names(self) -> set[str]:
-        """State-dict keys of what is trained, every alias of a tied weight included."""
-        return {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights only, and write down what they belong to, as plain values."""
-        trained = self.trained_names()
+        trained = trained_names(self)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint[CHECKPOINT_KEY] = {
             "module": f"{type(self).__module__}.{type(self).__qualname__}",
@@ -130,12 +126,7 @@ class AlignmentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks a trained weight: non-strict loading would leave it at its start value."""
-        missing = sorted(self.trained_names() - set(checkpoint["state_dict"]))
-        if missing:
-            raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} trained weights, the first is '{missing[0]}'. "
-                "Was it made with other adapters or another model? Check model.peft and model.backbone."
-            )
+        refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
 
     # Answers.
 

@@ -190,10 +190,8 @@ class Difference:
 
 def compare(before: list[Tensor], after: list[Tensor]) -> Difference:
     """The difference over all prompts; padding rows of the vocabulary that only one side has are left out."""
-    pairs = [
-        (a[:, : min(a.shape[1], b.shape[1])], b[:, : min(a.shape[1], b.shape[1])])
-        for a, b in zip(before, after, strict=True)
-    ]
+    width = min(before[0].shape[1], after[0].shape[1])
+    pairs = [(a[:, :width], b[:, :width]) for a, b in zip(before, after, strict=True)]
     agreeing = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
     return Difference(
         largest=max(float((a - b).abs().max()) for a, b in pairs),

@@ -1,11 +1,8 @@
 import csv
 import json
 import math
-import os
 import shutil
-import socket
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from lit_alignment.callbacks.tables import log_table, markdown_table
 from lit_alignment.data.records import Source
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.generation.settings import GenerationSettings
-from tests.helpers import ROOT, chats, sft_data, sft_module, trainer
+from tests.helpers import chats, run_on_ranks, sft_data, sft_module, trainer
 
 SHORT = GenerationSettings(max_new_tokens=5)
 
@@ -169,19 +166,7 @@ def test_impossible_metric_is_refused_before_training(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_score_the_same_answers_and_gather_what_each_has(kind, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.cherry_picks_script", kind, str(tmp_path)],
-        env=os.environ | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_on_ranks("callbacks.cherry_picks_script", kind, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first["scores"] == second["scores"] and len(first["scores"][0]) == 2  # before, and after an epoch
     assert first["scores"][0][0]["kl"] == pytest.approx(0, abs=1e-6)

@@ -15,7 +15,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import Backbone
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
-from tests.helpers import ROOT, chats, sft_data, sft_module, trainer
+from tests.helpers import ROOT, base_model_folder, chats, sft_data, sft_module, trainer
 
 FIXTURE = [{"role": "user", "content": "Where is my order?\n  Né 42"}, {"role": "assistant", "content": "  here "}]
 
@@ -31,14 +31,7 @@ def fit(folder, module, export=None, **data):
 @pytest.fixture
 def base(tmp_path):
     """A folder with a real base model, as adapters need one."""
-    torch.manual_seed(0)
-    folder = tmp_path / "base"
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs/tiny")
-    from transformers import AutoConfig
-
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "configs/tiny")).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return base_model_folder(tmp_path / "base")
 
 
 def lora_module(base):

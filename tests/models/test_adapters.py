@@ -15,7 +15,7 @@ from peft import (
     PromptTuningConfig,
     PromptTuningInit,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_alignment import Export, SFTModule
 from lit_alignment.errors import CheckpointError, ConfigError
@@ -24,9 +24,10 @@ from lit_alignment.generation.transformers_engine import StopRule, generate
 from lit_alignment.models.adapters import Adapter, merged_state
 from lit_alignment.models.head import head_loss, hidden_states, token_logps
 from lit_alignment.models.loading import Backbone
+from lit_alignment.models.restoring import trained_names
 from lit_alignment.models.tokens import NewToken, TokensConfig
 from lit_alignment.optimization import OptimizerConfig
-from tests.helpers import ROOT, chats, sft_data, trainer, weights
+from tests.helpers import base_model_folder, chats, sft_data, trainer, weights
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 VIRTUAL = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"}
@@ -49,12 +50,7 @@ EACH = pytest.mark.parametrize("name", ADAPTERS)
 
 @pytest.fixture
 def base(tmp_path):
-    """A folder with a base model, as adapters need one."""
-    torch.manual_seed(0)
-    folder = tmp_path / "base"
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "configs/tiny")).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "configs/tiny").save_pretrained(folder)
-    return str(folder)
+    return base_model_folder(tmp_path / "base")
 
 
 def module_with(base, peft=None, **settings):
@@ -212,7 +208,7 @@ def test_existing_adapter_goes_on_or_stays_frozen(name, base, tmp_path):
     last = fit(tmp_path / "on", going_on, epochs=1, packing=False)
     assert not torch.equal(logits(going_on.network), logits(first.network))
     saved = torch.load(last, weights_only=True)
-    assert set(saved["state_dict"]) == set(going_on.trained_names())
+    assert set(saved["state_dict"]) == trained_names(going_on)
     assert saved["lit_alignment"]["adapter"] == {"path": folder, "trainable": True}
 
 
@@ -278,7 +274,7 @@ def test_qlora_trains_and_saves_its_adapter_only(base, tmp_path):
     module = module_with(base, ADAPTERS["lora"])
     module.backbone = replace(module.backbone, quantization="nf4")
     last = fit(tmp_path, module, epochs=1)
-    assert set(torch.load(last, weights_only=True)["state_dict"]) == module.trained_names()
+    assert set(torch.load(last, weights_only=True)["state_dict"]) == trained_names(module)
 
 
 @pytest.mark.gpu

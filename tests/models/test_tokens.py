@@ -8,7 +8,6 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GemmaConfig,
@@ -21,9 +20,10 @@ from transformers import (
 from lit_alignment import Export, SFTModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import Backbone
+from lit_alignment.models.restoring import trained_names
 from lit_alignment.models.tokens import NewToken, TokensConfig, add_tokens, fit_vocabulary, vocabulary_difference
 from lit_alignment.optimization import OptimizerConfig
-from tests.helpers import ROOT, chats, sft_data, trainer
+from tests.helpers import ROOT, base_model_folder, chats, sft_data, trainer
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 768}
 LLAMA_SIZES = SIZES | {"intermediate_size": 32, "num_key_value_heads": 1}
@@ -168,12 +168,7 @@ def test_difference_of_vocabularies_names_tokens(tokenizer):
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def base(request, tmp_path):
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(ROOT / "configs/tiny")
-    config.tie_word_embeddings = request.param
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(ROOT / "configs/tiny").save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    return base_model_folder(tmp_path / "base", tie_word_embeddings=request.param)
 
 
 def lora_fit(base, folder, **export):
@@ -210,7 +205,7 @@ def test_only_new_rows_train_beside_lora(base, tmp_path):
     for before, after in zip(start, rows_of(module.network, list(range(len(module.tokenizer)))), strict=True):
         assert torch.equal(before[:768], after[:768])
         assert not torch.equal(before[module.added_tokens["<best>"]], after[module.added_tokens["<best>"]])
-    trained = [n for n in module.trained_names() if "lora_" not in n]
+    trained = [n for n in trained_names(module) if "lora_" not in n]
     assert trained and all("trainable_tokens_delta" in name for name in trained)
     assert sum(p.numel() for n, p in module.named_parameters() if n in trained) == len(ids) * 64 * (
         1 if module.network.get_base_model().config.tie_word_embeddings else 2

@@ -1,30 +1,13 @@
 """Gradients and losses on two gloo ranks equal those of one process."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.helpers import ROOT
+from tests.helpers import run_on_ranks
 
 
 def launch(kind, lora, folder, part="all"):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.modules.distributed_script", kind, lora, str(folder), part],
-        env=os.environ | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_on_ranks("modules.distributed_script", kind, lora, str(folder), part)
     return torch.load(folder / f"{kind}-{part}-0.pt")
 
 

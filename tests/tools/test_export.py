@@ -7,14 +7,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_alignment import Export
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.tokens import NewToken, TokensConfig
 from lit_alignment.tools import export, merge
 from lit_alignment.tools.export import Difference, compare
-from tests.helpers import ROOT, chats, command, sft_data, trainer, write_jsonl
+from tests.helpers import base_model_folder, chats, command, sft_data, trainer, write_jsonl
 from tests.models.test_adapters import ADAPTERS, PROMPTS, WEIGHTS, fit, logits, module_with
 from tests.modules.test_distributed import launch
 
@@ -22,11 +22,7 @@ from tests.modules.test_distributed import launch
 @pytest.fixture
 def base(tmp_path):
     """A base model whose files are bf16, as those of most published models."""
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(ROOT / "configs/tiny")
-    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(ROOT / "configs/tiny").save_pretrained(tmp_path / "base")
-    return str(tmp_path / "base")
+    return base_model_folder(tmp_path / "base", dtype=torch.bfloat16)
 
 
 def plain_logits(folder, dtype=torch.float32):
@@ -178,6 +174,16 @@ def test_what_is_no_checkpoint_is_refused(content, tmp_path):
         export.main([str(source), "--out", str(tmp_path / "out")])
     with pytest.raises(CheckpointError, match="no checkpoint file, sharded checkpoint"):
         export.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+
+
+def test_checkpoint_without_a_trained_weight_is_refused(base, tmp_path):
+    last = fit(tmp_path, module_with(base, WEIGHTS["lora"]))
+    saved = torch.load(last, weights_only=True)
+    name = next(iter(saved["state_dict"]))
+    del saved["state_dict"][name]
+    torch.save(saved, last)
+    with pytest.raises(CheckpointError, match=r"lacks 1 trained weights, the first is .*damaged"):
+        export.main([last, "--out", str(tmp_path / "out")])
 
 
 def test_adapters_over_a_random_base_are_refused(tmp_path):

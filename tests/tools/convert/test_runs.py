@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lit_alignment.cli import main as lit_alignment
 from lit_alignment.tools.convert import main
 from lit_alignment.trainer_cli import build
-from tests.helpers import ROOT, write_jsonl
+from tests.helpers import ROOT, base_model_folder, write_jsonl
 
 CONFIGS = ROOT / "tests/tools/convert/configs"
 CHATS = [
@@ -35,11 +34,7 @@ CHATS = [
 @pytest.fixture
 def base(tmp_path):
     """A folder with a tiny random model."""
-    torch.manual_seed(0)
-    folder = tmp_path / "base"
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "configs/tiny")).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "configs/tiny").save_pretrained(folder)
-    return folder
+    return Path(base_model_folder(tmp_path / "base"))
 
 
 def dataset(tmp_path, **more):
