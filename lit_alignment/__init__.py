@@ -10,8 +10,12 @@ if TYPE_CHECKING:
     from lit_alignment.callbacks.predictions import PredictionWriter
     from lit_alignment.callbacks.throughput import Throughput
     from lit_alignment.callbacks.upload import Upload
+    from lit_alignment.data.classification import ClassificationDataModule
+    from lit_alignment.data.reward import RewardDataModule
     from lit_alignment.data.sft import SFTDataModule
     from lit_alignment.loggers import ClearMLLogger
+    from lit_alignment.modules.classification import ClassificationModule
+    from lit_alignment.modules.reward import RewardModule
     from lit_alignment.modules.sft import SFTModule
 
 __version__ = "0.1.0"
@@ -19,9 +23,13 @@ __version__ = "0.1.0"
 _PLACES = {
     "AtomicCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
     "CherryPicks": "lit_alignment.callbacks.cherry_picks",
+    "ClassificationDataModule": "lit_alignment.data.classification",
+    "ClassificationModule": "lit_alignment.modules.classification",
     "ClearMLLogger": "lit_alignment.loggers",
     "Export": "lit_alignment.callbacks.export",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
+    "RewardDataModule": "lit_alignment.data.reward",
+    "RewardModule": "lit_alignment.modules.reward",
     "SFTDataModule": "lit_alignment.data.sft",
     "SFTModule": "lit_alignment.modules.sft",
     "Throughput": "lit_alignment.callbacks.throughput",
@@ -30,9 +38,13 @@ _PLACES = {
 __all__ = [
     "AtomicCheckpointIO",
     "CherryPicks",
+    "ClassificationDataModule",
+    "ClassificationModule",
     "ClearMLLogger",
     "Export",
     "PredictionWriter",
+    "RewardDataModule",
+    "RewardModule",
     "SFTDataModule",
     "SFTModule",
     "Throughput",

@@ -45,6 +45,9 @@ class AlignmentCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what module and data must agree on."""
         parser.link_arguments("model", "data.init_args.tokenizer", compute_fn=_tokenizer, apply_on="instantiate")
+        # Passed over where the data module has no such argument.
+        parser.link_arguments("model", "data.init_args.labels", compute_fn=_labels, apply_on="instantiate")
+        parser.link_arguments("model", "data.init_args.problem", compute_fn=_problem, apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with atomic checkpoints, a progress bar for people, and in predict a writer."""
@@ -98,6 +101,14 @@ def _check_run_folder(trainer: Trainer) -> None:
 
 def _tokenizer(model: AlignmentModule) -> Any:
     return model.tokenizer
+
+
+def _labels(model: AlignmentModule) -> list[str] | None:
+    return None if model.head is None else list(model.head.labels)
+
+
+def _problem(model: AlignmentModule) -> str | None:
+    return None if model.head is None else model.head.problem
 
 
 def main(arguments: list[str]) -> None:

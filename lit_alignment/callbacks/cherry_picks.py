@@ -17,7 +17,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.generation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.metrics.answers import build_metric
-from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.modules.generative import GenerativeModule
 
 
 class CherryPicks(Callback):
@@ -68,20 +68,20 @@ class CherryPicks(Callback):
         """Encode the prompts."""
         if stage != "fit":
             return
-        if not isinstance(pl_module, AlignmentModule):
-            raise ConfigError(f"CherryPicks needs a module of lit_alignment, not {type(pl_module).__name__}.")
+        if not isinstance(pl_module, GenerativeModule):
+            raise ConfigError(f"CherryPicks needs a module that answers prompts, not {type(pl_module).__name__}.")
         datamodule = datamodule_of(trainer)
         sources = self.sources or datamodule.sources["val"]
         if not sources:
             raise ConfigError("CherryPicks has no prompts: give it sources, or give data.val.")
-        self._items = datamodule.prompt_items(sources)[: self.num_samples]
+        self._items = datamodule.predict_items(sources)[: self.num_samples]
         self._documents = [[] for _ in self._items]
         if "retrieval_utility" in self.metrics:
             self._documents = [_documents(item) for item in self._items]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a metric that this model cannot have, before any training."""
-        if isinstance(pl_module, AlignmentModule):
+        if isinstance(pl_module, GenerativeModule):
             encoder = datamodule_of(trainer).encoder
             self._scorer = Scorer(self.metrics, encoder, pl_module.network, None, self.reward_model)
 
@@ -109,7 +109,7 @@ class CherryPicks(Callback):
             self._answer(trainer, pl_module)
 
     def _answer(self, trainer: Trainer, module: LightningModule) -> None:
-        if not isinstance(module, AlignmentModule) or self._scorer is None:
+        if not isinstance(module, GenerativeModule) or self._scorer is None:
             return
         step = trainer.global_step
         answers: list[list[Answer]] = []

@@ -12,9 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.transformers_engine import generation_config
+from lit_alignment.models.head import base_model
 from lit_alignment.models.restoring import read_saved
 from lit_alignment.models.saving import PARTIAL, Companions, Form, export_form, write_folder
 from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.modules.generative import GenerativeModule
 
 
 class Export(Callback):
@@ -91,8 +93,11 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
     if reason:
         rank_zero_info(f"export: merged into the weights, since {reason}, which servers such as vLLM cannot load.")
     template = datamodule_of(module.trainer).chat_template()
-    companions = Companions(module.tokenizer, generation_config(module.tokenizer, module.stop), template)
-    return write_folder(module.network, read_saved(checkpoint).trained, target, companions, chosen)
+    saved = read_saved(checkpoint)
+    stops = generation_config(module.tokenizer, module.stop) if isinstance(module, GenerativeModule) else None
+    if saved.head is not None:
+        base_model(module.network).config.update(saved.head.measured)
+    return write_folder(module.network, saved.trained, target, Companions(module.tokenizer, stops, template), chosen)
 
 
 def point_to(link: Path, target: Path) -> None:

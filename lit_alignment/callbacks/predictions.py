@@ -1,6 +1,5 @@
-"""Predictions to JSONL, one file for each way of generating."""
+"""Predictions to JSONL, one file for each way of making them."""
 
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.prompts import PromptBatch, PromptItem
+from lit_alignment.data.prompts import Item, ItemBatch, PromptBatch, PromptItem
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.prediction_file import PredictionFile
-from lit_alignment.generation.settings import Answer
 from lit_alignment.modules.base import AlignmentModule
 
 
 class PredictionWriter(Callback):
-    """Write `<output_dir>/<generation name>.jsonl`, and go on where a killed run stopped.
+    """Write `<output_dir>/<name>.jsonl`, and go on where a killed run stopped.
 
-    Lines are `{id, dataset, messages, answers: [{id, content, finish_reason, num_tokens, logprob?}], label, meta}`
-    in the order of the prompts. A prompt is asked again only if some file lacks it.
+    Names are those of the generation settings, `classes` or `rewards`. Lines are `{id, dataset, messages, ..., label,
+    meta}`, in the order of the records, with `answers: [{id, content, finish_reason, num_tokens, logprob?}]`, or
+    `prediction` and `probabilities`, or `answers` and `rewards`. A record is asked again only if some file lacks it.
 
     Args:
         output_dir: Folder of the files.
@@ -43,11 +42,11 @@ class PredictionWriter(Callback):
 
     def _open_files(self, trainer: Trainer, module: AlignmentModule) -> set[tuple[str, str]]:
         """Check the files that are there, and return what all of them have answered."""
-        for name in module.generation:
+        for name, decides in module.prediction_settings().items():
             file = PredictionFile(self.output_dir / f"{name}.jsonl", trainer.global_rank)
             if self.overwrite:
                 file.remove()
-            file.check_settings(_settings(trainer, module, name))
+            file.check_settings(_settings(trainer, module) | decides)
             file.repair()
             self._files[name] = file
             self._done[name] = file.answered()
@@ -63,15 +62,15 @@ class PredictionWriter(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: dict[str, list[list[Answer]]],
-        batch: PromptBatch,
+        outputs: dict[str, list[dict[str, Any]]],
+        batch: PromptBatch | ItemBatch,
         *_: Any,
     ) -> None:
-        """Append the batch's answers."""
-        for name, answers in outputs.items():
+        """Append the batch's predictions."""
+        for name, predictions in outputs.items():
             lines = [
-                _line(item, found)
-                for item, found in zip(batch.items, answers, strict=True)
+                _line(item, predicted)
+                for item, predicted in zip(batch.items, predictions, strict=True)
                 if (item.dataset, item.id) not in self._done[name]
             ]
             self._files[name].append(lines)
@@ -93,23 +92,17 @@ class PredictionWriter(Callback):
         return {key: index for index, key in enumerate(zip(prompts["dataset"], prompts["id"], strict=True))}
 
 
-def _settings(trainer: Trainer, module: AlignmentModule, name: str) -> dict[str, Any]:
-    """What decides the answers."""
+def _settings(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
+    """What decides the predictions, whatever the method."""
     checkpoint = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
     return {
         "model": module.backbone.path,
         "revision": module.backbone.revision,
         "checkpoint": None if checkpoint is None else [str(checkpoint), checkpoint.stat().st_mtime_ns],
-        **asdict(module.generation[name]),
     }
 
 
-def _line(item: PromptItem, answers: list[Answer]) -> dict[str, Any]:
-    return {
-        "id": item.id,
-        "dataset": item.dataset,
-        "messages": item.messages,
-        "answers": [answer.to_dict() for answer in answers],
-        "label": item.label if item.label is not None else item.reference,
-        "meta": item.meta,
-    }
+def _line(item: Item, predicted: dict[str, Any]) -> dict[str, Any]:
+    label = item.reference if isinstance(item, PromptItem) and item.label is None else item.label
+    line = {"id": item.id, "dataset": item.dataset, "messages": item.messages, **predicted}
+    return line | {"label": label, "meta": item.meta}

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_alignment.data.collate import TokenBatch
-from lit_alignment.data.messages import IGNORE_INDEX
+from lit_alignment.data.collate import Rows
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import decoder_flops_per_token
 from lit_alignment.modules.base import AlignmentModule
@@ -51,7 +50,7 @@ class Throughput(Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Rows, batch_idx: int
     ) -> None:
         """Add the batch, and log at every n-th step."""
         if pl_module.device.type == "cuda":
@@ -59,7 +58,7 @@ class Throughput(Callback):
         seconds = time.perf_counter() - self._start
         self._seconds += seconds
         self._tokens += batch.num_tokens
-        self._trained += int((batch.labels != IGNORE_INDEX).sum())
+        self._trained += batch.num_trained
         self._slots += batch.input_ids.numel()
         self.total_tokens += batch.num_tokens
         self.total_seconds += seconds

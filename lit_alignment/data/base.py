@@ -20,8 +20,9 @@ from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.prompts import (
     PROMPT_FEATURES,
+    Item,
+    ItemBatch,
     PromptBatch,
-    PromptItem,
     prompt_item,
     prompt_row,
 )
@@ -40,9 +41,7 @@ SPLITS: dict[str, tuple[Split, ...]] = {
     "predict": ("predict",),
 }
 
-RECORD_FEATURES = datasets.Features(
-    {name: datasets.Value("string") for name in ("id", "where", "messages", "label", "meta", "tools")}
-)
+RECORD_FEATURES = datasets.Features({name: datasets.Value("string") for name in ("id", "where", "record")})
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -113,6 +112,13 @@ class AlignmentDataModule(LightningDataModule):
 
     # What a method adds.
 
+    record_type: type[Record] = Record
+    share_prompts = False  # whether responses in a packed row go on from one copy of their prompt
+
+    def read(self, raw: object, where: str, position: int) -> Record:
+        """One raw record, validated, as `record_type`."""
+        return read_record(raw, where, position)
+
     @property
     @abstractmethod
     def features(self) -> datasets.Features:
@@ -129,6 +135,27 @@ class AlignmentDataModule(LightningDataModule):
     @abstractmethod
     def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> Any:
         """Tensors of one batch."""
+
+    @property
+    def predict_features(self) -> datasets.Features:
+        """Columns of what is asked in predict: ROW_FEATURES and the method's own."""
+        return PROMPT_FEATURES
+
+    def predict_row(self, record: Record, source: Source) -> dict[str, Any]:
+        """Columns of what a record asks in predict, without ROW_FEATURES' own except `length`.
+
+        Raises:
+            Dropped: If there is nothing to ask.
+        """
+        return prompt_row(self.encoder, record, source)
+
+    def predict_item(self, row: dict[str, Any], index: int) -> Item:
+        """One row of `predict_features`; `index` is its place among all."""
+        return prompt_item(row, index)
+
+    def predict_collate(self, items: list[Any]) -> PromptBatch | ItemBatch:
+        """What `predict_step` gets."""
+        return PromptBatch(items)
 
     def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:
         """The token sequences of one encoded row, each with its name, for people to look at."""
@@ -193,24 +220,25 @@ class AlignmentDataModule(LightningDataModule):
 
     def _records(self, source: Source) -> datasets.Dataset:
         """The validated records of a source."""
-        path = self.cache_dir / f"records-{fingerprint(source_fingerprint(source), source.title)}.arrow"
+        name = fingerprint(self.record_type.__name__, source_fingerprint(source), source.title)
+        path = self.cache_dir / f"records-{name}.arrow"
 
         def rows() -> Iterator[dict[str, Any]]:
             seen: dict[str, str] = {}
             for position, (where, raw) in enumerate(source.read()):
-                record = read_record(raw, where, position)
+                record = self.read(raw, where, position)
                 if record.id in seen:
                     raise RecordError(
                         where, "id", f"'{record.id}' is also the id of {seen[record.id]}", "Give each record its own."
                     )
                 seen[record.id] = where
-                yield {
-                    "id": record.id,
-                    "where": where,
-                    **{name: json.dumps(getattr(record, name)) for name in ("messages", "label", "meta", "tools")},
-                }
+                yield {"id": record.id, "where": where, "record": json.dumps(vars(record))}
 
         return cached_dataset(path, rows, RECORD_FEATURES)
+
+    def decides_encoding(self) -> list[Any]:
+        """What decides the columns of an example besides tokenizer, template and `encoding`, for the cache's names."""
+        return [type(self).__name__]
 
     def _encoded(self, source: Source, split: Split) -> datasets.Dataset:
         """The examples, or prompts, of a source's chosen records; dropped ones carry their reason."""
@@ -218,7 +246,8 @@ class AlignmentDataModule(LightningDataModule):
         records = records.select(choose_records(source, len(records), self.seed))
         prompts = split == "predict"
         name = fingerprint(
-            "prompts" if prompts else type(self).__name__,
+            "predict" if prompts else "train",
+            self.decides_encoding(),
             source_fingerprint(source),
             asdict(source),
             tokenizer_fingerprint(self.tokenizer),
@@ -230,23 +259,23 @@ class AlignmentDataModule(LightningDataModule):
         return records.map(
             _RowEncoder(self, source, prompts),
             remove_columns=records.column_names,
-            features=PROMPT_FEATURES if prompts else self.features,
+            features=self.predict_features if prompts else self.features,
             cache_file_name=str(self.cache_dir / f"examples-{name}.arrow"),
             new_fingerprint=name,
             num_proc=self.num_proc if self.num_proc > 1 and len(records) > self.num_proc else None,
             desc=f"Encoding {source.title}",
         )
 
-    def prompt_items(self, sources: Sequence[Source]) -> list[PromptItem]:
-        """Encoded prompts of any sources, in order, without a cache: for cherry picks."""
-        items: list[PromptItem] = []
+    def predict_items(self, sources: Sequence[Source]) -> list[Any]:
+        """What any sources ask in predict, in order, without a cache: for cherry picks."""
+        items: list[Item] = []
         for source in sources:
             raw = list(source.read())
             for position in choose_records(source, len(raw), self.seed):
                 where, record = raw[position]
-                row = prompt_row(self.encoder, read_record(record, where, int(position)), source)
+                row = _RowEncoder(self, source, True).encode(self.read(record, where, int(position)))
                 if not row["dropped"]:
-                    items.append(prompt_item(row, len(items)))
+                    items.append(self.predict_item(row, len(items)))
         return items
 
     def chat_template(self) -> str | None:
@@ -279,7 +308,7 @@ class AlignmentDataModule(LightningDataModule):
         """Test batches in order."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> PlannedLoader[PromptBatch]:
+    def predict_dataloader(self) -> PlannedLoader[PromptBatch | ItemBatch]:
         """Prompts that are not answered yet, longest first, so that a batch too large for the memory fails at once."""
         dataset = self.examples["predict"]
         answered = self.answered()
@@ -290,8 +319,8 @@ class AlignmentDataModule(LightningDataModule):
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rank, world_size = self._ranks()
 
-        def build(planned: PlannedBatch) -> PromptBatch:
-            return PromptBatch([prompt_item(dataset[index], index) for index in planned.indices])
+        def build(planned: PlannedBatch) -> PromptBatch | ItemBatch:
+            return self.predict_collate([self.predict_item(dataset[index], index) for index in planned.indices])
 
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
         return PlannedLoader(lambda epoch: plan, build, len(plan), world_size)
@@ -357,16 +386,16 @@ class _RowEncoder:
     """Encodes one row of a records data set; a class, so that it can be sent to worker processes."""
 
     def __init__(self, module: AlignmentDataModule, source: Source, prompts: bool) -> None:
-        self.encoder, self.source, self.prompts = module.encoder, source, prompts
-        self.encode_record = module.encode_record
-        columns = module.features.items()
+        self.source, self.record_type = source, module.record_type
+        self.encode_record = module.predict_row if prompts else module.encode_record
+        columns = (module.predict_features if prompts else module.features).items()
         self.empty: dict[str, Any] = {n: [] if isinstance(f, datasets.List) else None for n, f in columns}
 
     def __call__(self, row: dict[str, str]) -> dict[str, Any]:
-        loaded = {name: json.loads(row[name]) for name in ("messages", "label", "meta", "tools")}
-        record = Record(id=row["id"], where=row["where"], **loaded)
-        if self.prompts:
-            return prompt_row(self.encoder, record, self.source)
+        return self.encode(self.record_type(**json.loads(row["record"])))
+
+    def encode(self, record: Record) -> dict[str, Any]:
+        """The columns of a record; a dropped one carries its reason."""
         base = {"id": record.id, "dataset": self.source.title, "dropped": "", "detail": ""}
         try:
             return base | self.encode_record(record, self.source)

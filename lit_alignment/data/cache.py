@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.records import Source
 
-FORMAT = 1  # raise when what the encoder writes changes
+FORMAT = 2  # raise when what the encoder writes changes
 
 
 def fingerprint(*parts: Any) -> str:

@@ -3,8 +3,10 @@
 import hashlib
 import random
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from itertools import accumulate
+from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,7 @@ from lit_alignment.errors import ConfigError, RecordError, TemplateError
 
 LossOn = Literal["all", "assistant", "last_assistant"]
 EndOfTurn = Literal["turn", "last", "none"]
+Encoded = TypeVar("Encoded")
 
 
 @dataclass
@@ -151,64 +154,138 @@ class Encoder:
         if not any(message["role"] != "system" for message in messages):
             raise Dropped("nothing_to_answer")
         try:
-            ids, messages = self._shorten_prompt(record, messages)
+            ids, messages = self._shorten_ids(
+                record,
+                messages,
+                lambda shorter: self._prompt_ids(record, shorter),
+                lambda message: message["role"] != "assistant",
+            )
         except TemplateError as error:
             raise Dropped("template_error", f"{record.where}: {error}") from error
         return Prompt(ids, messages, reference)
 
-    def encode_pair(
-        self, record: Record, chosen: Message, rejected: Message, system_prompt: str | None = None
-    ) -> tuple[Example, Example]:
-        """Examples of two responses to one prompt, which begin with the same prompt ids and train their response only.
+    def encode_conversation(self, record: Record, system_prompt: str | None = None) -> Prompt:
+        """The ids of a whole conversation, whoever speaks last: what a classifier reads.
 
-        The prompt is shortened once, by whole messages, so that the longer response fits behind it. Under `keep_start`
-        a pair that is too long is dropped: without its last message the prompt would be another question.
+        Raises:
+            Dropped: With the reason, if it is too long and the policy says so.
+            RecordError: If it is too long and the policy says `error`.
+        """
+        messages = self._with_system_prompt(record.messages, system_prompt)
+
+        def encode(shorter: list[Message]) -> list[int]:
+            return self._encode_messages(shorter, record.tools).input_ids
+
+        try:
+            ids, messages = self._shorten_ids(record, messages, encode, lambda message: True)
+        except TemplateError as error:
+            raise Dropped("template_error", f"{record.where}: {error}") from error
+        return Prompt(ids, messages, None)
+
+    def encode_responses(
+        self, record: Record, responses: list[Message], system_prompt: str | None = None
+    ) -> list[Example]:
+        """Examples of several responses to one prompt, which begin with the same prompt ids and train their response.
+
+        The prompt is shortened once, by whole messages, so that the longest response fits behind it. Under
+        `keep_start` a record that is too long is dropped: without its last message the prompt would be another
+        question.
 
         Args:
             record: The conversation up to the responses.
-            chosen: The preferred response.
-            rejected: The other one.
+            responses: What could follow.
             system_prompt: Replaces the system message.
 
         Raises:
             Dropped: With the reason, if a response is empty or nothing of the prompt would be left.
             RecordError: If it is too long and the policy says `error`.
         """
-        prompt = self._with_system_prompt(record.messages, system_prompt)
-        responses = [{**message, "train": True} for message in (chosen, rejected)]
         if not all(message["content"].strip() or message.get("tool_calls") for message in responses):
             raise Dropped("empty_response")
-        prompt = [{**message, "train": False} for message in prompt]
+        trained = [{**message, "train": True} for message in responses]
 
-        def encode(messages: list[Message]) -> tuple[Example, Example]:
-            first, second = (self._encode_messages([*messages, response], record.tools) for response in responses)
-            return first, second
+        def encode(prompt: list[Message]) -> list[Example]:
+            return [self._encode_messages([*prompt, response], record.tools) for response in trained]
 
-        def longest(pair: tuple[Example, Example]) -> int:
-            return max(len(example.input_ids) for example in pair)
+        def longest(examples: list[Example]) -> int:
+            return max(len(example.input_ids) for example in examples)
 
+        examples = self._behind_prompt(record, system_prompt, encode, longest)
+        if any(example.num_trained == 0 for example in examples):
+            raise Dropped("no_trained_token")
+        return examples
+
+    def encode_steps(
+        self, record: Record, steps: list[str], separator: str, system_prompt: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a response made of steps, and the places where each step's separator ends.
+
+        Args:
+            record: The conversation up to the response.
+            steps: Texts of the steps.
+            separator: What closes each step, the last one too.
+            system_prompt: Replaces the system message.
+
+        Raises:
+            Dropped: With the reason, if a step is empty or nothing of the prompt would be left.
+            ConfigError: If the template changes the response, so that its separators cannot be found.
+            RecordError: If it is too long and the policy says `error`.
+        """
+        if not steps or not all(step.strip() for step in steps):
+            raise Dropped("empty_response")
+        content = "".join(step + separator for step in steps)
+        response: Message = {"role": "assistant", "content": content, "train": True}
+        ends = list(accumulate(len(step) + len(separator) for step in steps))
+
+        def encode(prompt: list[Message]) -> tuple[list[int], list[int]]:
+            text, turns = self.template.turns([*prompt, response], record.tools, [len(prompt)])
+            start = text.find(content, turns[len(prompt)].start)
+            if start < 0:
+                raise ConfigError(
+                    f"data.step_separator {separator!r}: the template changes it at the end of a response. "
+                    "Use one that is not white space, such as a token of model.tokens.new."
+                )
+            stops = [start + end for end in ends]
+            ids, offsets = self._tokenize(text, [start, *stops])
+            begins = [begin for begin, _ in offsets]
+            return ids, [bisect_left(begins, stop) - 1 for stop in stops]
+
+        return self._behind_prompt(record, system_prompt, encode, lambda found: len(found[0]))
+
+    def _behind_prompt(
+        self,
+        record: Record,
+        system_prompt: str | None,
+        encode: Callable[[list[Message]], Encoded],
+        length: Callable[[Encoded], int],
+    ) -> Encoded:
+        """What `encode` makes of the prompt, or of the longest end of it behind which the responses fit."""
+        prompt = [{**message, "train": False} for message in self._with_system_prompt(record.messages, system_prompt)]
         try:
-            pair = encode(prompt)
-            if longest(pair) > self.config.max_length:
+            encoded = encode(prompt)
+            if length(encoded) > self.config.max_length:
                 shorter = shorten_messages(
                     prompt,
-                    self._policy(record, longest(pair)),
-                    fits=lambda candidate: longest(encode(candidate)) <= self.config.max_length,
+                    self._policy(record, length(encoded)),
+                    fits=lambda candidate: length(encode(candidate)) <= self.config.max_length,
                     ends=lambda message: message is prompt[-1],
                 )
                 if shorter is None:
                     raise Dropped("too_long")
-                pair = encode(shorter)
+                encoded = encode(shorter)
         except TemplateError as error:
             raise Dropped("template_error", f"{record.where}: {error}") from error
-        if any(example.num_trained == 0 for example in pair):
-            raise Dropped("no_trained_token")
-        return pair
+        return encoded
 
     def end_of_turn(self) -> list[int]:
         """Ids of the text that closes a response, found on a short conversation."""
         messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         return self._encode_messages(messages, []).end_of_turn
+
+    def last_ids(self) -> set[int]:
+        """Ids with which a short conversation ends, after a question and after an answer."""
+        messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        return {self._encode_messages(messages[:number], []).input_ids[-1] for number in (1, 2)}
 
     def _with_system_prompt(self, messages: list[Message], system_prompt: str | None) -> list[Message]:
         if (self.config.ignore_system_prompt or system_prompt is not None) and messages[0]["role"] == "system":
@@ -312,14 +389,21 @@ class Encoder:
             raise Dropped("too_long")
         return encode(shorter)
 
-    def _shorten_prompt(self, record: Record, messages: list[Message]) -> tuple[list[int], list[Message]]:
-        def encode(shorter: list[Message]) -> list[int]:
-            # Earlier responses are split from their prompts exactly as in training.
-            responses = [i for i, m in enumerate(shorter) if m["role"] == "assistant"]
-            text = self.template.render(shorter, record.tools, prompt=True)
-            boundaries = [len(self.template.render(shorter[:i], record.tools, prompt=True)) for i in responses if i]
-            return self._tokenize(text, boundaries)[0]
+    def _prompt_ids(self, record: Record, messages: list[Message]) -> list[int]:
+        # Earlier responses are split from their prompts exactly as in training.
+        responses = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        text = self.template.render(messages, record.tools, prompt=True)
+        boundaries = [len(self.template.render(messages[:i], record.tools, prompt=True)) for i in responses if i]
+        return self._tokenize(text, boundaries)[0]
 
+    def _shorten_ids(
+        self,
+        record: Record,
+        messages: list[Message],
+        encode: Callable[[list[Message]], list[int]],
+        ends: Callable[[Message], bool],
+    ) -> tuple[list[int], list[Message]]:
+        """Ids of a conversation without labels, shortened if need be, and the messages behind them."""
         ids = encode(messages)
         if len(ids) <= self.config.max_length:
             return ids, messages
@@ -331,7 +415,7 @@ class Encoder:
             messages,
             policy,
             fits=lambda candidate: len(encode(candidate)) <= self.config.max_length,
-            ends=lambda message: message["role"] != "assistant",
+            ends=ends,
         )
         if shorter is None:
             raise Dropped("too_long")

@@ -65,12 +65,12 @@ def read_record(raw: object, where: str, position: int) -> Record:
         RecordError: Naming the field and the fix.
     """
     if not isinstance(raw, dict):
-        raise RecordError(where, "", f"the record is {_kind(raw)}, not an object", "Write one JSON object a line.")
-    messages = [_read_message(message, index, where) for index, message in enumerate(_raw_messages(raw, where))]
+        raise RecordError(where, "", f"the record is {value_kind(raw)}, not an object", "Write one JSON object a line.")
+    messages = [read_message(message, index, where) for index, message in enumerate(_raw_messages(raw, where))]
     tools = _optional(raw, "tools", where, list, [])
     record_id = raw.get("id")
     if record_id is not None and not isinstance(record_id, str | int):
-        raise RecordError(where, "id", f"is {_kind(record_id)}", "Use a string or a number.")
+        raise RecordError(where, "id", f"is {value_kind(record_id)}", "Use a string or a number.")
     return Record(
         id=str(position if record_id is None else record_id),
         messages=messages,
@@ -112,7 +112,7 @@ def _raw_messages(raw: dict[str, Any], where: str) -> list[Any]:
             "Give 'messages', or 'conversations', 'instruction' and 'output', or 'prompt' and 'completion'.",
         )
     if not isinstance(messages, list):
-        raise RecordError(where, name, f"is {_kind(messages)}", "Make it a list of {role, content} objects.")
+        raise RecordError(where, name, f"is {value_kind(messages)}", "Make it a list of {role, content} objects.")
     if not messages:
         raise RecordError(where, name, "is empty", "Give at least one message.")
     system = raw.get("system")
@@ -121,11 +121,11 @@ def _raw_messages(raw: dict[str, Any], where: str) -> list[Any]:
     return messages
 
 
-def _read_message(raw: object, index: int, where: str) -> Message:
+def read_message(raw: object, index: int, where: str) -> Message:
     """Validate one message and bring its role and loss switches to our names."""
     path = f"messages[{index}]"
     if not isinstance(raw, dict):
-        raise RecordError(where, path, f"is {_kind(raw)}", 'Write {"role": ..., "content": ...}.')
+        raise RecordError(where, path, f"is {value_kind(raw)}", 'Write {"role": ..., "content": ...}.')
     role = raw.get("role", raw.get("from"))
     if role is None:
         raise RecordError(where, f"{path}.role", "is missing", f"Use one of {_known_roles()}.")
@@ -137,7 +137,7 @@ def _read_message(raw: object, index: int, where: str) -> Message:
         if raw.get(key) is not None:
             message[key] = raw[key]
     if not isinstance(message.get("tool_calls", []), list):
-        raise RecordError(where, f"{path}.tool_calls", f"is {_kind(raw['tool_calls'])}", "Make it a list.")
+        raise RecordError(where, f"{path}.tool_calls", f"is {value_kind(raw['tool_calls'])}", "Make it a list.")
     if "tool_calls" in message:
         message["tool_calls"] = [_read_tool_call(call, f"{path}.tool_calls", where) for call in raw["tool_calls"]]
     message["content"] = _read_content(raw, path, where, may_be_missing="tool_calls" in message)
@@ -167,7 +167,7 @@ def _read_content(raw: dict[str, Any], path: str, where: str, may_be_missing: bo
     if content is None:
         raise RecordError(where, f"{path}.content", "is missing", "Give the message's text.")
     if not isinstance(content, str):
-        raise RecordError(where, f"{path}.content", f"is {_kind(content)}", "Make it a string.")
+        raise RecordError(where, f"{path}.content", f"is {value_kind(content)}", "Make it a string.")
     return content
 
 
@@ -190,7 +190,7 @@ def _read_tool_call(call: object, path: str, where: str) -> dict[str, Any]:
 def _text(raw: dict[str, Any], name: str, where: str) -> str:
     value = raw[name]
     if not isinstance(value, str):
-        raise RecordError(where, name, f"is {_kind(value)}", "Make it a string.")
+        raise RecordError(where, name, f"is {value_kind(value)}", "Make it a string.")
     return value
 
 
@@ -199,7 +199,7 @@ def _optional(raw: dict[str, Any], name: str, where: str, kind: type, default: A
     if value is None:
         return default
     if not isinstance(value, kind):
-        raise RecordError(where, name, f"is {_kind(value)}", f"Make it a {kind.__name__}.")
+        raise RecordError(where, name, f"is {value_kind(value)}", f"Make it a {kind.__name__}.")
     return value
 
 
@@ -207,7 +207,7 @@ def _known_roles() -> str:
     return "system, user, assistant (or bot, gpt), tool"
 
 
-def _kind(value: object) -> str:
+def value_kind(value: object) -> str:
     """Name a JSON value's type as a person would."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

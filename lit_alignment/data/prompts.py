@@ -6,7 +6,8 @@ from typing import Any
 
 import datasets
 
-from lit_alignment.data.encode import Dropped, Encoder
+from lit_alignment.data.collate import ScoreBatch
+from lit_alignment.data.encode import Encoder, Prompt
 from lit_alignment.data.messages import Message, Record
 from lit_alignment.data.records import Source
 
@@ -29,17 +30,15 @@ PROMPT_FEATURES = datasets.Features(
 )
 
 
-@dataclass
-class PromptItem:
-    """One prompt with what its record said.
+@dataclass(kw_only=True)
+class Item:
+    """What one record asks in predict.
 
     Args:
-        index: Position among all prompts, the order of the predictions.
+        index: Position among all, the order of the predictions.
         id: The record's id.
         dataset: Name of its source.
-        input_ids: Token ids to generate from.
-        messages: The messages behind them.
-        reference: The response that the record has here, if any.
+        messages: The messages that the model sees.
         label: The record's label.
         meta: The record's meta.
     """
@@ -47,11 +46,22 @@ class PromptItem:
     index: int
     id: str
     dataset: str
-    input_ids: list[int]
     messages: list[Message]
-    reference: str | None
     label: Any
     meta: Any
+
+
+@dataclass(kw_only=True)
+class PromptItem(Item):
+    """One prompt to answer, or conversation to classify.
+
+    Args:
+        input_ids: Token ids.
+        reference: The response that the record has here, if any.
+    """
+
+    input_ids: list[int]
+    reference: str | None
 
 
 @dataclass
@@ -61,29 +71,32 @@ class PromptBatch:
     items: list[PromptItem]
 
 
+@dataclass
+class ItemBatch:
+    """What is scored together: the items, and their tokens."""
+
+    items: list[Any]
+    scores: ScoreBatch
+
+
 def prompt_row(encoder: Encoder, record: Record, source: Source) -> dict[str, Any]:
-    """The columns of PROMPT_FEATURES; a dropped record carries its reason."""
-    row: dict[str, Any] = {
-        "id": record.id,
-        "dataset": source.title,
-        "dropped": "",
-        "detail": "",
-        "input_ids": [],
-        "messages": "[]",
-        "reference": None,
-        "label": json.dumps(record.label),
-        "meta": json.dumps(record.meta),
-    }
-    try:
-        prompt = encoder.encode_prompt(record, source.system_prompt)
-    except Dropped as drop:
-        return {**row, "length": 0, "dropped": drop.reason, "detail": drop.detail}
+    """The columns of PROMPT_FEATURES of a record's prompt.
+
+    Raises:
+        Dropped: If it has none.
+    """
+    return prompt_columns(record, encoder.encode_prompt(record, source.system_prompt))
+
+
+def prompt_columns(record: Record, prompt: Prompt) -> dict[str, Any]:
+    """The columns of PROMPT_FEATURES of any ids to give to a model."""
     return {
-        **row,
         "length": len(prompt.input_ids),
         "input_ids": prompt.input_ids,
         "messages": json.dumps(prompt.messages),
         "reference": prompt.reference,
+        "label": json.dumps(record.label),
+        "meta": json.dumps(record.meta),
     }
 
 

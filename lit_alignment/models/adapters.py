@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
@@ -42,18 +50,21 @@ class Adapter:
             raise ConfigError(f"{self.path}: no adapter_config.json in this folder. Check model.adapter.path.")
 
 
-def add_adapters(model: nn.Module, peft: PeftConfig, added: dict[str, int]) -> PeftModel:
+def add_adapters(model: nn.Module, peft: PeftConfig, added: dict[str, int], train_head: bool = False) -> PeftModel:
     """Wrap a model in new adapters, whose weights are float32.
 
     Args:
         model: The base.
         peft: What to add.
         added: Ids of tokens whose rows train beside LoRA, and no other row of the embeddings.
+        train_head: Train and save the layer that scores, too, whatever the configuration says of its task.
 
     Raises:
         ConfigError: If peft refuses the combination, or cannot train new tokens with it.
     """
     config = copy.deepcopy(peft)
+    if train_head:
+        config.task_type = TaskType.SEQ_CLS
     if added:
         train_token_rows(model, config, added)
     if isinstance(config, PromptTuningConfig) and config.tokenizer_name_or_path:

@@ -32,6 +32,7 @@ def document_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     document_lengths: Sequence[int] | None = None,
+    document_parents: Sequence[int] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -51,6 +52,8 @@ def document_attention(
         dropout: Dropout on the attention weights.
         scaling: Factor on the scores.
         document_lengths: Lengths of the documents in a packed row, which sum to T.
+        document_parents: For each document the one that it goes on from, whose tokens it sees too, or -1; responses
+            that share one prompt in the row go on from it. None if there are none.
         sliding_window: How many positions back a token may look, itself included.
         softcap: Refused; SDPA cannot cap scores.
         s_aux: Refused; SDPA has no attention sinks.
@@ -69,14 +72,17 @@ def document_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
-    parts = zip(*(torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value)), strict=True)
+    queries, keys, values = (torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value))
     outputs = []
-    for q, k, v in parts:
-        length = q.shape[2]
+    for q, k, v, parent in zip(queries, keys, values, document_parents or [-1] * len(queries), strict=True):
+        if parent >= 0:
+            k, v = torch.cat([keys[parent], k], dim=2), torch.cat([values[parent], v], dim=2)
+        length = k.shape[2]
         mask = None
-        if sliding_window is not None and length > sliding_window:
-            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-            mask = (distance >= 0) & (distance < sliding_window)
+        if parent >= 0 or (sliding_window is not None and length > sliding_window):
+            positions = torch.arange(length, device=q.device)
+            distance = positions[-q.shape[2] :, None] - positions
+            mask = (distance >= 0) & (distance < (sliding_window or length))
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -94,7 +100,9 @@ def _document_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: A
     return mask
 
 
-def choose_attention(requested: Attention, packing: bool, device_type: str, config: PretrainedConfig) -> str:
+def choose_attention(
+    requested: Attention, packing: bool, device_type: str, config: PretrainedConfig, shared_prompts: bool = False
+) -> str:
     """The attention implementation to load a model with.
 
     Args:
@@ -102,6 +110,7 @@ def choose_attention(requested: Attention, packing: bool, device_type: str, conf
         packing: Whether rows hold several documents.
         device_type: cpu, cuda, ...
         config: The model's configuration.
+        shared_prompts: Whether documents of a row go on from another one, which only SDPA by document can do.
 
     Raises:
         ConfigError: If documents cannot be kept apart that way; the message names the ways that can.
@@ -120,6 +129,13 @@ def choose_attention(requested: Attention, packing: bool, device_type: str, conf
                 f"{config.model_type}: layers of kind {', '.join(sorted(layers - ISOLATED_LAYERS))} carry state "
                 "from one document of a packed row to the next. Set data's packing: false."
             )
+    if packing and shared_prompts:
+        if requested not in ("auto", "sdpa"):
+            raise ConfigError(
+                f"backbone.attention: {requested} cannot let responses of a row share one prompt. "
+                "Use auto or sdpa, or set data's share_prompts: false."
+            )
+        requested = "sdpa"
     if requested == "auto":
         requested = "flash_attention_2" if device_type == "cuda" and is_flash_attn_2_available() else "sdpa"
     if requested != "sdpa":
@@ -129,12 +145,14 @@ def choose_attention(requested: Attention, packing: bool, device_type: str, conf
     return DOCUMENT_SDPA
 
 
-def document_arguments(implementation: str, document_lengths: list[int], device: torch.device) -> dict[str, Any]:
+def document_arguments(
+    implementation: str, document_lengths: list[int], device: torch.device, document_parents: list[int] | None = None
+) -> dict[str, Any]:
     """What a model's forward needs besides positions to keep the documents of a packed row apart."""
     if not document_lengths:
         return {}
     if implementation == DOCUMENT_SDPA:
-        return {"document_lengths": document_lengths}
+        return {"document_lengths": document_lengths, "document_parents": document_parents or None}
     if implementation.startswith("flash"):
         ends = torch.tensor([0, *document_lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
         longest = max(document_lengths)

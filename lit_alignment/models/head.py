@@ -25,13 +25,19 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+SCORE = "score"  # what transformers calls the last layer of all its decoders that classify sequences
+
+
 def output_head(model: nn.Module) -> nn.Module:
-    """The layer that turns hidden states into logits."""
-    head = base_model(model).get_output_embeddings()
+    """The layer that turns hidden states into logits: the output embedding, or the head of a classifier."""
+    base = base_model(model)
+    head = base.get_output_embeddings()
+    if head is None:
+        head = dict(base.named_children()).get(SCORE)
     if isinstance(head, ModulesToSaveWrapper):
         head = head.original_module if head.disable_adapters else head.modules_to_save[head.active_adapters[0]]
     if not isinstance(head, nn.Module):
-        raise ConfigError(f"{type(base_model(model)).__name__} has no output embeddings: it is no language model.")
+        raise ConfigError(f"{type(base).__name__} has neither output embeddings nor a layer '{SCORE}' on a decoder.")
     return head
 
 
@@ -73,6 +79,24 @@ def _bypassed(head: nn.Module) -> Iterator[list[Tensor]]:
         yield captured
     finally:
         del head.forward
+
+
+def scores_at(model: nn.Module, read_at: Tensor, **inputs: Any) -> Tensor:
+    """A classifier's scores of the tokens at the given places, fp32, [N, K].
+
+    The place of a token is told, not searched for by the id of the padding token as transformers does: so a score
+    does not depend on padding, and a sequence may end with that id.
+
+    Args:
+        model: A model with a layer `score`, with or without adapters.
+        read_at: Places, row * T + position, [N].
+        **inputs: As of `hidden_states`.
+    """
+    hidden = hidden_states(model, **inputs).flatten(0, 1)[read_at]
+    head = output_head(model)
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores: Tensor = head(hidden.to(next(head.parameters()).dtype)).float()
+    return scores
 
 
 def head_loss(

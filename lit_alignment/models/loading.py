@@ -1,6 +1,6 @@
 """Load a tokenizer and a language model as the configuration asks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -19,6 +20,7 @@ from transformers import (
 from lit_alignment.errors import ConfigError, require
 from lit_alignment.models.adapters import Adapter, add_adapters, is_prompt_learning, load_adapter
 from lit_alignment.models.attention import Attention, choose_attention
+from lit_alignment.models.head import output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.paths import local_path
 
@@ -55,6 +57,37 @@ class Backbone:
     trust_remote_code: bool = False
 
 
+@dataclass(frozen=True)
+class Head:
+    """A layer that turns the last hidden state of a sequence into scores, in place of the output embedding.
+
+    Args:
+        labels: What the scores are of, in order.
+        problem: `single_label`, `multi_label` or `regression`; a reward is the regression of one quantity.
+        pad: The padding token, by which transformers finds the last token of a row.
+        measured: What was measured with the trained model, by name: `calibration_temperature`, `reward_mean`,
+            `reward_std`. It is written into the configuration of an export.
+    """
+
+    labels: tuple[str, ...]
+    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
+    pad: str | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """The same in transformers' words."""
+        names = dict(enumerate(self.labels))
+        return {
+            "num_labels": len(self.labels),
+            "id2label": names,
+            "label2id": {name: index for index, name in names.items()},
+            "problem_type": {
+                "single_label": "single_label_classification",
+                "multi_label": "multi_label_classification",
+            }.get(self.problem, "regression"),
+        }
+
+
 def load_tokenizer(backbone: Backbone, tokens: TokensConfig) -> tuple[PreTrainedTokenizerBase, dict[str, int]]:
     """The tokenizer with its tokens and a pad token, and the ids of the tokens that were new to it.
 
@@ -69,27 +102,31 @@ def load_tokenizer(backbone: Backbone, tokens: TokensConfig) -> tuple[PreTrained
     return tokenizer, added
 
 
-def load_causal_model(
+def load_network(
     backbone: Backbone,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    head: Head | None = None,
     tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
     added: dict[str, int] | None = None,
     peft: PeftConfig | None = None,
     adapter: Adapter | None = None,
     packing: bool = False,
+    shared_prompts: bool = False,
     device_type: str = "cpu",
 ) -> nn.Module:
-    """The language model with room for the tokenizer's tokens, and with new or existing adapters if asked.
+    """The model with room for the tokenizer's tokens, and with new or existing adapters if asked.
 
     Args:
         backbone: What to load.
         tokenizer: Its tokenizer, with new tokens.
+        head: Scores of sequences instead of a language model's logits.
         tokens: How the rows of new tokens begin.
         added: Ids of the new tokens.
         peft: Adapters to add; None trains all weights.
         adapter: An adapter to load instead.
         packing: Whether it will see packed rows.
+        shared_prompts: Whether responses in these share a prompt.
         device_type: Where it will run.
 
     Raises:
@@ -99,15 +136,21 @@ def load_causal_model(
     _check_device(backbone, wrapped, device_type)
     config = _from_pretrained(AutoConfig, backbone, backbone.path)
     options: dict[str, Any] = {
-        "attn_implementation": choose_attention(backbone.attention, packing, device_type, config),
+        "attn_implementation": choose_attention(backbone.attention, packing, device_type, config, shared_prompts),
         "dtype": _dtype(backbone, wrapped, device_type),
     }
+    kind: Any = AutoModelForCausalLM
+    if head is not None:
+        kind = AutoModelForSequenceClassification
+        config.update(head.settings())
     if backbone.weights == "random":
-        model = AutoModelForCausalLM.from_config(config, **options)
+        model = kind.from_config(config, **options)
     else:
         options |= _quantized(backbone)
-        model = _from_pretrained(AutoModelForCausalLM, backbone, backbone.path, **options)
+        model = _from_pretrained(kind, backbone, backbone.path, config=config, **options)
     fit_vocabulary(model, tokenizer, added or {}, tokens)
+    if head is not None:
+        output_head(model)  # refuses what has no such layer
     if backbone.liger:
         _apply_liger(model)
     if backbone.gradient_checkpointing:
@@ -118,7 +161,7 @@ def load_causal_model(
         model.get_decoder().compile(dynamic=True)
     network: nn.Module = model
     if peft is not None:
-        network = add_adapters(model, peft, added or {})
+        network = add_adapters(model, peft, added or {}, train_head=head is not None)
     elif adapter is not None:
         network = load_adapter(model, adapter, tokenizer)
     if packing and isinstance(network, PeftModel) and is_prompt_learning(network):

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.models.adapters import Adapter, is_prompt_learning
 from lit_alignment.models.attention import Attention, document_arguments
-from lit_alignment.models.head import base_model, head_loss, hidden_states
-from lit_alignment.models.loading import Backbone, load_causal_model
+from lit_alignment.models.head import base_model, head_loss, hidden_states, scores_at
+from lit_alignment.models.loading import Backbone, Head, load_network
 from lit_alignment.models.tokens import NewToken, TokensConfig
 
 # Bytes a weight; nf4 has 4 bits and, with double quantisation, 0.127 bits of scales (arXiv:2305.14314, section 3).
@@ -129,6 +129,7 @@ def step_memory(
     tokenizer: PreTrainedTokenizerBase,
     workload: Workload,
     *,
+    head: Head | None = None,
     tokens: TokensConfig,
     added: dict[str, int],
     peft: PeftConfig | None,
@@ -142,6 +143,7 @@ def step_memory(
         backbone: The model; only its configuration is read.
         tokenizer: Its tokenizer.
         workload: The micro-batch.
+        head: What scores, if it is no language model.
         tokens: New tokens.
         added: Ids of new tokens.
         peft: New adapters.
@@ -153,9 +155,10 @@ def step_memory(
         peft = PeftConfig.from_pretrained(adapter.path)
     attention: Attention = "eager" if backbone.attention == "eager" else "sdpa"  # all others keep as little
     with torch.device("meta"):
-        network = load_causal_model(
+        network = load_network(
             replace(backbone, weights="random", attention=attention, quantization="none", liger=False, compile=False),
             tokenizer,
+            head=head,
             tokens=replace(tokens, new={token: NewToken() for token in tokens.new}),
             added=added,
             peft=None if peft is None else _without_data(peft),
@@ -241,6 +244,9 @@ def _forward(network: nn.Module, workload: Workload, memory: LiveMemory) -> tupl
     num_trained = max(1, math.floor(workload.trained * inputs["input_ids"].numel()))
     context = nullcontext() if workload.autocast is None else torch.autocast("cpu", workload.autocast)
     with context:
+        if base_model(network).get_output_embeddings() is None:
+            scores = scores_at(network, torch.zeros(num_trained, dtype=torch.long), **inputs)
+            return scores.sum(), memory.current, 0
         hidden = hidden_states(network, **inputs)
         trained = hidden.flatten(0, 1)[:num_trained].clone()
         before = memory.current

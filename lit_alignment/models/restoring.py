@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
+from lit_alignment.models.head import base_model
+from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer
 from lit_alignment.models.tokens import NewToken, TokensConfig
 
 CHECKPOINT_KEY = "lit_alignment"
@@ -33,6 +34,7 @@ class Saved:
         trained: Trained weights by name; empty for an adapter folder, which `adapter` names.
         stop: Token ids and strings that end a turn; None where the folder has its own generation config.
         chat_template: The Jinja template that training used.
+        head: What scores, if it is no language model.
     """
 
     backbone: Backbone
@@ -42,6 +44,7 @@ class Saved:
     trained: dict[str, Tensor]
     stop: dict[str, Any] | None
     chat_template: str | None
+    head: Head | None = None
 
 
 def read_saved(source: Path, base: str | None = None) -> Saved:
@@ -96,9 +99,15 @@ def _from_content(source: Path, about: dict[str, Any], content: dict[str, Any], 
         adapter=None if info["adapter"] is None else Adapter(**info["adapter"]),
         tokens=TokensConfig(**tokens),
         trained=trained,
-        stop=info["stop"],
+        stop=info.get("stop"),
         chat_template=info["chat_template"],
+        head=None if info.get("head") is None else read_head(info["head"]),
     )
+
+
+def read_head(values: dict[str, Any]) -> Head:
+    """A head from plain values."""
+    return Head(**(values | {"labels": tuple(values["labels"])}))
 
 
 def _read_adapter(folder: Path, base: str | None) -> Saved:
@@ -107,7 +116,29 @@ def _read_adapter(folder: Path, base: str | None) -> Saved:
     if not path:
         raise CheckpointError(f"{folder}: adapter_config.json does not name its base model. Give --base.")
     own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
-    return Saved(Backbone(path, tokenizer=own), None, Adapter(str(folder)), TokensConfig(), {}, None, None)
+    head = head_of(folder)
+    return Saved(Backbone(path, tokenizer=own), None, Adapter(str(folder)), TokensConfig(), {}, None, None, head)
+
+
+MEASURED = ("calibration_temperature", "reward_mean", "reward_std")
+PROBLEMS: dict[str, Any] = {
+    "single_label_classification": "single_label",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
+
+
+def head_of(folder: Path) -> Head | None:
+    """The head that a folder's configuration describes, or None if it is no classifier's."""
+    if not (folder / "config.json").is_file():
+        return None
+    config = json.loads((folder / "config.json").read_text())
+    if not any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or []):
+        return None
+    names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    labels = tuple(names[str(index)] for index in range(len(names)))
+    problem = PROBLEMS.get(config.get("problem_type") or "", "regression" if len(labels) == 1 else "single_label")
+    return Head(labels, problem, measured={name: config[name] for name in MEASURED if name in config})
 
 
 def refuse_missing(trained: set[str], found: Iterable[str], fix: str) -> None:
@@ -147,9 +178,19 @@ def restore(saved: Saved) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     if backbone.weights == "random" and (saved.peft is not None or saved.adapter is not None):
         raise ConfigError("the base of these adapters was random (backbone.weights: random) and is not saved anywhere.")
     tokenizer, added = load_tokenizer(backbone, saved.tokens)
-    network = load_causal_model(
-        backbone, tokenizer, tokens=saved.tokens, added=added, peft=saved.peft, adapter=saved.adapter
+    if saved.head is not None and saved.head.pad is not None:
+        tokenizer.pad_token = saved.head.pad
+    network = load_network(
+        backbone,
+        tokenizer,
+        head=saved.head,
+        tokens=saved.tokens,
+        added=added,
+        peft=saved.peft,
+        adapter=saved.adapter,
     )
+    if saved.head is not None:
+        base_model(network).config.update(saved.head.measured)
     known = network.state_dict().keys()
     foreign = sorted(name for name in saved.trained if name not in known)
     if foreign:

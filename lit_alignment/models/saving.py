@@ -27,12 +27,12 @@ class Companions:
 
     Args:
         tokenizer: The tokenizer.
-        generation_config: Under which a loaded model stops where it was trained to.
+        generation_config: Under which a loaded model stops where it was trained to; None for one that scores.
         chat_template: The Jinja template that training used; None leaves the tokenizer's own.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    generation_config: GenerationConfig
+    generation_config: GenerationConfig | None
     chat_template: str | None = None
 
 
@@ -77,7 +77,8 @@ def write_folder(
         companions.tokenizer.save_pretrained(partial)
         if companions.chat_template not in (None, companions.tokenizer.chat_template):
             (partial / "chat_template.jinja").write_text(str(companions.chat_template), encoding="utf-8")
-        companions.generation_config.save_pretrained(partial)
+        if companions.generation_config is not None:
+            companions.generation_config.save_pretrained(partial)
         for file in partial.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -103,6 +104,10 @@ def _write_weights(
         with holding(network, trained):
             if form == "adapter":
                 save_adapter(network, folder)
+                if base_model(network).get_output_embeddings() is None:  # a classifier's labels
+                    config = copy.deepcopy(base_model(network).config)
+                    config.architectures = [type(base_model(network)).__name__]
+                    config.save_pretrained(folder)
                 return
             state = merged_state(network, dtype)
     else:

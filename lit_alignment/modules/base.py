@@ -1,5 +1,6 @@
-"""What every method's LightningModule shares: loading, adapters, optimiser, slim checkpoints, and answering prompts."""
+"""What every method's LightningModule shares: loading, adapters, the loss of a step, optimiser, slim checkpoints."""
 
+from abc import abstractmethod
 from dataclasses import asdict
 from typing import Any
 
@@ -8,15 +9,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.prompts import PromptBatch
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import Answer, GenerationSettings
-from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
 from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
+from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer
 from lit_alignment.models.restoring import CHECKPOINT_KEY, refuse_missing, trained_names
 from lit_alignment.models.sharding import shard
 from lit_alignment.models.tokens import TokensConfig
@@ -32,8 +30,9 @@ class AlignmentModule(LightningModule):
         adapter: An adapter that exists, frozen or to go on with.
         tokens: Special and new tokens; with LoRA only the rows of new ones train.
         optimizer: Optimiser and schedule.
-        generation: Named ways to answer in `predict`; each writes a file of its own.
     """
+
+    head: Head | None = None  # what scores, where the model is no language model
 
     def __init__(
         self,
@@ -42,7 +41,6 @@ class AlignmentModule(LightningModule):
         adapter: Adapter | None,
         tokens: TokensConfig,
         optimizer: OptimizerConfig,
-        generation: dict[str, GenerationSettings] | None,
     ) -> None:
         """Load the tokenizer; the weights come in `configure_model`, where the strategy is known."""
         super().__init__()
@@ -54,31 +52,32 @@ class AlignmentModule(LightningModule):
         self.strict_loading = False  # checkpoints hold what was trained; see on_load_checkpoint
         self.backbone, self.peft_config, self.adapter, self.tokens_config = backbone, peft, adapter, tokens
         self.optimizer_config = optimizer
-        self.generation = generation or {"greedy": GenerationSettings()}
         self.tokenizer, self.added_tokens = load_tokenizer(backbone, tokens)
         self.model: nn.Module | None = None
-        self._stop: StopRule | None = None
+        self._window_loss: Tensor | float = 0.0
 
     # Model.
 
     def configure_model(self) -> None:
         """Load the weights, once."""
         if self.model is None:
-            packing = datamodule_of(self.trainer).packing
-            model = self.load_model(self.trainer.strategy.root_device.type, packing)
+            data = datamodule_of(self.trainer)
+            model = self.load_model(self.trainer.strategy.root_device.type, data.packing, data.share_prompts)
             if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
                 shard(model, self.device_mesh["data_parallel"])
 
-    def load_model(self, device_type: str = "cpu", packing: bool = False) -> nn.Module:
+    def load_model(self, device_type: str = "cpu", packing: bool = False, shared_prompts: bool = False) -> nn.Module:
         """Load the weights, with tokens and adapters, without a Trainer."""
-        self.model = load_causal_model(
+        self.model = load_network(
             self.backbone,
             self.tokenizer,
+            head=self.head,
             tokens=self.tokens_config,
             added=self.added_tokens,
             peft=self.peft_config,
             adapter=self.adapter,
             packing=packing,
+            shared_prompts=shared_prompts,
             device_type=device_type,
         )
         return self.model
@@ -94,6 +93,22 @@ class AlignmentModule(LightningModule):
             raise ConfigError("the model is not loaded yet: call configure_model() or run it in a Trainer.")
         return self.model
 
+    # Loss of an optimiser step.
+
+    def step_loss(self, loss_sum: Tensor, window_weight: float) -> Tensor:
+        """The batch's share of the optimiser step's loss, which is a mean over everything that the step trains on.
+
+        Lightning divides by the number of accumulated batches and the strategy by the number of ranks; both are undone,
+        so that each token, or each record, counts once whatever batch it stands in.
+
+        Args:
+            loss_sum: Weighted sum of the batch's losses, scalar.
+            window_weight: Sum of the weights of all micro-batches of the step on all ranks.
+        """
+        loss = loss_sum * (world_scale(self) / window_weight)
+        self._window_loss = self._window_loss + loss.detach()
+        return loss
+
     # Optimiser.
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -104,7 +119,10 @@ class AlignmentModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient norm before clipping."""
+        """Log the loss of the whole optimiser step, and the gradient norm before clipping."""
+        mean = self._window_loss / self.trainer.accumulate_grad_batches
+        self.log("train/loss", mean, prog_bar=True, sync_dist=True)
+        self._window_loss = 0.0
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
@@ -121,30 +139,26 @@ class AlignmentModule(LightningModule):
             "adapter": None if self.adapter is None else asdict(self.adapter),
             "tokens": asdict(self.tokens_config),
             "chat_template": datamodule_of(self.trainer).chat_template(),
-            "stop": asdict(self.stop),
+            **self.about(),
         }
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of the model besides, as plain values."""
+        return {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks a trained weight: non-strict loading would leave it at its start value."""
         refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
 
-    # Answers.
+    # Predictions.
 
-    @property
-    def stop(self) -> StopRule:
-        """What ends a turn: EOS, and what the data module trains as the end of a response."""
-        if self._stop is None:
-            self._stop = stop_rule(self.tokenizer, datamodule_of(self.trainer).encoder.end_of_turn())
-        return self._stop
+    @abstractmethod
+    def prediction_settings(self) -> dict[str, dict[str, Any]]:
+        """What decides the predictions of each file that `predict` writes, by the file's name."""
 
-    def answer(self, prompts: list[list[int]], settings: GenerationSettings) -> list[list[Answer]]:
-        """Answers to prompts, given as token ids."""
-        return generate(self.network, self.tokenizer, prompts, settings, self.stop)
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[list[Answer]]]:
-        """Answers by name of the generation settings, in the order of the batch."""
-        prompts = [item.input_ids for item in batch.items]
-        return {name: self.answer(prompts, settings) for name, settings in self.generation.items()}
+    @abstractmethod
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
+        """For each file, what it says of each item of the batch, in order."""
 
 
 def world_scale(module: LightningModule) -> float:

@@ -18,13 +18,13 @@ from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import base_model, check_head, head_loss, hidden_states
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.base import AlignmentModule, world_scale
+from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
 
 Stage = Literal["train", "val", "test"]
 
 
-class SFTModule(AlignmentModule):
+class SFTModule(GenerativeModule):
     """A causal language model trained to produce the responses of conversations.
 
     loss of an optimiser step = sum of the trained tokens' losses / number of trained tokens, both over all
@@ -59,7 +59,6 @@ class SFTModule(AlignmentModule):
         self.neftune_alpha = neftune_alpha
         self.val_loss, self.val_accuracy = TokenMean(), TokenMean()
         self.test_loss, self.test_accuracy = TokenMean(), TokenMean()
-        self._window_loss: Tensor | float = 0.0
         self._head_checked = False
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
@@ -77,11 +76,7 @@ class SFTModule(AlignmentModule):
     def _shared_step(self, batch: TokenBatch, stage: Stage) -> Tensor:
         loss_sum, hits, weight = self._summed_loss(batch, self.label_smoothing if stage == "train" else 0.0)
         if stage == "train":
-            # Lightning divides by the number of accumulated batches and the strategy by the number of ranks;
-            # both are undone, so that each token counts once whatever batch it stands in.
-            loss = loss_sum * (world_scale(self) / batch.window_weight)
-            self._window_loss = self._window_loss + loss.detach()
-            return loss
+            return self.step_loss(loss_sum, batch.window_weight)
         mean_loss, mean_accuracy = self._means(stage)
         mean_loss.update(loss_sum, weight)
         mean_accuracy.update(hits, (batch.labels != IGNORE_INDEX).sum())
@@ -120,13 +115,6 @@ class SFTModule(AlignmentModule):
         finally:
             if hook is not None:
                 hook.remove()
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the loss of the whole optimiser step, a mean over its trained tokens, and the gradient norm."""
-        super().on_before_optimizer_step(optimizer)
-        mean = self._window_loss / self.trainer.accumulate_grad_batches
-        self.log("train/loss", mean, prog_bar=True, sync_dist=True)
-        self._window_loss = 0.0
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""

@@ -20,7 +20,7 @@ from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.generation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.metrics.answers import TEXT_METRICS, AnswerMetric, build_metric
-from lit_alignment.models.loading import Backbone, load_causal_model, load_tokenizer
+from lit_alignment.models.loading import Backbone, load_network, load_tokenizer
 from lit_alignment.models.restoring import read_saved, restore
 from lit_alignment.models.tokens import TokensConfig
 
@@ -162,7 +162,7 @@ def _load(path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         return network, tokenizer
     backbone = Backbone(path)
     tokenizer, _ = load_tokenizer(backbone, TokensConfig())
-    return load_causal_model(backbone, tokenizer).eval(), tokenizer
+    return load_network(backbone, tokenizer).eval(), tokenizer
 
 
 def _table(dataset: str, metrics: dict[str, AnswerMetric], number: int) -> Table:

@@ -1,0 +1,178 @@
+"""Metrics of classifiers over a whole data set, and the temperature that makes their probabilities honest.
+
+N examples, K labels
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional import (
+    mean_absolute_error,
+    mean_squared_error,
+    pearson_corrcoef,
+    r2_score,
+    spearman_corrcoef,
+)
+from torchmetrics.functional.classification import (
+    binary_calibration_error,
+    multiclass_auroc,
+    multiclass_average_precision,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+    multilabel_auroc,
+    multilabel_average_precision,
+    multilabel_f1_score,
+    multilabel_precision,
+    multilabel_recall,
+)
+from torchmetrics.utilities import dim_zero_cat
+
+NUM_BINS = 15  # of the calibration error, as in Guo et al. 2017
+
+
+class ScoresAndTargets(Metric):
+    """All scores and targets of a data set, on all ranks, for metrics that no sum of batches gives.
+
+    Args:
+        width: Scores of an example, K.
+    """
+
+    full_state_update = False
+    scores: list[Tensor]
+    targets: list[Tensor]
+
+    def __init__(self, width: int) -> None:
+        """Start empty."""
+        super().__init__()
+        self.width = width
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("targets", [], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, targets: Tensor) -> None:
+        """Add a batch: scores, [N, K], and targets, [N] or [N, K]. N may be 0, for a rank without an example."""
+        self.scores.append(scores.detach().float())
+        self.targets.append(targets.detach())
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Scores, [N, K], and targets, on every rank, in no order."""
+        if not self.scores:
+            return torch.zeros(0, self.width), torch.zeros(0)
+        return dim_zero_cat(self.scores), dim_zero_cat(self.targets)
+
+
+def single_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Metrics of a classifier with one class an example.
+
+    Means over classes leave out those that do not occur. The area under the ROC curve and the average precision are
+    of each class against the rest.
+
+    Args:
+        logits: [N, K].
+        targets: Indices of the true classes, [N].
+    """
+    num_classes = logits.shape[1]
+    probabilities, predicted = logits.softmax(-1), logits.argmax(-1)
+    support = torch.bincount(targets, minlength=num_classes)
+    present = support > 0
+    split = present & (support < len(targets))  # a class that all examples have has no ROC curve
+    recall = multiclass_recall(predicted, targets, num_classes, average="none")
+    auroc = multiclass_auroc(probabilities, targets, num_classes, average="none")
+    precision = multiclass_average_precision(probabilities, targets, num_classes, average="none")
+    return {
+        "accuracy": (predicted == targets).float().mean(),
+        "balanced_accuracy": recall[present].mean(),
+        "macro_f1": multiclass_f1_score(predicted, targets, num_classes, average="macro"),
+        "weighted_f1": multiclass_f1_score(predicted, targets, num_classes, average="weighted"),
+        "precision": multiclass_precision(predicted, targets, num_classes, average="macro"),
+        "recall": multiclass_recall(predicted, targets, num_classes, average="macro"),
+        "auroc": auroc[split].mean(),
+        "average_precision": precision[present].mean(),
+        "calibration_error": multiclass_calibration_error(probabilities, targets, num_classes, NUM_BINS),
+    }
+
+
+def multi_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Metrics of a classifier with any number of labels an example; a label is predicted from probability 1/2 on.
+
+    Args:
+        logits: [N, K].
+        targets: 1 where a label applies, [N, K].
+    """
+    num_labels = logits.shape[1]
+    targets = targets.long()
+    probabilities = logits.sigmoid()
+    predicted = (logits > 0).long()
+    positives = targets.sum(0)
+    split = (positives > 0) & (positives < len(targets))
+    auroc = multilabel_auroc(probabilities, targets, num_labels, average="none")
+    average_precision = multilabel_average_precision(probabilities, targets, num_labels, average="none")
+    return {
+        "accuracy": (predicted == targets).float().mean(),
+        "exact_match": (predicted == targets).all(-1).float().mean(),
+        "macro_f1": multilabel_f1_score(predicted, targets, num_labels, average="macro"),
+        "micro_f1": multilabel_f1_score(predicted, targets, num_labels, average="micro"),
+        "weighted_f1": multilabel_f1_score(predicted, targets, num_labels, average="weighted"),
+        "precision": multilabel_precision(predicted, targets, num_labels, average="macro"),
+        "recall": multilabel_recall(predicted, targets, num_labels, average="macro"),
+        "auroc": auroc[split].mean(),
+        "average_precision": average_precision[positives > 0].mean(),
+        "calibration_error": binary_calibration_error(probabilities.flatten(), targets.flatten(), NUM_BINS),
+    }
+
+
+def regression_metrics(predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Errors and correlations, means over the K quantities.
+
+    Args:
+        predictions: [N, K].
+        targets: [N, K].
+    """
+    found = {
+        "mse": mean_squared_error(predictions, targets),
+        "mae": mean_absolute_error(predictions, targets),
+    }
+    if len(predictions) > 1:  # one point has no correlation
+        found["r2"] = r2_score(predictions, targets)
+        found["pearson"] = pearson_corrcoef(predictions, targets).mean()
+        found["spearman"] = spearman_corrcoef(predictions, targets).mean()
+    return found
+
+
+def confusion_matrix(logits: Tensor, targets: Tensor) -> Tensor:
+    """Number of examples by true class (row) and predicted class (column), [K, K]."""
+    return multiclass_confusion_matrix(logits.argmax(-1), targets, logits.shape[1])
+
+
+def best_temperature(logits: Tensor, targets: Tensor) -> float:
+    """The temperature by which to divide logits so that their probabilities have the lowest cross-entropy.
+
+    The loss is convex in beta = 1/T; its slope is the mean of E_p[z] - z_y (for several labels of (p - y) z), which
+    rises with beta, so its zero is found by bisection. Order and accuracy of predictions stay.
+
+    Args:
+        logits: [N, K].
+        targets: Indices of true classes, [N], or 1 where a label applies, [N, K].
+
+    Returns:
+        A number between 1/100 and 100; the ends where the data are separated without error, or no better than chance.
+
+    Source: Guo et al. 2017 (arXiv:1706.04599).
+    """
+    logits = logits.double()
+
+    def slope(beta: float) -> float:
+        if targets.ndim == 2:
+            return float((((beta * logits).sigmoid() - targets.double()) * logits).mean())
+        expected = ((beta * logits).softmax(-1) * logits).sum(-1)
+        return float((expected - logits.gather(-1, targets[:, None]).squeeze(-1)).mean())
+
+    low, high = 1e-2, 1e2  # of beta, in factors
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return 1.0 / math.sqrt(low * high)

@@ -1,0 +1,209 @@
+"""Classification of conversations: one class, several, or numbers.
+
+N conversations, K labels
+"""
+
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.classification import ClassificationDataModule
+from lit_alignment.data.collate import ScoreBatch
+from lit_alignment.data.prompts import ItemBatch
+from lit_alignment.errors import ConfigError
+from lit_alignment.losses import balanced_class_weights, focal_loss, multi_label_loss, regression_loss
+from lit_alignment.metrics import TokenMean
+from lit_alignment.metrics.classification import (
+    ScoresAndTargets,
+    best_temperature,
+    confusion_matrix,
+    multi_label_metrics,
+    regression_metrics,
+    single_label_metrics,
+)
+from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.loading import Backbone, Head
+from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.scoring import ScoringModule, Stage, check_positive, existing_head
+from lit_alignment.optimization import OptimizerConfig
+
+
+class ClassificationModule(ScoringModule):
+    """A decoder that classifies conversations by the hidden state of their last token.
+
+    loss of an optimiser step = mean over all its conversations, on all ranks and in all micro-batches
+
+    Args:
+        backbone: The pretrained model; an exported classifier brings its labels.
+        labels: Names of the classes, or of the quantities of a regression, in the order of the scores. Records may
+            give names or numbers. None takes those of an exported classifier.
+        problem: One class a conversation, any number of labels, or numbers.
+        peft: New adapters from the peft library, beside which the head trains; without these and `adapter` all train.
+        adapter: An adapter that exists, frozen or to go on with, with its head.
+        tokens: Special and new tokens.
+        optimizer: Optimiser and schedule.
+        class_weights: Weight of each class in the loss, or `balanced`: as much for rare classes as for common ones.
+        focal_gamma: How strongly conversations that the model is sure of are turned down; 0 is plain cross-entropy.
+        label_smoothing: Probability spread evenly over the labels, in training only.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        labels: list[str] | None = None,
+        problem: Literal["single_label", "multi_label", "regression"] = "single_label",
+        peft: PeftConfig | None = None,
+        adapter: Adapter | None = None,
+        tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        focal_gamma: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        """Check the labels; the weights come in `configure_model`."""
+        head = classification_head(backbone, adapter, labels, problem)
+        super().__init__(backbone, peft, adapter, tokens, optimizer, head)
+        check_positive("focal_gamma", focal_gamma)
+        check_positive("label_smoothing", label_smoothing)
+        if isinstance(class_weights, list) and len(class_weights) != len(head.labels):
+            raise ConfigError(f"model.class_weights has {len(class_weights)} numbers for {len(head.labels)} labels.")
+        if head.problem != "single_label" and focal_gamma:
+            raise ConfigError("model.focal_gamma: the focal loss is for problem: single_label. Set it to 0.")
+        if head.problem == "regression" and (class_weights is not None or label_smoothing):
+            raise ConfigError("model.class_weights and model.label_smoothing are for classes, not for a regression.")
+        self.labels, self.problem = list(head.labels), head.problem
+        self.class_weights, self.focal_gamma, self.label_smoothing = class_weights, focal_gamma, label_smoothing
+        self.val_loss, self.val_found = TokenMean(), ScoresAndTargets(len(head.labels))
+        self.test_loss, self.test_found = TokenMean(), ScoresAndTargets(len(head.labels))
+        self.confusion: Tensor | None = None  # of the last validation or test
+        self._alpha: Tensor | None = None
+
+    def on_fit_start(self) -> None:
+        """Count the classes, if their weights are to balance them."""
+        self._weights()
+
+    def _weights(self) -> Tensor | None:
+        if self._alpha is None and self.class_weights is not None:
+            if self.class_weights == "balanced":
+                data = datamodule_of(self.trainer)
+                if not isinstance(data, ClassificationDataModule) or "train" not in data.examples:
+                    return None  # a validation alone, whose loss stays unweighted
+                self._alpha = balanced_class_weights(data.class_counts())
+            else:
+                self._alpha = torch.tensor(self.class_weights)
+        return self._alpha
+
+    def losses(self, logits: Tensor, targets: Tensor, training: bool = True) -> Tensor:
+        """Loss of each conversation, [N]; without label smoothing outside of training."""
+        smoothing = self.label_smoothing if training else 0.0
+        match self.problem:
+            case "single_label":
+                return focal_loss(logits, targets, self.focal_gamma, self._weights(), smoothing)
+            case "multi_label":
+                return multi_label_loss(logits, targets, self._weights(), smoothing)
+            case "regression":
+                return regression_loss(logits, targets)
+
+    def _shared_step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
+        logits = self.scores(batch)
+        loss_sum = (self.losses(logits, batch.targets, stage == "train") * batch.weights).sum()
+        if stage == "train":
+            return self.step_loss(loss_sum, batch.window_weight)
+        counted = batch.weights > 0
+        self._mean_loss(stage).update(loss_sum, batch.weights.sum())
+        self._found(stage).update(logits[counted], batch.targets[counted])
+        return loss_sum
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics, and keep the temperature that makes the probabilities honest."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics; `calibration_error_scaled` is of the probabilities that predict gives."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: Stage) -> None:
+        mean_loss, found = self._mean_loss(stage), self._found(stage)
+        logits, targets = found.compute()
+        self.log(f"{stage}/loss", mean_loss.compute(), prog_bar=True)
+        mean_loss.reset()
+        found.reset()
+        metrics: dict[str, Tensor | float]
+        match self.problem:
+            case "single_label":
+                metrics = dict(single_label_metrics(logits, targets))
+                self.confusion = confusion_matrix(logits, targets)
+                self.log(f"{stage}/accuracy", metrics.pop("accuracy"), prog_bar=True)
+            case "multi_label":
+                metrics = dict(multi_label_metrics(logits, targets))
+            case "regression":
+                metrics = dict(regression_metrics(logits, targets))
+        if self.problem != "regression":
+            if stage == "val":
+                self.measure(calibration_temperature=best_temperature(logits, targets))
+            scaled = logits / self.temperature
+            again = single_label_metrics if self.problem == "single_label" else multi_label_metrics
+            metrics["calibration_error_scaled"] = again(scaled, targets)["calibration_error"]
+            metrics["temperature"] = self.temperature
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
+
+    def _mean_loss(self, stage: Stage) -> TokenMean:
+        return self.test_loss if stage == "test" else self.val_loss
+
+    def _found(self, stage: Stage) -> ScoresAndTargets:
+        return self.test_found if stage == "test" else self.val_found
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become probabilities; 1 before the first validation."""
+        return self.head.measured.get("calibration_temperature", 1.0)
+
+    # Predictions.
+
+    def prediction_settings(self) -> dict[str, dict[str, Any]]:
+        """One file, `classes`."""
+        return {"classes": {"temperature": self.temperature, "adapter": self.adapter and self.adapter.path}}
+
+    def predict_step(self, batch: ItemBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
+        """`prediction` and `probabilities` of each conversation; a regression has the prediction only."""
+        return {"classes": [self.prediction(row) for row in self.scores(batch.scores)]}
+
+    def prediction(self, logits: Tensor) -> dict[str, Any]:
+        """What the scores of one conversation, [K], say."""
+        match self.problem:
+            case "single_label":
+                probabilities = (logits / self.temperature).softmax(-1).tolist()
+                prediction: Any = self.labels[int(logits.argmax())]
+            case "multi_label":
+                probabilities = (logits / self.temperature).sigmoid().tolist()
+                prediction = [name for name, logit in zip(self.labels, logits.tolist(), strict=True) if logit > 0]
+            case "regression":
+                values = logits.tolist()
+                return {"prediction": values[0] if len(values) == 1 else values}
+        return {"prediction": prediction, "probabilities": dict(zip(self.labels, probabilities, strict=True))}
+
+
+def classification_head(
+    backbone: Backbone,
+    adapter: Adapter | None,
+    labels: list[str] | None,
+    problem: Literal["single_label", "multi_label", "regression"],
+) -> Head:
+    """The head with the given labels, or with those of an exported classifier.
+
+    Raises:
+        ConfigError: If there are none, too few, or the same twice.
+    """
+    existing = existing_head(backbone, adapter)
+    if labels is None:
+        if existing is None:
+            raise ConfigError(f"model.labels is missing: {backbone.path} is no classifier that would have its own.")
+        return existing
+    if len(set(labels)) != len(labels) or len(labels) < (2 if problem == "single_label" else 1):
+        least = "two or more" if problem == "single_label" else "one or more"
+        raise ConfigError(f"model.labels is {labels}: give {least}, all different.")
+    same = existing is not None and existing.labels == tuple(labels) and existing.problem == problem
+    return existing if same and existing is not None else Head(tuple(labels), problem)

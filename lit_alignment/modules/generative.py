@@ -1,0 +1,70 @@
+"""What modules share whose model answers prompts."""
+
+from dataclasses import asdict
+from typing import Any
+
+from peft import PeftConfig
+
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.prompts import PromptBatch
+from lit_alignment.generation.settings import Answer, GenerationSettings
+from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
+from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.loading import Backbone
+from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.optimization import OptimizerConfig
+
+
+class GenerativeModule(AlignmentModule):
+    """A language model that answers prompts in `predict` and in cherry picks.
+
+    Args:
+        backbone: The pretrained model.
+        peft: New adapters from the peft library; without these and `adapter` all weights train.
+        adapter: An adapter that exists, frozen or to go on with.
+        tokens: Special and new tokens; with LoRA only the rows of new ones train.
+        optimizer: Optimiser and schedule.
+        generation: Named ways to answer in `predict`; each writes a file of its own.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        peft: PeftConfig | None,
+        adapter: Adapter | None,
+        tokens: TokensConfig,
+        optimizer: OptimizerConfig,
+        generation: dict[str, GenerationSettings] | None,
+    ) -> None:
+        """Load the tokenizer; the weights come in `configure_model`."""
+        super().__init__(backbone, peft, adapter, tokens, optimizer)
+        self.generation = generation or {"greedy": GenerationSettings()}
+        self._stop: StopRule | None = None
+
+    @property
+    def stop(self) -> StopRule:
+        """What ends a turn: EOS, and what the data module trains as the end of a response."""
+        if self._stop is None:
+            self._stop = stop_rule(self.tokenizer, datamodule_of(self.trainer).encoder.end_of_turn())
+        return self._stop
+
+    def about(self) -> dict[str, Any]:
+        """Also what ends a turn."""
+        return {"stop": asdict(self.stop)}
+
+    def answer(self, prompts: list[list[int]], settings: GenerationSettings) -> list[list[Answer]]:
+        """Answers to prompts, given as token ids."""
+        return generate(self.network, self.tokenizer, prompts, settings, self.stop)
+
+    def prediction_settings(self) -> dict[str, dict[str, Any]]:
+        """The generation settings by name."""
+        return {name: asdict(settings) for name, settings in self.generation.items()}
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
+        """Answers by name of the generation settings, in the order of the batch."""
+        prompts = [item.input_ids for item in batch.items]
+        return {
+            name: [{"answers": [answer.to_dict() for answer in found]} for found in self.answer(prompts, settings)]
+            for name, settings in self.generation.items()
+        }

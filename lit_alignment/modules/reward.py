@@ -1,0 +1,224 @@
+"""Reward models: scores of responses, trained on preferences, on judged responses, or on judged steps.
+
+N scores, R records, P pairs
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.collate import ScoreBatch
+from lit_alignment.data.prompts import ItemBatch
+from lit_alignment.data.reward import ResponsesItem, RewardDataModule
+from lit_alignment.errors import ConfigError
+from lit_alignment.losses import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
+from lit_alignment.metrics import TokenMean
+from lit_alignment.metrics.classification import ScoresAndTargets, multi_label_metrics
+from lit_alignment.metrics.rewards import Moments, PairMetrics, section_accuracies
+from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.loading import Backbone, Head
+from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.scoring import ScoringModule, Stage, check_positive, existing_head
+from lit_alignment.optimization import OptimizerConfig
+
+HEAD = Head(("reward",), "regression")
+
+
+class RewardModule(ScoringModule):
+    """A decoder that scores responses by the hidden state of their last token, or of the end of each step.
+
+    What the scores are trained on follows from the data module's `kind`: `preferences` (Bradley-Terry for a pair,
+    Plackett-Luce for a ranking), `outcomes` (binary cross-entropy of a response) or `steps` (the same of each step).
+
+    loss of an optimiser step = mean over all its records (steps), on all ranks and in all micro-batches
+
+    Args:
+        backbone: The pretrained model.
+        peft: New adapters from the peft library, beside which the head trains; without these and `adapter` all train.
+        adapter: An adapter that exists, frozen or to go on with, with its head.
+        tokens: Special and new tokens.
+        optimizer: Optimiser and schedule.
+        use_margin: Ask pairs to be as far apart as their records' `margin`.
+        center: Weight of a penalty that keeps scores around zero; 0.01 in the paper.
+        normalize: In `predict`, take the mean of the validation data's scores off and divide by their deviation.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        peft: PeftConfig | None = None,
+        adapter: Adapter | None = None,
+        tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        use_margin: bool = True,
+        center: float = 0.0,
+        normalize: bool = False,
+    ) -> None:
+        """Set up the metrics; the weights come in `configure_model`."""
+        existing = existing_head(backbone, adapter)
+        head = existing if existing is not None and len(existing.labels) == 1 else HEAD
+        super().__init__(backbone, peft, adapter, tokens, optimizer, head)
+        check_positive("center", center)
+        self.use_margin, self.center, self.normalize = use_margin, center, normalize
+        self.val_loss, self.test_loss = TokenMean(), TokenMean()
+        self.val_pairs, self.test_pairs = PairMetrics(), PairMetrics()
+        self.val_judged, self.test_judged = ScoresAndTargets(1), ScoresAndTargets(1)
+        self.val_moments, self.test_moments = Moments(), Moments()
+
+    @property
+    def data(self) -> RewardDataModule:
+        """The data module, which says what is known of the responses.
+
+        Raises:
+            ConfigError: If it is another method's.
+        """
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, RewardDataModule):
+            raise ConfigError(f"RewardModule needs a RewardDataModule, not {type(data).__name__}.")
+        return data
+
+    def losses(self, scores: Tensor, batch: ScoreBatch) -> Tensor:
+        """Loss of each record, or of each step, [R].
+
+        Args:
+            scores: [N].
+            batch: What they should be.
+        """
+        if self.data.kind != "preferences":
+            losses = outcome_loss(scores, batch.targets)
+            return torch.stack([part.sum() for part in torch.split(losses, batch.groups)])
+        margins = [0.0] * len(batch.groups) if batch.margins is None else batch.margins
+        found = []
+        groups = zip(torch.split(scores, batch.groups), torch.split(batch.targets, batch.groups), margins, strict=True)
+        for own, ranks, margin in groups:
+            if len(own) == 2:
+                best, worst = own[ranks.argmin()][None], own[ranks.argmax()][None]
+                loss = bradley_terry_loss(best, worst, torch.as_tensor(margin)[None] if self.use_margin else None).sum()
+            else:
+                loss = plackett_luce_loss(own, ranks)
+            found.append(loss + self.center * centering_penalty(own) if self.center else loss)
+        return torch.stack(found)
+
+    def _shared_step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
+        scores = self.scores(batch)[:, 0]
+        loss_sum = (self.losses(scores, batch) * batch.weights).sum()
+        if stage == "train":
+            return self.step_loss(loss_sum, batch.window_weight)
+        sizes = torch.tensor(batch.groups, device=scores.device)
+        number = (sizes * batch.weights).sum() if self.data.kind == "steps" else batch.weights.sum()
+        self._mean_loss(stage).update(loss_sum, number)
+        counted = batch.weights.repeat_interleave(sizes) > 0  # one place a score
+        self._moments(stage).update(scores[counted])
+        if self.data.kind == "preferences":
+            pairs = self._pairs(stage)
+            better, worse, records = ordered_pairs(batch)
+            groups = torch.tensor([pairs.groups.index(batch.subsets[r] if stage == "test" else "") for r in records])
+            pairs.update(scores[better], scores[worse], groups.to(scores.device))
+        else:
+            self._judged(stage).update(scores[counted, None], batch.targets[counted, None])
+        return loss_sum
+
+    def on_test_start(self) -> None:
+        """Count each part of a benchmark by itself."""
+        if self.data.kind == "preferences":
+            self.test_pairs = PairMetrics(sorted(set(self.data.examples["test"]["subset"]))).to(self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics, and keep mean and deviation of the scores for normalised rewards."""
+        mean, deviation = self.val_moments.compute()
+        self.measure(reward_mean=mean, reward_std=deviation)
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics, and accuracies by subset and, for RewardBench's subsets, by section."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: Stage) -> None:
+        mean_loss, moments = self._mean_loss(stage), self._moments(stage)
+        self.log(f"{stage}/loss", mean_loss.compute(), prog_bar=True)
+        mean, deviation = moments.compute()
+        metrics: dict[str, Any] = {"reward_mean": mean, "reward_std": deviation}
+        if self.data.kind == "preferences":
+            found, by_group = self._pairs(stage).compute()
+            metrics |= found
+            subsets = {name: value for name, value in by_group.items() if name}
+            metrics |= {f"accuracy/{name}": accuracy for name, (accuracy, _) in subsets.items()}
+            metrics |= {f"section/{name}": accuracy for name, accuracy in section_accuracies(subsets).items()}
+            self._pairs(stage).reset()
+        else:
+            judged = multi_label_metrics(*self._judged(stage).compute())
+            metrics |= {name: judged[name] for name in ("accuracy", "auroc", "average_precision", "calibration_error")}
+            self._judged(stage).reset()
+        self.log(f"{stage}/accuracy", metrics.pop("accuracy"), prog_bar=True)
+        self.log_dict({f"{stage}/{name}": float(value) for name, value in metrics.items()})
+        mean_loss.reset()
+        moments.reset()
+
+    def _mean_loss(self, stage: Stage) -> TokenMean:
+        return self.test_loss if stage == "test" else self.val_loss
+
+    def _pairs(self, stage: Stage) -> PairMetrics:
+        return self.test_pairs if stage == "test" else self.val_pairs
+
+    def _judged(self, stage: Stage) -> ScoresAndTargets:
+        return self.test_judged if stage == "test" else self.val_judged
+
+    def _moments(self, stage: Stage) -> Moments:
+        return self.test_moments if stage == "test" else self.val_moments
+
+    # Predictions.
+
+    def prediction_settings(self) -> dict[str, dict[str, Any]]:
+        """One file, `rewards`."""
+        decides = {"normalize": self.normalize, "measured": self.head.measured if self.normalize else None}
+        return {"rewards": {**decides, "adapter": self.adapter and self.adapter.path}}
+
+    def predict_step(self, batch: ItemBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
+        """`answers` and `rewards` of each record; one of steps has `step_rewards` beside them.
+
+        The reward of a response made of steps is the log-probability that all of them are good (Lightman et al. 2023).
+        """
+        rewards = self.rewards(batch.scores)
+        return {"rewards": [_prediction(item, found) for item, found in zip(batch.items, rewards, strict=True)]}
+
+    def rewards(self, batch: ScoreBatch) -> list[Tensor]:
+        """Rewards of each record's responses or steps, raw or normalised.
+
+        Raises:
+            ConfigError: If they should be normalised and were never measured.
+        """
+        scores = self.scores(batch)[:, 0]
+        if self.normalize:
+            measured = self.head.measured
+            if "reward_mean" not in measured:
+                raise ConfigError("model.normalize: this model's rewards were never measured: run validate, or fit.")
+            scores = (scores - measured["reward_mean"]) / max(measured["reward_std"], 1e-12)
+        return list(torch.split(scores, batch.groups))
+
+
+def _prediction(item: ResponsesItem, rewards: Tensor) -> dict[str, Any]:
+    if len(rewards) == len(item.answers) and len(item.read_at[0]) == 1:
+        named = zip(item.answers, rewards.tolist(), strict=True)
+        return {"answers": item.answers, "rewards": {answer["id"]: reward for answer, reward in named}}
+    whole = float(logsigmoid(rewards).sum())
+    return {"answers": item.answers, "rewards": {item.answers[0]["id"]: whole}, "step_rewards": rewards.tolist()}
+
+
+def ordered_pairs(batch: ScoreBatch) -> tuple[list[int], list[int], list[int]]:
+    """Places of the better and of the worse score of every pair whose ranks differ, and of its record.
+
+    Records of weight 0 are left out.
+    """
+    better, worse, records, start = [], [], [], 0
+    for record, (size, weight) in enumerate(zip(batch.groups, batch.weights.tolist(), strict=True)):
+        ranks = batch.targets[start : start + size].tolist()
+        for i, j in ((i, j) for i in range(size) for j in range(size) if weight and ranks[i] < ranks[j]):
+            better.append(start + i)
+            worse.append(start + j)
+            records.append(record)
+        start += size
+    return better, worse, records

@@ -1,0 +1,152 @@
+"""What modules share whose model scores sequences instead of answering.
+
+B rows, T tokens, N scores, K labels
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_warn
+from peft import PeftConfig
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.collate import ScoreBatch
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.attention import document_arguments
+from lit_alignment.models.head import base_model, scores_at
+from lit_alignment.models.loading import Backbone, Head
+from lit_alignment.models.restoring import CHECKPOINT_KEY, head_of, read_head
+from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.paths import local_path
+
+Stage = Literal["train", "val", "test"]
+
+
+class ScoringModule(AlignmentModule):
+    """A decoder with a layer of scores, read at given tokens, in place of its output embedding.
+
+    Args:
+        backbone: The pretrained model.
+        peft: New adapters from the peft library, beside which the head trains; without these and `adapter` all train.
+        adapter: An adapter that exists, frozen or to go on with, with its head.
+        tokens: Special and new tokens.
+        optimizer: Optimiser and schedule.
+        head: What the scores are of.
+    """
+
+    head: Head
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        peft: PeftConfig | None,
+        adapter: Adapter | None,
+        tokens: TokensConfig,
+        optimizer: OptimizerConfig,
+        head: Head,
+    ) -> None:
+        """Load the tokenizer; the weights come in `configure_model`."""
+        super().__init__(backbone, peft, adapter, tokens, optimizer)
+        tell_pad_apart(self.tokenizer)
+        self.head = replace(head, pad=self.tokenizer.pad_token)
+
+    def configure_model(self) -> None:
+        """Load the weights, once."""
+        super().configure_model()
+        if self.tokenizer.pad_token_id in datamodule_of(self.trainer).encoder.last_ids():
+            rank_zero_warn(
+                f"conversations end with {self.tokenizer.pad_token}, which is the padding token too: this run is right, "
+                "but transformers' own forward would read an exported model's scores one token too early. "
+                "Give the tokenizer another padding token."
+            )
+
+    def scores(self, batch: ScoreBatch) -> Tensor:
+        """Scores at the batch's places, fp32, [N, K]."""
+        implementation = base_model(self.network).config._attn_implementation
+        arguments = document_arguments(
+            implementation, batch.document_lengths, batch.input_ids.device, batch.document_parents
+        )
+        return scores_at(
+            self.network,
+            batch.read_at,
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            **arguments,
+        )
+
+    def training_step(self, batch: ScoreBatch, batch_idx: int) -> Tensor:
+        """The batch's share of the optimiser step's loss."""
+        return self._shared_step(batch, "train")
+
+    def validation_step(self, batch: ScoreBatch, batch_idx: int) -> None:
+        """Add the batch to the validation metrics."""
+        self._shared_step(batch, "val")
+
+    def test_step(self, batch: ScoreBatch, batch_idx: int) -> None:
+        """Add the batch to the test metrics."""
+        self._shared_step(batch, "test")
+
+    def _shared_step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
+        raise NotImplementedError
+
+    def measure(self, **values: float) -> None:
+        """Keep what was measured with the model beside it."""
+        self.head = replace(self.head, measured={**self.head.measured, **values})
+
+    def about(self) -> dict[str, Any]:
+        """Also the head: its labels, and what was measured."""
+        return {"head": asdict(self.head) | {"labels": list(self.head.labels)}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what was measured, and refuse a head with other labels."""
+        super().on_load_checkpoint(checkpoint)
+        found = read_head(checkpoint[CHECKPOINT_KEY]["head"])
+        if (found.labels, found.problem) != (self.head.labels, self.head.problem):
+            raise CheckpointError(
+                f"the checkpoint scores {list(found.labels)} ({found.problem}), this model {list(self.head.labels)} "
+                f"({self.head.problem}). Set model.labels and model.problem as they were in training."
+            )
+        self.head = replace(self.head, measured=found.measured)
+
+
+def tell_pad_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer that pads with EOS another padding token from its own vocabulary, if it has one.
+
+    Our scores are read at places that are told, but transformers finds the last token of a row by the padding token's
+    id, and would pass over an EOS that ends the conversation.
+    """
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    special = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
+    wanted = [tokenizer.unk_token, *special]
+    other = next((token for token in wanted if token is not None and token != tokenizer.eos_token), None)
+    if other is not None:
+        tokenizer.pad_token = other
+
+
+def existing_head(backbone: Backbone, adapter: Adapter | None) -> Head | None:
+    """The head of an exported classifier that is trained on or used, or None for a plain language model.
+
+    Args:
+        backbone: The pretrained model.
+        adapter: An existing adapter, whose own head goes first.
+    """
+    found = None if adapter is None else head_of(Path(adapter.path).expanduser())
+    return found or head_of(Path(local_path(backbone.path)).expanduser())
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a negative setting.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    if value < 0:
+        raise ConfigError(f"model.{name} is {value}; use 0 or more.")
