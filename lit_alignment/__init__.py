@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lit_alignment.callbacks.cherry_picks import CherryPicks
     from lit_alignment.callbacks.export import Export
     from lit_alignment.callbacks.predictions import PredictionWriter
+    from lit_alignment.callbacks.scored_picks import ScoredPicks
     from lit_alignment.callbacks.throughput import Throughput
     from lit_alignment.callbacks.upload import Upload
     from lit_alignment.data.classification import ClassificationDataModule
@@ -32,6 +33,7 @@ _PLACES = {
     "RewardModule": "lit_alignment.modules.reward",
     "SFTDataModule": "lit_alignment.data.sft",
     "SFTModule": "lit_alignment.modules.sft",
+    "ScoredPicks": "lit_alignment.callbacks.scored_picks",
     "Throughput": "lit_alignment.callbacks.throughput",
     "Upload": "lit_alignment.callbacks.upload",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "RewardModule",
     "SFTDataModule",
     "SFTModule",
+    "ScoredPicks",
     "Throughput",
     "Upload",
     "__version__",

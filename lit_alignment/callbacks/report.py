@@ -27,43 +27,62 @@ svg text { fill: currentColor; font-size: 12px; }
 
 @dataclass
 class CherryPick:
-    """One prompt and its answers.
+    """One record and what the model made of it.
 
     Args:
         dataset: Name of its source.
         id: Id of its record.
-        messages: The conversation up to the answer.
-        reference: The answer that the record has.
-        answers: Answers by optimiser step.
+        messages: The conversation that the model saw.
+        known: What the record says beside it, by column: the reference, the label, or the responses.
+        answers: What the model made of it, by optimiser step.
+        right: Whether that is what the record says, by optimiser step; missing where it says nothing.
         scores: Values of metrics by optimiser step and name.
     """
 
     dataset: str
     id: str
     messages: list[dict[str, Any]]
-    reference: str | None
+    known: dict[str, str | None]
     answers: dict[int, str] = field(default_factory=dict)
+    right: dict[int, bool] = field(default_factory=dict)
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
-def render_report(title: str, curves: Mapping[str, Curve], picks: Sequence[CherryPick]) -> str:
-    """The page: loss curves, and a table with one row a prompt and one column a validation."""
+def render_report(
+    title: str,
+    curves: Mapping[str, Curve],
+    picks: Sequence[CherryPick],
+    right: str = "exact matches",
+    pictures: Mapping[str, str] | None = None,
+) -> str:
+    """The page: loss curves, pictures, and a table with one row a record and one column a validation.
+
+    Args:
+        title: Name of the run.
+        curves: Points over optimiser steps, by name.
+        picks: The records.
+        right: What is counted where a record has been met.
+        pictures: Inline pictures by heading.
+    """
     steps = sorted({step for pick in picks for step in pick.answers})
-    headings = ["prompt", "reference", *(f"step {step}" for step in steps)]
-    rows = "".join(f"<tr>{_prompt(p)}{_reference(p)}{''.join(_answer(p, s) for s in steps)}</tr>" for p in picks)
+    known = list(picks[0].known) if picks else []
+    headings = ["prompt", *known, *(f"step {step}" for step in steps)]
+    rows = "".join(f"<tr>{_prompt(p)}{_known(p)}{''.join(_answer(p, s) for s in steps)}</tr>" for p in picks)
     head = "".join(f"<th>{escape(name)}</th>" for name in headings)
     matches = "".join(f"<th>{_matches(picks, s)}</th>" for s in steps)
-    scores = f"<tr><th></th><th>exact matches</th>{matches}</tr>{_score_rows(picks, steps)}"
+    lead = "<th></th>" * len(known)
+    scores = f"<tr>{lead}<th>{escape(right)}</th>{matches}</tr>{_score_rows(picks, steps, lead)}"
+    shown = "".join(f"<h2>{escape(name)}</h2>{picture}" for name, picture in (pictures or {}).items())
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{escape(title)}</h1>{curve_svg(curves)}<h2>Answers at each validation</h2>"
+        f"<h1>{escape(title)}</h1>{curve_svg(curves)}{shown}<h2>At each validation</h2>"
         f"<div class=scroll><table><thead><tr>{head}</tr>{scores}</thead>"
         f"<tbody>{rows}</tbody></table></div></html>\n"
     )
 
 
-def _score_rows(picks: Sequence[CherryPick], steps: Sequence[int]) -> str:
-    """One row a metric with its mean over the prompts at each step; exact matches have a row already."""
+def _score_rows(picks: Sequence[CherryPick], steps: Sequence[int], lead: str) -> str:
+    """One row a metric with its mean over the records at each step; exact matches have a row already."""
     found = {name: None for pick in picks for values in pick.scores.values() for name in values}
     rows = []
     for name in found:
@@ -72,17 +91,13 @@ def _score_rows(picks: Sequence[CherryPick], steps: Sequence[int]) -> str:
             values = [pick.scores[step][name] for pick in picks if name in pick.scores.get(step, {})]
             cells.append(f"<th>{sum(values) / len(values):.3g}</th>" if values else "<th></th>")
         if name != "exact_match":
-            rows.append(f"<tr><th></th><th>{escape(name)}, mean</th>{''.join(cells)}</tr>")
+            rows.append(f"<tr>{lead}<th>{escape(name)}, mean</th>{''.join(cells)}</tr>")
     return "".join(rows)
 
 
 def _matches(picks: Sequence[CherryPick], step: int) -> str:
-    compared = [pick for pick in picks if pick.reference is not None]
-    return f"{sum(_is_match(pick, step) for pick in compared)} of {len(compared)}" if compared else ""
-
-
-def _is_match(pick: CherryPick, step: int) -> bool:
-    return pick.reference is not None and pick.answers.get(step, "").strip() == pick.reference.strip()
+    compared = [pick.right[step] for pick in picks if step in pick.right]
+    return f"{sum(compared)} of {len(compared)}" if compared else ""
 
 
 def _prompt(pick: CherryPick) -> str:
@@ -90,12 +105,12 @@ def _prompt(pick: CherryPick) -> str:
     return f"<td>{''.join(parts).rstrip()}</td>"
 
 
-def _reference(pick: CherryPick) -> str:
-    return f"<td class=reference>{escape(pick.reference or '')}</td>"
+def _known(pick: CherryPick) -> str:
+    return "".join(f"<td class=reference>{escape(text or '')}</td>" for text in pick.known.values())
 
 
 def _answer(pick: CherryPick, step: int) -> str:
-    attribute = " class=match" if _is_match(pick, step) else ""
+    attribute = " class=match" if pick.right.get(step) else ""
     return f"<td{attribute}>{escape(pick.answers.get(step, ''))}</td>"
 
 
@@ -132,3 +147,34 @@ def curve_svg(curves: Mapping[str, Curve], width: int = 640, height: int = 240) 
     marks.append(f"<text x={left} y={height - 8}>0</text>")
     marks.append(f"<text x={width - 12} y={height - 8} text-anchor=end>step {last}</text>")
     return f'<svg viewBox="0 0 {width} {height}" width={width} role=img aria-label="loss">{"".join(marks)}</svg>'
+
+
+def confusion_svg(counts: Sequence[Sequence[int]], labels: Sequence[str], cell: int = 64) -> str:
+    """A confusion matrix as an inline picture: rows are true classes, columns predicted ones.
+
+    Args:
+        counts: Number of examples by true and predicted class.
+        labels: Names of the classes.
+        cell: Side of a square.
+    """
+    left = 24 + 8 * max(map(len, labels))
+    top, size = 40, len(labels) * cell
+    marks = [f"<text x={left} y=14>predicted (columns) for true classes (rows)</text>"]
+    for row, (label, line) in enumerate(zip(labels, counts, strict=True)):
+        y, total = top + row * cell, max(1, sum(line))
+        shown = escape(label)
+        marks.append(f"<text x={left - 8} y={y + cell / 2 + 4} text-anchor=end>{shown}</text>")
+        marks.append(f"<text x={left + (row + 0.5) * cell} y={top - 8} text-anchor=middle>{shown}</text>")
+        for column, count in enumerate(line):
+            x, color = left + column * cell, COLORS[2] if row == column else COLORS[1]
+            share = count / total
+            marks.append(
+                f'<rect x={x} y={y} width={cell - 2} height={cell - 2} fill="{color}" fill-opacity={share:.2f} '
+                f"stroke=currentColor stroke-opacity=.2 />"
+            )
+            place = f"x={x + cell / 2 - 1} text-anchor=middle"
+            marks.append(f"<text {place} y={y + cell / 2}>{count}</text>")
+            marks.append(f"<text {place} y={y + cell / 2 + 16} opacity=.7>{share:.0%}</text>")
+    width, height = left + size + 8, top + size + 8
+    picture = "".join(marks)
+    return f'<svg viewBox="0 0 {width} {height}" width={width} role=img aria-label="confusion matrix">{picture}</svg>'

@@ -277,7 +277,9 @@ class RewardDataModule(AlignmentDataModule):
         if comparison.steps:
             answers = [{"id": "0", "content": "".join(step + self.step_separator for step in comparison.steps)}]
             values = list(comparison.step_labels)
-        meta = comparison.meta if comparison.subset is None else {"subset": comparison.subset, "meta": comparison.meta}
+        meta = comparison.meta
+        if comparison.subset is not None:
+            meta = {"subset": comparison.subset, **(meta if isinstance(meta, dict) else {})}
         texts = {"messages": comparison.messages, "answers": answers, "values": values}
         texts |= {"label": comparison.label, "meta": meta}
         return {**columns, **{name: json.dumps(value) for name, value in texts.items()}}

@@ -185,6 +185,12 @@ class ClassificationModule(ScoringModule):
                 return {"prediction": values[0] if len(values) == 1 else values}
         return {"prediction": prediction, "probabilities": dict(zip(self.labels, probabilities, strict=True))}
 
+    def names(self, label: Any) -> list[str]:
+        """A record's label, a name or number or a list of these, as names in the order of the labels."""
+        given = label if isinstance(label, list) else [label]
+        found = {self.labels[each] if isinstance(each, int) else each for each in given}
+        return [name for name in self.labels if name in found]
+
 
 def classification_head(
     backbone: Backbone,

@@ -61,7 +61,7 @@ class ScoringModule(AlignmentModule):
         super().configure_model()
         if self.tokenizer.pad_token_id in datamodule_of(self.trainer).encoder.last_ids():
             rank_zero_warn(
-                f"conversations end with {self.tokenizer.pad_token}, which is the padding token too: this run is right, "
+                f"conversations end with {self.tokenizer.pad_token}, which is the padding token too: this run is fine "
                 "but transformers' own forward would read an exported model's scores one token too early. "
                 "Give the tokenizer another padding token."
             )

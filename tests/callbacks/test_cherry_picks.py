@@ -84,14 +84,21 @@ def test_own_prompts_and_missing_prompts(tmp_path):
     source = Source(records=[{"messages": [{"role": "user", "content": "mine"}]}], name="own")
     own = CherryPicks([source], generation=SHORT)
     fit(tmp_path, own)
-    assert own.picks[0].messages[-1]["content"] == "mine" and own.picks[0].reference is None
+    assert own.picks[0].messages[-1]["content"] == "mine" and own.picks[0].known == {"reference": None}
     module = sft_module()
     with pytest.raises(ConfigError, match="CherryPicks has no prompts"):
         trainer(tmp_path, callbacks=[CherryPicks()]).fit(module, sft_data(module, chats(2)))
 
 
 def test_report_escapes_and_counts_exact_matches():
-    pick = CherryPick("d", "1", [{"role": "user", "content": "<b>&"}], "yes", {0: "no", 5: " yes "})
+    pick = CherryPick(
+        "d",
+        "1",
+        [{"role": "user", "content": "<b>&"}],
+        {"reference": "yes"},
+        {0: "no", 5: " yes "},
+        {0: False, 5: True},
+    )
     page = render_report("run", {"train/loss": [(1, 2.0), (5, 0.5)]}, [pick])
     assert "&lt;b&gt;&amp;" in page and "<b>" not in page
     assert "<th>0 of 1</th><th>1 of 1</th>" in page and page.count("class=match") == 1
@@ -126,7 +133,11 @@ def test_throughput_counts_tokens_and_padding(tmp_path):
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser on this machine")
 def test_report_opens_in_a_browser(tmp_path):
     page = tmp_path / "report.html"
-    page.write_text(render_report("run", {"val/loss": [(1, 1.0)]}, [CherryPick("d", "1", [], "r", {1: "r"})]))
+    page.write_text(
+        render_report(
+            "run", {"val/loss": [(1, 1.0)]}, [CherryPick("d", "1", [], {"reference": "r"}, {1: "r"}, {1: True})]
+        )
+    )
     arguments = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
     shown = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False).stdout
     assert 'class="match"' in shown

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import random
 
 from tests.helpers import ROOT
 
@@ -21,9 +20,17 @@ def load(name):
 
 
 def test_files_are_what_the_generator_writes():
-    module, source = generator(), random.Random(7)
-    assert load("train") == module.records(400, False, source)
-    assert load("test") == module.records(100, True, source)
+    files = generator().files()
+    assert len(files) == 6
+    for name, records in files.items():
+        lines = (ROOT / "configs" / name).read_text().splitlines()
+        assert [json.loads(line) for line in lines] == records
+
+
+def test_rejected_answers_are_faulty():
+    for pair in generator().files()["reward/support/train.jsonl"]:
+        right, wrong = (pair[name]["content"] for name in ("chosen", "rejected"))
+        assert right != wrong and list(json.loads(right)) == ["queue", "product", "order", "urgent"]
 
 
 def test_no_held_out_wording_in_training():

@@ -1,5 +1,8 @@
 """Write the demo's data set: support requests in plain words, and the JSON record that routes each.
 
+The same requests become classes (the queue) in configs/classification/support, and pairs of a right and a faulty
+answer in configs/reward/support.
+
     python configs/sft/support/generate.py
 
 Training and held-out requests share no sentence, no product and no order number, so a model that is right on the
@@ -10,6 +13,7 @@ import json
 import random
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 SYSTEM = "Route the request. Reply with JSON only."
 
@@ -173,7 +177,7 @@ OPENINGS = (["Hello.", "Hi there.", "Good morning.", "Dear team,", ""], ["Hey,",
 CLOSINGS = (["Thanks.", "Kind regards, Ann", "Thank you very much.", "", ""], ["Cheers, Bo", "Many thanks.", ""])
 
 
-def records(number: int, held_out: bool, generator: random.Random) -> list[dict[str, object]]:
+def records(number: int, held_out: bool, generator: random.Random) -> list[dict[str, Any]]:
     """Distinct records of one side.
 
     Args:
@@ -182,7 +186,7 @@ def records(number: int, held_out: bool, generator: random.Random) -> list[dict[
         generator: Source of all choices.
     """
     side = int(held_out)
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, Any]] = {}
     while len(found) < number:
         queue = list(BODIES)[len(found) % len(BODIES)]
         product = generator.choice(PRODUCTS[side])
@@ -207,13 +211,56 @@ def records(number: int, held_out: bool, generator: random.Random) -> list[dict[
     return list(found.values())
 
 
-def main() -> None:
-    """Write train.jsonl and test.jsonl beside this file."""
+def classes(chats: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The requests alone, each with its queue as the label."""
+    found = []
+    for chat in chats:
+        request, answer = chat["messages"][1:]
+        found.append({"id": chat["id"], "messages": [request], "label": json.loads(answer["content"])["queue"]})
+    return found
+
+
+def pairs(chats: list[dict[str, Any]], generator: random.Random) -> list[dict[str, Any]]:
+    """The right answer against one that breaks the form, or routes to another queue; the form weighs more."""
+    found = []
+    for chat in chats:
+        *context, chosen = chat["messages"]
+        route = json.loads(chosen["content"])
+        fault = generator.choice(("prose", "missing", "queue"))
+        match fault:
+            case "prose":
+                content = f"Sure! I think the {route['queue']} team should look at the {route['product']}."
+            case "missing":
+                content = json.dumps({"queue": route["queue"], "product": route["product"]})
+            case "queue":
+                other = generator.choice([queue for queue in BODIES if queue != route["queue"]])
+                content = json.dumps(route | {"queue": other})
+        rejected = {"role": "assistant", "content": content}
+        margin = 0.5 if fault == "queue" else 1.0
+        pair = {"id": chat["id"], "context": context, "chosen": chosen, "rejected": rejected, "margin": margin}
+        found.append(pair | {"subset": fault})
+    return found
+
+
+def files() -> dict[str, list[dict[str, Any]]]:
+    """Records by file, under configs/."""
     generator = random.Random(7)
-    folder = Path(__file__).parent
+    written: dict[str, list[dict[str, Any]]] = {}
     for name, number, held_out in (("train", 400, False), ("test", 100, True)):
-        lines = (json.dumps(record) + "\n" for record in records(number, held_out, generator))
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        written[f"sft/support/{name}.jsonl"] = records(number, held_out, generator)
+    for name in ("train", "test"):
+        chats = written[f"sft/support/{name}.jsonl"]
+        written[f"classification/support/{name}.jsonl"] = classes(chats)
+        written[f"reward/support/{name}.jsonl"] = pairs(chats, random.Random(name))
+    return written
+
+
+def main() -> None:
+    """Write all files."""
+    for name, content in files().items():
+        path = Path(__file__).parents[2] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(record) + "\n" for record in content), encoding="utf-8")
 
 
 def wordings(side: int) -> set[str]:

@@ -1,0 +1,326 @@
+"""Classification: what is read, weighed, measured, saved and predicted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lit_alignment import ClassificationDataModule, ClassificationModule, Export, PredictionWriter, ScoredPicks
+from lit_alignment.callbacks.export import export_checkpoint
+from lit_alignment.data.encode import EncodingConfig
+from lit_alignment.data.records import Source
+from lit_alignment.errors import CheckpointError, ConfigError, RecordError
+from lit_alignment.losses import focal_loss
+from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.loading import Backbone
+from lit_alignment.models.restoring import read_saved, restore
+from lit_alignment.optimization import OptimizerConfig
+from tests.helpers import WORDS, base_model_folder, trainer
+
+LABELS = ["bad", "fine", "good"]
+
+
+def labelled(number: int, labels=LABELS, seed: int = 0):
+    """Single messages of very unequal lengths, each with a label."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
+
+    records = []
+    for index in range(number):
+        text = " ".join(WORDS[draw(len(WORDS))] for _ in range((1, 2, 5, 40)[draw(4)]))
+        records.append({"id": f"r{index}", "messages": [{"role": "user", "content": text}], "label": labels[index % 3]})
+    return records
+
+
+def module(path="configs/tiny", lora=False, **settings):
+    seed_everything(0, verbose=False)
+    settings.setdefault("labels", LABELS)
+    settings.setdefault("optimizer", OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0))
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    return ClassificationModule(
+        Backbone(path, weights="random" if path == "configs/tiny" else "pretrained"), peft=peft, **settings
+    )
+
+
+def data(model, train=None, val=None, **settings):
+    settings.setdefault("encoding", EncodingConfig(max_length=512))
+    sources = {"train": train, "val": val, "test": val, "predict": val}
+    return ClassificationDataModule(
+        model.tokenizer,
+        labels=model.labels,
+        problem=model.problem,
+        **{name: [Source(records=records, name=name)] for name, records in sources.items() if records},
+        **settings,
+    )
+
+
+def gradients(folder, records, **settings):
+    model = module(**settings.pop("model", {}))
+    captured = {}
+    model.on_before_optimizer_step = lambda optimizer: captured.update(
+        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    )
+    options = {k: settings.pop(k) for k in ("accumulate_grad_batches",) if k in settings}
+    trainer(folder, max_steps=1, **options).fit(model, data(model, records, **settings))
+    return captured
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_accumulation_equals_one_big_batch(lora, packing, tmp_path):
+    path = base_model_folder(tmp_path / "base") if lora else "configs/tiny"
+    records, shared = labelled(9), {"model": {"path": path, "lora": lora}}
+    if packing:  # rows of 64 tokens hold one to many of them
+        encoding = EncodingConfig(max_length=64)
+        many = {"packing": True, "tokens_per_batch": 64, "encoding": encoding, "accumulate_grad_batches": 9}
+        one = {"packing": True, "tokens_per_batch": 4096, "encoding": encoding}
+    else:
+        many, one = (
+            {"packing": False, "batch_size": 2, "accumulate_grad_batches": 5},
+            {"packing": False, "batch_size": 9},
+        )
+    expected = gradients(tmp_path, records, **one, **shared | {"model": dict(shared["model"])})
+    found = gradients(tmp_path, records, **many, **shared | {"model": dict(shared["model"])})
+    assert expected and expected.keys() == found.keys() and any("score" in name for name in found)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradient_equals_a_slow_loop_over_single_conversations(tmp_path):
+    records = labelled(5)
+    found = gradients(tmp_path, records, model={"class_weights": [1.0, 2.0, 0.5], "focal_gamma": 2.0})
+    model = module()
+    network = model.load_model()
+    total = torch.zeros(())
+    for record in records:
+        ids = model.tokenizer.apply_chat_template(record["messages"], return_dict=False)
+        logits = network(input_ids=torch.tensor([ids])).logits
+        target = torch.tensor([LABELS.index(record["label"])])
+        total = total + focal_loss(logits, target, 2.0, torch.tensor([1.0, 2.0, 0.5])).sum()
+    (total / len(records)).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_score_does_not_depend_on_batch_padding_or_packing(side):
+    records = labelled(8)
+    model = module()
+    model.load_model().eval()
+    model.tokenizer.padding_side = side
+    scores = {}
+    for name, settings in {
+        "packed": {"packing": True, "batch_size": 8},
+        "padded": {"packing": False, "batch_size": 8},
+        "single": {"packing": False, "batch_size": 1},
+    }.items():
+        loader = data(model, val=records, **settings)
+        loader.setup("predict")
+        with torch.no_grad():
+            rows = [(i.id, s) for b in loader.predict_dataloader() for i, s in zip(b.items, model.scores(b.scores))]
+        scores[name] = torch.stack([score for _, score in sorted(rows, key=lambda row: row[0])])
+    for name in ("padded", "packed"):
+        torch.testing.assert_close(scores[name], scores["single"], rtol=1e-5, atol=1e-5)
+
+
+def test_score_is_that_of_transformers_however_it_pads(tmp_path):
+    records = labelled(6)
+    model = module()
+    network = model.load_model().eval()
+    loader = data(model, val=records, batch_size=6)
+    loader.setup("predict")
+    (batch,) = loader.predict_dataloader()
+    with torch.no_grad():
+        ours = model.scores(batch.scores)
+        for side in ("left", "right"):
+            texts = [{"input_ids": item.input_ids} for item in batch.items]
+            padded = model.tokenizer.pad(texts, padding=True, padding_side=side, return_tensors="pt")
+            theirs = network(**padded).logits
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_pad_token_is_never_the_end_of_a_conversation():
+    model = module()
+    assert model.tokenizer.pad_token_id != model.tokenizer.eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained("configs/tiny")
+    tokenizer.pad_token = tokenizer.eos_token
+    from lit_alignment.modules.scoring import tell_pad_apart
+
+    tell_pad_apart(tokenizer)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer) == len(AutoTokenizer.from_pretrained("configs/tiny"))
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_head_is_saved_with_the_adapters_and_scores_stay(form, tmp_path):
+    base = base_model_folder(tmp_path / "base")
+    model = module(base, lora=True)
+    loader = data(model, labelled(9), labelled(6, seed=1))
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
+    runner = trainer(tmp_path, callbacks=[saver], max_epochs=2, enable_checkpointing=True)
+    runner.fit(model, loader)
+    loader.setup("predict")
+    (batch,) = loader.predict_dataloader()
+    model.eval()
+    with torch.no_grad():
+        before = model.scores(batch.scores)
+    content = torch.load(tmp_path / "ckpt/x.ckpt", weights_only=True)["state_dict"]
+    assert any("score" in name for name in content)
+    assert all("lora" in name or "score" in name for name in content)
+
+    network, _ = restore(read_saved(tmp_path / "ckpt/x.ckpt"))
+    again = module(base, lora=True)
+    again.model = network
+    with torch.no_grad():
+        torch.testing.assert_close(again.scores(batch.scores), before, rtol=1e-5, atol=1e-5)
+
+    folder = export_checkpoint(model, tmp_path / "ckpt/x.ckpt", tmp_path / form, form)
+    if form == "merged":
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        assert loaded.config.id2label == dict(enumerate(LABELS))
+        assert loaded.config.calibration_temperature == model.temperature
+        exported = ClassificationModule(Backbone(str(folder)))
+    else:
+        exported = ClassificationModule(Backbone(base), adapter=Adapter(str(folder)))
+    assert exported.labels == LABELS and exported.temperature == model.temperature
+    exported.load_model().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported.scores(batch.scores), before, rtol=1e-5, atol=1e-5)
+
+
+def test_resume_takes_over_what_was_measured_and_refuses_other_labels(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
+    model = module()
+    trainer(tmp_path, callbacks=[saver], enable_checkpointing=True).fit(model, data(model, labelled(9), labelled(6)))
+    assert model.temperature != 1.0
+    again = module()
+    writer = PredictionWriter(str(tmp_path / "out"))
+    loader = data(again, val=labelled(6))
+    trainer(tmp_path, callbacks=[writer]).predict(again, loader, ckpt_path=tmp_path / "ckpt/x.ckpt")
+    assert again.temperature == model.temperature
+    other = module(labels=["x", "y", "z"])
+    with pytest.raises(CheckpointError, match=r"scores \['bad', 'fine', 'good'\] .* this model \['x', 'y', 'z'\]"):
+        trainer(tmp_path).validate(other, data(other, val=[r | {"label": 0} for r in labelled(6)]),
+                                   ckpt_path=tmp_path / "ckpt/x.ckpt")  # fmt: skip
+
+
+def test_prediction_line_holds_label_prediction_and_probabilities(tmp_path):
+    model = module()
+    records = [*labelled(4), {"id": "bare", "messages": [{"role": "user", "content": "no label"}], "meta": {"a": 1}}]
+    writer = PredictionWriter(str(tmp_path))
+    trainer(tmp_path, callbacks=[writer]).predict(model, data(model, val=records))
+    lines = [json.loads(line) for line in (tmp_path / "classes.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["r0", "r1", "r2", "r3", "bare"]
+    for line in lines:
+        assert line["prediction"] == max(line["probabilities"], key=line["probabilities"].get)
+        assert sum(line["probabilities"].values()) == pytest.approx(1)
+    assert lines[0]["label"] == "bad" and lines[4]["label"] is None and lines[4]["meta"] == {"a": 1}
+    assert list(lines[0]) == ["id", "dataset", "messages", "prediction", "probabilities", "label", "meta"]
+
+
+def overfit(folder, problem, labels, values, **settings):
+    texts = ["the order is fine", "repair it", "urgent urgent", "billing", "scale the kitchen", "please reply"]
+    records = [
+        {"id": str(i), "messages": [{"role": "user", "content": text}], "label": value}
+        for i, (text, value) in enumerate(zip(texts, values, strict=True))
+    ]
+    model = module(labels=labels, problem=problem, **settings)
+    loader = data(model, records, records)
+    runner = trainer(folder, max_epochs=80)
+    runner.fit(model, loader)
+    trainer(folder, callbacks=[PredictionWriter(str(folder), overwrite=True)]).predict(model, loader)
+    lines = [json.loads(line) for line in (Path(folder) / "classes.jsonl").read_text().splitlines()]
+    return runner.callback_metrics, [line["prediction"] for line in lines]
+
+
+def test_every_kind_of_label_can_be_learned(tmp_path):
+    single = ["bad", 1, "good", 0, "fine", 2]
+    metrics, predictions = overfit(tmp_path, "single_label", LABELS, single, class_weights="balanced")
+    assert float(metrics["val/accuracy"]) == float(metrics["val/auroc"]) == float(metrics["val/macro_f1"]) == 1
+    assert predictions == ["bad", "fine", "good", "bad", "fine", "good"]
+    many = [["bad"], [], [1, "good"], ["bad", "good"], [0, 1, 2], ["fine"]]
+    metrics, predictions = overfit(tmp_path, "multi_label", LABELS, many)
+    assert float(metrics["val/exact_match"]) == 1
+    assert predictions == [["bad"], [], ["fine", "good"], ["bad", "good"], LABELS, ["fine"]]
+    numbers = [1.0, -2, 0.5, 3.0, -1.0, 0.0]
+    gently = OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=0.1)
+    metrics, predictions = overfit(tmp_path, "regression", ["mood"], numbers, optimizer=gently)
+    assert float(metrics["val/mae"]) < 0.2 and float(metrics["val/pearson"]) > 0.95
+    assert predictions == pytest.approx(numbers, abs=0.6)
+
+
+def test_validation_loss_is_a_mean_over_conversations_under_any_batching(tmp_path):
+    losses = []
+    for settings in ({"packing": True}, {"packing": False, "batch_size": 2}, {"packing": False, "batch_size": 7}):
+        model = module(label_smoothing=0.3)
+        (result,) = trainer(tmp_path).validate(model, data(model, val=labelled(7), **settings), verbose=False)
+        losses.append(result["val/loss"])
+    model.eval()
+    slow = []
+    for record in labelled(7):
+        ids = model.tokenizer.apply_chat_template(record["messages"], return_dict=False)
+        logits = model.network(input_ids=torch.tensor([ids])).logits
+        slow.append(float(cross_entropy(logits, torch.tensor([LABELS.index(record["label"])]))))
+    assert losses == pytest.approx([sum(slow) / 7] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("label", "problem", "message"),
+    [
+        (None, "single_label", r"train\[0\]: field 'label' is missing. Give one of 'bad', 'fine', 'good', or a number"),
+        (3, "single_label", r"train\[0\]: field 'label' is 3"),
+        ("great", "single_label", "is 'great'"),
+        (True, "single_label", "is True"),
+        (1.5, "single_label", "is 1.5"),
+        ("bad", "multi_label", "Give the list of those that apply"),
+        (["bad", "worse"], "multi_label", r"field 'label\[1\]' is 'worse'"),
+        (float("nan"), "regression", "Give 3 finite numbers"),
+        ([1.0], "regression", "Give 3 finite numbers"),
+    ],
+)
+def test_label_at_fault_is_named_with_its_place(label, problem, message):
+    model = module(problem=problem)
+    loader = data(model, [labelled(1)[0] | {"label": label}])
+    with pytest.raises(RecordError, match=message):
+        loader.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"labels": None}, "model.labels is missing: configs/tiny is no classifier"),
+        ({"labels": ["a"]}, "give two or more, all different"),
+        ({"labels": ["a", "a"]}, "give two or more, all different"),
+        ({"class_weights": [1.0]}, "model.class_weights has 1 numbers for 3 labels"),
+        ({"problem": "regression", "class_weights": "balanced"}, "are for classes"),
+        ({"problem": "multi_label", "focal_gamma": 2.0}, "the focal loss is for problem: single_label"),
+        ({"focal_gamma": -1.0}, "model.focal_gamma is -1.0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        module(**settings)
+
+
+def test_report_shows_predictions_and_the_confusion_matrix(tmp_path):
+    model = module()
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
+    callbacks = [saver, ScoredPicks(num_samples=2), Export()]
+    runner = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True)
+    runner.fit(model, data(model, labelled(9), labelled(6, seed=1)))
+    page = (tmp_path / "cherry_picks.html").read_text()
+    assert 'aria-label="confusion matrix"' in page and page.count("<rect") == 9
+    lines = [json.loads(line) for line in (tmp_path / "cherry_picks.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 0, 1, 1] and lines[0]["label"] == "bad"
+    assert "%" in lines[0]["answer"]
+    assert (tmp_path / "ckpt/export/config.json").is_file() and not (
+        tmp_path / "ckpt/export/generation_config.json"
+    ).exists()
