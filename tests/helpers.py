@@ -14,7 +14,15 @@ from lightning.pytorch import Trainer, seed_everything
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lit_alignment import AtomicCheckpointIO, SFTDataModule, SFTModule
+from lit_alignment import (
+    AtomicCheckpointIO,
+    ClassificationDataModule,
+    ClassificationModule,
+    RewardDataModule,
+    RewardModule,
+    SFTDataModule,
+    SFTModule,
+)
 from lit_alignment.data.encode import Encoder, EncodingConfig, Example
 from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.records import Source
@@ -139,3 +147,78 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         cwd=ROOT,
         check=False,
     )
+
+
+LABELS = ["bad", "fine", "good"]
+
+
+def labelled(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Single messages of very unequal lengths, each with a label."""
+    generator = random.Random(seed)
+    records = []
+    for index in range(number):
+        text = " ".join(generator.choices(WORDS, k=generator.choice((1, 2, 5, 40))))
+        message = {"role": "user", "content": text}
+        records.append({"id": f"r{index}", "messages": [message], "label": LABELS[index % 3]})
+    return records
+
+
+def pairs(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Preferences with prompts and responses of very unequal lengths."""
+    generator = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(generator.choices(WORDS, k=generator.choice((1, 2, 5, 40))))
+
+    return [
+        {"id": f"r{i}", "prompt": text(), "chosen": f"{text()} yes", "rejected": f"{text()} no", "margin": 0.1 * i}
+        for i in range(number)
+    ]
+
+
+def scoring_settings(path: str, lora: bool, settings: dict[str, Any]) -> dict[str, Any]:
+    seed_everything(0, verbose=False)
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
+    backbone = Backbone(path, weights="random" if path == "configs/tiny" else "pretrained")
+    return {"backbone": backbone, "peft": peft, "optimizer": optimizer, **settings}
+
+
+def classifier(path: str = "configs/tiny", lora: bool = False, **settings: Any) -> ClassificationModule:
+    return ClassificationModule(**scoring_settings(path, lora, {"labels": LABELS, **settings}))
+
+
+def reward_model(path: str = "configs/tiny", lora: bool = False, **settings: Any) -> RewardModule:
+    return RewardModule(**scoring_settings(path, lora, settings))
+
+
+def _sources(train, val) -> dict[str, Any]:
+    given = {"train": train, "val": val, "test": val, "predict": val}
+    return {name: [Source(records=records, name=name)] for name, records in given.items() if records}
+
+
+def class_data(module: ClassificationModule, train=None, val=None, **settings: Any) -> ClassificationDataModule:
+    settings.setdefault("encoding", EncodingConfig(max_length=512))
+    labels = {"labels": module.labels, "problem": module.problem}
+    return ClassificationDataModule(module.tokenizer, **labels, **_sources(train, val), **settings)
+
+
+def reward_data(module: RewardModule, train=None, val=None, **settings: Any) -> RewardDataModule:
+    settings.setdefault("encoding", EncodingConfig(max_length=512))
+    return RewardDataModule(module.tokenizer, **_sources(train, val), **settings)
+
+
+def step_gradients(folder: Path, module, data, **options: Any) -> dict[str, torch.Tensor]:
+    """Gradients of the first optimiser step."""
+    captured = {}
+    module.on_before_optimizer_step = lambda optimizer: captured.update(
+        {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    )
+    trainer(folder, max_steps=1, **options).fit(module, data)
+    return captured
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert expected and found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")

@@ -16,7 +16,12 @@ from torchmetrics.functional import (
     spearman_corrcoef,
 )
 from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
     binary_calibration_error,
+    binary_f1_score,
+    binary_precision,
+    binary_recall,
     multiclass_auroc,
     multiclass_average_precision,
     multiclass_calibration_error,
@@ -24,11 +29,6 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
     multiclass_precision,
     multiclass_recall,
-    multilabel_auroc,
-    multilabel_average_precision,
-    multilabel_f1_score,
-    multilabel_precision,
-    multilabel_recall,
 )
 from torchmetrics.utilities import dim_zero_cat
 
@@ -96,32 +96,51 @@ def single_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     }
 
 
+def binary_metrics(scores: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Metrics of yes-or-no decisions; yes is predicted from probability 1/2 on.
+
+    Args:
+        scores: Logits of yes, [N].
+        targets: 1 for yes, [N].
+    """
+    targets, probabilities = targets.long(), scores.sigmoid()
+    predicted = (scores > 0).long()
+    return {
+        "accuracy": (predicted == targets).float().mean(),
+        "f1": binary_f1_score(predicted, targets),
+        "precision": binary_precision(predicted, targets),
+        "recall": binary_recall(predicted, targets),
+        "auroc": binary_auroc(probabilities, targets),
+        "average_precision": binary_average_precision(probabilities, targets),
+        "calibration_error": binary_calibration_error(probabilities, targets, NUM_BINS),
+    }
+
+
 def multi_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Metrics of a classifier with any number of labels an example; a label is predicted from probability 1/2 on.
+
+    Means over labels leave out, of the area under the ROC curve and the average precision, labels that no example has.
 
     Args:
         logits: [N, K].
         targets: 1 where a label applies, [N, K].
     """
-    num_labels = logits.shape[1]
-    targets = targets.long()
-    probabilities = logits.sigmoid()
-    predicted = (logits > 0).long()
     positives = targets.sum(0)
+    each = [binary_metrics(logits[:, k], targets[:, k]) for k in range(logits.shape[1])]
+    by_label = {name: torch.stack([found[name] for found in each]) for name in each[0]}
     split = (positives > 0) & (positives < len(targets))
-    auroc = multilabel_auroc(probabilities, targets, num_labels, average="none")
-    average_precision = multilabel_average_precision(probabilities, targets, num_labels, average="none")
+    together = binary_metrics(logits.flatten(), targets.flatten())
     return {
-        "accuracy": (predicted == targets).float().mean(),
-        "exact_match": (predicted == targets).all(-1).float().mean(),
-        "macro_f1": multilabel_f1_score(predicted, targets, num_labels, average="macro"),
-        "micro_f1": multilabel_f1_score(predicted, targets, num_labels, average="micro"),
-        "weighted_f1": multilabel_f1_score(predicted, targets, num_labels, average="weighted"),
-        "precision": multilabel_precision(predicted, targets, num_labels, average="macro"),
-        "recall": multilabel_recall(predicted, targets, num_labels, average="macro"),
-        "auroc": auroc[split].mean(),
-        "average_precision": average_precision[positives > 0].mean(),
-        "calibration_error": binary_calibration_error(probabilities.flatten(), targets.flatten(), NUM_BINS),
+        "accuracy": together["accuracy"],
+        "exact_match": ((logits > 0) == (targets > 0)).all(-1).float().mean(),
+        "macro_f1": by_label["f1"].mean(),
+        "micro_f1": together["f1"],
+        "weighted_f1": (by_label["f1"] * positives).sum() / positives.sum(),
+        "precision": by_label["precision"].mean(),
+        "recall": by_label["recall"].mean(),
+        "auroc": by_label["auroc"][split].mean(),
+        "average_precision": by_label["average_precision"][positives > 0].mean(),
+        "calibration_error": together["calibration_error"],
     }
 
 

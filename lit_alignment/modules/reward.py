@@ -17,7 +17,7 @@ from lit_alignment.data.reward import ResponsesItem, RewardDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
 from lit_alignment.metrics import TokenMean
-from lit_alignment.metrics.classification import ScoresAndTargets, multi_label_metrics
+from lit_alignment.metrics.classification import ScoresAndTargets, binary_metrics
 from lit_alignment.metrics.rewards import Moments, PairMetrics, section_accuracies
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone, Head
@@ -150,7 +150,8 @@ class RewardModule(ScoringModule):
             metrics |= {f"section/{name}": accuracy for name, accuracy in section_accuracies(subsets).items()}
             self._pairs(stage).reset()
         else:
-            judged = multi_label_metrics(*self._judged(stage).compute())
+            scores, labels = self._judged(stage).compute()
+            judged = binary_metrics(scores[:, 0], labels[:, 0])
             metrics |= {name: judged[name] for name in ("accuracy", "auroc", "average_precision", "calibration_error")}
             self._judged(stage).reset()
         self.log(f"{stage}/accuracy", metrics.pop("accuracy"), prog_bar=True)

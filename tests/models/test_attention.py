@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from lit_alignment.data.collate import collate_packed
+from lit_alignment.data.collate import Sequences, collate_packed, pack_sequences
 from lit_alignment.data.encode import Example
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses import token_cross_entropy
@@ -54,6 +54,37 @@ def test_packed_logits_equal_those_of_separate_documents(name):
         model.set_attn_implementation("eager")
         separate = torch.cat([model(input_ids=document, use_cache=False).logits for document in documents], 1)
     torch.testing.assert_close(packed, separate, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_responses_that_share_a_prompt_have_the_logits_of_whole_conversations(name):
+    """The reference is transformers' own eager attention on the prompt with one response at a time."""
+    model, implementation = build(name)
+    torch.manual_seed(1)
+    items = [
+        Sequences(
+            prompt=torch.randint(3, 300, (p,)).tolist(), responses=[torch.randint(3, 300, (n,)).tolist() for n in ns]
+        )
+        for p, ns in ((7, (3, 9)), (4, (5,)), (6, (1, 2, 8)))
+    ]
+    rows, begins = pack_sequences(items, share=True)
+    assert rows.document_parents == [-1, 0, 0, -1, -1, 4, 4, 4] and rows.num_tokens == 7 + 12 + 9 + 6 + 11
+    arguments = document_arguments(implementation, rows.document_lengths, rows.input_ids.device, rows.document_parents)
+    inputs = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "use_cache": False}
+    with torch.no_grad():
+        packed = model(**inputs, **arguments).logits[0]
+        model.set_attn_implementation("eager")
+        for begin, (item, response) in zip(begins, ((i, r) for i in items for r in i.responses), strict=True):
+            whole = model(input_ids=torch.tensor([item.prompt + response]), use_cache=False).logits[0]
+            found = packed[begin : begin + len(response)]
+            torch.testing.assert_close(found, whole[len(item.prompt) :], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "eager"])
+def test_attention_that_cannot_share_a_prompt_is_refused(attention):
+    with pytest.raises(ConfigError, match=r"cannot let responses of a row share one prompt|cannot train packed rows"):
+        choose_attention(attention, True, "cuda", LlamaConfig(), shared_prompts=True)
+    assert choose_attention("auto", True, "cuda", LlamaConfig(), shared_prompts=True) == "document_sdpa"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

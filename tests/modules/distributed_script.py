@@ -1,4 +1,4 @@
-"""One run of SFT on two gloo ranks; rank 0 writes gradients and losses. Started by test_distributed.py."""
+"""One run on two gloo ranks; rank 0 writes gradients and losses. Started by test_distributed.py."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from lit_alignment.models.loading import Backbone
-from tests.helpers import chats, sft_data, sft_module, trainer
+from tests.helpers import (
+    chats,
+    class_data,
+    classifier,
+    labelled,
+    pairs,
+    reward_data,
+    reward_model,
+    sft_data,
+    sft_module,
+    trainer,
+)
 
 
 def full(tensor):
@@ -31,7 +42,21 @@ class Recorder(Callback):
             self.norms.append(float(full(trainer.callback_metrics["train/grad_norm"])))
 
 
-def main(kind: str, lora: str, folder: str, part: str = "all") -> None:
+def build(method: str, lora: bool, part: str):
+    settings = {"packing": part == "all", "tokens_per_batch": 512, "batch_size": 2}
+    match method:
+        case "sft":
+            module = sft_module(lora=lora)
+            return module, sft_data(module, chats(11), chats(7, seed=1), **settings)
+        case "classification":
+            module = classifier(lora=lora, class_weights="balanced")
+            return module, class_data(module, labelled(40), labelled(7, seed=1), **settings)
+        case "reward":
+            module = reward_model(lora=lora, center=0.01)
+            return module, reward_data(module, pairs(11), pairs(7, seed=1), **settings | {"tokens_per_batch": None})
+
+
+def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sft") -> None:
     """Train one epoch (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`).
 
     `sharded` trains one epoch over `folder/base`, saves a checkpoint in shards, and writes the logits.
@@ -60,10 +85,9 @@ def main(kind: str, lora: str, folder: str, part: str = "all") -> None:
         enable_checkpointing=part in ("first", "sharded"),
         **limits.get(part, {}),
     )
-    module = sft_module(lora=lora == "lora")
+    module, data = build(method, lora == "lora", part)
     if part == "sharded":
         module.backbone = Backbone(f"{folder}/base")
-    data = sft_data(module, chats(11), chats(7, seed=1), packing=part == "all", tokens_per_batch=512, batch_size=2)
     runner.fit(module, data, ckpt_path=Path(folder) / "saved.ckpt" if part == "rest" else None)
     if part == "sharded":
         module.network.eval()

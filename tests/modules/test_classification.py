@@ -5,99 +5,57 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import LoraConfig
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lit_alignment import ClassificationDataModule, ClassificationModule, Export, PredictionWriter, ScoredPicks
+from lit_alignment import ClassificationModule, Export, PredictionWriter, ScoredPicks
 from lit_alignment.callbacks.export import export_checkpoint
 from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.records import Source
 from lit_alignment.errors import CheckpointError, ConfigError, RecordError
 from lit_alignment.losses import focal_loss
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.restoring import read_saved, restore
+from lit_alignment.modules.scoring import tell_pad_apart
 from lit_alignment.optimization import OptimizerConfig
-from tests.helpers import WORDS, base_model_folder, trainer
-
-LABELS = ["bad", "fine", "good"]
-
-
-def labelled(number: int, labels=LABELS, seed: int = 0):
-    """Single messages of very unequal lengths, each with a label."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(high: int) -> int:
-        return int(torch.randint(high, (1,), generator=generator))
-
-    records = []
-    for index in range(number):
-        text = " ".join(WORDS[draw(len(WORDS))] for _ in range((1, 2, 5, 40)[draw(4)]))
-        records.append({"id": f"r{index}", "messages": [{"role": "user", "content": text}], "label": labels[index % 3]})
-    return records
-
-
-def module(path="configs/tiny", lora=False, **settings):
-    seed_everything(0, verbose=False)
-    settings.setdefault("labels", LABELS)
-    settings.setdefault("optimizer", OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0))
-    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
-    return ClassificationModule(
-        Backbone(path, weights="random" if path == "configs/tiny" else "pretrained"), peft=peft, **settings
-    )
-
-
-def data(model, train=None, val=None, **settings):
-    settings.setdefault("encoding", EncodingConfig(max_length=512))
-    sources = {"train": train, "val": val, "test": val, "predict": val}
-    return ClassificationDataModule(
-        model.tokenizer,
-        labels=model.labels,
-        problem=model.problem,
-        **{name: [Source(records=records, name=name)] for name, records in sources.items() if records},
-        **settings,
-    )
-
-
-def gradients(folder, records, **settings):
-    model = module(**settings.pop("model", {}))
-    captured = {}
-    model.on_before_optimizer_step = lambda optimizer: captured.update(
-        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    )
-    options = {k: settings.pop(k) for k in ("accumulate_grad_batches",) if k in settings}
-    trainer(folder, max_steps=1, **options).fit(model, data(model, records, **settings))
-    return captured
+from tests.helpers import (
+    LABELS,
+    assert_same_gradients,
+    base_model_folder,
+    class_data,
+    classifier,
+    labelled,
+    step_gradients,
+    trainer,
+)
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
 def test_accumulation_equals_one_big_batch(lora, packing, tmp_path):
     path = base_model_folder(tmp_path / "base") if lora else "configs/tiny"
-    records, shared = labelled(9), {"model": {"path": path, "lora": lora}}
     if packing:  # rows of 64 tokens hold one to many of them
         encoding = EncodingConfig(max_length=64)
-        many = {"packing": True, "tokens_per_batch": 64, "encoding": encoding, "accumulate_grad_batches": 9}
-        one = {"packing": True, "tokens_per_batch": 4096, "encoding": encoding}
+        many, windows = {"tokens_per_batch": 64, "encoding": encoding}, 9
+        one = {"tokens_per_batch": 4096, "encoding": encoding}
     else:
-        many, one = (
-            {"packing": False, "batch_size": 2, "accumulate_grad_batches": 5},
-            {"packing": False, "batch_size": 9},
-        )
-    expected = gradients(tmp_path, records, **one, **shared | {"model": dict(shared["model"])})
-    found = gradients(tmp_path, records, **many, **shared | {"model": dict(shared["model"])})
-    assert expected and expected.keys() == found.keys() and any("score" in name for name in found)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        many, windows = {"packing": False, "batch_size": 2}, 5
+        one = {"packing": False, "batch_size": 9}
+    model = classifier(path, lora)
+    expected = step_gradients(tmp_path, model, class_data(model, labelled(9), **one))
+    model = classifier(path, lora)
+    data = class_data(model, labelled(9), **many)
+    found = step_gradients(tmp_path, model, data, accumulate_grad_batches=windows)
+    assert any("score" in name for name in found)
+    assert_same_gradients(found, expected)
 
 
 def test_gradient_equals_a_slow_loop_over_single_conversations(tmp_path):
     records = labelled(5)
-    found = gradients(tmp_path, records, model={"class_weights": [1.0, 2.0, 0.5], "focal_gamma": 2.0})
-    model = module()
+    model = classifier(class_weights=[1.0, 2.0, 0.5], focal_gamma=2.0)
+    found = step_gradients(tmp_path, model, class_data(model, records))
+    model = classifier()
     network = model.load_model()
     total = torch.zeros(())
     for record in records:
@@ -113,7 +71,7 @@ def test_gradient_equals_a_slow_loop_over_single_conversations(tmp_path):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_score_does_not_depend_on_batch_padding_or_packing(side):
     records = labelled(8)
-    model = module()
+    model = classifier()
     model.load_model().eval()
     model.tokenizer.padding_side = side
     scores = {}
@@ -122,20 +80,22 @@ def test_score_does_not_depend_on_batch_padding_or_packing(side):
         "padded": {"packing": False, "batch_size": 8},
         "single": {"packing": False, "batch_size": 1},
     }.items():
-        loader = data(model, val=records, **settings)
+        loader = class_data(model, val=records, **settings)
         loader.setup("predict")
         with torch.no_grad():
-            rows = [(i.id, s) for b in loader.predict_dataloader() for i, s in zip(b.items, model.scores(b.scores))]
-        scores[name] = torch.stack([score for _, score in sorted(rows, key=lambda row: row[0])])
+            rows = {}
+            for batch in loader.predict_dataloader():
+                rows |= zip((item.id for item in batch.items), model.scores(batch.scores), strict=True)
+        scores[name] = torch.stack([rows[name] for name in sorted(rows)])
     for name in ("padded", "packed"):
         torch.testing.assert_close(scores[name], scores["single"], rtol=1e-5, atol=1e-5)
 
 
 def test_score_is_that_of_transformers_however_it_pads(tmp_path):
     records = labelled(6)
-    model = module()
+    model = classifier()
     network = model.load_model().eval()
-    loader = data(model, val=records, batch_size=6)
+    loader = class_data(model, val=records, batch_size=6)
     loader.setup("predict")
     (batch,) = loader.predict_dataloader()
     with torch.no_grad():
@@ -148,12 +108,10 @@ def test_score_is_that_of_transformers_however_it_pads(tmp_path):
 
 
 def test_pad_token_is_never_the_end_of_a_conversation():
-    model = module()
+    model = classifier()
     assert model.tokenizer.pad_token_id != model.tokenizer.eos_token_id
     tokenizer = AutoTokenizer.from_pretrained("configs/tiny")
     tokenizer.pad_token = tokenizer.eos_token
-    from lit_alignment.modules.scoring import tell_pad_apart
-
     tell_pad_apart(tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert len(tokenizer) == len(AutoTokenizer.from_pretrained("configs/tiny"))
@@ -162,8 +120,8 @@ def test_pad_token_is_never_the_end_of_a_conversation():
 @pytest.mark.parametrize("form", ["merged", "adapter"])
 def test_head_is_saved_with_the_adapters_and_scores_stay(form, tmp_path):
     base = base_model_folder(tmp_path / "base")
-    model = module(base, lora=True)
-    loader = data(model, labelled(9), labelled(6, seed=1))
+    model = classifier(base, lora=True)
+    loader = class_data(model, labelled(9), labelled(6, seed=1))
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
     runner = trainer(tmp_path, callbacks=[saver], max_epochs=2, enable_checkpointing=True)
     runner.fit(model, loader)
@@ -177,7 +135,7 @@ def test_head_is_saved_with_the_adapters_and_scores_stay(form, tmp_path):
     assert all("lora" in name or "score" in name for name in content)
 
     network, _ = restore(read_saved(tmp_path / "ckpt/x.ckpt"))
-    again = module(base, lora=True)
+    again = classifier(base, lora=True)
     again.model = network
     with torch.no_grad():
         torch.testing.assert_close(again.scores(batch.scores), before, rtol=1e-5, atol=1e-5)
@@ -198,25 +156,27 @@ def test_head_is_saved_with_the_adapters_and_scores_stay(form, tmp_path):
 
 def test_resume_takes_over_what_was_measured_and_refuses_other_labels(tmp_path):
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
-    model = module()
-    trainer(tmp_path, callbacks=[saver], enable_checkpointing=True).fit(model, data(model, labelled(9), labelled(6)))
+    model = classifier()
+    trainer(tmp_path, callbacks=[saver], enable_checkpointing=True).fit(
+        model, class_data(model, labelled(9), labelled(6))
+    )
     assert model.temperature != 1.0
-    again = module()
+    again = classifier()
     writer = PredictionWriter(str(tmp_path / "out"))
-    loader = data(again, val=labelled(6))
+    loader = class_data(again, val=labelled(6))
     trainer(tmp_path, callbacks=[writer]).predict(again, loader, ckpt_path=tmp_path / "ckpt/x.ckpt")
     assert again.temperature == model.temperature
-    other = module(labels=["x", "y", "z"])
+    other = classifier(labels=["x", "y", "z"])
     with pytest.raises(CheckpointError, match=r"scores \['bad', 'fine', 'good'\] .* this model \['x', 'y', 'z'\]"):
-        trainer(tmp_path).validate(other, data(other, val=[r | {"label": 0} for r in labelled(6)]),
+        trainer(tmp_path).validate(other, class_data(other, val=[r | {"label": 0} for r in labelled(6)]),
                                    ckpt_path=tmp_path / "ckpt/x.ckpt")  # fmt: skip
 
 
 def test_prediction_line_holds_label_prediction_and_probabilities(tmp_path):
-    model = module()
+    model = classifier()
     records = [*labelled(4), {"id": "bare", "messages": [{"role": "user", "content": "no label"}], "meta": {"a": 1}}]
     writer = PredictionWriter(str(tmp_path))
-    trainer(tmp_path, callbacks=[writer]).predict(model, data(model, val=records))
+    trainer(tmp_path, callbacks=[writer]).predict(model, class_data(model, val=records))
     lines = [json.loads(line) for line in (tmp_path / "classes.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["r0", "r1", "r2", "r3", "bare"]
     for line in lines:
@@ -232,8 +192,8 @@ def overfit(folder, problem, labels, values, **settings):
         {"id": str(i), "messages": [{"role": "user", "content": text}], "label": value}
         for i, (text, value) in enumerate(zip(texts, values, strict=True))
     ]
-    model = module(labels=labels, problem=problem, **settings)
-    loader = data(model, records, records)
+    model = classifier(labels=labels, problem=problem, **settings)
+    loader = class_data(model, records, records)
     runner = trainer(folder, max_epochs=80)
     runner.fit(model, loader)
     trainer(folder, callbacks=[PredictionWriter(str(folder), overwrite=True)]).predict(model, loader)
@@ -260,8 +220,8 @@ def test_every_kind_of_label_can_be_learned(tmp_path):
 def test_validation_loss_is_a_mean_over_conversations_under_any_batching(tmp_path):
     losses = []
     for settings in ({"packing": True}, {"packing": False, "batch_size": 2}, {"packing": False, "batch_size": 7}):
-        model = module(label_smoothing=0.3)
-        (result,) = trainer(tmp_path).validate(model, data(model, val=labelled(7), **settings), verbose=False)
+        model = classifier(label_smoothing=0.3)
+        (result,) = trainer(tmp_path).validate(model, class_data(model, val=labelled(7), **settings), verbose=False)
         losses.append(result["val/loss"])
     model.eval()
     slow = []
@@ -287,8 +247,8 @@ def test_validation_loss_is_a_mean_over_conversations_under_any_batching(tmp_pat
     ],
 )
 def test_label_at_fault_is_named_with_its_place(label, problem, message):
-    model = module(problem=problem)
-    loader = data(model, [labelled(1)[0] | {"label": label}])
+    model = classifier(problem=problem)
+    loader = class_data(model, [labelled(1)[0] | {"label": label}])
     with pytest.raises(RecordError, match=message):
         loader.setup("fit")
 
@@ -307,15 +267,15 @@ def test_label_at_fault_is_named_with_its_place(label, problem, message):
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        module(**settings)
+        classifier(**settings)
 
 
 def test_report_shows_predictions_and_the_confusion_matrix(tmp_path):
-    model = module()
+    model = classifier()
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
     callbacks = [saver, ScoredPicks(num_samples=2), Export()]
     runner = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True)
-    runner.fit(model, data(model, labelled(9), labelled(6, seed=1)))
+    runner.fit(model, class_data(model, labelled(9), labelled(6, seed=1)))
     page = (tmp_path / "cherry_picks.html").read_text()
     assert 'aria-label="confusion matrix"' in page and page.count("<rect") == 9
     lines = [json.loads(line) for line in (tmp_path / "cherry_picks.jsonl").read_text().splitlines()]

@@ -6,17 +6,18 @@ import torch
 from tests.helpers import run_on_ranks
 
 
-def launch(kind, lora, folder, part="all"):
-    run_on_ranks("modules.distributed_script", kind, lora, str(folder), part)
+def launch(kind, lora, folder, part="all", method="sft"):
+    run_on_ranks("modules.distributed_script", kind, lora, str(folder), part, method)
     return torch.load(folder / f"{kind}-{part}-0.pt")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_ranks_equal_one_process(kind, lora, tmp_path):
+@pytest.mark.parametrize("method", ["sft", "classification", "reward"])
+def test_two_ranks_equal_one_process(method, kind, lora, tmp_path):
     """The same micro-batches, dealt to two ranks with half the accumulation; the last window is a short one."""
-    one, two = launch("one", lora, tmp_path), launch(kind, lora, tmp_path)
+    one, two = launch("one", lora, tmp_path, method=method), launch(kind, lora, tmp_path, method=method)
     assert len(one["gradients"]) == len(two["gradients"]) > 0
     assert one["ids"] != two["ids"]
     for name, gradient in one["gradients"][0].items():
