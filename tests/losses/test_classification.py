@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -69,7 +70,7 @@ def test_balanced_weights_give_each_class_the_same_part():
 def test_balanced_weights_are_those_of_scikit_learn():
     sklearn = pytest.importorskip("sklearn.utils.class_weight")
     labels = [0] * 5 + [1] * 3 + [2]
-    expected = sklearn.compute_class_weight("balanced", classes=[0, 1, 2], y=labels)
+    expected = sklearn.compute_class_weight("balanced", classes=np.arange(3), y=labels)
     assert balanced_class_weights(torch.tensor([5, 3, 1])).tolist() == pytest.approx(expected.tolist())
 
 
