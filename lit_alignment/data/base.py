@@ -113,6 +113,7 @@ class AlignmentDataModule(LightningDataModule):
     # What a method adds.
 
     record_type: type[Record] = Record
+    marked = "trained"  # what the labels of `views` say of a token
     share_prompts = False  # whether responses in a packed row go on from one copy of their prompt
 
     def read(self, raw: object, where: str, position: int) -> Record:

@@ -46,6 +46,8 @@ class ClassificationDataModule(AlignmentDataModule):
         cache_dir: Where encoded data are kept.
     """
 
+    marked = "scored"
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,

@@ -76,6 +76,7 @@ class RewardDataModule(AlignmentDataModule):
     """
 
     record_type = Comparison
+    marked = "scored"
 
     def __init__(
         self,

@@ -84,6 +84,7 @@ def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
         module.backbone,
         module.tokenizer,
         workload,
+        head=module.head,
         tokens=module.tokens_config,
         added=module.added_tokens,
         peft=module.peft_config,

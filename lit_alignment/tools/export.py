@@ -5,10 +5,17 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig
 from lit_alignment.data.messages import read_record
@@ -16,6 +23,7 @@ from lit_alignment.data.records import Source
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.transformers_engine import StopRule, generation_config, stop_rule
 from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.head import scores_at
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.restoring import Saved, read_saved, restore
 from lit_alignment.models.saving import PARTIAL, Companions, export_form, write_folder
@@ -59,14 +67,15 @@ def main(arguments: list[str], merge: bool = False) -> None:
     dtype = DTYPES[options.dtype] if options.dtype != "auto" else _dtype(saved, form)
 
     prompts = encode_prompts(tokenizer, options.prompts)
-    before = logits(network, prompts)
+    before = logits(network, prompts) if saved.head is None else [scores(network, prompt) for prompt in prompts]
     fresh = target.with_name(f".{target.name}.checked{PARTIAL}")
     companions = Companions(tokenizer, _generation_config(saved, options.source, tokenizer), saved.chat_template)
     write_folder(network, {}, fresh, companions, form, options.max_shard_size, dtype)
     try:
         difference = compare(before, logits(reload(fresh, form, saved), prompts))
         tolerance = options.tolerance if options.tolerance is not None else TOLERANCE[dtype]
-        print(f"logits before and after on {len(prompts)} prompts: {difference}")
+        what = "logits" if saved.head is None else "scores"
+        print(f"{what} before and after on {len(prompts)} prompts: {difference}")
         if not difference.share <= tolerance:  # also where it is no number
             raise CheckpointError(
                 f"{target}: not written: the exported model answers differently than the trained one ({difference}; "
@@ -110,7 +119,9 @@ def _dtype(saved: Saved, form: str) -> torch.dtype:
     return stored or torch.float32
 
 
-def _generation_config(saved: Saved, source: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def _generation_config(saved: Saved, source: Path, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig | None:
+    if saved.head is not None:
+        return None
     if saved.stop is not None:
         return generation_config(tokenizer, StopRule(**saved.stop))
     if (source / "generation_config.json").is_file():
@@ -142,22 +153,32 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> lis
 
 @torch.no_grad()
 def logits(network: nn.Module, prompts: list[list[int]]) -> list[Tensor]:
-    """Logits after each prompt's tokens, [T, V] each."""
+    """Logits after each prompt's tokens, [T, V] each, or transformers' own scores of it, [1, K]."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        found.append(network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(prompt) :].float())
+        output = network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        # A classifier has one row of scores a sequence, a language model one a token; prompt learning adds some before.
+        found.append(output.float() if output.ndim == 2 else output[0, -len(prompt) :].float())
     return found
+
+
+@torch.no_grad()
+def scores(network: nn.Module, prompt: list[int]) -> Tensor:
+    """A classifier's scores of a prompt's last token, [1, K], as they were in training: by place, not by padding."""
+    ids = torch.tensor([prompt])
+    return scores_at(network, torch.tensor([len(prompt) - 1]), input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 def reload(folder: Path, form: str, saved: Saved) -> nn.Module:
     """The written folder as a user would load it, computing in float32."""
     if form != "adapter":
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        kind: Any = AutoModelForCausalLM if saved.head is None else AutoModelForSequenceClassification
+        model: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)
         return model.eval()
     alone = Saved(
         Backbone(saved.backbone.path, saved.backbone.revision, tokenizer=str(folder)),
-        None, Adapter(str(folder)), saved.tokens, {}, None, None,
+        None, Adapter(str(folder)), saved.tokens, {}, None, None, saved.head,
     )  # fmt: skip
     return restore(alone)[0]
 

@@ -78,8 +78,10 @@ def main(arguments: list[str]) -> None:
         for name, example in sequences:
             tokens = shown_tokens(example, data.tokenizer)
             console.rule(f"{options.split} {number}: {row['dataset']}/{row['id']}{name and ' ' + name}", align="left")
-            console.print(_summary(tokens))
-            console.print(token_table(tokens) if options.tokens else run_table(tokens, console.is_terminal))
+            console.print(_summary(tokens, data.marked))
+            console.print(
+                token_table(tokens) if options.tokens else run_table(tokens, console.is_terminal, data.marked)
+            )
     console.rule("lengths", align="left")
     lengths = np.array(data.examples[options.split]["length"])
     console.print(terminal_histogram(lengths, data.encoder.config.max_length))
@@ -111,19 +113,19 @@ def shown_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[T
     return tokens
 
 
-def _summary(tokens: Sequence[Token]) -> str:
-    trained = sum(token.trained for token in tokens)
-    return f"{len(tokens)} tokens, {trained} trained ({trained / len(tokens):.0%})"
+def _summary(tokens: Sequence[Token], marked: str) -> str:
+    number = sum(token.trained for token in tokens)
+    return f"{len(tokens)} tokens, {number} {marked} ({number / len(tokens):.0%})"
 
 
-def run_table(tokens: Sequence[Token], colour: bool) -> Table:
+def run_table(tokens: Sequence[Token], colour: bool, marked: str) -> Table:
     """One line a run of tokens that are trained alike."""
     table = Table(show_lines=True)
     for heading in ("position", "loss", "tokens"):
         table.add_column(heading, overflow="fold")
     for (trained, weight), run in groupby(tokens, key=lambda token: (token.trained, token.weight)):
         part = list(run)
-        loss = ("trained" if weight == 1.0 else f"weight {weight:g}") if trained else ""
+        loss = (marked if weight == 1.0 else f"weight {weight:g}") if trained else ""
         table.add_row(f"{part[0].position}-{part[-1].position}", loss, _flow(part, colour))
     return table
 
@@ -205,14 +207,16 @@ def render_page(
             tokens = shown_tokens(example, data.tokenizer)
             title = escape(f"{row['dataset']}/{row['id']} {name}")
             body = "".join(map(_token_html, tokens))
-            parts.append(f"<h2>{title}</h2><p>{_summary(tokens)}</p><div class='scroll tokens'>{body}</div>")
+            parts.append(
+                f"<h2>{title}</h2><p>{_summary(tokens, data.marked)}</p><div class='scroll tokens'>{body}</div>"
+            )
     report = escape(data.reports[split].line())
     packed = f"<p>{_packing_line(data, split)}</p>" if split != "predict" and data.packing else ""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{split}</title><style>{STYLE}{TOKEN_STYLE}</style>"
         f"<h1>What the model sees: {split}</h1><p style='white-space:pre-wrap'>{report}</p>{packed}"
         f"<h2>Lengths in tokens</h2>{histogram_svg(lengths)}"
-        "<p class=key><span class=trained>trained</span><span class=special>special token</span>"
+        f"<p class=key><span class=trained>{data.marked}</span><span class=special>special token</span>"
         "hover over a token for its id, label and weight</p>"
         f"{''.join(parts)}</html>\n"
     )

@@ -29,7 +29,9 @@ def test_first_token_never_counts_as_trained(tokenizer):
 
 
 def test_runs_of_equal_loss_share_a_line(tokenizer):
-    table = run_table(shown_tokens(Example([5, 6, 7, 8], [-100, 6, 7, 8], [0, 1.0, 1.0, 0.5]), tokenizer), False)
+    table = run_table(
+        shown_tokens(Example([5, 6, 7, 8], [-100, 6, 7, 8], [0, 1.0, 1.0, 0.5]), tokenizer), False, "trained"
+    )
     assert list(table.columns[0].cells) == ["0-0", "1-2", "3-3"]
     assert list(table.columns[1].cells) == ["", "trained", "weight 0.5"]
 
