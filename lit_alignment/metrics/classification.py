@@ -60,7 +60,7 @@ class ScoresAndTargets(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Scores, [N, K], and targets, on every rank, in no order."""
-        if not self.scores:
+        if len(self.scores) == 0:  # a list on one process, one tensor where ranks were gathered
             return torch.zeros(0, self.width), torch.zeros(0)
         return dim_zero_cat(self.scores), dim_zero_cat(self.targets)
 

@@ -116,8 +116,9 @@ class RewardModule(ScoringModule):
         if self.data.kind == "preferences":
             pairs = self._pairs(stage)
             better, worse, records = ordered_pairs(batch)
-            groups = torch.tensor([pairs.groups.index(batch.subsets[r] if stage == "test" else "") for r in records])
-            pairs.update(scores[better], scores[worse], groups.to(scores.device))
+            groups = [pairs.groups.index(batch.subsets[record] if stage == "test" else "") for record in records]
+            places = torch.tensor([better, worse, groups], dtype=torch.long, device=scores.device)
+            pairs.update(scores[places[0]], scores[places[1]], places[2])
         else:
             self._judged(stage).update(scores[counted, None], batch.targets[counted, None])
         return loss_sum
