@@ -53,7 +53,7 @@ def build(method: str, lora: bool, part: str):
             return module, class_data(module, labelled(40), labelled(7, seed=1), **settings)
         case "reward":
             module = reward_model(lora=lora, center=0.01)
-            return module, reward_data(module, pairs(11), pairs(7, seed=1), **settings | {"tokens_per_batch": None})
+            return module, reward_data(module, pairs(31), pairs(7, seed=1), **settings)
 
 
 def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sft") -> None:
