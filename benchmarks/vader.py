@@ -120,7 +120,7 @@ def train_and_test(method: str) -> tuple[dict[str, float], int, float]:
     trained = build(["fit", "--config", config], run=True)
     seconds = time.perf_counter() - start
     best = trained.trainer.checkpoint_callback.best_model_path
-    tested = build(["test", "--config", config, f"--ckpt_path={best}", "--trainer.logger=false"], run=True)
+    tested = build(["test", "--config", config, f"--ckpt_path={best}"], run=True)
     metrics = {name: float(value) for name, value in tested.trainer.callback_metrics.items()}
     return metrics, len(trained.datamodule.examples["train"]), seconds
 

@@ -17,6 +17,10 @@ TOOLS = {
     "export": ("lit_alignment.tools.export", "checkpoint or adapter -> a Hugging Face folder, logits compared"),
     "merge": ("lit_alignment.tools.merge", "the same, with the adapters merged into the weights"),
     "evaluate": ("lit_alignment.tools.evaluate", "metrics of the answers in a predictions file"),
+    "sample": (
+        "lit_alignment.tools.sample",
+        "choose among scored answers: best of n, rejection sampling; as pairs or chats",
+    ),
     "convert": ("lit_alignment.tools.convert", "a turbo-alignment JSON -> a YAML of ours, with what differs"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
     "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),

@@ -11,18 +11,23 @@ import yaml
 from lit_alignment.callbacks.cherry_picks import CherryPicks
 from lit_alignment.callbacks.export import Export
 from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.callbacks.scored_picks import ScoredPicks
 from lit_alignment.callbacks.throughput import Throughput
 from lit_alignment.callbacks.upload import Upload
 from lit_alignment.cli import TOOLS, TRAINER_COMMANDS
 from lit_alignment.data.base import AlignmentDataModule
+from lit_alignment.data.classification import ClassificationDataModule
 from lit_alignment.data.encode import EncodingConfig
 from lit_alignment.data.records import Source
+from lit_alignment.data.reward import RewardDataModule
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.loggers import ClearMLLogger
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.tokens import NewToken, TokensConfig
+from lit_alignment.modules.classification import ClassificationModule
+from lit_alignment.modules.reward import RewardModule
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import ROOT
@@ -40,7 +45,19 @@ SETTINGS = [
     Source,
     GenerationSettings,
 ]
-SETTINGS += [AlignmentDataModule, SFTModule, CherryPicks, Export, PredictionWriter, Throughput, Upload, ClearMLLogger]
+SETTINGS += [AlignmentDataModule, ClassificationDataModule, RewardDataModule]
+SETTINGS += [
+    SFTModule,
+    ClassificationModule,
+    RewardModule,
+    CherryPicks,
+    ScoredPicks,
+    Export,
+    PredictionWriter,
+    Throughput,
+    Upload,
+    ClearMLLogger,
+]
 
 
 def rows():
@@ -55,8 +72,8 @@ def test_guarantee_table_names_tests_that_exist():
 
 
 def test_every_guarantee_of_this_method_has_a_row():
-    expected = {"A1", "A2", "A2b", "A4", "A5", "A6", "B1", "B2", "B3", "B4", "B5", "C1", "C2"}
-    expected |= {"D1", "D2", "D4", "E1", "E2", "E4", "E6", "I"}
+    expected = {"A1", "A2", "A2b", "A3", "A4", "A5", "A6", "B1", "B2", "B3", "B4", "B5", "C1", "C2"}
+    expected |= {"D1", "D2", "D3", "D4", "H1", "E1", "E2", "E4", "E6", "I"}
     assert expected <= {name for name, _, _ in rows()}
 
 

@@ -12,6 +12,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptTuningConfig,
     TaskType,
     get_peft_model,
@@ -64,6 +65,11 @@ def add_adapters(model: nn.Module, peft: PeftConfig, added: dict[str, int], trai
     """
     config = copy.deepcopy(peft)
     if train_head:
+        if isinstance(config, PrefixTuningConfig):
+            raise ConfigError(
+                "model.peft: prefix tuning hands keys and values to the model, which transformers' classifiers do not "
+                "take from peft. Use peft.LoraConfig, or prompt tuning or P-tuning."
+            )
         config.task_type = TaskType.SEQ_CLS
     if added:
         train_token_rows(model, config, added)

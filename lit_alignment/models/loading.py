@@ -16,11 +16,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from lit_alignment.errors import ConfigError, require
 from lit_alignment.models.adapters import Adapter, add_adapters, is_prompt_learning, load_adapter
 from lit_alignment.models.attention import Attention, choose_attention
-from lit_alignment.models.head import output_head
+from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.paths import local_path
 
@@ -146,8 +147,8 @@ def load_network(
     if backbone.weights == "random":
         model = kind.from_config(config, **options)
     else:
-        options |= _quantized(backbone)
-        model = _from_pretrained(kind, backbone, backbone.path, config=config, **options)
+        options |= _quantized(backbone) | {"config": config}
+        model = _load_weights(kind, backbone, options) if head is None else _load_under_head(kind, backbone, options)
     fit_vocabulary(model, tokenizer, added or {}, tokens)
     if head is not None:
         output_head(model)  # refuses what has no such layer
@@ -171,6 +172,35 @@ def load_network(
         )
     # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
     return network.train()
+
+
+def _load_weights(kind: Any, backbone: Backbone, options: dict[str, Any]) -> PreTrainedModel:
+    model: PreTrainedModel = _from_pretrained(kind, backbone, backbone.path, **options)
+    return model
+
+
+def _load_under_head(kind: Any, backbone: Backbone, options: dict[str, Any]) -> PreTrainedModel:
+    """A decoder under a head, which is new unless the weights have one.
+
+    transformers reports a new head and an output embedding without use as a fault; other differences are one.
+
+    Raises:
+        ConfigError: If weights of the decoder are missing.
+    """
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = _from_pretrained(kind, backbone, backbone.path, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(before)
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(f"{SCORE}."))
+    if missing:
+        raise ConfigError(
+            f"{backbone.path}: {len(missing)} weights of {type(model).__name__} are not there, the first is "
+            f"'{missing[0]}'. Are these the weights of another architecture, or not all of them?"
+        )
+    fitted: PreTrainedModel = model
+    return fitted
 
 
 def _check_device(backbone: Backbone, wrapped: bool, device_type: str) -> None:

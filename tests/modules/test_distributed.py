@@ -11,13 +11,26 @@ def launch(kind, lora, folder, part="all", method="sft"):
     return torch.load(folder / f"{kind}-{part}-0.pt")
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """What one process found, by method and kind of training; made once for all strategies."""
+    found = {}
+
+    def run(method, lora):
+        if (method, lora) not in found:
+            found[method, lora] = launch("one", lora, tmp_path_factory.mktemp("one"), method=method)
+        return found[method, lora]
+
+    return run
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("method", ["sft", "classification", "reward"])
-def test_two_ranks_equal_one_process(method, kind, lora, tmp_path):
+def test_two_ranks_equal_one_process(method, kind, lora, one_process, tmp_path):
     """The same micro-batches, dealt to two ranks with half the accumulation; the last window is a short one."""
-    one, two = launch("one", lora, tmp_path, method=method), launch(kind, lora, tmp_path, method=method)
+    one, two = one_process(method, lora), launch(kind, lora, tmp_path, method=method)
     assert len(one["gradients"]) == len(two["gradients"]) > 0
     assert one["ids"] != two["ids"]
     for name, gradient in one["gradients"][0].items():

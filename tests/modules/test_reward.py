@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from lit_alignment import PredictionWriter, RewardModule, ScoredPicks
@@ -24,6 +25,7 @@ from tests.helpers import (
     step_gradients,
     trainer,
 )
+from tests.models.test_adapters import PROMPTS
 
 PROMPT = {"prompt": "order the kitchen scale"}
 RANKING = PROMPT | {"candidates": ["yes please", "no", "repair it now"], "ranking": [2, 3, 1]}
@@ -185,6 +187,41 @@ def test_head_is_saved_with_the_adapters_and_scores_stay(form, tmp_path):
             exported.load_model(packing=True, shared_prompts=True).eval()
         torch.testing.assert_close(exported.scores(batch), before, rtol=1e-5, atol=1e-5)
     assert exported.head.measured == model.head.measured and model.head.measured.keys() == {"reward_mean", "reward_std"}
+
+
+@pytest.mark.parametrize("name", ["prompt", "p_tuning"])
+def test_learned_vectors_before_the_tokens_score_the_same_in_any_batch_and_after_saving(name, tmp_path):
+    base = base_model_folder(tmp_path / "base")
+    model = reward_model(base, peft=PROMPTS[name])
+    data = reward_data(model, pairs(6), pairs(4), packing=False, batch_size=4)
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
+    trainer(tmp_path, callbacks=[saver], max_epochs=2, enable_checkpointing=True).fit(model, data)
+    batch = first_batch(data)
+    model.eval()
+    with torch.no_grad():
+        together = torch.cat(model.rewards(batch.scores))
+        alone = torch.cat([model.rewards(data.predict_collate([item]).scores)[0] for item in batch.items])
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+        folder = export_checkpoint(model, tmp_path / "ckpt/x.ckpt", tmp_path / "out")
+        saved = read_saved(folder)
+        again = RewardModule(saved.backbone, adapter=saved.adapter)
+        again.load_model().eval()
+        torch.testing.assert_close(torch.cat(again.rewards(batch.scores)), together, rtol=1e-5, atol=1e-5)
+
+
+def test_prefix_tuning_of_a_head_is_refused(tmp_path):
+    model = reward_model(base_model_folder(tmp_path / "base"), peft=PROMPTS["prefix"])
+    with pytest.raises(ConfigError, match="model.peft: prefix tuning hands keys and values"):
+        model.load_model()
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    folder = base_model_folder(tmp_path / "base")
+    weights = load_file(f"{folder}/model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 weights of LlamaForSequenceClassification are not there, the first is"):
+        reward_model(folder).load_model()
 
 
 def restored(folder):

@@ -7,14 +7,25 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_alignment import Export
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.models.restoring import read_saved, restore
 from lit_alignment.models.tokens import NewToken, TokensConfig
 from lit_alignment.tools import export, merge
 from lit_alignment.tools.export import Difference, compare
-from tests.helpers import base_model_folder, chats, command, sft_data, trainer, write_jsonl
+from tests.helpers import (
+    base_model_folder,
+    chats,
+    command,
+    pairs,
+    reward_data,
+    reward_model,
+    sft_data,
+    trainer,
+    write_jsonl,
+)
 from tests.models.test_adapters import ADAPTERS, PROMPTS, WEIGHTS, fit, logits, module_with
 from tests.modules.test_distributed import launch
 
@@ -210,3 +221,28 @@ def test_command_line_merges_and_says_what_it_did(base, tmp_path):
     assert result.returncode == 0 and "merged: " in result.stdout and result.stderr == ""
     missing = command("export", str(tmp_path / "no.ckpt"), "--out", str(tmp_path / "x"))
     assert missing.returncode == 2 and "no checkpoint file" in missing.stderr
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_scores_of_a_head_are_compared_and_kept(form, base, tmp_path, capsys):
+    module = reward_model(base, lora=True)
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
+    data = reward_data(module, pairs(4), pairs(4))
+    trainer(tmp_path, callbacks=[saver], enable_checkpointing=True).fit(module, data)
+    out = tmp_path / "out"
+    export.main([str(tmp_path / "ckpt/x.ckpt"), "--out", str(out), "--form", form, "--dtype", "float32"])
+    assert "scores before and after on 4 prompts: largest difference" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["reward_std"] == module.head.measured["reward_std"]
+    network, tokenizer = restore(read_saved(out)) if form == "adapter" else plain_classifier(out)
+    ids = torch.tensor([tokenizer("please repair the scale")["input_ids"]])
+    module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(network(input_ids=ids).logits, module.network(input_ids=ids).logits)
+    if form == "adapter":  # and merged later, from the folder alone
+        merge.main([str(out), "--out", str(tmp_path / "late"), "--dtype", "float32"])
+        assert json.loads((tmp_path / "late/config.json").read_text())["id2label"] == {"0": "reward"}
+
+
+def plain_classifier(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
