@@ -67,6 +67,9 @@ def document_attention(
     """
     if softcap is not None or s_aux is not None:
         raise ConfigError("This model needs soft-capped scores or sinks: set backbone.attention to flex_attention.")
+    if not document_lengths and attention_mask is None and query.shape[2] == key.shape[2]:
+        # Unpacked and unmasked: each row is one document, whose sliding window plain SDPA would not know of.
+        document_lengths = [query.shape[2]]
     if not document_lengths:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -56,6 +56,18 @@ def test_packed_logits_equal_those_of_separate_documents(name):
     torch.testing.assert_close(packed, separate, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+def test_sliding_window_holds_without_packing_and_without_a_mask(name):
+    model, _ = build(name)
+    torch.manual_seed(1)
+    rows = torch.randint(3, 300, (2, 11))
+    with torch.no_grad():
+        found = model(input_ids=rows, use_cache=False).logits
+        model.set_attn_implementation("eager")
+        expected = model(input_ids=rows, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_responses_that_share_a_prompt_have_the_logits_of_whole_conversations(name):
     """The reference is transformers' own eager attention on the prompt with one response at a time."""

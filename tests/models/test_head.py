@@ -1,0 +1,60 @@
+"""Scores of every decoder are those of transformers' own classifier, packed or padded on either side."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from lit_alignment.data.collate import Sequences, pack_sequences, pad_sequences
+from lit_alignment.errors import ConfigError
+from lit_alignment.models.attention import choose_attention, document_arguments
+from lit_alignment.models.head import scores_at
+from tests.models.test_attention import SIZE
+
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 256},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "phi": {},
+    "phi3": {},
+    "smollm3": {},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_scores_are_those_of_transformers(name):
+    torch.manual_seed(0)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_labels": 3}
+    config = AutoConfig.for_model(name, **(SIZE | special | ARCHITECTURES[name]))
+    implementation = choose_attention("auto", True, "cpu", config)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation).eval()
+    conversations = [torch.randint(3, 300, (length,)).tolist() for length in (5, 11, 2, 8)]
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        expected = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in conversations])
+        model.set_attn_implementation(implementation)
+        alone = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in conversations])
+        torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
+        for rows, begins in (
+            pack_sequences([Sequences([], [ids]) for ids in conversations], share=False),
+            pad_sequences([Sequences([], [ids]) for ids in conversations], pad_token_id=0),
+        ):
+            ends = torch.tensor([begin + len(ids) - 1 for begin, ids in zip(begins, conversations, strict=True)])
+            arguments = document_arguments(implementation, rows.document_lengths, rows.input_ids.device)
+            inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+            if name not in ("opt",):  # counts positions by the mask
+                inputs["position_ids"] = rows.position_ids
+            if name == "opt" and rows.attention_mask is None:
+                continue
+            torch.testing.assert_close(scores_at(model, ends, **inputs, **arguments), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_model_without_a_layer_of_scores_on_a_decoder_is_refused():
+    config = AutoConfig.for_model("bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(ConfigError, match="BertForSequenceClassification has neither output embeddings nor a layer"):
+        scores_at(model, torch.tensor([1]), input_ids=torch.tensor([[1, 2]]))
