@@ -26,6 +26,7 @@ from lit_alignment import (
 from lit_alignment.data.encode import Encoder, EncodingConfig, Example
 from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.records import Source
+from lit_alignment.data.responses import ResponseEncoder
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.models.loading import Backbone
 from lit_alignment.optimization import OptimizerConfig
@@ -71,6 +72,10 @@ def table(tokenizer, example: Example) -> str:
 
 def encoder(tokenizer, template: TemplateConfig | None = None, **settings: Any) -> Encoder:
     return Encoder(tokenizer, EncodingConfig(template=template or TemplateConfig(), **settings))
+
+
+def response_encoder(tokenizer, template: TemplateConfig | None = None, **settings: Any) -> ResponseEncoder:
+    return ResponseEncoder(tokenizer, EncodingConfig(template=template or TemplateConfig(), **settings))
 
 
 def base_model_folder(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> str:

@@ -36,11 +36,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(partial, path)
             flush_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a short write as a RuntimeError
-            partial.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{path}: cannot save the checkpoint ({error}). Earlier checkpoints are untouched; "
                 "free some space or set another folder, then go on with --ckpt_path."
             ) from error
+        finally:
+            partial.unlink(missing_ok=True)  # there only after an error or Ctrl-C
 
     @override
     def load_checkpoint(

@@ -90,7 +90,7 @@ class AlignmentDataModule(LightningDataModule):
             "test": test or [],
             "predict": predict or [],
         }
-        self.encoder = Encoder(tokenizer, encoding, seed)
+        self.encoder = self.encoder_type(tokenizer, encoding, seed)
         self.packing = packing
         self.tokens_per_batch = tokens_per_batch or encoding.max_length
         if packing and self.tokens_per_batch < encoding.max_length:
@@ -113,6 +113,7 @@ class AlignmentDataModule(LightningDataModule):
     # What a method adds.
 
     record_type: type[Record] = Record
+    encoder_type: type[Encoder] = Encoder
     marked = "trained"  # what the labels of `views` say of a token
     share_prompts = False  # whether responses in a packed row go on from one copy of their prompt
 

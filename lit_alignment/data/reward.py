@@ -17,6 +17,7 @@ from lit_alignment.data.messages import IGNORE_INDEX, Record
 from lit_alignment.data.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.prompts import ROW_FEATURES, Item, ItemBatch
 from lit_alignment.data.records import Source
+from lit_alignment.data.responses import ResponseEncoder
 from lit_alignment.errors import RecordError
 
 Kind = Literal["preferences", "outcomes", "steps"]
@@ -76,6 +77,8 @@ class RewardDataModule(AlignmentDataModule):
     """
 
     record_type = Comparison
+    encoder_type = ResponseEncoder
+    encoder: ResponseEncoder
     marked = "scored"
 
     def __init__(

@@ -140,18 +140,8 @@ def load_network(
         "attn_implementation": choose_attention(backbone.attention, packing, device_type, config, shared_prompts),
         "dtype": _dtype(backbone, wrapped, device_type),
     }
-    kind: Any = AutoModelForCausalLM
-    if head is not None:
-        kind = AutoModelForSequenceClassification
-        config.update(head.settings())
-    if backbone.weights == "random":
-        model = kind.from_config(config, **options)
-    else:
-        options |= _quantized(backbone) | {"config": config}
-        model = _load_weights(kind, backbone, options) if head is None else _load_under_head(kind, backbone, options)
+    model = _load_base(backbone, head, config, options)
     fit_vocabulary(model, tokenizer, added or {}, tokens)
-    if head is not None:
-        output_head(model)  # refuses what has no such layer
     if backbone.liger:
         _apply_liger(model)
     if backbone.gradient_checkpointing:
@@ -174,12 +164,25 @@ def load_network(
     return network.train()
 
 
-def _load_weights(kind: Any, backbone: Backbone, options: dict[str, Any]) -> PreTrainedModel:
-    model: PreTrainedModel = _from_pretrained(kind, backbone, backbone.path, **options)
+def _load_base(
+    backbone: Backbone, head: Head | None, config: PretrainedConfig, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The language model, or its decoder under a head, with its own weights or random ones."""
+    kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    if head is not None:
+        config.update(head.settings())
+    if backbone.weights == "random":
+        model: PreTrainedModel = kind.from_config(config, **options)
+    else:
+        options |= _quantized(backbone) | {"config": config}
+        load = _load_under_head if head is not None else _from_pretrained
+        model = load(kind, backbone, backbone.path, **options)
+    if head is not None:
+        output_head(model)  # refuses what has no such layer
     return model
 
 
-def _load_under_head(kind: Any, backbone: Backbone, options: dict[str, Any]) -> PreTrainedModel:
+def _load_under_head(kind: Any, backbone: Backbone, name: str, **options: Any) -> PreTrainedModel:
     """A decoder under a head, which is new unless the weights have one.
 
     transformers reports a new head and an output embedding without use as a fault; other differences are one.
@@ -190,13 +193,13 @@ def _load_under_head(kind: Any, backbone: Backbone, options: dict[str, Any]) -> 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, info = _from_pretrained(kind, backbone, backbone.path, output_loading_info=True, **options)
+        model, info = _from_pretrained(kind, backbone, name, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(before)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(f"{SCORE}."))
     if missing:
         raise ConfigError(
-            f"{backbone.path}: {len(missing)} weights of {type(model).__name__} are not there, the first is "
+            f"{name}: {len(missing)} weights of {type(model).__name__} are not there, the first is "
             f"'{missing[0]}'. Are these the weights of another architecture, or not all of them?"
         )
     fitted: PreTrainedModel = model

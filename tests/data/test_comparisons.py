@@ -4,7 +4,7 @@ import pytest
 
 from lit_alignment.data.comparisons import read_comparison
 from lit_alignment.errors import RecordError
-from tests.helpers import encoder
+from tests.helpers import response_encoder
 
 ASK = {"role": "user", "content": "q"}
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
@@ -125,6 +125,6 @@ def test_separator_that_a_template_would_change_is_refused(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m['content'] | trim")
     record = read(prompt="q", steps=["one", "two"])
     with pytest.raises(ConfigError, match="data.step_separator '.n.n': the template changes it"):
-        encoder(tokenizer, TemplateConfig()).encode_steps(record, record.steps, "\n\n")
-    ids, places = encoder(tokenizer, TemplateConfig()).encode_steps(record, record.steps, " ;")
+        response_encoder(tokenizer, TemplateConfig()).encode_steps(record, record.steps, "\n\n")
+    ids, places = response_encoder(tokenizer, TemplateConfig()).encode_steps(record, record.steps, " ;")
     assert [tokenizer.decode(ids[: place + 1])[-5:] for place in places] == ["one ;", "two ;"]
