@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     if notes.missing:
         raise ConfigError(f"{options.config}: missing: {', '.join(dict.fromkeys(notes.missing))}.")
     notes.unknown += top.unread()
-    targets = _targets(options.out or options.config.with_suffix(documents[0].suffix), len(documents))
+    targets = _targets(options.out or options.config.with_suffix(documents[0].suffix), documents)
     taken = [str(target) for target in targets if target.exists()]
     if taken and not options.overwrite:
         raise ConfigError(f"{', '.join(taken)} exists. Choose another --out, or add --overwrite.")
@@ -62,6 +62,16 @@ def convert(top: Settings, kind: str) -> list[Document]:
             from lit_alignment.tools.convert.inference import convert as convert_kind
         case "merge_adapters_to_base":
             from lit_alignment.tools.convert.merge import convert as convert_kind
+        case "train_classification":
+            from lit_alignment.tools.convert.classification import convert as convert_kind
+        case "inference_classification":
+            from lit_alignment.tools.convert.classification import convert_inference as convert_kind
+        case "train_rm":
+            from lit_alignment.tools.convert.reward import convert as convert_kind
+        case "inference_rm":
+            from lit_alignment.tools.convert.reward import convert_inference as convert_kind
+        case "random_sample" | "rm_sample" | "rso_sample":
+            from lit_alignment.tools.convert.sampling import convert as convert_kind
         case "train_dpo" | "train_kto" | "train_ddpo":
             raise ConfigError(f"{kind}: preference training is not there yet, so this cannot be converted.")
         case _:
@@ -87,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _targets(first: Path, number: int) -> list[Path]:
-    """Where to write: one file, or as many with a number each."""
-    return [first] if number <= 1 else [first.with_suffix(f".{index}{first.suffix}") for index in range(number)]
+def _targets(first: Path, documents: list[Document]) -> list[Path]:
+    """Where to write: one file, files that differ in their endings, or files with a number each."""
+    if len(documents) <= 1:
+        return [first]
+    endings = [document.suffix for document in documents]
+    if len(set(endings)) == len(endings):
+        return [first.with_suffix(ending) for ending in endings]
+    return [first.with_suffix(f".{index}{ending}") for index, ending in enumerate(endings)]

@@ -115,6 +115,26 @@ def cherry_picks(old: Settings, adapters: bool) -> dict[str, Any]:
     return {"class_path": "lit_alignment.CherryPicks", "init_args": ours}
 
 
+def scored_picks(old: Settings) -> dict[str, Any]:
+    """Our ScoredPicks callback.
+
+    Args:
+        old: The old cherry_pick_settings.
+    """
+    found = sources(old.part("dataset_settings"))
+    sizes = [_size(source) for source in found]
+    if None in sizes:
+        old.notes.warn(f"{old.path}.dataset_settings -> ScoredPicks.num_samples", EVERY_RECORD)
+    number = 1_000_000 if None in sizes else sum(size or 0 for size in sizes)
+    old.part("dataset_settings").leave_out("labels of tokens play no part", "add_labels")
+    old.leave_out("all metrics are always there, of the whole validation data", "metric_settings")
+    answered = ("generator_transformers_settings", "custom_generation_settings", "generation_config")
+    old.leave_out("nothing is generated", *answered)
+    old.notes.warn(old.path, TABLES)
+    arguments = {"sources": found, "num_samples": number, "before_training": False}
+    return {"class_path": "lit_alignment.ScoredPicks", "init_args": arguments}
+
+
 def warn_of_batches(notes: Notes, key: str, batch: int, settings: dict[str, Any]) -> None:
     """Say that answers were mixed up where they were."""
     if batch > 1 and settings.get("num_return_sequences", 1) > 1:

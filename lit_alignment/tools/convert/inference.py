@@ -1,9 +1,11 @@
 """inference_chat: answers of one or several models."""
 
+from collections.abc import Callable
 from typing import Any
 
 from lit_alignment.tools.convert.chat import encoding, sources
 from lit_alignment.tools.convert.document import Document
+from lit_alignment.tools.convert.fit import scored_encoding
 from lit_alignment.tools.convert.generation import META, PIECES, generation, warn_of_batches
 from lit_alignment.tools.convert.model import adapters, backbone
 from lit_alignment.tools.convert.settings import Settings, shorten
@@ -11,6 +13,9 @@ from lit_alignment.tools.convert.settings import Settings, shorten
 MANY_MODELS = "each model has a configuration of its own here; run them one after the other"
 ONE_ANSWER = "with a batch above 1 there was one answer to a prompt there, and no beams; here both are as asked"
 FILES = "Files have the old names, single_inference_0.jsonl and so on; a line has `dataset` instead of dataset_name."
+OVERWRITTEN = "several models wrote one file there, the last one over the others; here each has a folder of its own"
+SCORED = "The file is {file} in output_dir; a line has `dataset` instead of dataset_name."
+SCORED_FILES = {"Classification": "classes.jsonl", "Reward": "rewards.jsonl"}
 VLLM = "the vLLM engine is not there yet; transformers answers"
 
 
@@ -80,6 +85,82 @@ def _note_engine(old: Settings) -> None:
     for owner, key in ((old, "tensor_parallel_size"), *((engine, key) for key in engine.values)):
         if (value := owner.raw(key)) is not None:
             old.notes.leave_out(f"{owner.path_of(key)} {shorten(value)}", VLLM)
+
+
+def scored_documents(
+    top: Settings, method: str, purpose: str, module: Callable[[Settings], dict[str, Any]]
+) -> list[Document]:
+    """Our configurations for `predict` of models that score, one a model.
+
+    Args:
+        top: The old configuration.
+        method: Of our classes, before Module and DataModule.
+        purpose: What the configurations are for.
+        module: Further settings of the module for an old model.
+    """
+    notes = top.notes
+    seed, folder = top.take("seed", 42), top.need("save_path", str)
+    for name in ("inference_settings", "dataset_settings"):
+        if not top.values.get(name):
+            notes.missing.append(name)
+    dataset = top.part("dataset_settings")
+    dataset.leave_out("labels of tokens play no part", "add_labels")
+    found: dict[str, Any] = {"predict": sources(dataset), "encoding": {}} if dataset.values else {}
+    if dataset.values:
+        found["encoding"] = scored_encoding(dataset, [], keep_end=method == "Reward")
+    models = top.parts("inference_settings")
+    if len(models) > 1:
+        notes.warn("inference_settings", MANY_MODELS)
+        notes.warn("save_path", OVERWRITTEN)
+    documents = []
+    for number, old in enumerate(models):
+        if "model_settings" not in old:
+            notes.missing.append(old.path_of("model_settings"))
+        _note_engine(old)
+        old.leave_out("batch_size records are scored at a time", "micro_batch")
+        old.leave_out("nothing is generated", "generation_settings")
+        model, data = old.part("model_settings"), {"packing": False, "batch_size": old.take("batch", 1)}
+        where = folder if len(models) == 1 else f"{folder}/{number}"
+        documents.append(
+            scored_document(
+                model, old.part("tokenizer_settings"), method, purpose, module(model), found | data, where, seed
+            )
+        )
+    return documents
+
+
+def scored_document(
+    model: Settings,
+    tokenizer: Settings,
+    method: str,
+    purpose: str,
+    further: dict[str, Any],
+    data: dict[str, Any],
+    folder: str,
+    seed: int,
+) -> Document:
+    """Our configuration for `predict` of one model that scores.
+
+    Args:
+        model: The old model settings.
+        tokenizer: The old tokenizer settings.
+        method: Of our classes, before Module and DataModule.
+        purpose: What it is for.
+        further: Further settings of the module.
+        data: Settings of the data module, but for its seed.
+        folder: Where its file goes.
+        seed: Of everything.
+    """
+    model.leave_out("the tokenizer has its tokens, and nothing is trained", "embeddings_initialization_strategy")
+    module = {"backbone": backbone(model, tokenizer, scores=True), **further, **adapters(model, training=False)}
+    writer = {"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": folder}}
+    config = {
+        "seed_everything": seed,
+        "trainer": {"default_root_dir": folder, "logger": False, "callbacks": [writer]},
+        "model": {"class_path": f"lit_alignment.{method}Module", "init_args": module},
+        "data": {"class_path": f"lit_alignment.{method}DataModule", "init_args": {**data, "seed": seed}},
+    }
+    return Document("predict", purpose, config, [SCORED.format(file=SCORED_FILES[method])])
 
 
 def _document(old: Settings, named: dict[str, Any], data: dict[str, Any], folder: str, seed: int) -> Document:

@@ -27,7 +27,13 @@ KINDS = (
 )
 
 
-SHORT = {"sft": "train_sft", "inference": "inference_chat", "merge": "merge_adapters_to_base"}
+SHORT = {
+    "sft": "train_sft",
+    "classification": "train_classification",
+    "rm": "train_rm",
+    "inference": "inference_chat",
+    "merge": "merge_adapters_to_base",
+}
 
 
 def kind_of(values: dict[str, Any], path: Path) -> str:
@@ -66,7 +72,7 @@ def _inference(values: dict[str, Any]) -> str:
             return "inference_classification"
         case "rm" | "pair_preferences" | "sampling":
             return "inference_rm"
-        case _ if model.get("model_type") == "seq_cls":
+        case _ if _scores(model):
             return "inference_rm"
     return "inference_chat"
 
@@ -89,12 +95,16 @@ def _training(values: dict[str, Any]) -> str:
             if "rm_settings" in values:
                 return "train_ddpo"
             preference = "loss_settings" in arguments or "use_ref_model" in arguments
-            return "train_dpo" if preference or model.get("model_type") != "seq_cls" else "train_rm"
+            return "train_dpo" if preference or not _scores(model) else "train_rm"
         case _ if "modality_encoder_settings_mapping" in values:
             return "train_multimodal"
-        case _ if model.get("model_type") == "seq_cls":
+        case _ if _scores(model):
             return "train_classification"
     return "train_sft"
+
+
+def _scores(model: dict[str, Any]) -> bool:
+    return str(model.get("model_type")).startswith("seq_cls")
 
 
 def _section(values: dict[str, Any], key: str) -> dict[str, Any]:

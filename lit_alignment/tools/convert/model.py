@@ -42,12 +42,18 @@ ON_CPU = "it needs a GPU, and this run is on the CPU"
 NO_ADAPTER = "quantised weights cannot train; add peft_settings (QLoRA), or leave it out"
 
 
-def backbone(model: Settings, tokenizer: Settings) -> dict[str, Any]:
-    """Our `model.backbone`."""
+def backbone(model: Settings, tokenizer: Settings, scores: bool = False) -> dict[str, Any]:
+    """Our `model.backbone`.
+
+    Args:
+        model: The old model settings.
+        tokenizer: The old tokenizer settings.
+        scores: Whether it is of a classifier or reward model.
+    """
     notes = model.notes
     path = model.need("model_path", str)
     ours: dict[str, Any] = {"path": path}
-    _check_type(model)
+    _check_type(model, scores)
     tokenizer_path = tokenizer.maybe("tokenizer_path", str)
     if tokenizer_path is not None and tokenizer_path != path:
         ours["tokenizer"] = tokenizer_path
@@ -99,12 +105,14 @@ def leave_gpu(model: Settings, base: dict[str, Any]) -> None:
         model.notes.leave_out(f"{attention} '{base.pop('attention')}'", ON_CPU)
 
 
-def _check_type(model: Settings) -> None:
-    kind = model.take("model_type", "causal")
+def _check_type(model: Settings, scores: bool) -> None:
+    kind = model.take("model_type", "seq_cls" if scores else "causal")
     base = kind.removesuffix("_with_ulysses")
     if kind != base:
         model.notes.leave_out(model.path_of("model_type"), "sequence parallelism is not there yet")
-    if base not in ("causal", "gemma", "qwen", "qwen3"):
+    if scores and not base.startswith("seq_cls"):
+        model.notes.leave_out(f"{model.path_of('model_type')} '{kind}'", "a layer of scores is put on any decoder")
+    elif not scores and base not in ("causal", "gemma", "qwen", "qwen3"):
         raise ConfigError(f"{model.path_of('model_type')} is '{kind}': only causal models can be converted here.")
 
 
@@ -120,8 +128,20 @@ def _keywords(old: Settings) -> dict[str, Any]:
     if revision is not None:
         ours["revision"] = revision
     old.leave_out("set by the module itself", "use_cache", "return_dict", "device_map")
-    old.leave_out("of classifiers only", "num_labels", "problem_type")
+    old.leave_out("the module's labels tell them", "num_labels", "problem_type", "id2label", "label2id")
     return ours
+
+
+def labels(model: Settings) -> list[str]:
+    """Names of a classifier's labels: those of id2label, else numbers; two where nothing is said, as there."""
+    old = model.part("model_kwargs")
+    names: dict[str, Any] = old.maybe("id2label", dict) or {}
+    if names and all(isinstance(name, str) for name in names.values()):
+        return [names[key] for key in sorted(names, key=lambda key: (len(key), key))]
+    number = old.take("num_labels", 2)
+    if number < 2:
+        raise ConfigError(f"{old.path_of('num_labels')} is {number}; a classifier has two or more.")
+    return [str(index) for index in range(number)]
 
 
 def _liger(old: Settings) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,7 +11,19 @@ import yaml
 from lit_alignment.cli import _guarded
 from lit_alignment.errors import ConfigError
 from lit_alignment.metrics.answers import build_metric
-from lit_alignment.tools.convert import chat, generation, inference, main, merge, model, trainer
+from lit_alignment.tools.convert import (
+    chat,
+    classification,
+    fit,
+    generation,
+    inference,
+    main,
+    merge,
+    model,
+    reward,
+    sampling,
+    trainer,
+)
 from lit_alignment.tools.convert import convert as convert_settings
 from lit_alignment.tools.convert.document import Document
 from lit_alignment.tools.convert.generation import METRICS
@@ -21,7 +34,9 @@ from tests.helpers import ROOT
 
 CONFIGS = ROOT / "tests/tools/convert/configs"
 SFT = ["sft_lora", "sft_full", "sft_prefix", "sft_prompt", "sft_p_tuning", "sft_adapter", "sft_peft_config"]
-CONVERTED = [*SFT, "inference_chat", "inference_vllm", "merge"]
+SCORED = ["classification", "rm", "inference_classification", "inference_rm", "sampling_rm", "sampling_rso"]
+SCRIPTS = ["merge", "sampling_random"]
+CONVERTED = [*SFT, "inference_chat", "inference_vllm", *SCORED, *SCRIPTS]
 
 
 def old(name):
@@ -44,14 +59,15 @@ def convert(tmp_path, capsys):
     return lambda values, *options: converted(tmp_path, capsys, values, *options)
 
 
-@pytest.mark.parametrize("name", [name for name in CONVERTED if name != "merge"])
+@pytest.mark.parametrize("name", [name for name in CONVERTED if name not in SCRIPTS])
 def test_converted_yaml_parses(name, convert, tmp_path, monkeypatch):
     convert(old(name))
     monkeypatch.setattr(AlignmentCLI, "instantiate_classes", lambda self: None)
     for path in tmp_path.glob("*.yaml"):
         config = build(["--config", str(path)]).config
-        assert config.model.class_path == "lit_alignment.SFTModule"
-        assert config.data.class_path == "lit_alignment.SFTDataModule"
+        method = "SFT" if name not in SCORED else "Classification" if "classification" in name else "Reward"
+        assert config.model.class_path == f"lit_alignment.{method}Module"
+        assert config.data.class_path == f"lit_alignment.{method}DataModule"
 
 
 @pytest.mark.parametrize("name", CONVERTED)
@@ -97,6 +113,19 @@ FAULTS = {
     generation.TABLES: ["sft_lora", "sft_adapter"],
     inference.ONE_ANSWER: ["inference_chat"],
     inference.VLLM: ["inference_vllm"],
+    inference.OVERWRITTEN: ["inference_classification"],
+    classification.SINGLE: ["classification"],
+    classification.FOCAL: ["classification"],
+    classification.BALANCED: ["classification"],
+    fit.NOISE: ["classification"],
+    fit.SMOOTHING: ["rm"],
+    reward.WINDOWS: ["rm"],
+    reward.REJECTED: ["rm"],
+    reward.LABELS: ["rm"],
+    sampling.RSO: ["sampling_rso"],
+    sampling.ALL_KEPT: ["sampling_rm"],
+    sampling.ONE_SOURCE: ["sampling_rm"],
+    sampling.UNSEEDED: ["sampling_random"],
     merge.LAYER: ["merge"],
 }
 QUIET = {
@@ -168,11 +197,8 @@ REFUSED = {
     "dpo": "train_dpo",
     "kto": "train_kto",
     "ddpo": "train_ddpo",
-    "rm": "train_rm",
-    "classification": "train_classification",
     "multimodal": "train_multimodal",
     "rag": "train_rag",
-    "sampling_rso": "rso_sample",
     "preprocess": "preprocess_multimodal_dataset",
 }
 
@@ -192,8 +218,8 @@ def test_kind_can_be_given(convert, tmp_path):
     assert convert(old("merge"), "--kind", "merge")[0] == convert(old("merge"))[0]
     with pytest.raises(ConfigError, match="do not tell which command"):
         kind_of({"a": 1}, CONFIGS / "x.json")
-    with pytest.raises(ConfigError, match="train_rm: the conversion of this method is not there yet"):
-        main([str(CONFIGS / "sft_lora.json"), "--kind", "train_rm", "--out", str(tmp_path / "new.yaml")])
+    with pytest.raises(ConfigError, match="train_rag: the conversion of this method is not there yet"):
+        main([str(CONFIGS / "sft_lora.json"), "--kind", "train_rag", "--out", str(tmp_path / "new.yaml")])
 
 
 def test_broken_json_gives_file_and_line(tmp_path):
@@ -367,3 +393,56 @@ def test_a_path_with_a_space_can_be_pasted(tmp_path):
     document = Document("fit", "x", {"a": 1}, [])
     assert document.how_to_run(tmp_path / "my new.yaml").endswith("my new.yaml'")
     assert yaml.safe_load(document.text(tmp_path / "a.yaml", tmp_path / "b.json", Notes())) == {"a": 1}
+
+
+def test_classifier_keeps_its_labels_loss_and_picks(convert):
+    config, err = ours(convert, old("classification"))
+    module = config["model"]["init_args"]
+    assert (
+        module["labels"] == ["0", "1", "2"] and module["class_weights"] == "balanced" and module["focal_gamma"] == 1.0
+    )
+    assert module["label_smoothing"] == 0.1 and module["peft"]["class_path"] == "peft.LoraConfig"
+    assert "loss_on" not in config["data"]["init_args"]["encoding"]
+    names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+    assert "lit_alignment.ScoredPicks" in names and "lit_alignment.CherryPicks" not in names
+    values = changed("classification", model={"model_kwargs": {"id2label": {"10": "c", "2": "b", "1": "a"}}})
+    values["trainer_settings"]["loss_settings"] = {"alpha": [1, 2.5, 1], "gamma": 0.0}
+    module = ours(convert, values)[0]["model"]["init_args"]
+    assert module["labels"] == ["a", "b", "c"] and module["class_weights"] == [1.0, 2.5, 1.0]
+    assert "focal_gamma" not in module
+    values["model_settings"]["model_kwargs"] = {"num_labels": 1}
+    with pytest.raises(ConfigError, match="model_settings.model_kwargs.num_labels is 1; a classifier has two or more"):
+        convert(values)
+
+
+def test_reward_model_keeps_the_ends_and_takes_no_margins(convert):
+    config, _ = ours(convert, old("rm"))
+    assert config["model"]["init_args"]["use_margin"] is False
+    assert config["data"]["init_args"]["encoding"]["truncation"] == "keep_end"
+    assert config["data"]["init_args"]["add_labels"] is True
+
+
+def test_each_classifier_of_an_inference_has_a_folder_of_its_own(convert):
+    texts = convert(old("inference_classification"))[0]
+    first, second = (yaml.safe_load(text) for text in texts)
+    folders = [each["trainer"]["callbacks"][0]["init_args"]["output_dir"] for each in (first, second)]
+    assert folders == ["classes/0", "classes/1"]
+    assert first["model"]["init_args"]["labels"] == ["bad", "good"]
+    assert "labels" not in second["model"]["init_args"]  # those of the exported adapter
+
+
+def test_sampling_is_a_command_line_after_scoring(convert, tmp_path):
+    texts, out, _ = convert(old("sampling_rso"))
+    line = texts[0].splitlines()[-1]
+    assert line == (
+        "lit-alignment sample sampled/rewards.jsonl --strategy rso --beta 0.1 --number 3 --seed 7 --form records "
+        "--out sampled/sampled.jsonl"
+    )
+    config = yaml.safe_load(texts[1])
+    assert config["trainer"]["callbacks"][0]["init_args"]["output_dir"] == "sampled"
+    assert config["data"]["init_args"]["batch_size"] == 4
+    files = [part for line in out.splitlines() for part in line.split() if part.startswith(str(tmp_path))]
+    assert {Path(name).name for name in files} == {"old.yaml", "old.sh"}
+    (tmp_path / "old.yaml").unlink()
+    (text,) = convert(old("sampling_random"))[0]
+    assert text.splitlines()[-1].startswith("lit-alignment sample 'data/my answers.jsonl' --strategy random --number 3")

@@ -186,3 +186,54 @@ def test_an_adapter_trains_on(tmp_path, base):
     adapter = next((tmp_path / "run").rglob("export"))
     values = sft(tmp_path, base, {"adapter_path": str(adapter)}, {"max_steps": 2}, log_path=str(tmp_path / "second"))
     assert fit(convert(tmp_path, values, "second.yaml")).global_step == 2
+
+
+def scored(tmp_path, base, kind, records, model, trainer):
+    """An old configuration of training a model that scores."""
+    values = sft(tmp_path, base, {"model_type": "seq_cls", **model}, trainer)
+    chat = {key: value for key, value in dataset(tmp_path).items() if key not in ("sources", "dataset_type")}
+    source = {"name": "records", "records_path": write_jsonl(tmp_path / "records.jsonl", records), "sample_rate": 1}
+    each = {"sources": [source], "dataset_type": kind, "chat_settings": chat}
+    return values | {"train_dataset_settings": each, "val_dataset_settings": each}
+
+
+@pytest.mark.slow
+def test_classifier_trains_and_classifies(tmp_path, base):
+    records = [{"id": i, "messages": CHATS[0]["messages"][:1], "label": i % 2} for i in range(8)]
+    loss = {"loss_settings": {"alpha": "auto", "gamma": 2.0}, "max_steps": 2}
+    values = scored(tmp_path, base, "classification", records, {"model_kwargs": {"num_labels": 2}}, loss)
+    trainer = fit(convert(tmp_path, values))
+    assert trainer.global_step == 2 and "val/accuracy" in trainer.callback_metrics
+    export = next((tmp_path / "run").rglob("export"))
+    model = {"model_path": str(export), "model_type": "seq_cls", "transformers_settings": {"torch_dtype": "float32"}}
+    old = {"inference_settings": [{"model_settings": model, "tokenizer_settings": {}, "batch": 3}]}
+    old |= {"dataset_settings": values["val_dataset_settings"], "save_path": str(tmp_path / "classes")}
+    build(["predict", "--config", str(convert(tmp_path, old, "infer.yaml")), "--trainer.accelerator=cpu"], run=True)
+    lines = [json.loads(line) for line in (tmp_path / "classes/classes.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [0, 1] * 4 and lines[0]["prediction"] in "01"
+
+
+@pytest.mark.slow
+def test_reward_model_trains_and_the_choice_follows_its_scores(tmp_path, base):
+    prompt = CHATS[0]["messages"][:1]
+    answers = [{"role": "bot", "content": text} for text in ("please reply", "repair")]
+    records = [{"id": i, "context": prompt, "answer_w": answers[0], "answer_l": answers[1]} for i in range(4)]
+    trainer = fit(convert(tmp_path, scored(tmp_path, base, "pair_preferences", records, {}, {"max_steps": 2})))
+    assert trainer.global_step == 2 and "val/accuracy" in trainer.callback_metrics
+    export = next((tmp_path / "run").rglob("export"))
+    given = [{"id": str(i), "content": text} for i, text in enumerate(("yes", "no", "urgent order"))]
+    lines = [{"id": i, "dataset_name": "d", "messages": prompt, "answers": given} for i in range(3)]
+    source = {"name": "answers", "records_path": write_jsonl(tmp_path / "answers.jsonl", lines), "sample_rate": 1}
+    chat = {key: value for key, value in dataset(tmp_path).items() if key not in ("sources", "dataset_type")}
+    reward = {"model_path": str(export), "model_type": "seq_cls", "transformers_settings": {"torch_dtype": "float32"}}
+    old = {
+        "dataset_settings": {"sources": [source], "dataset_type": "sampling", "chat_dataset": chat},
+        "rm": reward, "tokenizer_settings": {}, "rm_batch_size": 2, "N": 2, "beta": 0.5,
+        "save_path": str(tmp_path / "sampled"),
+    }  # fmt: skip
+    target = convert(tmp_path, old, "score.yaml")
+    build(["predict", "--config", str(target), "--trainer.accelerator=cpu"], run=True)
+    line = target.with_suffix(".sh").read_text().splitlines()[-1]
+    assert lit_alignment(shlex.split(line)[1:]) == 0
+    chosen = [json.loads(text) for text in (tmp_path / "sampled/sampled.jsonl").read_text().splitlines()]
+    assert len(chosen) == 3 and all(len(set(record["rewards"])) == 2 for record in chosen)
