@@ -1,7 +1,7 @@
 """How good are a classifier and a reward model that are trained on people's ratings of film snippets?
 
-    python benchmarks/vader.py classification     # about 12 minutes on two CPU cores
-    python benchmarks/vader.py reward
+    python benchmarks/vader.py classification     # up to 22 minutes on two CPU cores
+    python benchmarks/vader.py reward             # up to 30 minutes
 
 Fetches 10,604 snippets of film reviews, each with the mean of 20 people's ratings from -4 to 4, out of the sdist of
 vaderSentiment 0.5 (MIT; Hutto and Gilbert 2014), writes them as records under data/vader, trains as
