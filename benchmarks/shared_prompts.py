@@ -2,7 +2,7 @@
 
     python benchmarks/shared_prompts.py
 
-Training steps of a reward model with the width of SmolLM2-135M, 8 layers and random weights, on one packed row of pairs:
+Steps of a reward model with the width of SmolLM2-135M, 8 layers and random weights, on one packed row of pairs:
 prompts of several lengths, two responses of 64 tokens each. Both ways see the same pairs in turn, so that the machine's
 drift meets both; the losses are compared.
 """
