@@ -2,10 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_alignment.data.messages import Record, read_record
+from lit_alignment.data.records import READERS
 from lit_alignment.errors import ConfigError, RecordError
 
 Key = tuple[str, str]  # (dataset, id)
@@ -103,3 +105,35 @@ def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
                 raise RecordError(
                     f"{path}:{number}", "", f"not valid JSON ({error.msg})", "Remove the line; it is answered again."
                 ) from error
+
+
+def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Record]]:
+    """The lines of files that predict has written, each with its conversation; `dataset` is the file's name if missing.
+
+    Raises:
+        FileNotFoundError: If a file is not there.
+        RecordError: If a line is none of predict's, or answers what another line has answered.
+    """
+    seen: dict[Key, str] = {}
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}).")
+        for where, raw in READERS[".jsonl"](path):
+            record = read_record(raw, where, 0)
+            line = {"dataset": path.stem, **raw, "id": record.id}
+            for name, value, kind in (
+                ("id", raw.get("id"), str | int),
+                ("answers", raw.get("answers"), list),
+                ("dataset", line["dataset"], str),
+            ):
+                if not isinstance(value, kind):
+                    raise RecordError(where, name, "is missing or wrong", "Give a file that predict has written.")
+            key = line["dataset"], line["id"]
+            if key in seen:
+                problem = f"'{record.id}' of '{key[0]}' was answered at {seen[key]} already"
+                fix = "Take files with answers to the same prompts one by one."
+                raise RecordError(where, "id", problem, fix)
+            if not line["answers"]:
+                raise RecordError(where, "answers", "is empty", "Remove the line, or answer it again.")
+            seen[key] = where
+            yield line, record

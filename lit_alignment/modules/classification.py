@@ -206,7 +206,9 @@ def classification_head(
     existing = existing_head(backbone, adapter)
     if labels is None:
         if existing is None:
-            raise ConfigError(f"model.labels is missing: {backbone.path} is no classifier that would have its own.")
+            raise ConfigError(
+                f"model.labels is missing: {backbone.path} is no folder of a classifier, which would have its own."
+            )
         return existing
     if len(set(labels)) != len(labels) or len(labels) < (2 if problem == "single_label" else 1):
         least = "two or more" if problem == "single_label" else "one or more"

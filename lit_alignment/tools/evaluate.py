@@ -3,7 +3,6 @@
 import argparse
 import copy
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.encode import Encoder, EncodingConfig
-from lit_alignment.data.messages import Record, read_record
-from lit_alignment.data.records import READERS
+from lit_alignment.data.messages import Record
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.generation.prediction_file import read_predictions
 from lit_alignment.generation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.metrics.answers import TEXT_METRICS, AnswerMetric, build_metric
 from lit_alignment.models.loading import Backbone, load_network, load_tokenizer
@@ -33,7 +32,7 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
     names = [name.strip() for name in options.metrics.split(",")] if options.metrics else _default_metrics(options)
     built = [build_metric(name, options.ngram, options.vocabulary) for name in names]
-    lines = list(read_predictions(options.predictions))
+    lines = [(line, _prompt(line, record)) for line, record in read_predictions(options.predictions)]
     if not lines:
         raise ConfigError(f"{options.predictions[0]}: no predictions.")
     network, encoder = None, None
@@ -96,43 +95,8 @@ def _default_metrics(options: argparse.Namespace) -> list[str]:
     return names
 
 
-def read_predictions(paths: Sequence[Path]) -> Iterator[Line]:
-    """The lines of predictions files, with what is asked of models.
-
-    Raises:
-        FileNotFoundError: If a file is not there.
-        RecordError: Naming the line and the field at fault.
-    """
-    seen: dict[tuple[str, str], str] = {}
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}).")
-        for where, raw in READERS[".jsonl"](path):
-            record = read_record(raw, where, 0)
-            line = {"dataset": path.stem, **raw, "id": record.id}
-            for name, value, kind in (
-                ("id", raw.get("id"), str | int),
-                ("answers", raw.get("answers"), list),
-                ("dataset", line["dataset"], str),
-            ):
-                if not isinstance(value, kind):
-                    raise RecordError(where, name, "is missing or wrong", "Give a file that predict has written.")
-            key = line["dataset"], line["id"]
-            if key in seen:
-                raise RecordError(
-                    where,
-                    "id",
-                    f"'{record.id}' of '{key[0]}' was answered at {seen[key]} already",
-                    "Measure files with answers to the same prompts one by one.",
-                )
-            seen[key] = where
-            yield line, _prompt(line, record)
-
-
 def _prompt(line: dict[str, Any], record: Record) -> AnsweredPrompt:
     answers, where = line["answers"], record.where
-    if not answers:
-        raise RecordError(where, "answers", "is empty", "Remove the line, or answer it again.")
     for answer in answers:
         if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
             raise RecordError(where, "answers", "holds one without a text 'content'", "Mend the line.")

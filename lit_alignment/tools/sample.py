@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from lit_alignment.data.messages import Message, read_record, value_kind
-from lit_alignment.data.records import READERS
+from lit_alignment.data.messages import Message, value_kind
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.generation.prediction_file import read_predictions
 
 Strategy = Literal["random", "best_of_n", "worst_of_n", "rso"]
 Form = Literal["records", "pairs", "chats"]
@@ -314,34 +314,17 @@ def read_lines(
         FileNotFoundError: If a file is not there.
         RecordError: Naming the line and the field at fault.
     """
-    seen: dict[tuple[str, str], str] = {}
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}).")
-        for where, raw in READERS[".jsonl"](path):
-            record = read_record(raw, where, 0)
-            if "id" not in raw:
-                raise RecordError(where, "id", "is missing", "Give a file that predict has written.")
-            line = {"dataset": path.stem, **raw, "id": record.id}
-            key = str(line["dataset"]), record.id
-            if key in seen:
-                raise RecordError(
-                    where, "id", f"'{record.id}' was read at {seen[key]} already", "Give each record once."
-                )
-            seen[key] = where
-            yield line, _different(read_candidates(raw, where, needs_rewards), counts)
+    for line, record in read_predictions(paths):
+        yield line, _different(read_candidates(line, record.where, needs_rewards), counts)
 
 
-def read_candidates(raw: dict[str, Any], where: str, needs_rewards: bool) -> list[Candidate]:
+def read_candidates(line: dict[str, Any], where: str, needs_rewards: bool) -> list[Candidate]:
     """The answers of one line, with their rewards.
 
     Raises:
         RecordError: Naming the field at fault.
     """
-    answers, rewards = raw.get("answers"), raw.get("rewards")
-    if not isinstance(answers, list) or not answers:
-        problem = "is missing" if "answers" not in raw else "is empty" if answers == [] else f"is {value_kind(answers)}"
-        raise RecordError(where, "answers", problem, "Give a file that predict has written.")
+    answers, rewards = line["answers"], line.get("rewards")
     if rewards is None and needs_rewards:
         fix = "Score the file with a predict of a RewardModule, or use --strategy random without --form pairs."
         raise RecordError(where, "rewards", "is missing", fix)

@@ -256,7 +256,7 @@ def test_label_at_fault_is_named_with_its_place(label, problem, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"labels": None}, "model.labels is missing: configs/tiny is no classifier"),
+        ({"labels": None}, "model.labels is missing: configs/tiny is no folder of a classifier"),
         ({"labels": ["a"]}, "give two or more, all different"),
         ({"labels": ["a", "a"]}, "give two or more, all different"),
         ({"class_weights": [1.0]}, "model.class_weights has 1 numbers for 3 labels"),

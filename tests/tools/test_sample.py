@@ -148,14 +148,14 @@ def test_repeated_texts_count_once_and_what_was_done_is_said(tmp_path, capsys):
     ("change", "message"),
     [
         ({"answers": []}, "rewards.jsonl:2: field 'answers' is empty"),
-        ({"answers": "x"}, "field 'answers' is a string"),
+        ({"answers": "x"}, "field 'answers' is missing or wrong"),
         ({"answers": [{"id": "0"}]}, r"field 'answers\[0\].content' is missing or no text"),
         ({"rewards": None}, "field 'rewards' is missing. Score the file with a predict of a RewardModule"),
         ({"rewards": [1]}, "field 'rewards' is a list"),
         ({"rewards": {"0": 1.0, "1": 2.0}}, "field 'rewards.2' is missing"),
         ({"rewards": LINE["rewards"] | {"1": float("nan")}}, "field 'rewards.1' is nan"),
         ({"rewards": LINE["rewards"] | {"1": True}}, "field 'rewards.1' is True"),
-        ({"id": "first"}, "'first' was read at .*rewards.jsonl:1 already"),
+        ({"id": "first"}, "'first' of 'd' was answered at .*rewards.jsonl:1 already"),
     ],
 )
 def test_line_at_fault_is_named_and_an_earlier_file_stays(change, message, tmp_path):
