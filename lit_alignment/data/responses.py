@@ -17,7 +17,7 @@ class ResponseEncoder(Encoder):
     """Encodes prompts with their responses."""
 
     def encode_responses(
-        self, record: Record, responses: list[Message], system_prompt: str | None = None
+        self, record: Record, responses: list[Message], system_prompt: str | None = None, allow_empty: bool = False
     ) -> list[Example]:
         """Examples of several responses to one prompt, which begin with the same prompt ids and train their response.
 
@@ -29,12 +29,15 @@ class ResponseEncoder(Encoder):
             record: The conversation up to the responses.
             responses: What could follow.
             system_prompt: Replaces the system message.
+            allow_empty: Also take a response without text, which can be scored, though nothing is learned from it.
 
         Raises:
             Dropped: With the reason, if a response is empty or nothing of the prompt would be left.
             RecordError: If it is too long and the policy says `error`.
         """
-        if not all(message["content"].strip() or message.get("tool_calls") for message in responses):
+        if not allow_empty and not all(
+            message["content"].strip() or message.get("tool_calls") for message in responses
+        ):
             raise Dropped("empty_response")
         trained = [{**message, "train": True} for message in responses]
 
@@ -45,7 +48,7 @@ class ResponseEncoder(Encoder):
             return max(len(example.input_ids) for example in examples)
 
         examples = self._behind_prompt(record, system_prompt, encode, longest)
-        if any(example.num_trained == 0 for example in examples):
+        if not allow_empty and any(example.num_trained == 0 for example in examples):
             raise Dropped("no_trained_token")
         return examples
 

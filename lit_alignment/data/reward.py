@@ -186,7 +186,9 @@ class RewardDataModule(AlignmentDataModule):
                 raise Dropped("nothing_to_prefer")
         return values
 
-    def _sequences(self, record: Comparison, source: Source) -> tuple[dict[str, Any], list[list[int]]]:
+    def _sequences(
+        self, record: Comparison, source: Source, allow_empty: bool = False
+    ) -> tuple[dict[str, Any], list[list[int]]]:
         """`length` and SEQUENCE_FEATURES of a record, and the labels of its responses' tokens."""
         if record.steps:
             ids, places = self.encoder.encode_steps(record, record.steps, self.step_separator, source.system_prompt)
@@ -195,7 +197,7 @@ class RewardDataModule(AlignmentDataModule):
             read_at = [places]
         else:
             messages = [response["message"] for response in record.responses]
-            examples = self.encoder.encode_responses(record, messages, source.system_prompt)
+            examples = self.encoder.encode_responses(record, messages, source.system_prompt, allow_empty)
             start = _shared_start(examples) if len(examples) > 1 else 0
             read_at = [[len(example.input_ids) - start - 1] for example in examples]
         sequences = Sequences(examples[0].input_ids[:start], [example.input_ids[start:] for example in examples])
@@ -275,7 +277,7 @@ class RewardDataModule(AlignmentDataModule):
     def predict_row(self, record: Record, source: Source) -> dict[str, Any]:
         """Ids of a record's prompt and responses, and the record itself."""
         comparison = _comparison(record)
-        columns, _ = self._sequences(comparison, source)
+        columns, _ = self._sequences(comparison, source, allow_empty=True)
         answers = [{"id": r["id"], "content": r["message"]["content"]} for r in comparison.responses]
         values: list[float | None] = [r["value"] for r in comparison.responses]
         if comparison.steps:
@@ -313,9 +315,17 @@ def _comparison(record: Record) -> Comparison:
 
 def _shared_start(examples: list[Example]) -> int:
     """Number of ids before the first trained token, which all examples have in common."""
-    starts = {next(i for i, label in enumerate(e.labels) if label != IGNORE_INDEX) for e in examples}
-    start = min(starts)
+    trained = [
+        [i for i, label in enumerate(e.labels) if label != IGNORE_INDEX] or [len(e.labels) - 1] for e in examples
+    ]
+    start = min(places[0] for places in trained)
     prompts = {tuple(example.input_ids[:start]) for example in examples}
     if len(prompts) != 1:
         raise TypeError("the responses of a record do not follow the same prompt ids.")
     return start
+
+
+def _first_trained(example: Example) -> int:
+    """Place of the first trained token; of an empty response without a trained end the last place."""
+    trained = (i for i, label in enumerate(example.labels) if label != IGNORE_INDEX)
+    return next(trained, len(example.labels) - 1)

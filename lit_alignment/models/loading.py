@@ -178,7 +178,8 @@ def _load_base(
         load = _load_under_head if head is not None else _from_pretrained
         model = load(kind, backbone, backbone.path, **options)
     if head is not None:
-        output_head(model)  # refuses what has no such layer
+        # Whatever the precision of the decoder: in bfloat16 a score would have three digits.
+        output_head(model).float()
     return model
 
 

@@ -8,20 +8,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from lit_alignment import PredictionWriter, RewardModule, ScoredPicks
+from lit_alignment import CherryPicks, PredictionWriter, RewardModule, ScoredPicks
 from lit_alignment.callbacks.export import export_checkpoint
 from lit_alignment.data.encode import EncodingConfig
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.generation.scoring import RewardScorer
 from lit_alignment.losses import bradley_terry_loss, outcome_loss, plackett_luce_loss
+from lit_alignment.models.head import base_model, output_head
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.restoring import read_saved, restore
 from tests.helpers import (
     assert_same_gradients,
     base_model_folder,
+    chats,
     pairs,
     reward_data,
     reward_model,
+    sft_data,
+    sft_module,
     step_gradients,
     trainer,
 )
@@ -209,6 +213,26 @@ def test_learned_vectors_before_the_tokens_score_the_same_in_any_batch_and_after
         torch.testing.assert_close(torch.cat(again.rewards(batch.scores)), together, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_head_is_in_float32_over_a_decoder_in_bfloat16(lora, tmp_path):
+    path = base_model_folder(tmp_path / "base")
+    model = reward_model(path, lora, backbone=Backbone(path, dtype="bfloat16"))
+    network = model.load_model(packing=True).eval()
+    assert base_model(network).get_input_embeddings().weight.dtype == torch.bfloat16
+    assert {p.dtype for p in output_head(network).parameters()} == {torch.float32}
+    batch = first_batch(reward_data(model, val=pairs(2)))
+    assert model.scores(batch.scores).dtype == torch.float32
+
+
+def test_reports_are_refused_where_they_do_not_belong(tmp_path):
+    model = reward_model()
+    with pytest.raises(ConfigError, match="CherryPicks needs a module that answers prompts, not RewardModule"):
+        trainer(tmp_path, callbacks=[CherryPicks()]).fit(model, reward_data(model, pairs(2), pairs(2)))
+    module = sft_module()
+    with pytest.raises(ConfigError, match="ScoredPicks needs a classifier or a reward model, not SFTModule; .*Cherry"):
+        trainer(tmp_path, callbacks=[ScoredPicks()]).fit(module, sft_data(module, chats(2), chats(2)))
+
+
 def test_prefix_tuning_of_a_head_is_refused(tmp_path):
     model = reward_model(base_model_folder(tmp_path / "base"), peft=PROMPTS["prefix"])
     with pytest.raises(ConfigError, match="model.peft: prefix tuning hands keys and values"):
@@ -264,6 +288,18 @@ def test_predict_writes_rewards_of_pairs_and_of_sampled_answers_by_their_ids(tmp
     assert pair["rewards"].keys() == {"chosen", "rejected"} and pair["messages"][0]["content"] == pairs(1)[0]["prompt"]
     again = predict(reward_model(), [answers | {"id": "again"}], tmp_path / "2")  # what was written can be read
     assert again[0]["rewards"] == pytest.approx(answers["rewards"], abs=1e-5)
+
+
+def test_empty_answer_is_scored_and_loses_no_other_one(tmp_path):
+    sampled = {"id": "s", "messages": [{"role": "user", "content": "repair"}]}
+    sampled["answers"] = [{"id": "a", "content": "yes"}, {"id": "b", "content": ""}]
+    for number, end in enumerate(("turn", "none")):
+        model = reward_model()
+        encoding = EncodingConfig(max_length=64, end_of_turn=end)
+        (line,) = predict(model, [sampled], tmp_path / str(number), encoding=encoding)
+        model.eval()
+        assert line["rewards"]["a"] == pytest.approx(float(whole(model, "repair", "yes")), abs=1e-5)
+        assert line["rewards"]["b"] == pytest.approx(float(whole(model, "repair", "")), abs=1e-5)
 
 
 def test_reward_of_steps_is_the_log_probability_that_all_are_good(tmp_path):
