@@ -191,11 +191,13 @@ class RewardModule(ScoringModule):
         """Rewards of each record's responses or steps, raw or normalised.
 
         Raises:
-            ConfigError: If they should be normalised and were never measured.
+            ConfigError: If they should be normalised and were never measured, or are of steps.
         """
         scores = self.scores(batch)[:, 0]
         if self.normalize:
             measured = self.head.measured
+            if self.data.kind == "steps":
+                raise ConfigError("model.normalize: the reward of steps is a log-probability; set it to false.")
             if "reward_mean" not in measured:
                 raise ConfigError("model.normalize: this model's rewards were never measured: run validate, or fit.")
             scores = (scores - measured["reward_mean"]) / max(measured["reward_std"], 1e-12)

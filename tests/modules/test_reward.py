@@ -327,6 +327,11 @@ def test_normalised_rewards_have_the_validation_data_s_mean_and_deviation(tmp_pa
         )
 
 
+def test_rewards_of_steps_are_not_normalised(tmp_path):
+    with pytest.raises(ConfigError, match="model.normalize: the reward of steps is a log-probability"):
+        predict(reward_model(normalize=True), [STEPS], tmp_path, kind="steps", step_separator="\n")
+
+
 def test_benchmark_is_reported_by_subset_and_by_section(tmp_path):
     names = ["alpacaeval-easy", "mt-bench-hard", "donotanswer", "math-prm", "hep-go"]
     records = [r | {"subset": names[i % 5]} for i, r in enumerate(pairs(15))]
