@@ -6,18 +6,35 @@ from lit_alignment.losses.classification import (
     multi_label_loss,
     regression_loss,
 )
-from lit_alignment.losses.language_modeling import linear_cross_entropy, token_cross_entropy
+from lit_alignment.losses.language_modeling import linear_cross_entropy, linear_logps, token_cross_entropy
+from lit_alignment.losses.retrieval import (
+    emdr2_loss,
+    info_nce_loss,
+    leave_one_out_loss,
+    perplexity_distillation_loss,
+    rag_sequence_loss,
+    rag_token_loss,
+    replug_loss,
+)
 from lit_alignment.losses.reward import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
 
 __all__ = [
     "balanced_class_weights",
     "bradley_terry_loss",
     "centering_penalty",
+    "emdr2_loss",
     "focal_loss",
+    "info_nce_loss",
+    "leave_one_out_loss",
     "linear_cross_entropy",
+    "linear_logps",
     "multi_label_loss",
     "outcome_loss",
+    "perplexity_distillation_loss",
     "plackett_luce_loss",
+    "rag_sequence_loss",
+    "rag_token_loss",
     "regression_loss",
+    "replug_loss",
     "token_cross_entropy",
 ]

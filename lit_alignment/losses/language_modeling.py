@@ -120,10 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # Under autocast the product would be cast back to bf16 anyway: weight's dtype decides.
             with torch.autocast(hidden.device.type, enabled=False):
                 logits = _chunk_logits(chunk, weight, bias, buffer)  # [C, V]
-            if scale != 1.0:
-                logits *= scale
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
+            _shape_(logits, scale, softcap)
             hits += (logits.argmax(-1) == targets[part]).sum()
             capped = logits.clone() if softcap is not None else None
             row_weights = None if weights is None else weights[part]
@@ -185,3 +182,110 @@ def _losses_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor | Non
         return losses.sum()
     logits.mul_(weights[:, None])
     return (losses * weights).sum()
+
+
+def linear_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor:
+    """Log-probability of each target under `softcap(scale * (hidden @ weight.T + bias))`, with its gradient.
+
+    For losses that weigh tokens by what the log-probabilities turn out to be, as marginal likelihoods do. The backward
+    pass makes the logits of each chunk again, so that those of only `chunk_size` positions exist at once.
+
+    Args:
+        hidden: Last hidden states at the trained positions, [N, D].
+        weight: Output embedding, [V, D].
+        targets: Token ids, [N].
+        bias: Output bias, [V].
+        scale: Factor on the logits.
+        softcap: c in c * tanh(logits / c).
+        chunk_size: Positions a chunk.
+
+    Returns:
+        Nats, fp32, [N].
+
+    Raises:
+        ValueError: If the number of targets differs from the number of hidden states.
+    """
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"hidden has {hidden.shape[0]} positions, but targets has shape {tuple(targets.shape)}.")
+    logps: Tensor = _LinearLogps.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, scale, softcap, chunk_size
+    )
+    return logps
+
+
+class _LinearLogps(torch.autograd.Function):
+    """Chunked log-probabilities; nothing of size V is kept between the passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk_size: int,
+    ) -> Tensor:
+        """The log-probabilities."""
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.shape = scale, softcap, chunk_size
+        found = hidden.new_empty(len(targets), dtype=torch.float32)
+        buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
+        for start in range(0, len(targets), chunk_size):
+            part = slice(start, start + chunk_size)
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = _chunk_logits(hidden[part].to(weight.dtype), weight, bias, buffer)
+            _shape_(logits, scale, softcap)
+            found[part] = logits.gather(1, targets[part, None]).squeeze(1) - logits.logsumexp(1)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of a token's log-probability: one-hot minus softmax."""
+        hidden, weight, bias, targets = ctx.saved_tensors
+        scale, softcap, chunk_size = ctx.shape
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
+        for start in range(0, len(targets), chunk_size):
+            part = slice(start, start + chunk_size)
+            chunk = hidden[part].to(weight.dtype)
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = _chunk_logits(chunk, weight, bias, buffer)
+                _shape_(logits, scale, softcap)
+                slope = scale if softcap is None else scale * (1 - (logits / softcap) ** 2)
+                # The gradient of minus the log-probability, which is what the cross-entropy's is.
+                _losses_and_gradient_(logits, targets[part], -grad_logps[part], 0.0)
+                grad_logits = logits.mul_(slope).to(weight.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += grad_logits.T @ chunk
+                if grad_bias is not None:
+                    grad_bias += logits.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            *(None,) * 4,
+        )
+
+
+def _shape_(logits: Tensor, scale: float, softcap: float | None) -> None:
+    """Scale and soft cap, in place."""
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)

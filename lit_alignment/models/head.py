@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.losses import linear_cross_entropy, token_cross_entropy
+from lit_alignment.losses import linear_cross_entropy, linear_logps, token_cross_entropy
+from lit_alignment.losses.language_modeling import CHUNK_SIZE
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -129,23 +130,25 @@ def head_loss(
     )
 
 
-@torch.no_grad()
-def token_logps(model: nn.Module, hidden: Tensor, targets: Tensor, chunk_size: int = 256) -> Tensor:
-    """Log-probability of each target under the model's own logits, [N] in fp32; [N, V] never exists at once.
+def token_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target under the model's own logits, [N] in fp32; it can be trained on.
 
     Args:
         model: A causal language model.
         hidden: Hidden states that predict the targets, [N, D].
         targets: Token ids, [N].
-        chunk_size: Positions a chunk.
     """
     head = output_head(model)
-    parts = []
-    for start in range(0, len(targets), chunk_size):
-        part = slice(start, start + chunk_size)
-        logits = _shaped(model, head(hidden[part])).float()
-        parts.append(logits.gather(1, targets[part, None]).squeeze(1) - logits.logsumexp(1))
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+    product = head_weight(head)
+    if product is None:
+        parts = []
+        for rows, wanted in zip(torch.split(hidden, CHUNK_SIZE), torch.split(targets, CHUNK_SIZE), strict=True):
+            logits = _shaped(model, head(rows)).float()
+            parts.append(logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(1))
+        return torch.cat(parts)
+    weight, bias = product
+    scale, softcap = _logit_shape(model)
+    return linear_logps(hidden, weight, targets, bias=bias, scale=scale, softcap=softcap)
 
 
 @torch.no_grad()

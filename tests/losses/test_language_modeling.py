@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lit_alignment.losses import linear_cross_entropy, token_cross_entropy
+from lit_alignment.losses import linear_cross_entropy, linear_logps, token_cross_entropy
 
 
 def test_loss_of_two_tokens_worked_by_hand():
@@ -96,3 +96,31 @@ def test_bfloat16_loss_is_computed_in_float32():
 def test_wrong_number_of_targets_is_refused():
     with pytest.raises(ValueError, match="hidden has 3 positions, but targets has shape"):
         linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 3.0)])
+def test_chunked_logps_and_gradients_equal_full_logits(scale, softcap):
+    """Under a loss that weighs tokens by their own log-probabilities."""
+    torch.manual_seed(0)
+    shapes = {"hidden": (11, 6), "weight": (17, 6), "bias": (17,)}
+    ours = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    theirs = {name: value.detach().clone().requires_grad_() for name, value in ours.items()}
+    targets = torch.randint(0, 17, (11,))
+    found = linear_logps(**ours, targets=targets, scale=scale, softcap=softcap, chunk_size=4)
+    logits = scale * (theirs["hidden"] @ theirs["weight"].T + theirs["bias"])
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(-1)[torch.arange(11), targets]
+    torch.testing.assert_close(found, expected)
+    for logps in (found, expected):
+        logps.view(1, 11).logsumexp(-1).sum().backward()
+    for name in shapes:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+    without_bias = linear_logps(ours["hidden"], ours["weight"], targets, chunk_size=4)
+    plain = (ours["hidden"] @ ours["weight"].T).log_softmax(-1)[torch.arange(11), targets]
+    torch.testing.assert_close(without_bias, plain)
+
+
+def test_logps_of_no_token_are_none_and_wrong_numbers_are_refused():
+    assert linear_logps(torch.zeros(0, 4), torch.zeros(5, 4), torch.zeros(0, dtype=torch.long)).shape == (0,)
+    with pytest.raises(ValueError, match="hidden has 2 positions"):
+        linear_logps(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long))
