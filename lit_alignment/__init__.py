@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from lit_alignment.callbacks.throughput import Throughput
     from lit_alignment.callbacks.upload import Upload
     from lit_alignment.data.classification import ClassificationDataModule
+    from lit_alignment.data.retriever import PassageDataModule, RetrieverDataModule
     from lit_alignment.data.reward import RewardDataModule
     from lit_alignment.data.sft import SFTDataModule
     from lit_alignment.loggers import ClearMLLogger
     from lit_alignment.modules.classification import ClassificationModule
+    from lit_alignment.modules.retriever import RetrieverModule
     from lit_alignment.modules.reward import RewardModule
     from lit_alignment.modules.sft import SFTModule
 
@@ -28,7 +30,10 @@ _PLACES = {
     "ClassificationModule": "lit_alignment.modules.classification",
     "ClearMLLogger": "lit_alignment.loggers",
     "Export": "lit_alignment.callbacks.export",
+    "PassageDataModule": "lit_alignment.data.retriever",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
+    "RetrieverDataModule": "lit_alignment.data.retriever",
+    "RetrieverModule": "lit_alignment.modules.retriever",
     "RewardDataModule": "lit_alignment.data.reward",
     "RewardModule": "lit_alignment.modules.reward",
     "SFTDataModule": "lit_alignment.data.sft",
@@ -44,7 +49,10 @@ __all__ = [
     "ClassificationModule",
     "ClearMLLogger",
     "Export",
+    "PassageDataModule",
     "PredictionWriter",
+    "RetrieverDataModule",
+    "RetrieverModule",
     "RewardDataModule",
     "RewardModule",
     "SFTDataModule",

@@ -22,6 +22,7 @@ TOOLS = {
         "choose among scored answers: best of n, rejection sampling; as pairs or chats",
     ),
     "convert": ("lit_alignment.tools.convert", "a turbo-alignment JSON -> a YAML of ours, with what differs"),
+    "index": ("lit_alignment.tools.index", "passages -> an index for RAG (build), and what it finds (eval)"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
     "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),
 }

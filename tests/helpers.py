@@ -25,11 +25,15 @@ from lit_alignment import (
 )
 from lit_alignment.data.encode import Encoder, EncodingConfig, Example
 from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.passages import Passage
 from lit_alignment.data.records import Source
 from lit_alignment.data.responses import ResponseEncoder
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.models.loading import Backbone
 from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.retrieval.build import IndexBuilder
+from lit_alignment.retrieval.files import Manifest
+from lit_alignment.retrieval.index import IndexConfig
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the kitchen scale does not work please reply order urgent billing product repair null true".split()
@@ -227,3 +231,14 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
     assert expected and found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def knowledge_index(config: IndexConfig, embeddings: torch.Tensor) -> Path:
+    """An index with the given embeddings and passages p0, p1, ..."""
+    manifest = Manifest({"path": "tiny", "pooling": "mean"}, "abc", embeddings.shape[1], config.dtype, len(embeddings))
+    builder = IndexBuilder(config, manifest)
+    builder.create([Passage(f"p{i}", [], "", title=f"title {i}", text=f"text of {i}") for i in range(len(embeddings))])
+    order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0))
+    for part in order.split(3):  # as several processes would, in any order
+        builder.write(part.tolist(), embeddings[part])
+    return builder.finish()

@@ -19,9 +19,10 @@ ALLOWED = {
     "metrics": {"errors"},
     "data": {"errors", "paths"},
     "models": {"errors", "paths", "losses"},
+    "retrieval": {"errors", "paths", "data"},
     "generation": {"errors", "paths", "metrics", "data", "models"},
     "optimization": {"errors"},
-    "modules": {"errors", "paths", "optimization", "losses", "metrics", "data", "models", "generation"},
+    "modules": {"errors", "paths", "optimization", "losses", "metrics", "data", "models", "retrieval", "generation"},
 }
 
 

@@ -95,7 +95,7 @@ def load_tokenizer(backbone: Backbone, tokens: TokensConfig) -> tuple[PreTrained
     Raises:
         ConfigError: If there is none.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, backbone, backbone.tokenizer or backbone.path)
+    tokenizer = from_pretrained(AutoTokenizer, backbone, backbone.tokenizer or backbone.path)
     added = add_tokens(tokenizer, tokens)
     if tokenizer.pad_token_id is None:
         # Masking is by position, never by id, so padding with EOS hides no EOS.
@@ -135,7 +135,7 @@ def load_network(
     """
     wrapped = peft is not None or adapter is not None
     _check_device(backbone, wrapped, device_type)
-    config = _from_pretrained(AutoConfig, backbone, backbone.path)
+    config = from_pretrained(AutoConfig, backbone, backbone.path)
     options: dict[str, Any] = {
         "attn_implementation": choose_attention(backbone.attention, packing, device_type, config, shared_prompts),
         "dtype": _dtype(backbone, wrapped, device_type),
@@ -175,7 +175,7 @@ def _load_base(
         model: PreTrainedModel = kind.from_config(config, **options)
     else:
         options |= _quantized(backbone) | {"config": config}
-        load = _load_under_head if head is not None else _from_pretrained
+        load = _load_under_head if head is not None else from_pretrained
         model = load(kind, backbone, backbone.path, **options)
     if head is not None:
         # Whatever the precision of the decoder: in bfloat16 a score would have three digits.
@@ -194,7 +194,7 @@ def _load_under_head(kind: Any, backbone: Backbone, name: str, **options: Any) -
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, info = _from_pretrained(kind, backbone, name, output_loading_info=True, **options)
+        model, info = from_pretrained(kind, backbone, name, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(before)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(f"{SCORE}."))
@@ -256,7 +256,12 @@ def _dtype(backbone: Backbone, wrapped: bool, device_type: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[backbone.dtype]
 
 
-def _from_pretrained(loader: Any, backbone: Backbone, name: str, **options: Any) -> Any:
+def from_pretrained(loader: Any, backbone: Backbone, name: str, **options: Any) -> Any:
+    """What one of transformers' Auto classes loads from a folder, the cache or the hub.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+    """
     path = local_path(name)
     try:
         return loader.from_pretrained(

@@ -1,0 +1,129 @@
+"""A retriever by itself: contrastive warm-up on questions with their passages, and the encoding of passages.
+
+B questions, N passages in a batch, D width
+"""
+
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_alignment.data.passages import format_passage
+from lit_alignment.data.retriever import PassageBatch, QuestionBatch
+from lit_alignment.losses import info_nce_loss
+from lit_alignment.metrics import TokenMean
+from lit_alignment.models.loading import Backbone
+from lit_alignment.models.retriever import DualEncoder, Retriever, load_retriever
+from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.retrieval.index import IndexConfig
+
+Stage = Literal["train", "val", "test"]
+
+
+class RetrieverModule(AlignmentModule):
+    """A dual encoder, trained so that each question is nearest to its own passage; `predict` encodes passages.
+
+    loss of an optimiser step = mean over its questions of InfoNCE among the passages of their own micro-batch
+
+    Args:
+        retriever: The encoder.
+        index: Where `lit-alignment index build` puts the encoded passages.
+        optimizer: Optimiser and schedule.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        index: IndexConfig | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5),  # noqa: B008 - frozen
+    ) -> None:
+        """Load the tokenizer; the weights come in `configure_model`."""
+        backbone = Backbone(retriever.path, revision=retriever.revision, weights=retriever.weights)
+        super().__init__(backbone, None, None, TokensConfig(), optimizer)
+        self.retriever, self.index_config = retriever, index
+        self.val_loss, self.test_loss = TokenMean(), TokenMean()
+        self.val_accuracy, self.test_accuracy = TokenMean(), TokenMean()
+
+    def configure_model(self) -> None:
+        """Load the weights, once."""
+        if self.model is None:
+            self.load_model()
+
+    def load_model(self, device_type: str = "cpu", packing: bool = False, shared_prompts: bool = False) -> nn.Module:
+        """Load the weights without a Trainer."""
+        self.model = load_retriever(self.retriever)
+        return self.model
+
+    @property
+    def encoder(self) -> DualEncoder:
+        """The loaded encoder."""
+        network = self.network
+        if not isinstance(network, DualEncoder):
+            raise TypeError(f"{type(network).__name__} is no dual encoder.")
+        return network
+
+    def training_step(self, batch: QuestionBatch, batch_idx: int) -> Tensor:
+        """The batch's share of the optimiser step's loss."""
+        return self._shared_step(batch, "train")
+
+    def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
+        """Add the batch to the validation metrics."""
+        self._shared_step(batch, "val")
+
+    def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
+        """Add the batch to the test metrics."""
+        self._shared_step(batch, "test")
+
+    def _shared_step(self, batch: QuestionBatch, stage: Stage) -> Tensor:
+        queries = self.encoder.queries(batch.queries)
+        passages = self.encoder.passages([self._written(*passage) for passage in batch.passages])
+        scores = queries @ passages.T / self.retriever.temperature  # [B, N]
+        own = torch.arange(len(queries), device=scores.device)
+        same = [[a == b for b in batch.passages] for a in batch.passages[: len(queries)]]
+        losses = info_nce_loss(scores, own, torch.tensor(same, device=scores.device))
+        weights = torch.tensor(batch.weights, device=scores.device)
+        loss_sum = (losses * weights).sum()
+        if stage == "train":
+            return self.step_loss(loss_sum, batch.window_weight)
+        mean_loss, mean_accuracy = self._means(stage)
+        mean_loss.update(loss_sum, weights.sum())
+        mean_accuracy.update(((scores.argmax(1) == own) * weights).sum(), weights.sum())
+        return loss_sum
+
+    def _written(self, title: str, text: str) -> str:
+        return format_passage(self.retriever.passage_format, title, text)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_means("test")
+
+    def _log_means(self, stage: Stage) -> None:
+        mean_loss, mean_accuracy = self._means(stage)
+        self.log(f"{stage}/loss", mean_loss.compute(), prog_bar=True)
+        self.log(f"{stage}/in_batch_accuracy", mean_accuracy.compute(), prog_bar=True)
+        mean_loss.reset()
+        mean_accuracy.reset()
+
+    def _means(self, stage: Stage) -> tuple[TokenMean, TokenMean]:
+        if stage == "test":
+            return self.test_loss, self.test_accuracy
+        return self.val_loss, self.val_accuracy
+
+    def about(self) -> dict[str, Any]:
+        """Also the retriever's settings."""
+        return {"retriever": asdict(self.retriever)}
+
+    def prediction_settings(self) -> dict[str, dict[str, Any]]:
+        """Embeddings go into an index, not into files of predictions."""
+        return {}
+
+    def predict_step(self, batch: PassageBatch, batch_idx: int) -> Any:
+        """Embeddings of the passages, [B, D]."""
+        return self.encoder.passages([self._written(item.title, item.text) for item in batch.items])

@@ -1,0 +1,1 @@
+"""Passage indexes: files, search, and how good the search is."""

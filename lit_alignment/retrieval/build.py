@@ -1,0 +1,87 @@
+"""An index in the making: every process writes the embeddings of its own passages into common files."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_alignment.data.passages import Passage
+from lit_alignment.errors import CheckpointError
+from lit_alignment.retrieval.files import (
+    Manifest,
+    create_shards,
+    map_shards,
+    shard_plan,
+    write_manifest,
+    write_passages,
+)
+from lit_alignment.retrieval.index import IndexConfig, build_faiss
+
+
+class IndexBuilder:
+    """Writes an index into a folder beside the final one, which takes its place when it is whole.
+
+    Args:
+        config: What to build, and where.
+        manifest: What it is made of; shards and search are filled in here.
+    """
+
+    def __init__(self, config: IndexConfig, manifest: Manifest) -> None:
+        """Plan the files."""
+        shards = shard_plan(manifest.count, config.rows_per_shard)
+        self.config = config
+        self.manifest = Manifest(**(vars(manifest) | {"shards": shards, "search": config.search}))
+        self.target = Path(config.path).expanduser()
+        self.folder = self.target.with_name(f".{self.target.name}.partial")
+        self._shards: list[Tensor] | None = None
+
+    def create(self, passages: Sequence[Passage]) -> None:
+        """Write the passages and room for their embeddings: on one process, before any writes.
+
+        Raises:
+            CheckpointError: If the disk is full or the folder cannot be written.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.folder.mkdir(parents=True)
+            write_passages(self.folder, passages)
+            create_shards(self.folder, self.manifest.shards, self.manifest.dimension, self.manifest.dtype)
+        except OSError as error:
+            raise CheckpointError(f"{self.target}: cannot write the index ({error}).") from error
+
+    def write(self, places: Sequence[int], embeddings: Tensor) -> None:
+        """Put embeddings, [B, D], at their places among all passages."""
+        if self._shards is None:
+            self._shards = map_shards(self.folder, self.manifest, writable=True)
+        wanted = torch.tensor(places)
+        start = 0
+        for shard in self._shards:
+            inside = (wanted >= start) & (wanted < start + len(shard))
+            shard[wanted[inside] - start] = embeddings.cpu()[inside].to(shard.dtype)
+            start += len(shard)
+
+    def finish(self) -> Path:
+        """Add the FAISS index, if one is asked for, and the manifest, and take the final name: on one process.
+
+        Raises:
+            CheckpointError: If the disk is full or the folder cannot be written.
+        """
+        shards = map_shards(self.folder, self.manifest)
+        if self.config.search != "exact":
+            build_faiss(self.folder, shards, self.config)
+        try:
+            write_manifest(self.folder, self.manifest)
+            if self.target.exists():
+                old = self.target.with_name(f".{self.target.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.target, old)
+                os.replace(self.folder, self.target)
+                shutil.rmtree(old)
+            else:
+                os.replace(self.folder, self.target)
+        except OSError as error:
+            raise CheckpointError(f"{self.target}: cannot write the index ({error}).") from error
+        return self.target

@@ -1,0 +1,201 @@
+"""Search in an index, and the passages behind what was found.
+
+B queries, N passages, D width, K passages of a query
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from torch import Tensor
+
+from lit_alignment.data.passages import Passage
+from lit_alignment.data.records import Source
+from lit_alignment.errors import ConfigError, require
+from lit_alignment.retrieval.files import PASSAGES, Manifest, map_shards, read_manifest
+from lit_alignment.retrieval.search import exact_search
+
+SearchKind = Literal["exact", "flat", "ivf", "hnsw"]
+FAISS_FILE = "index.faiss"
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Where an index is, and how it is made.
+
+    Args:
+        path: Its folder.
+        passages: Where its passages come from; only needed to build it.
+        search: `exact` compares a query with every passage; FAISS's `flat` does too, `ivf` looks into some clusters
+            only, and `hnsw` walks a graph (both for many millions).
+        dtype: Precision of the stored embeddings.
+        rows_per_shard: Passages in one file of embeddings.
+        batch_size: Passages to encode together.
+        num_clusters: Clusters of `ivf`; by default 4 times the square root of the number of passages.
+        num_probes: Clusters that a search in `ivf` looks into.
+        num_neighbors: Links of each passage in `hnsw`.
+    """
+
+    path: str
+    passages: list[Source] | None = None
+    search: SearchKind = "exact"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    rows_per_shard: int = 1_000_000
+    batch_size: int = 64
+    num_clusters: int | None = None
+    num_probes: int = 32
+    num_neighbors: int = 32
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that hold nothing."""
+        for name in ("rows_per_shard", "batch_size", "num_probes", "num_neighbors"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"index.{name} is {getattr(self, name)}; use 1 or more.")
+
+
+class PassageIndex:
+    """Passages with their embeddings, searched by inner product.
+
+    Args:
+        manifest: What it was made of.
+        shards: Embeddings in order, [n, D] each.
+        passages: Ids, titles and texts in the same order.
+        faiss: A FAISS index that searches instead of the exact search.
+    """
+
+    def __init__(
+        self, manifest: Manifest, shards: list[Tensor], passages: datasets.Dataset, faiss: Any | None = None
+    ) -> None:
+        """Check that the parts belong together."""
+        self.manifest, self.shards, self.passages, self.faiss = manifest, shards, passages, faiss
+        rows = sum(len(shard) for shard in shards)
+        if not len(passages) == rows == manifest.count:
+            raise ConfigError(
+                f"the index has {len(passages)} passages, {rows} embeddings, and its manifest says {manifest.count}. "
+                "Build it again."
+            )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "PassageIndex":
+        """Map an index from its folder.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ConfigError: If it is damaged, or faiss is needed and not installed.
+        """
+        folder = Path(folder).expanduser()
+        manifest = read_manifest(folder)
+        if not (folder / PASSAGES).is_file():
+            raise ConfigError(f"{folder}: {PASSAGES} is missing. Build the index again.")
+        searcher = None
+        if manifest.search != "exact":
+            faiss = require("faiss", "rag", "index.search: exact")
+            searcher = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        passages = datasets.Dataset.from_file(str(folder / PASSAGES))
+        return cls(manifest, map_shards(folder, manifest), passages, searcher)
+
+    def __len__(self) -> int:
+        """Number of passages."""
+        return self.manifest.count
+
+    def check_width(self, width: int, encoder: str) -> None:
+        """Refuse queries of another width.
+
+        Raises:
+            ConfigError: Naming both.
+        """
+        if width != self.manifest.dimension:
+            raise ConfigError(
+                f"the index holds vectors of {self.manifest.dimension} numbers (made by {self.manifest.encoder['path']}"
+                f"), but {encoder} makes {width}. Build it with that encoder: lit-alignment index build --overwrite."
+            )
+
+    def check_made_by(self, encoder: dict[str, Any], encoder_hash: str) -> None:
+        """Refuse an index whose passages another encoder, or the same with other settings or weights, has encoded.
+
+        Args:
+            encoder: The settings that decide the embeddings of passages.
+            encoder_hash: Hash of the passage encoder's weights.
+
+        Raises:
+            ConfigError: Saying what differs.
+        """
+        made = self.manifest.encoder
+        changed = [name for name, value in encoder.items() if name != "path" and made.get(name) != value]
+        if changed:
+            name = changed[0]
+            raise ConfigError(
+                f"the index is stale: it was made with {name}: {made.get(name)!r}, and the retriever has "
+                f"{encoder[name]!r}. Build it again: lit-alignment index build --overwrite."
+            )
+        if encoder_hash != self.manifest.encoder_hash:
+            raise ConfigError(
+                f"the index is stale: its passages were encoded with weights {self.manifest.encoder_hash[:8]}... of "
+                f"{made['path']}, and the retriever's passage encoder has {encoder_hash[:8]}... "
+                "Build it again: lit-alignment index build --overwrite (with --ckpt_path for trained weights)."
+            )
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Scores and places of the K best passages, both [B, K], best first; fewer if there are fewer.
+
+        Args:
+            queries: [B, D].
+            k: K.
+        """
+        self.check_width(queries.shape[1], "the query encoder")
+        k = min(k, len(self))
+        queries = queries.detach()
+        if self.faiss is None:
+            return exact_search(queries, self.shards, k)
+        scores, places = self.faiss.search(queries.float().cpu().numpy(), k)
+        scores, places = torch.from_numpy(scores).to(queries.device), torch.from_numpy(places).to(queries.device)
+        short = (places < 0).any(1)  # the clusters that were looked into held fewer than K
+        if short.any():
+            scores[short], places[short] = exact_search(queries[short].float(), self.shards, k)
+        return scores, places
+
+    def embeddings(self, places: Tensor) -> Tensor:
+        """Stored embeddings at the given places, fp32, [..., D]."""
+        flat = places.reshape(-1).cpu()
+        found = torch.empty(len(flat), self.manifest.dimension)
+        start = 0
+        for shard in self.shards:
+            inside = (flat >= start) & (flat < start + len(shard))
+            found[inside] = shard[flat[inside] - start].float().cpu()
+            start += len(shard)
+        return found.view(*places.shape, -1).to(places.device)
+
+    def at(self, places: Tensor) -> list[Passage]:
+        """The passages at the given places, [K]."""
+        rows = self.passages[places.tolist()]
+        columns = zip(rows["id"], rows["title"], rows["text"], strict=True)
+        return [Passage(id, [], "", title=title, text=text) for id, title, text in columns]
+
+
+def build_faiss(folder: Path, shards: list[Tensor], config: IndexConfig) -> None:
+    """Write a FAISS index of the embeddings beside them.
+
+    Raises:
+        ConfigError: If faiss is not installed, or there are fewer passages than clusters.
+    """
+    faiss = require("faiss", "rag", "index.search: exact")
+    count, width = sum(len(shard) for shard in shards), shards[0].shape[1]
+    match config.search:
+        case "ivf":
+            clusters = config.num_clusters or max(1, round(4 * count**0.5))
+            if clusters > count:
+                raise ConfigError(f"index.num_clusters is {clusters}, more than the {count} passages. Lower it.")
+            made = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, clusters, faiss.METRIC_INNER_PRODUCT)
+            made.nprobe = min(config.num_probes, clusters)
+            every = max(1, count // (64 * clusters))  # FAISS learns a cluster well from some dozen vectors
+            made.train(torch.cat([shard[::every].float() for shard in shards]).numpy())
+        case "hnsw":
+            made = faiss.IndexHNSWFlat(width, config.num_neighbors, faiss.METRIC_INNER_PRODUCT)
+        case _:
+            made = faiss.IndexFlatIP(width)
+    for shard in shards:
+        for rows in torch.split(shard, 65536):
+            made.add(rows.float().numpy())
+    faiss.write_index(made, str(folder / FAISS_FILE))

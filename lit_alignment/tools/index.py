@@ -1,0 +1,168 @@
+"""`lit-alignment index build` and `index eval`: passages -> embeddings -> an index, and how well it finds."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lit_alignment.callbacks.embeddings import EmbeddingWriter
+from lit_alignment.data.messages import value_kind
+from lit_alignment.data.records import READERS
+from lit_alignment.data.retriever import PassageDataModule
+from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.metrics.retrieval import ranking_metrics
+from lit_alignment.models.restoring import read_saved
+from lit_alignment.models.retriever import DualEncoder, Retriever, load_retriever, load_towers, weights_hash
+from lit_alignment.modules.retriever import RetrieverModule
+from lit_alignment.retrieval.index import IndexConfig, PassageIndex
+from lit_alignment.trainer_cli import ToolCLI, build_for_tool
+
+QUESTIONS_TOGETHER = 32
+
+
+def main(arguments: list[str]) -> None:
+    """Run `build` or `eval`."""
+    parser = argparse.ArgumentParser(
+        prog="lit-alignment index",
+        description="Build the index that a configuration names (model.index), or measure what it finds. Any setting "
+        "of the configuration can be given too: --model.index.search=hnsw, --trainer.devices=4.",
+    )
+    parser.add_argument("action", choices=["build", "eval"])
+    parser.add_argument("--ckpt_path", type=Path, help="a checkpoint with trained weights of the retriever")
+    parser.add_argument("--overwrite", action="store_true", help="build: replace an index that is there")
+    parser.add_argument("--queries", type=Path, help="eval: records {query, relevant: [passage ids]}")
+    parser.add_argument("--k", default="1,5,20", help="eval: where to cut the ranking (default: 1,5,20)")
+    parser.add_argument("--json", type=Path, help="eval: write the metrics as JSON")
+    options, rest = parser.parse_known_args(arguments)
+    cli = build_for_tool(rest)
+    retriever, index = _settings(cli)
+    if options.action == "build":
+        build(cli, retriever, index, options)
+    else:
+        evaluate(retriever, index, options)
+
+
+def _settings(cli: ToolCLI) -> tuple[Retriever, IndexConfig]:
+    retriever, index = getattr(cli.model, "retriever", None), getattr(cli.model, "index_config", None)
+    if not isinstance(retriever, Retriever):
+        raise ConfigError(f"{type(cli.model).__name__} has no retriever: give the configuration of a RAGModule.")
+    if not isinstance(index, IndexConfig):
+        raise ConfigError("model.index is not set: say where the index is, with path and passages.")
+    return retriever, index
+
+
+def build(cli: ToolCLI, retriever: Retriever, index: IndexConfig, options: argparse.Namespace) -> None:
+    """Encode the passages with a Trainer on the configuration's devices, and write the index."""
+    if not index.passages:
+        raise ConfigError("model.index.passages is not set: give the sources of the passages.")
+    if Path(index.path).expanduser().exists() and not options.overwrite:
+        raise ConfigError(f"{index.path} exists. Choose another model.index.path, or add --overwrite.")
+    module = RetrieverModule(retriever, index)
+    network = module.load_model()
+    if options.ckpt_path is not None and isinstance(network, DualEncoder):
+        load_towers(network, read_saved(options.ckpt_path).trained)
+    data = PassageDataModule(
+        module.tokenizer, predict=index.passages, batch_size=index.batch_size, packing=False, cache_dir=_cache(cli)
+    )
+    asked = cli.asked
+    trainer = Trainer(
+        accelerator=asked["accelerator"],
+        devices=asked["devices"],
+        num_nodes=asked["num_nodes"],
+        precision=asked["precision"],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[EmbeddingWriter(index)],
+    )
+    trainer.predict(module, data, return_predictions=False)
+    if trainer.is_global_zero:
+        made = PassageIndex.load(index.path)
+        size = sum(file.stat().st_size for file in Path(index.path).expanduser().iterdir())
+        print(
+            f"{index.path}: {len(made)} passages, vectors of {made.manifest.dimension} numbers in "
+            f"{made.manifest.dtype}, {made.manifest.search} search  ({size / 1e6:.1f} MB)"
+        )
+
+
+def _cache(cli: ToolCLI) -> str | None:
+    return str(cli.datamodule.cache_dir)
+
+
+def evaluate(retriever: Retriever, index: IndexConfig, options: argparse.Namespace) -> None:
+    """Recall, reciprocal rank and nDCG over questions whose relevant passages are known."""
+    if options.queries is None:
+        raise ConfigError("index eval needs --queries FILE with records {query, relevant: [passage ids]}.")
+    ks = _cuts(options.k)
+    found = PassageIndex.load(index.path)
+    questions = read_questions(options.queries, set(found.passages["id"]))
+    encoder = load_retriever(retriever)
+    if options.ckpt_path is not None:
+        load_towers(encoder, read_saved(options.ckpt_path).trained)
+    encoder.eval()
+    found.check_made_by(retriever.decides_passages(), weights_hash(encoder.passage_tower))
+    metrics: list[dict[str, float]] = []
+    groups = [questions[start : start + QUESTIONS_TOGETHER] for start in range(0, len(questions), QUESTIONS_TOGETHER)]
+    for group in track(groups, "searching", transient=True, disable=not Console().is_terminal):
+        with torch.no_grad():
+            _, places = found.search(encoder.queries([query for query, _ in group]), max(ks))
+        for row, (_, relevant) in zip(places, group, strict=True):
+            metrics.append(ranking_metrics([passage.id for passage in found.at(row)], relevant, ks))
+    means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+    table = Table("metric", "value", title=f"{len(questions)} questions, {len(found)} passages", title_justify="left")
+    for name, value in means.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
+
+
+def _cuts(text: str) -> list[int]:
+    try:
+        ks = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        ks = [0]
+    if ks[0] < 1:
+        raise ConfigError(f"--k is '{text}'; give numbers from 1 on, with commas.")
+    return ks
+
+
+def read_questions(path: Path, known: set[str]) -> list[tuple[str, list[str]]]:
+    """Questions and the ids of their relevant passages.
+
+    Args:
+        path: Records {query, relevant}.
+        known: Ids of the passages in the index.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        RecordError: Naming line and field.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}). Check --queries.")
+    reader = READERS.get(path.suffix)
+    if reader is None:
+        raise ConfigError(f"{path}: unknown file type '{path.suffix}'. Use {', '.join(READERS)}.")
+    questions = []
+    for where, raw in reader(path):
+        values: dict[str, Any] = raw if isinstance(raw, dict) else {}
+        query, relevant = values.get("query"), values.get("relevant")
+        if not isinstance(query, str) or not query:
+            raise RecordError(where, "query", f"is {value_kind(query)}", "Give the question as a string.")
+        if not isinstance(relevant, list) or not relevant:
+            raise RecordError(where, "relevant", f"is {value_kind(relevant)}", "Give a list of passage ids.")
+        ids = [str(each) for each in relevant]
+        foreign = next((each for each in ids if each not in known), None)
+        if foreign is not None:
+            raise RecordError(where, "relevant", f"names '{foreign}', which is not in the index", "Check the ids.")
+        questions.append((query, ids))
+    if not questions:
+        raise ConfigError(f"{path}: no questions.")
+    return questions
