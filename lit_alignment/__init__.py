@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from lit_alignment.callbacks.throughput import Throughput
     from lit_alignment.callbacks.upload import Upload
     from lit_alignment.data.classification import ClassificationDataModule
+    from lit_alignment.data.rag import RAGDataModule
     from lit_alignment.data.retriever import PassageDataModule, RetrieverDataModule
     from lit_alignment.data.reward import RewardDataModule
     from lit_alignment.data.sft import SFTDataModule
     from lit_alignment.loggers import ClearMLLogger
     from lit_alignment.modules.classification import ClassificationModule
+    from lit_alignment.modules.rag import RAGModule
     from lit_alignment.modules.retriever import RetrieverModule
     from lit_alignment.modules.reward import RewardModule
     from lit_alignment.modules.sft import SFTModule
@@ -32,6 +34,8 @@ _PLACES = {
     "Export": "lit_alignment.callbacks.export",
     "PassageDataModule": "lit_alignment.data.retriever",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
+    "RAGDataModule": "lit_alignment.data.rag",
+    "RAGModule": "lit_alignment.modules.rag",
     "RetrieverDataModule": "lit_alignment.data.retriever",
     "RetrieverModule": "lit_alignment.modules.retriever",
     "RewardDataModule": "lit_alignment.data.reward",
@@ -51,6 +55,8 @@ __all__ = [
     "Export",
     "PassageDataModule",
     "PredictionWriter",
+    "RAGDataModule",
+    "RAGModule",
     "RetrieverDataModule",
     "RetrieverModule",
     "RewardDataModule",

@@ -1,7 +1,7 @@
 """Optimiser and learning-rate schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,7 +71,11 @@ def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig)
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, total_steps: float, fused: bool = True
+    parameters: Iterable[nn.Parameter],
+    config: OptimizerConfig,
+    total_steps: float,
+    fused: bool = True,
+    other_rates: Sequence[tuple[Iterable[nn.Parameter], float]] = (),
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW over the trainable parameters, and its schedule.
 
@@ -80,6 +84,7 @@ def build_optimizer(
         config: Settings.
         total_steps: Optimiser steps of the run, may be infinite.
         fused: Use the fused kernel; the gradient scaler of fp16 training cannot clip with it.
+        other_rates: Some of the parameters, and their highest learning rate.
 
     Raises:
         ConfigError: If nothing is trainable, or the schedule needs an end that the run does not have.
@@ -90,12 +95,14 @@ def build_optimizer(
     share = isinstance(config.warmup, float) and config.warmup > 0
     if math.isinf(total_steps) and (config.schedule != "constant" or share):
         raise ConfigError("this schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    rates = {id(parameter): rate for part, rate in other_rates for parameter in part}
+    parts: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in trainable:
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        parts.setdefault((rates.get(id(parameter), config.learning_rate), decay), []).append(parameter)
+    groups = [{"params": part, "lr": rate, "weight_decay": decay} for (rate, decay), part in parts.items()]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,

@@ -18,6 +18,8 @@ from lit_alignment import (
     AtomicCheckpointIO,
     ClassificationDataModule,
     ClassificationModule,
+    RAGDataModule,
+    RAGModule,
     RewardDataModule,
     RewardModule,
     SFTDataModule,
@@ -25,11 +27,12 @@ from lit_alignment import (
 )
 from lit_alignment.data.encode import Encoder, EncodingConfig, Example
 from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
-from lit_alignment.data.passages import Passage
+from lit_alignment.data.passages import Passage, format_passage
 from lit_alignment.data.records import Source
 from lit_alignment.data.responses import ResponseEncoder
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.models.loading import Backbone
+from lit_alignment.models.retriever import Retriever, load_retriever, weights_hash
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
@@ -242,3 +245,37 @@ def knowledge_index(config: IndexConfig, embeddings: torch.Tensor) -> Path:
     for part in order.split(3):  # as several processes would, in any order
         builder.write(part.tolist(), embeddings[part])
     return builder.finish()
+
+
+RETRIEVER = Retriever("configs/tiny", weights="random", temperature=0.1, towers="separate")
+
+
+def knowledge(number: int, seed: int = 0) -> list[Passage]:
+    """Passages of very unequal lengths."""
+    generator = random.Random(seed)
+    texts = [" ".join(generator.choices(WORDS, k=generator.choice((2, 5, 30)))) for _ in range(number)]
+    return [Passage(f"p{i}", [], "", title=f"note {i}", text=text) for i, text in enumerate(texts)]
+
+
+def encoded_index(folder: Path, passages: list[Passage], retriever: Retriever = RETRIEVER, **settings) -> IndexConfig:
+    """An index of passages as the retriever encodes them before any training."""
+    config = IndexConfig(str(folder / "index"), **settings)
+    encoder = load_retriever(retriever).eval()
+    with torch.no_grad():
+        written = [format_passage(retriever.passage_format, p.title, p.text) for p in passages]
+        embeddings = encoder.passages(written)
+    made_of = retriever.decides_passages(), weights_hash(encoder.passage_tower)
+    builder = IndexBuilder(config, Manifest(*made_of, embeddings.shape[1], config.dtype, len(passages)))
+    builder.create(passages)
+    builder.write(range(len(passages)), embeddings)
+    builder.finish()
+    return config
+
+
+def rag_module(index: IndexConfig, lora: bool = False, retriever: Retriever = RETRIEVER, **settings: Any) -> RAGModule:
+    return RAGModule(**scoring_settings("configs/tiny", lora, {"retriever": retriever, "index": index, **settings}))
+
+
+def rag_data(module: RAGModule, train=None, val=None, **settings: Any) -> RAGDataModule:
+    settings.setdefault("encoding", EncodingConfig(max_length=512))
+    return RAGDataModule(module.tokenizer, **_sources(train, val), **settings)

@@ -12,7 +12,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.generation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.metrics.answers import build_metric
-from lit_alignment.modules.generative import GenerativeModule
+from lit_alignment.modules.generative import GenerativeModule, Response
 
 
 class CherryPicks(PickReport):
@@ -81,10 +81,10 @@ class CherryPicks(PickReport):
         """Answer the prompts."""
         if not isinstance(module, GenerativeModule) or self._scorer is None:
             return [], []
-        answers: list[list[Answer]] = []
+        responses: list[Response] = []
         for start in range(0, len(self.items), self.batch_size):
-            prompts = [item.input_ids for item in self.items[start : start + self.batch_size]]
-            answers += module.answer(prompts, self.generation)
+            responses += module.respond(self.items[start : start + self.batch_size], self.generation)
+        answers = [response.answers for response in responses]
         scores = self._score(self._scorer, answers)
         for pick, found, values in zip(self.picks, answers, scores, strict=True):
             pick.answers[step], pick.scores[step] = found[0].content, values

@@ -22,11 +22,13 @@ class PlannedBatch:
     Args:
         indices: Examples in it.
         window_weight: Trained weight of all micro-batches on all ranks that share its optimiser step.
+        window_examples: Number of examples in these micro-batches.
         filler: Whether it only keeps this rank in step with the others; its labels are then ignored.
     """
 
     indices: list[int]
     window_weight: float
+    window_examples: int = 0
     filler: bool = False
 
 
@@ -136,12 +138,14 @@ class BatchPlan:
             float(sum(self.weights[group].sum() for group in groups[start : start + window]))
             for start in range(0, len(groups), window)
         ]
+        sizes = [sum(map(len, groups[start : start + window])) for start in range(0, len(groups), window)]
         planned = []
         for first in range(0, len(groups), world_size):
             position = first + rank
+            total, size = totals[first // window], sizes[first // window]
             if position < len(groups):
-                planned.append(PlannedBatch(groups[position], totals[first // window]))
+                planned.append(PlannedBatch(groups[position], total, size))
             else:
                 shortest = min(groups[first], key=lambda i: self.lengths[i])
-                planned.append(PlannedBatch([int(shortest)], totals[first // window], filler=True))
+                planned.append(PlannedBatch([int(shortest)], total, size, filler=True))
         return planned

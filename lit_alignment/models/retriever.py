@@ -206,7 +206,9 @@ def _backbone(settings: Retriever, path: str) -> Backbone:
 def _tower(settings: Retriever, path: str) -> PreTrainedModel:
     backbone = _backbone(settings, path)
     if settings.weights == "random":
-        model = AutoModel.from_config(from_pretrained(AutoConfig, backbone, path), dtype=torch.float32)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same weights in every command, or no index would fit them
+            model = AutoModel.from_config(from_pretrained(AutoConfig, backbone, path), dtype=torch.float32)
     else:
         model = from_pretrained(AutoModel, backbone, path, dtype=torch.float32)
     pooler = getattr(model, "pooler", None)

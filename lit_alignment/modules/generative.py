@@ -1,6 +1,7 @@
 """What modules share whose model answers prompts."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft import PeftConfig
@@ -14,6 +15,19 @@ from lit_alignment.models.loading import Backbone
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
+
+
+@dataclass
+class Response:
+    """What a model makes of one prompt.
+
+    Args:
+        answers: Its answers.
+        found: What it has looked up for them, as it stands in the predictions.
+    """
+
+    answers: list[Answer]
+    found: dict[str, Any] = field(default_factory=dict)
 
 
 class GenerativeModule(AlignmentModule):
@@ -57,14 +71,20 @@ class GenerativeModule(AlignmentModule):
         """Answers to prompts, given as token ids."""
         return generate(self.network, self.tokenizer, prompts, settings, self.stop)
 
+    def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
+        """What the model makes of prompts."""
+        return [Response(answers) for answers in self.answer([item.input_ids for item in items], settings)]
+
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
         """The generation settings by name."""
         return {name: asdict(settings) for name, settings in self.generation.items()}
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
         """Answers by name of the generation settings, in the order of the batch."""
-        prompts = [item.input_ids for item in batch.items]
         return {
-            name: [{"answers": [answer.to_dict() for answer in found]} for found in self.answer(prompts, settings)]
+            name: [
+                {"answers": [answer.to_dict() for answer in response.answers], **response.found}
+                for response in self.respond(batch.items, settings)
+            ]
             for name, settings in self.generation.items()
         }

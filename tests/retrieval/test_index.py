@@ -22,7 +22,9 @@ def test_what_is_written_is_read_again_over_shards(dtype, embeddings, tmp_path):
     found = PassageIndex.load(folder)
     rounded = embeddings.to(getattr(torch, dtype))
     assert [len(shard) for shard in found.shards] == [4, 4, 2]
-    torch.testing.assert_close(found.embeddings(torch.tensor([[9, 0], [5, 3]])), rounded[torch.tensor([[9, 0], [5, 3]])].float())
+    torch.testing.assert_close(
+        found.embeddings(torch.tensor([[9, 0], [5, 3]])), rounded[torch.tensor([[9, 0], [5, 3]])].float()
+    )
     assert [p.id for p in found.at(torch.tensor([9, 0]))] == ["p9", "p0"]
     assert found.at(torch.tensor([3]))[0].text == "text of 3"
     with safe_open(folder / "embeddings-00003-of-00003.safetensors", "pt") as file:

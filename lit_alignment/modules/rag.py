@@ -1,0 +1,509 @@
+"""End-to-end RAG: a retriever and a generator trained together.
+
+B questions, K passages of a question, T answer tokens, D width
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.collate import Sequences, pack_sequences, pad_sequences
+from lit_alignment.data.encode import Example
+from lit_alignment.data.messages import IGNORE_INDEX
+from lit_alignment.data.passages import Passage, format_passage
+from lit_alignment.data.rag import RAGBatch, RAGDataModule, RAGItem
+from lit_alignment.errors import ConfigError
+from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.losses import (
+    emdr2_loss,
+    leave_one_out_loss,
+    perplexity_distillation_loss,
+    rag_sequence_loss,
+    rag_token_loss,
+    replug_loss,
+)
+from lit_alignment.metrics import TokenMean
+from lit_alignment.metrics.retrieval import ranking_metrics
+from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.attention import document_arguments
+from lit_alignment.models.head import base_model, hidden_states, token_logps
+from lit_alignment.models.loading import Backbone
+from lit_alignment.models.retriever import DualEncoder, Retriever, load_retriever, weights_hash
+from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.generative import GenerativeModule, Response
+from lit_alignment.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.retrieval.index import IndexConfig, PassageIndex
+
+Stage = Literal["train", "val", "test"]
+Objective = Literal[
+    "language_modeling",
+    "rag_sequence",
+    "rag_token",
+    "emdr2",
+    "perplexity_distillation",
+    "leave_one_out",
+    "replug",
+]
+MARGINAL = ("rag_sequence", "rag_token")
+RECALL_AT = (1, 5, 20)
+
+
+class RAGModule(GenerativeModule):
+    """A generator that answers with retrieved passages, and the retriever, trained by what helps the generator.
+
+    `rag_sequence` and `rag_token` train both on the likelihood of the answer, summed over the passages, each in a
+    sequence of its own. The others train the generator on the answer after all passages together, and the retriever on
+    what the generator, without gradient, makes of single passages; `language_modeling` trains the generator alone.
+
+    loss of an optimiser step = sum of the answers' losses / number of trained tokens, plus, for the others,
+    retriever_weight * mean over questions of the retriever's loss; both over all micro-batches and ranks
+
+    Args:
+        backbone: The pretrained generator.
+        retriever: The text encoder.
+        index: The passages.
+        objective: What is trained on.
+        num_passages: K, passages of each question.
+        train_retriever: Nothing of it, its query tower, or both towers, for which the index has to be refreshed.
+        train_generator: Whether the generator learns.
+        over_retrieve: Take this many times as many passages from the index, encode them anew, and keep the best; where
+            the index lags behind its encoder, its order is not that of the encoder.
+        retriever_weight: Weight of the retriever's own loss.
+        retriever_learning_rate: Highest learning rate of the retriever; that of the optimizer by default.
+        target_temperature: Flattens (above 1) what the retriever is distilled from.
+        peft: New adapters of the generator; without these and `adapter` all its weights train.
+        adapter: An adapter that exists, frozen or to go on with.
+        tokens: Special and new tokens of the generator.
+        optimizer: Optimiser and schedule.
+        generation: Named ways to answer in `predict`, after all passages together.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        retriever: Retriever,
+        index: IndexConfig,
+        objective: Objective = "rag_sequence",
+        num_passages: int = 5,
+        train_retriever: Literal["none", "query", "both"] = "query",
+        train_generator: bool = True,
+        over_retrieve: int = 1,
+        retriever_weight: float = 1.0,
+        retriever_learning_rate: float | None = None,
+        target_temperature: float = 1.0,
+        peft: PeftConfig | None = None,
+        adapter: Adapter | None = None,
+        tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        generation: dict[str, GenerationSettings] | None = None,
+    ) -> None:
+        """Check the settings; weights and index come in `configure_model`."""
+        super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
+        self.retriever, self.index_config = retriever, index
+        self.objective, self.num_passages = objective, num_passages
+        self.train_retriever, self.train_generator = train_retriever, train_generator
+        self.over_retrieve, self.retriever_weight = over_retrieve, retriever_weight
+        self.retriever_learning_rate = retriever_learning_rate
+        self.target_temperature = target_temperature
+        self._check_settings()
+        self.dual: DualEncoder | None = None
+        self.passage_index: PassageIndex | None = None
+        self.val_loss, self.test_loss = TokenMean(), TokenMean()
+        self.val_means = nn.ModuleDict({name: TokenMean() for name in self._names()})
+        self.test_means = nn.ModuleDict({name: TokenMean() for name in self._names()})
+
+    def _check_settings(self) -> None:
+        """Refuse what would train nothing, or something else than it says."""
+        learns = self.train_retriever != "none"
+        if self.num_passages < 1 or self.over_retrieve < 1:
+            raise ConfigError("model.num_passages and model.over_retrieve must be 1 or more.")
+        if learns and self.num_passages < 2:
+            raise ConfigError(
+                f"model.num_passages is {self.num_passages}: the softmax over one passage is always 1, so the "
+                "retriever would get no gradient. Use 2 or more, or set train_retriever to none."
+            )
+        if learns and self.objective == "language_modeling":
+            raise ConfigError(
+                "model.objective: language_modeling does not train a retriever. Choose another objective, "
+                "or set train_retriever to none."
+            )
+        if not learns and self.objective not in ("language_modeling", *MARGINAL):
+            raise ConfigError(
+                f"model.objective: {self.objective} is a loss of the retriever, and train_retriever is none. "
+                "Use language_modeling, or train the retriever."
+            )
+        if not learns and not self.train_generator:
+            raise ConfigError("model.train_generator is false and train_retriever none: nothing would learn.")
+        if self.train_retriever == "query" and self.retriever.towers == "shared":
+            raise ConfigError(
+                "model.train_retriever: the query tower cannot train alone while the towers are shared. "
+                "Set retriever.towers to separate, or train_retriever to both."
+            )
+        if self.objective == "leave_one_out" and self.num_passages < 2:
+            raise ConfigError("model.objective: leave_one_out needs num_passages of 2 or more.")
+
+    @property
+    def data(self) -> RAGDataModule:
+        """The data module, which puts passages into conversations.
+
+        Raises:
+            ConfigError: If it is another method's.
+        """
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, RAGDataModule):
+            raise ConfigError(f"RAGModule needs a RAGDataModule, not {type(data).__name__}.")
+        return data
+
+    # Models and index.
+
+    def configure_model(self) -> None:
+        """Load generator, retriever and index, once."""
+        if self.dual is not None:
+            return
+        super().configure_model()
+        self.load_retriever()
+        if not self.train_generator:
+            self.network.requires_grad_(False)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
+            for tower in {self.encoder.query_tower, self.encoder.passage_tower}:
+                fully_shard(tower, mesh=self.device_mesh["data_parallel"])
+
+    def load_retriever(self) -> None:
+        """Load the towers, and the index that they fit, without a Trainer.
+
+        Raises:
+            FileNotFoundError: If there is no index.
+            ConfigError: If the index was made by another encoder.
+        """
+        self.passage_index = PassageIndex.load(self.index_config.path)
+        self.dual = load_retriever(self.retriever)
+        self.passage_index.check_width(self.dual.width, self.retriever.path)
+        self.dual.requires_grad_(self.train_retriever != "none")
+        if self.train_retriever == "query":
+            self.dual.passage_tower.requires_grad_(False)
+
+    @property
+    def encoder(self) -> DualEncoder:
+        """The loaded retriever.
+
+        Raises:
+            ConfigError: Before `configure_model`.
+        """
+        if self.dual is None:
+            raise ConfigError("the retriever is not loaded yet: call configure_model() or run it in a Trainer.")
+        return self.dual
+
+    @property
+    def index(self) -> PassageIndex:
+        """The loaded index.
+
+        Raises:
+            ConfigError: Before `configure_model`.
+        """
+        if self.passage_index is None:
+            raise ConfigError("the index is not loaded yet: call configure_model() or run it in a Trainer.")
+        return self.passage_index
+
+    # Retrieval.
+
+    def retrieve(self, queries: Sequence[str]) -> tuple[list[list[Passage]], Tensor]:
+        """The K best passages of each query, and their scores with the gradient that trains the retriever, [B, K].
+
+        Scores are inner products divided by the temperature.
+        """
+        vectors = self.encoder.queries(queries)
+        _, places = self.index.search(vectors, self.num_passages * self.over_retrieve)
+        if self.over_retrieve > 1:
+            with torch.no_grad():
+                fresh = self._encoded(places)
+                _, best = torch.einsum("bd,bkd->bk", vectors, fresh).topk(min(self.num_passages, places.shape[1]))
+            places = places.gather(1, best)
+        # An index always lags behind towers that learn; the scores do not.
+        learns = self.train_retriever == "both"
+        passages = self._encoded(places) if learns or self.over_retrieve > 1 else self.index.embeddings(places)
+        scores = torch.einsum("bd,bkd->bk", vectors, passages) / self.retriever.temperature
+        return [self.index.at(row) for row in places], scores
+
+    def _encoded(self, places: Tensor) -> Tensor:
+        """Passages at the given places, encoded by the passage tower as it is now, [B, K, D]."""
+        unique, inverse = torch.unique(places, return_inverse=True)
+        form = self.retriever.passage_format
+        texts = [format_passage(form, passage.title, passage.text) for passage in self.index.at(unique)]
+        return self.encoder.passages(texts)[inverse]
+
+    def check_index(self) -> None:
+        """Refuse a stale index; asked once the weights are those of the checkpoint, if there is one.
+
+        Raises:
+            ConfigError: Saying what differs.
+        """
+        self.index.check_made_by(self.retriever.decides_passages(), weights_hash(self.encoder.passage_tower))
+
+    def on_fit_start(self) -> None:
+        """Refuse a stale index."""
+        self.check_index()
+
+    def on_validation_start(self) -> None:
+        """Refuse a stale index, unless it lags behind a training that goes on."""
+        if self.trainer.state.fn != "fit":
+            self.check_index()
+
+    def on_test_start(self) -> None:
+        """Refuse a stale index."""
+        self.check_index()
+
+    def on_predict_start(self) -> None:
+        """Refuse a stale index."""
+        self.check_index()
+
+    # Loss.
+
+    def training_step(self, batch: RAGBatch, batch_idx: int) -> Tensor:
+        """The batch's share of the optimiser step's loss."""
+        return self._shared_step(batch, "train")
+
+    def validation_step(self, batch: RAGBatch, batch_idx: int) -> None:
+        """Add the batch to the validation metrics."""
+        self._shared_step(batch, "val")
+
+    def test_step(self, batch: RAGBatch, batch_idx: int) -> None:
+        """Add the batch to the test metrics."""
+        self._shared_step(batch, "test")
+
+    def _shared_step(self, batch: RAGBatch, stage: Stage) -> Tensor:
+        passages, scores = self.retrieve([item.query for item in batch.items])
+        answer_losses, retriever_losses, tokens = self.losses(batch.items, passages, scores)
+        counted = scores.new_tensor(batch.weights)  # [B]
+        answers = (answer_losses * counted).sum()
+        means = self._found(batch, passages, scores)
+        if stage == "train":
+            for name, (total, weight) in means.items():
+                if float(weight) > 0:
+                    self.log(f"train/{name}", total / weight, batch_size=max(1, int(weight)))
+            loss = self.step_loss(answers, batch.window_weight)
+            if retriever_losses is None:
+                return loss
+            own = self.retriever_weight * (retriever_losses * counted).sum()
+            return loss + self.step_loss(own, batch.window_examples)
+        mean_loss, others = self._means(stage)
+        mean_loss.update(answers, (tokens * counted).sum())
+        if retriever_losses is not None:
+            means["retriever_loss"] = (retriever_losses * counted).sum(), counted.sum()
+        for name, (total, weight) in means.items():
+            others[name].update(total, weight)
+        return answers
+
+    def losses(
+        self, items: Sequence[RAGItem], passages: Sequence[Sequence[Passage]], scores: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Loss of each answer, loss of the retriever for each question or None, and trained weight of each answer, [B].
+
+        Args:
+            items: The questions with their answers.
+            passages: K passages of each.
+            scores: Their scores, [B, K].
+        """
+        if self.objective in MARGINAL:
+            logps, weights = self.token_logps(items, [[[each] for each in own] for own in passages])
+            if self.objective == "rag_token":
+                return rag_token_loss(scores, logps, weights), None, weights.sum(-1)
+            return rag_sequence_loss(scores, (logps * weights[:, None]).sum(-1)), None, weights.sum(-1)
+        together, weights = self.token_logps(items, [[own] for own in passages])
+        answers = -(together[:, 0] * weights).sum(-1)
+        if self.train_retriever == "none":
+            return answers, None, weights.sum(-1)
+        if not self.train_generator:
+            answers = answers.detach()
+        return answers, self._retriever_losses(items, passages, scores), weights.sum(-1)
+
+    def _retriever_losses(
+        self, items: Sequence[RAGItem], passages: Sequence[Sequence[Passage]], scores: Tensor
+    ) -> Tensor:
+        """Loss of the retriever for each question, [B], from what the generator makes of parts of its passages."""
+        if self.objective == "leave_one_out":
+            contexts = [[[*own[:k], *own[k + 1 :]] for k in range(len(own))] for own in passages]
+        else:
+            contexts = [[[each] for each in own] for own in passages]
+        with torch.no_grad():
+            logps, weights = self.token_logps(items, contexts)
+            sums = (logps * weights[:, None]).sum(-1)  # [B, K]
+            means = sums / weights.sum(-1, keepdim=True)
+        match self.objective:
+            case "emdr2":
+                return emdr2_loss(scores, sums)
+            case "leave_one_out":
+                return leave_one_out_loss(scores, means, self.target_temperature)
+            case "replug":
+                return replug_loss(scores, means, self.target_temperature)
+            case _:
+                return perplexity_distillation_loss(scores, means, self.target_temperature)
+
+    def token_logps(
+        self, items: Sequence[RAGItem], contexts: Sequence[Sequence[Sequence[Passage]]]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each answer token after each context, [B, C, T], and the tokens' weights, [B, T].
+
+        All sequences stand in one row without padding, if the data are packed; those of a question share their
+        beginning.
+
+        Args:
+            items: The questions with their answers.
+            contexts: C lists of passages for each.
+        """
+        data = self.data
+        examples = [
+            [data.encoder.example(item.messages, item.answer or {}, own, item.tools) for own in lists]
+            for item, lists in zip(items, contexts, strict=True)
+        ]
+        sequences = [_sequences(own) for own in examples]
+        if data.packing:
+            rows, begins = pack_sequences(sequences, share=True)
+        else:
+            rows, begins = pad_sequences(sequences, int(self.tokenizer.pad_token_id))
+        places, targets, counts = [], [], []
+        starts = iter(begins)
+        for own, shared in zip(examples, sequences, strict=True):
+            for example in own:
+                labelled = [t for t, label in enumerate(example.labels) if label != IGNORE_INDEX and t > 0]
+                begin = next(starts) - len(shared.prompt)
+                places += [begin + t - 1 for t in labelled]  # position t is predicted from t - 1
+                targets += [example.labels[t] for t in labelled]
+                counts.append(len(labelled))
+        device = self.device
+        arguments = document_arguments(
+            base_model(self.network).config._attn_implementation,
+            rows.document_lengths,
+            device,
+            rows.document_parents,
+        )
+        hidden = hidden_states(
+            self.network,
+            input_ids=rows.input_ids.to(device),
+            attention_mask=None if rows.attention_mask is None else rows.attention_mask.to(device),
+            position_ids=rows.position_ids.to(device),
+            **arguments,
+        ).flatten(0, 1)
+        flat = token_logps(self.network, hidden[places], torch.tensor(targets, device=device))
+        padded = nn.utils.rnn.pad_sequence(list(torch.split(flat, counts)), batch_first=True)  # [B * C, T]
+        weights = [
+            torch.tensor([w for t, w in enumerate(own[0].weights) if own[0].labels[t] != IGNORE_INDEX and t > 0])
+            for own in examples
+        ]
+        return (
+            padded.view(len(items), -1, padded.shape[1]),
+            nn.utils.rnn.pad_sequence(weights, batch_first=True).to(device),
+        )
+
+    # Metrics.
+
+    def _names(self) -> list[str]:
+        ks = [k for k in RECALL_AT if k <= self.num_passages]
+        return ["passage_entropy", "retriever_loss", "mrr", *(f"recall@{k}" for k in ks)]
+
+    def _found(
+        self, batch: RAGBatch, passages: Sequence[Sequence[Passage]], scores: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Sums over the questions, and the numbers of these, by name; fillers do not count."""
+        log_prior = scores.detach().float().log_softmax(-1)
+        counted = scores.new_tensor(batch.weights)
+        entropy = -(log_prior.exp() * log_prior).sum(-1)
+        sums = {"passage_entropy": ((entropy * counted).sum(), counted.sum())}
+        ks = [k for k in RECALL_AT if k <= self.num_passages]
+        judged = [
+            ranking_metrics([passage.id for passage in own], item.relevant, ks)
+            for item, own, weight in zip(batch.items, passages, batch.weights, strict=True)
+            if item.relevant and weight
+        ]
+        number = scores.new_tensor(len(judged))
+        for name in ["mrr", *(f"recall@{k}" for k in ks)]:
+            sums[name] = scores.new_tensor(sum(metrics[name] for metrics in judged)), number
+        return sums
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_means("test")
+
+    def _log_means(self, stage: Stage) -> None:
+        mean_loss, others = self._means(stage)
+        loss = mean_loss.compute()
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp())
+        mean_loss.reset()
+        for name, metric in others.items():
+            value = metric.compute()
+            if value.isfinite():
+                self.log(f"{stage}/{name}", value, prog_bar=name.startswith("recall"))
+            metric.reset()
+
+    def _means(self, stage: Stage) -> tuple[TokenMean, Any]:
+        return (self.test_loss, self.test_means) if stage == "test" else (self.val_loss, self.val_means)
+
+    # Optimiser.
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, with a learning rate of the retriever's own."""
+        total_steps = float(self.trainer.estimated_stepping_batches)
+        fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
+        rate = self.retriever_learning_rate or self.optimizer_config.learning_rate
+        others = [(list(self.encoder.parameters()), rate)]
+        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, total_steps, fused, others)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the retriever's gradient norm besides."""
+        super().on_before_optimizer_step(optimizer)
+        if self.train_retriever != "none":
+            gradients = [p.grad for p in self.encoder.parameters() if p.grad is not None]
+            self.log("train/retriever_grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    # Checkpoints and predictions.
+
+    def about(self) -> dict[str, Any]:
+        """Also the retriever's settings."""
+        return {**super().about(), "retriever": asdict(self.retriever)}
+
+    def prediction_settings(self) -> dict[str, dict[str, Any]]:
+        """The generation settings by name, with what decides the passages."""
+        shared = {"num_passages": self.num_passages, "index": self.index.manifest.encoder_hash}
+        return {name: settings | shared for name, settings in super().prediction_settings().items()}
+
+    @torch.no_grad()
+    def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
+        """Answers after all passages together, with the passages and their scores."""
+        passages, scores = self.retrieve([item.query for item in items])
+        prompts = [
+            self.data.encoder.prompt(item.messages, own, item.tools).input_ids
+            for item, own in zip(items, passages, strict=True)
+        ]
+        return [
+            Response(answers, {"documents": [_document(each) for each in own], "doc_scores": row.tolist()})
+            for answers, own, row in zip(self.answer(prompts, settings), passages, scores, strict=True)
+        ]
+
+
+def _document(passage: Passage) -> dict[str, str]:
+    return {"id": passage.id, "title": passage.title, "text": passage.text}
+
+
+def _sequences(examples: Sequence[Example]) -> Sequences:
+    """The ids of a question's sequences, with what all begin with apart, so that it is computed once."""
+    ids = [example.input_ids for example in examples]
+    # The state before the first answer token must be the sequence's own.
+    limit = min(next(t for t, label in enumerate(e.labels) if label != IGNORE_INDEX and t > 0) for e in examples) - 1
+    shared = 0
+    if len(ids) > 1:
+        while shared < limit and len({own[shared] for own in ids}) == 1:
+            shared += 1
+    return Sequences(ids[0][:shared], [own[shared:] for own in ids])
