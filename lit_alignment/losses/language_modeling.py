@@ -11,6 +11,11 @@ from torch import Tensor
 CHUNK_SIZE = 256  # positions whose logits exist at one time
 
 
+def wide(values: Tensor) -> Tensor:
+    """The values in fp32, or in fp64 if they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def token_cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -158,10 +163,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _chunk_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
-    """Logits of one chunk, [C, V], in fp32; through one buffer, since fresh memory for each chunk costs page faults."""
+    """Logits of one chunk, [C, V], at least in fp32; through one buffer: fresh memory each time costs page faults."""
     if buffer is None:
-        return torch.nn.functional.linear(chunk, weight, bias).float()
-    return torch.mm(chunk, weight.T, out=buffer[: len(chunk)]).float()
+        return wide(torch.nn.functional.linear(chunk, weight, bias))
+    return wide(torch.mm(chunk, weight.T, out=buffer[: len(chunk)]))
 
 
 def _losses_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
@@ -209,7 +214,7 @@ def linear_logps(
         chunk_size: Positions a chunk.
 
     Returns:
-        Nats, fp32, [N].
+        Nats, fp32 (fp64 for fp64 weights), [N].
 
     Raises:
         ValueError: If the number of targets differs from the number of hidden states.
@@ -239,7 +244,7 @@ class _LinearLogps(torch.autograd.Function):
         """The log-probabilities."""
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.shape = scale, softcap, chunk_size
-        found = hidden.new_empty(len(targets), dtype=torch.float32)
+        found = hidden.new_empty(len(targets), dtype=torch.promote_types(weight.dtype, torch.float32))
         buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
         for start in range(0, len(targets), chunk_size):
             part = slice(start, start + chunk_size)
@@ -256,8 +261,8 @@ class _LinearLogps(torch.autograd.Function):
         scale, softcap, chunk_size = ctx.shape
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        grad_weight = torch.zeros_like(weight, dtype=grad_logps.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=grad_logps.dtype) if needs_bias and bias is not None else None
         buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
         for start in range(0, len(targets), chunk_size):
             part = slice(start, start + chunk_size)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lit_alignment.losses.language_modeling import wide
+
 
 def rag_sequence_loss(scores: Tensor, answer_logps: Tensor) -> Tensor:
     """Negative log-likelihood of the answer, with one passage behind all of it and all passages summed over.
@@ -30,7 +32,7 @@ def rag_sequence_loss(scores: Tensor, answer_logps: Tensor) -> Tensor:
     and turbo-alignment's read the log-probability of each token one place too early.
     """
     _same_shape(scores, answer_logps)
-    return -(scores.float().log_softmax(-1) + answer_logps.float()).logsumexp(-1)
+    return -(wide(scores).log_softmax(-1) + wide(answer_logps)).logsumexp(-1)
 
 
 def rag_token_loss(scores: Tensor, token_logps: Tensor, weights: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def rag_token_loss(scores: Tensor, token_logps: Tensor, weights: Tensor) -> Tens
             f"scores {tuple(scores.shape)}, token_logps {tuple(token_logps.shape)} and weights {tuple(weights.shape)} "
             "must be [B, K], [B, K, T] and [B, T]."
         )
-    by_token = (scores.float().log_softmax(-1)[..., None] + token_logps.float()).logsumexp(1)  # [B, T]
+    by_token = (wide(scores).log_softmax(-1)[..., None] + wide(token_logps)).logsumexp(1)  # [B, T]
     return -(by_token * weights).sum(-1)
 
 
@@ -95,7 +97,7 @@ def perplexity_distillation_loss(scores: Tensor, answer_logps: Tensor, temperatu
 
     Source: PDist of Izacard et al. 2022 (Atlas, arXiv:2208.03299), section 2.2.
     """
-    return _divergence((answer_logps.detach().float() / temperature).log_softmax(-1), scores)
+    return _divergence((wide(answer_logps.detach()) / temperature).log_softmax(-1), scores)
 
 
 def leave_one_out_loss(scores: Tensor, without_logps: Tensor, temperature: float = 1.0) -> Tensor:
@@ -135,8 +137,8 @@ def replug_loss(scores: Tensor, answer_logps: Tensor, temperature: float = 0.1) 
     Source: LSR of Shi et al. 2023 (REPLUG, arXiv:2301.12652), section 4.
     """
     _same_shape(scores, answer_logps)
-    target = (answer_logps.detach().float().exp() / temperature).log_softmax(-1)
-    log_prior = scores.float().log_softmax(-1)
+    target = (wide(answer_logps.detach()).exp() / temperature).log_softmax(-1)
+    log_prior = wide(scores).log_softmax(-1)
     return (log_prior.exp() * (log_prior - target)).sum(-1)
 
 
@@ -156,7 +158,7 @@ def info_nce_loss(scores: Tensor, positives: Tensor, excluded: Tensor | None = N
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748); in-batch negatives: Karpukhin et al. 2020 (arXiv:2004.04906).
     """
-    scores = scores.float()
+    scores = wide(scores)
     if excluded is not None:
         own = torch.zeros_like(excluded).scatter_(1, positives[:, None], True)
         scores = scores.masked_fill(excluded & ~own, -torch.inf)
@@ -166,7 +168,7 @@ def info_nce_loss(scores: Tensor, positives: Tensor, excluded: Tensor | None = N
 def _divergence(log_target: Tensor, scores: Tensor) -> Tensor:
     """KL(target || softmax(scores)), [B]."""
     _same_shape(scores, log_target)
-    return (log_target.exp() * (log_target - scores.float().log_softmax(-1))).sum(-1)
+    return (log_target.exp() * (log_target - wide(scores).log_softmax(-1))).sum(-1)
 
 
 def _same_shape(scores: Tensor, logps: Tensor) -> None:

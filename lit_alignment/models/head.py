@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses import linear_cross_entropy, linear_logps, token_cross_entropy
-from lit_alignment.losses.language_modeling import CHUNK_SIZE
+from lit_alignment.losses.language_modeling import CHUNK_SIZE, wide
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -143,7 +143,7 @@ def token_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     if product is None:
         parts = []
         for rows, wanted in zip(torch.split(hidden, CHUNK_SIZE), torch.split(targets, CHUNK_SIZE), strict=True):
-            logits = _shaped(model, head(rows)).float()
+            logits = wide(_shaped(model, head(rows)))
             parts.append(logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(1))
         return torch.cat(parts)
     weight, bias = product

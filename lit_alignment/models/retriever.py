@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.losses.language_modeling import wide
 from lit_alignment.models.loading import Backbone, from_pretrained
 
 Pooling = Literal["mean", "cls", "last"]
@@ -145,7 +146,7 @@ class DualEncoder(nn.Module):
         device = next(tower.parameters()).device
         mask = mask.to(device)
         hidden = tower(input_ids=input_ids.to(device), attention_mask=mask).last_hidden_state
-        vectors = pool(hidden.float(), mask, self.settings.pooling)
+        vectors = pool(wide(hidden), mask, self.settings.pooling)
         return nn.functional.normalize(vectors, dim=-1) if self.settings.normalize else vectors
 
 

@@ -228,7 +228,11 @@ class RAGModule(GenerativeModule):
             places = places.gather(1, best)
         # An index always lags behind towers that learn; the scores do not.
         learns = self.train_retriever == "both"
-        passages = self._encoded(places) if learns or self.over_retrieve > 1 else self.index.embeddings(places)
+        passages = (
+            self._encoded(places)
+            if learns or self.over_retrieve > 1
+            else self.index.embeddings(places).to(vectors.dtype)
+        )
         scores = torch.einsum("bd,bkd->bk", vectors, passages) / self.retriever.temperature
         return [self.index.at(row) for row in places], scores
 
@@ -412,7 +416,7 @@ class RAGModule(GenerativeModule):
         self, batch: RAGBatch, passages: Sequence[Sequence[Passage]], scores: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Sums over the questions, and the numbers of these, by name; fillers do not count."""
-        log_prior = scores.detach().float().log_softmax(-1)
+        log_prior = scores.detach().log_softmax(-1)
         counted = scores.new_tensor(batch.weights)
         entropy = -(log_prior.exp() * log_prior).sum(-1)
         sums = {"passage_entropy": ((entropy * counted).sum(), counted.sum())}

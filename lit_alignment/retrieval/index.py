@@ -159,7 +159,7 @@ class PassageIndex:
     def embeddings(self, places: Tensor) -> Tensor:
         """Stored embeddings at the given places, fp32, [..., D]."""
         flat = places.reshape(-1).cpu()
-        found = torch.empty(len(flat), self.manifest.dimension)
+        found = torch.empty(len(flat), self.manifest.dimension, dtype=torch.float32)
         start = 0
         for shard in self.shards:
             inside = (flat >= start) & (flat < start + len(shard))

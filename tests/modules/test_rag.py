@@ -1,12 +1,19 @@
 """End-to-end RAG: objectives against enumeration, gradients of both sides, what is refused, and what it learns."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lit_alignment.data.passages import format_passage
+from lit_alignment.data.rag import PassagePlacement
+from lit_alignment.errors import ConfigError
 from lit_alignment.modules.rag import RAGModule
 from tests.helpers import (
+    RETRIEVER,
     assert_same_gradients,
+    base_model_folder,
     chats,
     encoded_index,
     knowledge,
@@ -16,6 +23,7 @@ from tests.helpers import (
     trainer,
 )
 
+SHARED = replace(RETRIEVER, towers="shared")
 OBJECTIVES = ["rag_sequence", "rag_token", "emdr2", "perplexity_distillation", "leave_one_out", "replug"]
 
 
@@ -100,17 +108,122 @@ def test_objective_equals_an_enumeration_over_all_passages(objective, packing, t
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("objective", ["rag_sequence", "rag_token", "perplexity_distillation"])
 def test_accumulation_equals_one_big_batch(objective, lora, tmp_path):
-    records = chats(8)
+    """In fp64: what trains the retriever is a small difference of sums over whole answers, which fp32 rounds."""
+    records, double = chats(8), {"precision": "64-true"}
     settings = {"objective": objective, "num_passages": 3, "lora": lora}
-    whole = gradients(tmp_path, records, tmp_path / "a", data={"batch_size": 8}, **settings)
-    parts = gradients(
-        tmp_path,
-        records,
-        tmp_path / "b",
-        data={"batch_size": 2},
-        options={"accumulate_grad_batches": 4},
-        **settings,
-    )
+    whole = gradients(tmp_path, records, tmp_path / "a", data={"batch_size": 8}, options=double, **settings)
+    assert any(name.startswith("dual.query_tower.") for name in whole)
+    split = double | {"accumulate_grad_batches": 4}
+    parts = gradients(tmp_path, records, tmp_path / "b", data={"batch_size": 2}, options=split, **settings)
     assert_same_gradients(parts, whole)
-    padded = gradients(tmp_path, records, tmp_path / "c", data={"batch_size": 8, "packing": False}, **settings)
-    assert_same_gradients(padded, whole)
+    padded = {"batch_size": 8, "packing": False}
+    assert_same_gradients(gradients(tmp_path, records, tmp_path / "c", data=padded, options=double, **settings), whole)
+
+
+def test_filler_question_trains_nothing(tmp_path):
+    """What keeps a rank in step that has no question left."""
+    module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=3, objective="perplexity_distillation")
+    data = rag_data(module, chats(3), batch_size=2)
+    trainer(tmp_path, max_steps=0).fit(module, data)
+    filler = data.plan("train").batches(0, rank=2, world_size=3)[0]
+    assert filler.filler and filler.window_examples == 3
+    seen = []
+    module.step_loss = lambda loss_sum, weight: seen.append((float(loss_sum), weight)) or loss_sum
+    module.log = lambda *args, **kwargs: None
+    batch = data.collate([data.examples["train"][index] for index in filler.indices], filler)
+    module.training_step(batch, 0)
+    assert seen == [(0.0, filler.window_weight), (0.0, 3)]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_passages": 1}, "softmax over one passage is always 1"),
+        ({"objective": "language_modeling"}, "language_modeling does not train a retriever"),
+        ({"train_retriever": "none", "objective": "emdr2"}, "emdr2 is a loss of the retriever"),
+        ({"train_retriever": "none", "train_generator": False}, "nothing would learn"),
+        ({"retriever": SHARED}, "while the towers are shared"),
+        ({"num_passages": 0}, "must be 1 or more"),
+    ],
+)
+def test_settings_that_train_nothing_are_refused(settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        rag_module(encoded_index(tmp_path, knowledge(3)), **settings)
+
+
+def test_missing_index_says_how_to_make_it(tmp_path):
+    config = encoded_index(tmp_path, knowledge(3))
+    module = rag_module(config)
+    (tmp_path / "index/manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="index build"):
+        trainer(tmp_path).fit(module, rag_data(module, chats(2)))
+
+
+def test_stale_index_is_refused_before_the_first_step(tmp_path):
+    config = encoded_index(tmp_path, knowledge(3))
+    manifest = tmp_path / "index/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"encoder_hash": "', '"encoder_hash": "0'))
+    module = rag_module(config, num_passages=2)
+    with pytest.raises(ConfigError, match="the index is stale: its passages were encoded with weights"):
+        trainer(tmp_path).fit(module, rag_data(module, chats(2)))
+
+
+def test_index_of_another_width_is_refused(tmp_path):
+    config = encoded_index(tmp_path, knowledge(3))
+    wider = base_model_folder(tmp_path / "wide", hidden_size=96)
+    module = rag_module(config, retriever=replace(RETRIEVER, path=wider, weights="pretrained"), num_passages=2)
+    with pytest.raises(ConfigError, match="vectors of 64 numbers .made by configs/tiny.*makes 96"):
+        trainer(tmp_path).fit(module, rag_data(module, chats(2)))
+
+
+def test_retriever_gradient_is_logged_and_is_not_zero(tmp_path):
+    module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=4)
+    runner = trainer(tmp_path, max_steps=1)
+    runner.fit(module, rag_data(module, [{**chat, "relevant": ["p3"]} for chat in chats(4)]))
+    found = runner.callback_metrics
+    assert float(found["train/retriever_grad_norm"]) > 0
+    assert 0 < float(found["train/passage_entropy"]) <= math.log(4)
+    assert 0 <= float(found["train/recall@1"]) <= 1
+
+
+def test_only_what_should_learn_changes(tmp_path):
+    for learns, expected in (("none", set()), ("query", {"query_tower"}), ("both", {"query_tower", "passage_tower"})):
+        module = rag_module(encoded_index(tmp_path / learns, knowledge(6)), num_passages=3, train_retriever=learns)
+        found = step_gradients(tmp_path, module, rag_data(module, chats(4)))
+        assert {name.split(".")[1] for name in found if name.startswith("dual.")} == expected
+    module = rag_module(encoded_index(tmp_path / "frozen", knowledge(6)), num_passages=3, train_generator=False)
+    found = step_gradients(tmp_path, module, rag_data(module, chats(4)))
+    assert found and all(name.startswith("dual.query_tower.") for name in found)
+
+
+def test_shared_towers_learn_from_both_sides(tmp_path):
+    config = encoded_index(tmp_path, knowledge(6), SHARED)
+    module = rag_module(config, retriever=SHARED, num_passages=3, train_retriever="both")
+    found = step_gradients(tmp_path, module, rag_data(module, chats(4)))
+    assert any(name.startswith("dual.query_tower.") for name in found)
+    assert module.encoder.query_tower is module.encoder.passage_tower
+
+
+def test_prompt_prefix_is_computed_once(tmp_path):
+    """With the passages after the question, only what follows is repeated for each passage."""
+    lengths = {}
+    for block in ("{passages}\n\n{message}", "{message}\n\n{passages}"):
+        module = rag_module(encoded_index(tmp_path / str(len(lengths)), knowledge(6)), num_passages=6)
+        long = [
+            {"messages": [{"role": "system", "content": " ".join(["be brief"] * 20)}, *chat["messages"]]}
+            for chat in chats(3)
+        ]
+        data = rag_data(module, long, placement=PassagePlacement(block=block))
+        trainer(tmp_path, max_steps=0).fit(module, data)
+        seen = []
+        forward = module.network.forward
+        module.network.forward = lambda *a, f=forward, s=seen, **k: (s.append(k["input_ids"].numel()), f(*a, **k))[1]
+        items = [data.predict_item(row, 0) for row in data.examples["train"]]
+        passages, scores = module.retrieve([item.query for item in items])
+        module.losses(items, passages, scores)
+        lengths[block] = sum(seen)
+    repeated = sum(
+        len(data.encoder.example(i.messages, i.answer, [p], i.tools).input_ids) for i in items for p in passages[0]
+    )
+    first, last = lengths["{passages}\n\n{message}"], lengths["{message}\n\n{passages}"]
+    assert last < first < 0.7 * repeated
