@@ -4,7 +4,8 @@ B prompts, S answers to each, T tokens, V vocabulary
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -89,10 +90,7 @@ def generate(
     arguments: dict[str, Any] = {"tokenizer": tokenizer} if strings else {}
     training = model.training
     model.eval()
-    # The seed depends on the prompts, not on what was generated before: a resumed run draws the same answers.
-    digest = hashlib.sha256(f"{settings.seed}/{list(map(list, prompts))}".encode()).digest()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    with seeded(settings.seed, prompts, device):
         sequences = _sequences(
             model,
             input_ids,
@@ -110,10 +108,19 @@ def generate(
         prompt, number = divmod(row, settings.num_return_sequences)
         if number == 0:
             answers.append([])
-        answer = _answer(str(number), sequence, list(prompts[prompt]), tokenizer, settings, stop, strings)
+        answer = cut_answer(str(number), sequence, list(prompts[prompt]), tokenizer, settings, stop, strings)
         answer.logprob = None if logprobs is None else logprobs[row]
         answers[prompt].append(answer)
     return answers
+
+
+@contextmanager
+def seeded(seed: int, prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[None]:
+    """Draw under a seed that depends on the prompts, not on what was drawn before: a resumed run draws the same."""
+    digest = hashlib.sha256(f"{seed}/{list(map(list, prompts))}".encode()).digest()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        yield
 
 
 def _sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **arguments: Any) -> Tensor:
@@ -167,7 +174,7 @@ def _generation_config(
     )
 
 
-def _answer(
+def cut_answer(
     number: str,
     sequence: list[int],
     prompt: list[int],

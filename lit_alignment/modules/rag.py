@@ -4,7 +4,7 @@ B questions, K passages of a question, T answer tokens, D width
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.collate import Sequences, pack_sequences, pad_sequences
-from lit_alignment.data.encode import Example
-from lit_alignment.data.messages import IGNORE_INDEX
 from lit_alignment.data.passages import Passage, format_passage
 from lit_alignment.data.rag import RAGBatch, RAGDataModule, RAGItem
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.marginal import answer_token_logps, generate_by_token
+from lit_alignment.generation.settings import Answer, GenerationSettings
 from lit_alignment.losses import (
     emdr2_loss,
     leave_one_out_loss,
@@ -33,8 +31,6 @@ from lit_alignment.losses import (
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.retrieval import ranking_metrics
 from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.attention import document_arguments
-from lit_alignment.models.head import base_model, hidden_states, token_logps
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.retriever import DualEncoder, Retriever, load_retriever, weights_hash
 from lit_alignment.models.tokens import TokensConfig
@@ -52,6 +48,7 @@ Objective = Literal[
     "leave_one_out",
     "replug",
 ]
+Decoding = Literal["concatenate", "rag_sequence", "rag_sequence_fast", "rag_token"]
 MARGINAL = ("rag_sequence", "rag_token")
 RECALL_AT = (1, 5, 20)
 
@@ -83,7 +80,9 @@ class RAGModule(GenerativeModule):
         adapter: An adapter that exists, frozen or to go on with.
         tokens: Special and new tokens of the generator.
         optimizer: Optimiser and schedule.
-        generation: Named ways to answer in `predict`, after all passages together.
+        generation: Named ways to answer in `predict`.
+        decoding: How passages take part: all in one prompt (`concatenate`), or one in each and summed over, by whole
+            answers (`rag_sequence`, `rag_sequence_fast`) or by tokens (`rag_token`). By default as in training.
     """
 
     def __init__(
@@ -104,6 +103,7 @@ class RAGModule(GenerativeModule):
         tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         generation: dict[str, GenerationSettings] | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
         """Check the settings; weights and index come in `configure_model`."""
         super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
@@ -113,6 +113,10 @@ class RAGModule(GenerativeModule):
         self.over_retrieve, self.retriever_weight = over_retrieve, retriever_weight
         self.retriever_learning_rate = retriever_learning_rate
         self.target_temperature = target_temperature
+        trained: Decoding = "concatenate"
+        if objective == "rag_sequence" or objective == "rag_token":
+            trained = objective
+        self.decoding: Decoding = decoding or trained
         self._check_settings()
         self.dual: DualEncoder | None = None
         self.passage_index: PassageIndex | None = None
@@ -355,9 +359,6 @@ class RAGModule(GenerativeModule):
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each answer token after each context, [B, C, T], and the tokens' weights, [B, T].
 
-        All sequences stand in one row without padding, if the data are packed; those of a question share their
-        beginning.
-
         Args:
             items: The questions with their answers.
             contexts: C lists of passages for each.
@@ -367,44 +368,7 @@ class RAGModule(GenerativeModule):
             [data.encoder.example(item.messages, item.answer or {}, own, item.tools) for own in lists]
             for item, lists in zip(items, contexts, strict=True)
         ]
-        sequences = [_sequences(own) for own in examples]
-        if data.packing:
-            rows, begins = pack_sequences(sequences, share=True)
-        else:
-            rows, begins = pad_sequences(sequences, int(self.tokenizer.pad_token_id))
-        places, targets, counts = [], [], []
-        starts = iter(begins)
-        for own, shared in zip(examples, sequences, strict=True):
-            for example in own:
-                labelled = [t for t, label in enumerate(example.labels) if label != IGNORE_INDEX and t > 0]
-                begin = next(starts) - len(shared.prompt)
-                places += [begin + t - 1 for t in labelled]  # position t is predicted from t - 1
-                targets += [example.labels[t] for t in labelled]
-                counts.append(len(labelled))
-        device = self.device
-        arguments = document_arguments(
-            base_model(self.network).config._attn_implementation,
-            rows.document_lengths,
-            device,
-            rows.document_parents,
-        )
-        hidden = hidden_states(
-            self.network,
-            input_ids=rows.input_ids.to(device),
-            attention_mask=None if rows.attention_mask is None else rows.attention_mask.to(device),
-            position_ids=rows.position_ids.to(device),
-            **arguments,
-        ).flatten(0, 1)
-        flat = token_logps(self.network, hidden[places], torch.tensor(targets, device=device))
-        padded = nn.utils.rnn.pad_sequence(list(torch.split(flat, counts)), batch_first=True)  # [B * C, T]
-        weights = [
-            torch.tensor([w for t, w in enumerate(own[0].weights) if own[0].labels[t] != IGNORE_INDEX and t > 0])
-            for own in examples
-        ]
-        return (
-            padded.view(len(items), -1, padded.shape[1]),
-            nn.utils.rnn.pad_sequence(weights, batch_first=True).to(device),
-        )
+        return answer_token_logps(self.network, examples, int(self.tokenizer.pad_token_id), data.packing)
 
     # Metrics.
 
@@ -446,8 +410,7 @@ class RAGModule(GenerativeModule):
         self.log(f"{stage}/perplexity", loss.exp())
         mean_loss.reset()
         for name, metric in others.items():
-            value = metric.compute()
-            if value.isfinite():
+            if metric.update_called and (value := metric.compute()).isfinite():  # no relevant passage may be known
                 self.log(f"{stage}/{name}", value, prog_bar=name.startswith("recall"))
             metric.reset()
 
@@ -480,34 +443,79 @@ class RAGModule(GenerativeModule):
 
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
         """The generation settings by name, with what decides the passages."""
-        shared = {"num_passages": self.num_passages, "index": self.index.manifest.encoder_hash}
+        shared = {
+            "num_passages": self.num_passages,
+            "index": self.index.manifest.encoder_hash,
+            "decoding": self.decoding,
+        }
         return {name: settings | shared for name, settings in super().prediction_settings().items()}
 
     @torch.no_grad()
     def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
-        """Answers after all passages together, with the passages and their scores."""
+        """Answers, with the passages behind them and their scores."""
         passages, scores = self.retrieve([item.query for item in items])
-        prompts = [
-            self.data.encoder.prompt(item.messages, own, item.tools).input_ids
-            for item, own in zip(items, passages, strict=True)
-        ]
+        match self.decoding:
+            case "rag_token":
+                prompts = [
+                    [self._prompt(item, [each]) for each in own] for item, own in zip(items, passages, strict=True)
+                ]
+                log_priors = scores.log_softmax(-1)
+                answers = generate_by_token(self.network, self.tokenizer, prompts, log_priors, settings, self.stop)
+            case "concatenate":
+                together = [self._prompt(item, own) for item, own in zip(items, passages, strict=True)]
+                answers = self.answer(together, settings)
+            case _:
+                answers = self._by_sequence(items, passages, scores, settings)
         return [
-            Response(answers, {"documents": [_document(each) for each in own], "doc_scores": row.tolist()})
-            for answers, own, row in zip(self.answer(prompts, settings), passages, scores, strict=True)
+            Response(found, {"documents": [_document(each) for each in own], "doc_scores": row.tolist()})
+            for found, own, row in zip(answers, passages, scores, strict=True)
         ]
+
+    def _prompt(self, item: RAGItem, passages: Sequence[Passage]) -> list[int]:
+        return self.data.encoder.prompt(item.messages, passages, item.tools).input_ids
+
+    def _by_sequence(
+        self,
+        items: Sequence[RAGItem],
+        passages: Sequence[Sequence[Passage]],
+        scores: Tensor,
+        settings: GenerationSettings,
+    ) -> list[list[Answer]]:
+        """The candidates of all passages, by their likelihood summed over the passages.
+
+        `rag_sequence` asks the generator for each candidate after each passage; `rag_sequence_fast` takes a candidate
+        for impossible after passages from which it was not generated.
+
+        Source: Lewis et al. 2020 (arXiv:2005.11401), section 2.5, thorough and fast decoding.
+        """
+        alone = replace(settings, num_return_sequences=max(settings.num_return_sequences, settings.num_beams))
+        alone = replace(alone, logprobs=True)
+        prompts = [self._prompt(item, [each]) for item, own in zip(items, passages, strict=True) for each in own]
+        generated = iter(self.answer(prompts, alone))
+        found = []
+        for item, own, row in zip(items, passages, scores.log_softmax(-1), strict=True):
+            beams = [next(generated) for _ in own]  # [K][candidates]
+            candidates = {answer.content: answer for beam in beams for answer in reversed(beam)}
+            logps = torch.full((len(candidates), len(own)), -torch.inf)
+            for column, beam in enumerate(beams):
+                known = {answer.content: answer.logprob for answer in reversed(beam)}
+                for line, content in enumerate(candidates):
+                    if (logp := known.get(content)) is not None:
+                        logps[line, column] = logp
+            if self.decoding == "rag_sequence":
+                said = [replace(item, answer={"role": "assistant", "content": content}) for content in candidates]
+                # An answer that the template renders as nothing has nothing to score.
+                tokens, weights = self.token_logps(said, [[[each] for each in own]] * len(said))
+                logps = (tokens * weights[:, None]).sum(-1).cpu()
+            totals = (row.cpu() + logps).logsumexp(-1)
+            order = totals.argsort(descending=True, stable=True)[: settings.num_return_sequences].tolist()
+            answers = list(candidates.values())
+            kept = [replace(answers[line], id=str(place)) for place, line in enumerate(order)]
+            for answer, line in zip(kept, order, strict=True):
+                answer.logprob = float(totals[line]) if settings.logprobs else None
+            found.append(kept)
+        return found
 
 
 def _document(passage: Passage) -> dict[str, str]:
     return {"id": passage.id, "title": passage.title, "text": passage.text}
-
-
-def _sequences(examples: Sequence[Example]) -> Sequences:
-    """The ids of a question's sequences, with what all begin with apart, so that it is computed once."""
-    ids = [example.input_ids for example in examples]
-    # The state before the first answer token must be the sequence's own.
-    limit = min(next(t for t, label in enumerate(e.labels) if label != IGNORE_INDEX and t > 0) for e in examples) - 1
-    shared = 0
-    if len(ids) > 1:
-        while shared < limit and len({own[shared] for own in ids}) == 1:
-            shared += 1
-    return Sequences(ids[0][:shared], [own[shared:] for own in ids])

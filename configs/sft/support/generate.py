@@ -1,7 +1,7 @@
 """Write the demo's data set: support requests in plain words, and the JSON record that routes each.
 
 The same requests become classes (the queue) in configs/classification/support, and pairs of a right and a faulty
-answer in configs/reward/support.
+answer in configs/reward/support; a manual of the products, and questions that it answers, in configs/rag/support.
 
     python configs/sft/support/generate.py
 
@@ -242,6 +242,43 @@ def pairs(chats: list[dict[str, Any]], generator: random.Random) -> list[dict[st
     return found
 
 
+ASKED = (["Which code resets the {p}?", "Reset code of the {p}?", "How do I reset the {p}?"], ["I must reset the {p}."])
+
+
+def manual(generator: random.Random) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Passages of a manual, questions that train, and the same asked in other words."""
+    products = [*PRODUCTS[0], *PRODUCTS[1]]
+    codes = dict(zip(products, generator.sample(range(100, 1000), len(products)), strict=True))
+    passages = [
+        {"id": product.replace(" ", "-"), "title": product, "text": f"The {product} is reset with code {code}."}
+        for product, code in codes.items()
+    ]
+    sides: list[list[dict[str, Any]]] = [[], []]
+    for side, questions in enumerate(ASKED):
+        for passage in passages:
+            for number, question in enumerate(questions):
+                asked = {"role": "user", "content": question.format(p=passage["title"])}
+                answer = {"role": "assistant", "content": str(codes[passage["title"]])}
+                name = f"{passage['id']}-{number}"
+                sides[side].append({"id": name, "messages": [asked, answer], "relevant": [passage["id"]]})
+    return passages, *sides
+
+
+def reading(number: int, generator: random.Random) -> list[dict[str, Any]]:
+    """Questions behind the passage that answers them, with a new code each time: what a generator learns to read from."""
+    found = []
+    for index in range(number):
+        product, code = generator.choice([*PRODUCTS[0], *PRODUCTS[1]]), generator.randrange(100, 1000)
+        passage = f"{product}\nThe {product} is reset with code {code}."
+        question = generator.choice(ASKED[0]).format(p=product)
+        messages = [
+            {"role": "user", "content": f"{passage}\n\n{question}"},
+            {"role": "assistant", "content": str(code)},
+        ]
+        found.append({"id": f"reading-{index}", "messages": messages})
+    return found
+
+
 def files() -> dict[str, list[dict[str, Any]]]:
     """Records by file, under configs/."""
     generator = random.Random(7)
@@ -252,6 +289,9 @@ def files() -> dict[str, list[dict[str, Any]]]:
         chats = written[f"sft/support/{name}.jsonl"]
         written[f"classification/support/{name}.jsonl"] = classes(chats)
         written[f"reward/support/{name}.jsonl"] = pairs(chats, random.Random(name))
+    names = ("passages", "train", "test")
+    written |= {f"rag/support/{name}.jsonl": part for name, part in zip(names, manual(random.Random(7)), strict=True)}
+    written["rag/support/reading.jsonl"] = reading(1200, random.Random(1))
     return written
 
 
