@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lit_alignment.callbacks.cherry_picks import CherryPicks
     from lit_alignment.callbacks.export import Export
     from lit_alignment.callbacks.predictions import PredictionWriter
+    from lit_alignment.callbacks.refresh import IndexRefresh
     from lit_alignment.callbacks.scored_picks import ScoredPicks
     from lit_alignment.callbacks.throughput import Throughput
     from lit_alignment.callbacks.upload import Upload
@@ -32,6 +33,7 @@ _PLACES = {
     "ClassificationModule": "lit_alignment.modules.classification",
     "ClearMLLogger": "lit_alignment.loggers",
     "Export": "lit_alignment.callbacks.export",
+    "IndexRefresh": "lit_alignment.callbacks.refresh",
     "PassageDataModule": "lit_alignment.data.retriever",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
     "RAGDataModule": "lit_alignment.data.rag",
@@ -53,6 +55,7 @@ __all__ = [
     "ClassificationModule",
     "ClearMLLogger",
     "Export",
+    "IndexRefresh",
     "PassageDataModule",
     "PredictionWriter",
     "RAGDataModule",

@@ -4,22 +4,17 @@ B questions, K passages of a question, T answer tokens, D width
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
-from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.passages import Passage, format_passage
-from lit_alignment.data.rag import RAGBatch, RAGDataModule, RAGItem
+from lit_alignment.data.passages import Passage
+from lit_alignment.data.rag import RAGBatch, RAGItem
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.marginal import answer_token_logps, generate_by_token
-from lit_alignment.generation.settings import Answer, GenerationSettings
+from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.losses import (
     emdr2_loss,
     leave_one_out_loss,
@@ -32,11 +27,11 @@ from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.retrieval import ranking_metrics
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone
-from lit_alignment.models.retriever import DualEncoder, Retriever, load_retriever, weights_hash
+from lit_alignment.models.retriever import Retriever
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.generative import GenerativeModule, Response
+from lit_alignment.modules.retrieving import Decoding, RetrievingModule
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
-from lit_alignment.retrieval.index import IndexConfig, PassageIndex
+from lit_alignment.retrieval.index import IndexConfig
 
 Stage = Literal["train", "val", "test"]
 Objective = Literal[
@@ -48,12 +43,11 @@ Objective = Literal[
     "leave_one_out",
     "replug",
 ]
-Decoding = Literal["concatenate", "rag_sequence", "rag_sequence_fast", "rag_token"]
 MARGINAL = ("rag_sequence", "rag_token")
 RECALL_AT = (1, 5, 20)
 
 
-class RAGModule(GenerativeModule):
+class RAGModule(RetrievingModule):
     """A generator that answers with retrieved passages, and the retriever, trained by what helps the generator.
 
     `rag_sequence` and `rag_token` train both on the likelihood of the answer, summed over the passages, each in a
@@ -106,20 +100,27 @@ class RAGModule(GenerativeModule):
         decoding: Decoding | None = None,
     ) -> None:
         """Check the settings; weights and index come in `configure_model`."""
-        super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
-        self.retriever, self.index_config = retriever, index
-        self.objective, self.num_passages = objective, num_passages
-        self.train_retriever, self.train_generator = train_retriever, train_generator
-        self.over_retrieve, self.retriever_weight = over_retrieve, retriever_weight
-        self.retriever_learning_rate = retriever_learning_rate
-        self.target_temperature = target_temperature
         trained: Decoding = "concatenate"
         if objective == "rag_sequence" or objective == "rag_token":
             trained = objective
-        self.decoding: Decoding = decoding or trained
+        super().__init__(
+            backbone,
+            retriever,
+            index,
+            num_passages,
+            train_retriever,
+            train_generator,
+            over_retrieve,
+            peft,
+            adapter,
+            tokens,
+            optimizer,
+            generation,
+            decoding or trained,
+        )
+        self.objective, self.retriever_weight = objective, retriever_weight
+        self.retriever_learning_rate, self.target_temperature = retriever_learning_rate, target_temperature
         self._check_settings()
-        self.dual: DualEncoder | None = None
-        self.passage_index: PassageIndex | None = None
         self.val_loss, self.test_loss = TokenMean(), TokenMean()
         self.val_means = nn.ModuleDict({name: TokenMean() for name in self._names()})
         self.test_means = nn.ModuleDict({name: TokenMean() for name in self._names()})
@@ -127,8 +128,6 @@ class RAGModule(GenerativeModule):
     def _check_settings(self) -> None:
         """Refuse what would train nothing, or something else than it says."""
         learns = self.train_retriever != "none"
-        if self.num_passages < 1 or self.over_retrieve < 1:
-            raise ConfigError("model.num_passages and model.over_retrieve must be 1 or more.")
         if learns and self.num_passages < 2:
             raise ConfigError(
                 f"model.num_passages is {self.num_passages}: the softmax over one passage is always 1, so the "
@@ -153,124 +152,6 @@ class RAGModule(GenerativeModule):
             )
         if self.objective == "leave_one_out" and self.num_passages < 2:
             raise ConfigError("model.objective: leave_one_out needs num_passages of 2 or more.")
-
-    @property
-    def data(self) -> RAGDataModule:
-        """The data module, which puts passages into conversations.
-
-        Raises:
-            ConfigError: If it is another method's.
-        """
-        data = datamodule_of(self.trainer)
-        if not isinstance(data, RAGDataModule):
-            raise ConfigError(f"RAGModule needs a RAGDataModule, not {type(data).__name__}.")
-        return data
-
-    # Models and index.
-
-    def configure_model(self) -> None:
-        """Load generator, retriever and index, once."""
-        if self.dual is not None:
-            return
-        super().configure_model()
-        self.load_retriever()
-        if not self.train_generator:
-            self.network.requires_grad_(False)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
-            for tower in {self.encoder.query_tower, self.encoder.passage_tower}:
-                fully_shard(tower, mesh=self.device_mesh["data_parallel"])
-
-    def load_retriever(self) -> None:
-        """Load the towers, and the index that they fit, without a Trainer.
-
-        Raises:
-            FileNotFoundError: If there is no index.
-            ConfigError: If the index was made by another encoder.
-        """
-        self.passage_index = PassageIndex.load(self.index_config.path)
-        self.dual = load_retriever(self.retriever)
-        self.passage_index.check_width(self.dual.width, self.retriever.path)
-        self.dual.requires_grad_(self.train_retriever != "none")
-        if self.train_retriever == "query":
-            self.dual.passage_tower.requires_grad_(False)
-
-    @property
-    def encoder(self) -> DualEncoder:
-        """The loaded retriever.
-
-        Raises:
-            ConfigError: Before `configure_model`.
-        """
-        if self.dual is None:
-            raise ConfigError("the retriever is not loaded yet: call configure_model() or run it in a Trainer.")
-        return self.dual
-
-    @property
-    def index(self) -> PassageIndex:
-        """The loaded index.
-
-        Raises:
-            ConfigError: Before `configure_model`.
-        """
-        if self.passage_index is None:
-            raise ConfigError("the index is not loaded yet: call configure_model() or run it in a Trainer.")
-        return self.passage_index
-
-    # Retrieval.
-
-    def retrieve(self, queries: Sequence[str]) -> tuple[list[list[Passage]], Tensor]:
-        """The K best passages of each query, and their scores with the gradient that trains the retriever, [B, K].
-
-        Scores are inner products divided by the temperature.
-        """
-        vectors = self.encoder.queries(queries)
-        _, places = self.index.search(vectors, self.num_passages * self.over_retrieve)
-        if self.over_retrieve > 1:
-            with torch.no_grad():
-                fresh = self._encoded(places)
-                _, best = torch.einsum("bd,bkd->bk", vectors, fresh).topk(min(self.num_passages, places.shape[1]))
-            places = places.gather(1, best)
-        # An index always lags behind towers that learn; the scores do not.
-        learns = self.train_retriever == "both"
-        passages = (
-            self._encoded(places)
-            if learns or self.over_retrieve > 1
-            else self.index.embeddings(places).to(vectors.dtype)
-        )
-        scores = torch.einsum("bd,bkd->bk", vectors, passages) / self.retriever.temperature
-        return [self.index.at(row) for row in places], scores
-
-    def _encoded(self, places: Tensor) -> Tensor:
-        """Passages at the given places, encoded by the passage tower as it is now, [B, K, D]."""
-        unique, inverse = torch.unique(places, return_inverse=True)
-        form = self.retriever.passage_format
-        texts = [format_passage(form, passage.title, passage.text) for passage in self.index.at(unique)]
-        return self.encoder.passages(texts)[inverse]
-
-    def check_index(self) -> None:
-        """Refuse a stale index; asked once the weights are those of the checkpoint, if there is one.
-
-        Raises:
-            ConfigError: Saying what differs.
-        """
-        self.index.check_made_by(self.retriever.decides_passages(), weights_hash(self.encoder.passage_tower))
-
-    def on_fit_start(self) -> None:
-        """Refuse a stale index."""
-        self.check_index()
-
-    def on_validation_start(self) -> None:
-        """Refuse a stale index, unless it lags behind a training that goes on."""
-        if self.trainer.state.fn != "fit":
-            self.check_index()
-
-    def on_test_start(self) -> None:
-        """Refuse a stale index."""
-        self.check_index()
-
-    def on_predict_start(self) -> None:
-        """Refuse a stale index."""
-        self.check_index()
 
     # Loss.
 
@@ -354,22 +235,6 @@ class RAGModule(GenerativeModule):
             case _:
                 return perplexity_distillation_loss(scores, means, self.target_temperature)
 
-    def token_logps(
-        self, items: Sequence[RAGItem], contexts: Sequence[Sequence[Sequence[Passage]]]
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each answer token after each context, [B, C, T], and the tokens' weights, [B, T].
-
-        Args:
-            items: The questions with their answers.
-            contexts: C lists of passages for each.
-        """
-        data = self.data
-        examples = [
-            [data.encoder.example(item.messages, item.answer or {}, own, item.tools) for own in lists]
-            for item, lists in zip(items, contexts, strict=True)
-        ]
-        return answer_token_logps(self.network, examples, int(self.tokenizer.pad_token_id), data.packing)
-
     # Metrics.
 
     def _names(self) -> list[str]:
@@ -434,88 +299,3 @@ class RAGModule(GenerativeModule):
         if self.train_retriever != "none":
             gradients = [p.grad for p in self.encoder.parameters() if p.grad is not None]
             self.log("train/retriever_grad_norm", torch.nn.utils.get_total_norm(gradients))
-
-    # Checkpoints and predictions.
-
-    def about(self) -> dict[str, Any]:
-        """Also the retriever's settings."""
-        return {**super().about(), "retriever": asdict(self.retriever)}
-
-    def prediction_settings(self) -> dict[str, dict[str, Any]]:
-        """The generation settings by name, with what decides the passages."""
-        shared = {
-            "num_passages": self.num_passages,
-            "index": self.index.manifest.encoder_hash,
-            "decoding": self.decoding,
-        }
-        return {name: settings | shared for name, settings in super().prediction_settings().items()}
-
-    @torch.no_grad()
-    def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
-        """Answers, with the passages behind them and their scores."""
-        passages, scores = self.retrieve([item.query for item in items])
-        match self.decoding:
-            case "rag_token":
-                prompts = [
-                    [self._prompt(item, [each]) for each in own] for item, own in zip(items, passages, strict=True)
-                ]
-                log_priors = scores.log_softmax(-1)
-                answers = generate_by_token(self.network, self.tokenizer, prompts, log_priors, settings, self.stop)
-            case "concatenate":
-                together = [self._prompt(item, own) for item, own in zip(items, passages, strict=True)]
-                answers = self.answer(together, settings)
-            case _:
-                answers = self._by_sequence(items, passages, scores, settings)
-        return [
-            Response(found, {"documents": [_document(each) for each in own], "doc_scores": row.tolist()})
-            for found, own, row in zip(answers, passages, scores, strict=True)
-        ]
-
-    def _prompt(self, item: RAGItem, passages: Sequence[Passage]) -> list[int]:
-        return self.data.encoder.prompt(item.messages, passages, item.tools).input_ids
-
-    def _by_sequence(
-        self,
-        items: Sequence[RAGItem],
-        passages: Sequence[Sequence[Passage]],
-        scores: Tensor,
-        settings: GenerationSettings,
-    ) -> list[list[Answer]]:
-        """The candidates of all passages, by their likelihood summed over the passages.
-
-        `rag_sequence` asks the generator for each candidate after each passage; `rag_sequence_fast` takes a candidate
-        for impossible after passages from which it was not generated.
-
-        Source: Lewis et al. 2020 (arXiv:2005.11401), section 2.5, thorough and fast decoding.
-        """
-        alone = replace(settings, num_return_sequences=max(settings.num_return_sequences, settings.num_beams))
-        alone = replace(alone, logprobs=True)
-        prompts = [self._prompt(item, [each]) for item, own in zip(items, passages, strict=True) for each in own]
-        generated = iter(self.answer(prompts, alone))
-        found = []
-        for item, own, row in zip(items, passages, scores.log_softmax(-1), strict=True):
-            beams = [next(generated) for _ in own]  # [K][candidates]
-            candidates = {answer.content: answer for beam in beams for answer in reversed(beam)}
-            logps = torch.full((len(candidates), len(own)), -torch.inf)
-            for column, beam in enumerate(beams):
-                known = {answer.content: answer.logprob for answer in reversed(beam)}
-                for line, content in enumerate(candidates):
-                    if (logp := known.get(content)) is not None:
-                        logps[line, column] = logp
-            if self.decoding == "rag_sequence":
-                said = [replace(item, answer={"role": "assistant", "content": content}) for content in candidates]
-                # An answer that the template renders as nothing has nothing to score.
-                tokens, weights = self.token_logps(said, [[[each] for each in own]] * len(said))
-                logps = (tokens * weights[:, None]).sum(-1).cpu()
-            totals = (row.cpu() + logps).logsumexp(-1)
-            order = totals.argsort(descending=True, stable=True)[: settings.num_return_sequences].tolist()
-            answers = list(candidates.values())
-            kept = [replace(answers[line], id=str(place)) for place, line in enumerate(order)]
-            for answer, line in zip(kept, order, strict=True):
-                answer.logprob = float(totals[line]) if settings.logprobs else None
-            found.append(kept)
-        return found
-
-
-def _document(passage: Passage) -> dict[str, str]:
-    return {"id": passage.id, "title": passage.title, "text": passage.text}

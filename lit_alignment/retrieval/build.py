@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_alignment.data.passages import Passage
-from lit_alignment.errors import CheckpointError
+from lit_alignment.errors import CheckpointError, require
 from lit_alignment.retrieval.files import (
     Manifest,
     create_shards,
@@ -18,7 +18,7 @@ from lit_alignment.retrieval.files import (
     write_manifest,
     write_passages,
 )
-from lit_alignment.retrieval.index import IndexConfig, build_faiss
+from lit_alignment.retrieval.index import FAISS_FILE, IndexConfig, make_faiss
 
 
 class IndexBuilder:
@@ -71,7 +71,8 @@ class IndexBuilder:
         """
         shards = map_shards(self.folder, self.manifest)
         if self.config.search != "exact":
-            build_faiss(self.folder, shards, self.config)
+            made = make_faiss(shards, self.config)
+            require("faiss", "rag").write_index(made, str(self.folder / FAISS_FILE))
         try:
             write_manifest(self.folder, self.manifest)
             if self.target.exists():

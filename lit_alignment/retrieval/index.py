@@ -174,8 +174,8 @@ class PassageIndex:
         return [Passage(id, [], "", title=title, text=text) for id, title, text in columns]
 
 
-def build_faiss(folder: Path, shards: list[Tensor], config: IndexConfig) -> None:
-    """Write a FAISS index of the embeddings beside them.
+def make_faiss(shards: list[Tensor], config: IndexConfig) -> Any:
+    """A FAISS index of the embeddings.
 
     Raises:
         ConfigError: If faiss is not installed, or there are fewer passages than clusters.
@@ -198,4 +198,4 @@ def build_faiss(folder: Path, shards: list[Tensor], config: IndexConfig) -> None
     for shard in shards:
         for rows in torch.split(shard, 65536):
             made.add(rows.float().numpy())
-    faiss.write_index(made, str(folder / FAISS_FILE))
+    return made

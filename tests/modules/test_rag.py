@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.data.passages import format_passage
 from lit_alignment.data.rag import PassagePlacement
 from lit_alignment.errors import ConfigError
@@ -189,17 +190,24 @@ def test_retriever_gradient_is_logged_and_is_not_zero(tmp_path):
 def test_only_what_should_learn_changes(tmp_path):
     for learns, expected in (("none", set()), ("query", {"query_tower"}), ("both", {"query_tower", "passage_tower"})):
         module = rag_module(encoded_index(tmp_path / learns, knowledge(6)), num_passages=3, train_retriever=learns)
-        found = step_gradients(tmp_path, module, rag_data(module, chats(4)))
+        callbacks = [IndexRefresh()] if learns == "both" else []
+        found = step_gradients(tmp_path, module, rag_data(module, chats(4)), callbacks=callbacks)
         assert {name.split(".")[1] for name in found if name.startswith("dual.")} == expected
     module = rag_module(encoded_index(tmp_path / "frozen", knowledge(6)), num_passages=3, train_generator=False)
     found = step_gradients(tmp_path, module, rag_data(module, chats(4)))
     assert found and all(name.startswith("dual.query_tower.") for name in found)
 
 
+def test_passages_that_learn_need_a_refresh(tmp_path):
+    module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=3, train_retriever="both")
+    with pytest.raises(ConfigError, match="Add the callback lit_alignment.IndexRefresh"):
+        trainer(tmp_path).fit(module, rag_data(module, chats(4)))
+
+
 def test_shared_towers_learn_from_both_sides(tmp_path):
     config = encoded_index(tmp_path, knowledge(6), SHARED)
     module = rag_module(config, retriever=SHARED, num_passages=3, train_retriever="both")
-    found = step_gradients(tmp_path, module, rag_data(module, chats(4)))
+    found = step_gradients(tmp_path, module, rag_data(module, chats(4)), callbacks=[IndexRefresh()])
     assert any(name.startswith("dual.query_tower.") for name in found)
     assert module.encoder.query_tower is module.encoder.passage_tower
 

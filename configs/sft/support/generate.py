@@ -265,7 +265,7 @@ def manual(generator: random.Random) -> tuple[list[dict[str, Any]], list[dict[st
 
 
 def reading(number: int, generator: random.Random) -> list[dict[str, Any]]:
-    """Questions behind the passage that answers them, with a new code each time: what a generator learns to read from."""
+    """Questions behind the passage that answers them, with a new code each time: a lesson in reading."""
     found = []
     for index in range(number):
         product, code = generator.choice([*PRODUCTS[0], *PRODUCTS[1]]), generator.randrange(100, 1000)
