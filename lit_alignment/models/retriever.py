@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_alignment.errors import CheckpointError, ConfigError
@@ -224,10 +225,12 @@ def _tower(settings: Retriever, path: str) -> PreTrainedModel:
 
 
 def weights_hash(tower: nn.Module) -> str:
-    """A hash of the weights, by which an index tells the encoder that made it."""
+    """A hash of the weights, by which an index tells the encoder that made it; of sharded ones all ranks must ask."""
     digest = hashlib.sha256()
     for name, value in sorted(tower.state_dict().items()):
         digest.update(name.encode())
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:32]
 

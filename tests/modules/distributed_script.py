@@ -1,6 +1,7 @@
 """One run on two gloo ranks; rank 0 writes gradients and losses. Started by test_distributed.py."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,19 +9,28 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
+from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.models.loading import Backbone
+from lit_alignment.retrieval.index import IndexConfig
 from tests.helpers import (
+    RETRIEVER,
     chats,
     class_data,
     classifier,
+    encoded_index,
+    knowledge,
     labelled,
     pairs,
+    rag_data,
+    rag_module,
     reward_data,
     reward_model,
     sft_data,
     sft_module,
     trainer,
 )
+
+SHARED = replace(RETRIEVER, towers="shared")
 
 
 def full(tensor):
@@ -42,7 +52,7 @@ class Recorder(Callback):
             self.norms.append(float(full(trainer.callback_metrics["train/grad_norm"])))
 
 
-def build(method: str, lora: bool, part: str):
+def build(method: str, lora: bool, part: str, folder: Path):
     settings = {"packing": part == "all", "tokens_per_batch": 512, "batch_size": 2}
     match method:
         case "sft":
@@ -54,6 +64,14 @@ def build(method: str, lora: bool, part: str):
         case "reward":
             module = reward_model(lora=lora, center=0.01)
             return module, reward_data(module, pairs(31), pairs(7, seed=1), **settings)
+        case "rag":
+            if not (folder / "index").exists():  # rank 0 comes here before it starts the others
+                encoded_index(folder, knowledge(6), SHARED)
+            index = IndexConfig(str(folder / "index"))
+            both = {"retriever": SHARED, "train_retriever": "both", "num_passages": 3}
+            module = rag_module(index, lora, objective="rag_token", **both)
+            # Short answers: what trains a retriever is a small difference of sums over them, which fp32 rounds.
+            return module, rag_data(module, chats(11, longest=6), chats(7, seed=1), **settings)
 
 
 def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sft") -> None:
@@ -69,6 +87,7 @@ def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sf
     }
     recorder = Recorder()
     saver = ModelCheckpoint(folder, filename="saved", every_n_train_steps=1, enable_version_counter=False)
+    refresh = [IndexRefresh(every_n_steps=2)] if method == "rag" else []
     limits = {
         "all": {},
         "whole": {"max_epochs": 2},
@@ -81,11 +100,11 @@ def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sf
         strategy=strategies[kind],
         devices=1 if kind == "one" else 2,
         accumulate_grad_batches=1 if part != "all" else 6 if kind == "one" else 3,
-        callbacks=[recorder, saver] if part in ("first", "sharded") else [recorder],
+        callbacks=[recorder, *([saver] if part in ("first", "sharded") else []), *refresh],
         enable_checkpointing=part in ("first", "sharded"),
         **limits.get(part, {}),
     )
-    module, data = build(method, lora == "lora", part)
+    module, data = build(method, lora == "lora", part, Path(folder))
     if part == "sharded":
         module.backbone = Backbone(f"{folder}/base")
     runner.fit(module, data, ckpt_path=Path(folder) / "saved.ckpt" if part == "rest" else None)
