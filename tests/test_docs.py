@@ -11,6 +11,7 @@ import yaml
 from lit_alignment.callbacks.cherry_picks import CherryPicks
 from lit_alignment.callbacks.export import Export
 from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.callbacks.scored_picks import ScoredPicks
 from lit_alignment.callbacks.throughput import Throughput
 from lit_alignment.callbacks.upload import Upload
@@ -18,6 +19,7 @@ from lit_alignment.cli import TOOLS, TRAINER_COMMANDS
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.classification import ClassificationDataModule
 from lit_alignment.data.encode import EncodingConfig
+from lit_alignment.data.rag import PassagePlacement, RAGDataModule
 from lit_alignment.data.records import Source
 from lit_alignment.data.reward import RewardDataModule
 from lit_alignment.data.templates import TemplateConfig
@@ -25,11 +27,15 @@ from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.loggers import ClearMLLogger
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone
+from lit_alignment.models.retriever import Retriever
 from lit_alignment.models.tokens import NewToken, TokensConfig
 from lit_alignment.modules.classification import ClassificationModule
+from lit_alignment.modules.rag import RAGModule
+from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.modules.reward import RewardModule
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.retrieval.index import IndexConfig
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -45,7 +51,8 @@ SETTINGS = [
     Source,
     GenerationSettings,
 ]
-SETTINGS += [AlignmentDataModule, ClassificationDataModule, RewardDataModule]
+SETTINGS += [AlignmentDataModule, ClassificationDataModule, RewardDataModule, RAGDataModule]
+SETTINGS += [RAGModule, RetrieverModule, Retriever, IndexConfig, IndexRefresh]
 SETTINGS += [
     SFTModule,
     ClassificationModule,
@@ -73,7 +80,7 @@ def test_guarantee_table_names_tests_that_exist():
 
 def test_every_guarantee_of_this_method_has_a_row():
     expected = {"A1", "A2", "A2b", "A3", "A4", "A5", "A6", "B1", "B2", "B3", "B4", "B5", "C1", "C2"}
-    expected |= {"D1", "D2", "D3", "D4", "H1", "E1", "E2", "E4", "E6", "I"}
+    expected |= {"D1", "D2", "D3", "D4", "G1", "G2", "G3", "G4", "H1", "E1", "E2", "E4", "E6", "I"}
     assert expected <= {name for name, _, _ in rows()}
 
 
@@ -82,7 +89,7 @@ def test_every_setting_is_in_the_guide(owner):
     if dataclasses.is_dataclass(owner):
         names = [field.name for field in dataclasses.fields(owner)]
     else:
-        names = [name for name in inspect.signature(owner).parameters if name not in ("tokenizer", "self")]
+        names = [name for name in inspect.signature(owner).parameters if name not in ("tokenizer", "self", "settings")]
     missing = [name for name in names if f"`{name}`" not in GUIDE]
     assert not missing
 
@@ -109,3 +116,7 @@ def test_python_in_the_readme_compiles():
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+def test_every_setting_of_the_placement_is_in_the_guide():
+    assert all(f"`placement.{field.name}`" in GUIDE for field in dataclasses.fields(PassagePlacement))

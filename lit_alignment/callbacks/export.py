@@ -2,21 +2,25 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.transformers_engine import generation_config
 from lit_alignment.models.head import base_model
 from lit_alignment.models.restoring import read_saved
+from lit_alignment.models.retriever import DualEncoder, save_retriever
 from lit_alignment.models.saving import PARTIAL, Companions, Form, export_form, write_folder
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.modules.generative import GenerativeModule
+from lit_alignment.modules.retrieving import RetrievingModule
 
 
 class Export(Callback):
@@ -97,7 +101,15 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
     stops = generation_config(module.tokenizer, module.stop) if isinstance(module, GenerativeModule) else None
     if saved.head is not None:
         base_model(module.network).config.update(saved.head.measured)
-    return write_folder(module.network, saved.trained, target, Companions(module.tokenizer, stops, template), chosen)
+    beside = None
+    if isinstance(module, RetrievingModule):
+        beside = partial(_write_retriever, module.encoder, saved.retriever)
+    companions = Companions(module.tokenizer, stops, template, beside)
+    return write_folder(module.network, saved.trained, target, companions, chosen)
+
+
+def _write_retriever(encoder: DualEncoder, trained: dict[str, Tensor], folder: Path) -> None:
+    save_retriever(encoder, folder / "retriever", trained)
 
 
 def point_to(link: Path, target: Path) -> None:

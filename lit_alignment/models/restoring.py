@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Saved:
         stop: Token ids and strings that end a turn; None where the folder has its own generation config.
         chat_template: The Jinja template that training used.
         head: What scores, if it is no language model.
+        retriever: Trained weights of the towers of a RAG model, by name.
     """
 
     backbone: Backbone
@@ -45,6 +46,7 @@ class Saved:
     stop: dict[str, Any] | None
     chat_template: str | None
     head: Head | None = None
+    retriever: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_saved(source: Path, base: str | None = None) -> Saved:
@@ -89,7 +91,10 @@ def _from_content(source: Path, about: dict[str, Any], content: dict[str, Any], 
     if not isinstance(info, dict):
         raise CheckpointError(f"{source}: not written by lit_alignment: it does not say what model it belongs to.")
     state = content.get("state_dict", content.get("model", {}))
-    trained = {name.removeprefix("model."): value for name, value in state.items()}
+    trained, retriever = (
+        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+        for part in ("model.", "dual.")
+    )
     backbone = Backbone(**info["backbone"])
     tokens = dict(info["tokens"])
     tokens["new"] = {token: NewToken(**how) for token, how in tokens["new"].items()}
@@ -102,6 +107,7 @@ def _from_content(source: Path, about: dict[str, Any], content: dict[str, Any], 
         stop=info.get("stop"),
         chat_template=info["chat_template"],
         head=None if info.get("head") is None else read_head(info["head"]),
+        retriever=retriever,
     )
 
 

@@ -245,8 +245,7 @@ def load_towers(encoder: DualEncoder, trained: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: If there are none, or they do not fit.
     """
-    state = {name.removeprefix("dual."): value for name, value in trained.items()}
-    state = {name: value for name, value in state.items() if name.startswith(("query_tower.", "passage_tower."))}
+    state = {name: value for name, value in trained.items() if name.startswith(("query_tower.", "passage_tower."))}
     known = encoder.state_dict()
     foreign = [name for name, value in state.items() if name not in known or known[name].shape != value.shape]
     if not state or foreign:
@@ -255,15 +254,21 @@ def load_towers(encoder: DualEncoder, trained: dict[str, Tensor]) -> None:
     encoder.load_state_dict(state, strict=False)
 
 
-def save_retriever(encoder: DualEncoder, folder: Path) -> None:
-    """Write the towers as Hugging Face folders, `query` and `passage`, or the one that both share into `folder`."""
-    try:
-        if encoder.settings.towers == "shared":
-            targets = {folder: encoder.query_tower}
-        else:
-            targets = {folder / "query": encoder.query_tower, folder / "passage": encoder.passage_tower}
-        for target, tower in targets.items():
-            tower.save_pretrained(target)
-            encoder.tokenizer.save_pretrained(target)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot write the retriever ({error}).") from error
+def save_retriever(encoder: DualEncoder, folder: Path, trained: dict[str, Tensor]) -> None:
+    """Write the towers as Hugging Face folders, `query` and `passage`, or the one that both share into `folder`.
+
+    Args:
+        encoder: The towers; their live weights are left as they are.
+        folder: Where.
+        trained: Weights of a checkpoint to write instead of the live ones, by name.
+    """
+    towers = {"query_tower": folder / "query", "passage_tower": folder / "passage"}
+    if encoder.settings.towers == "shared":
+        towers = {"query_tower": folder}
+    for name, target in towers.items():
+        tower = encoder.get_submodule(name)
+        state = {key: trained.get(f"{name}.{key}", value) for key, value in tower.state_dict().items()}
+        if not isinstance(tower, PreTrainedModel):
+            raise TypeError(f"{type(tower).__name__} is not a transformers model.")
+        tower.save_pretrained(target, state_dict=state)
+        encoder.tokenizer.save_pretrained(target)

@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,11 +30,13 @@ class Companions:
         tokenizer: The tokenizer.
         generation_config: Under which a loaded model stops where it was trained to; None for one that scores.
         chat_template: The Jinja template that training used; None leaves the tokenizer's own.
+        beside: Writes what else belongs into the folder.
     """
 
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig | None
     chat_template: str | None = None
+    beside: Callable[[Path], None] | None = None
 
 
 def export_form(network: nn.Module, form: Form) -> tuple[Written, str]:
@@ -79,9 +82,12 @@ def write_folder(
             (partial / "chat_template.jinja").write_text(str(companions.chat_template), encoding="utf-8")
         if companions.generation_config is not None:
             companions.generation_config.save_pretrained(partial)
-        for file in partial.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        if companions.beside is not None:
+            companions.beside(partial)
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from lit_alignment.callbacks.embeddings import EmbeddingWriter
 from lit_alignment.data.messages import value_kind
@@ -66,7 +67,7 @@ def build(cli: ToolCLI, retriever: Retriever, index: IndexConfig, options: argpa
     module = RetrieverModule(retriever, index)
     network = module.load_model()
     if options.ckpt_path is not None and isinstance(network, DualEncoder):
-        load_towers(network, read_saved(options.ckpt_path).trained)
+        load_towers(network, _trained(options.ckpt_path))
     data = PassageDataModule(
         module.tokenizer, predict=index.passages, batch_size=index.batch_size, packing=False, cache_dir=_cache(cli)
     )
@@ -92,6 +93,12 @@ def build(cli: ToolCLI, retriever: Retriever, index: IndexConfig, options: argpa
         )
 
 
+def _trained(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights of the towers in a checkpoint of a RAGModule or a RetrieverModule."""
+    saved = read_saved(checkpoint)
+    return saved.retriever or saved.trained
+
+
 def _cache(cli: ToolCLI) -> str | None:
     return str(cli.datamodule.cache_dir)
 
@@ -105,7 +112,7 @@ def evaluate(retriever: Retriever, index: IndexConfig, options: argparse.Namespa
     questions = read_questions(options.queries, set(found.passages["id"]))
     encoder = load_retriever(retriever)
     if options.ckpt_path is not None:
-        load_towers(encoder, read_saved(options.ckpt_path).trained)
+        load_towers(encoder, _trained(options.ckpt_path))
     encoder.eval()
     found.check_made_by(retriever.decides_passages(), weights_hash(encoder.passage_tower))
     metrics: list[dict[str, float]] = []

@@ -21,7 +21,7 @@ def load(name):
 
 def test_files_are_what_the_generator_writes():
     files = generator().files()
-    assert len(files) == 6
+    assert len(files) == 10
     for name, records in files.items():
         lines = (ROOT / "configs" / name).read_text().splitlines()
         assert [json.loads(line) for line in lines] == records

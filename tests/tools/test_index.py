@@ -1,0 +1,91 @@
+"""`lit-alignment index`: build and eval as a user runs them, with trained weights, and on two ranks."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.models.retriever import load_retriever
+from lit_alignment.retrieval.index import PassageIndex
+from lit_alignment.tools import index
+from tests.helpers import RETRIEVER, ROOT, base_model_folder, chats, command, write_jsonl
+
+PASSAGES = [{"id": f"n{i}", "title": f"note {i}", "text": chats(9)[i]["messages"][0]["content"]} for i in range(9)]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A RAG configuration over nine passages."""
+    found = yaml.safe_load((ROOT / "configs/rag/tiny.yaml").read_text())
+    found["model"]["init_args"]["backbone"] = {"path": base_model_folder(tmp_path / "base")}
+    passages = [{"path": write_jsonl(tmp_path / "passages.jsonl", PASSAGES)}]
+    found["model"]["init_args"]["index"] = {"path": str(tmp_path / "index"), "passages": passages}
+    path = tmp_path / "rag.yaml"
+    path.write_text(yaml.safe_dump(found))
+    return path
+
+
+def test_index_holds_the_passages_in_order_with_their_vectors(config, tmp_path, capsys):
+    index.main(["build", "--config", str(config), "--model.index.batch_size=2"])
+    assert "9 passages, vectors of 64 numbers in float32, exact search" in capsys.readouterr().out
+    made = PassageIndex.load(tmp_path / "index")
+    assert [passage.id for passage in made.at(torch.arange(9))] == [passage["id"] for passage in PASSAGES]
+    with torch.no_grad():
+        expected = load_retriever(RETRIEVER).passages([f"{p['title']} {p['text']}" for p in PASSAGES])
+    torch.testing.assert_close(made.shards[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_eval_finds_a_passage_by_its_own_words(config, tmp_path, capsys):
+    index.main(["build", "--config", str(config)])
+    queries = [{"query": f"{p['title']} {p['text']}", "relevant": [p["id"]]} for p in PASSAGES]
+    asked = write_jsonl(tmp_path / "queries.jsonl", queries)
+    out = tmp_path / "metrics.json"
+    index.main(["eval", "--config", str(config), "--queries", asked, "--k", "1,3", "--json", str(out)])
+    assert json.loads(out.read_text()) == pytest.approx({"recall@1": 1, "recall@3": 1, "mrr": 1, "ndcg@3": 1})
+    assert "9 questions, 9 passages" in " ".join(capsys.readouterr().out.split())
+
+
+def test_index_that_is_there_is_not_overwritten_unasked(config, tmp_path):
+    index.main(["build", "--config", str(config)])
+    with pytest.raises(ConfigError, match="exists. Choose another"):
+        index.main(["build", "--config", str(config)])
+    index.main(["build", "--config", str(config), "--overwrite"])
+
+
+@pytest.mark.slow
+def test_two_processes_build_the_same_index(config, tmp_path):
+    index.main(["build", "--config", str(config)])
+    one = PassageIndex.load(tmp_path / "index")
+    two = tmp_path / "two"
+    settings = [f"--model.index.path={two}", "--model.index.batch_size=2", "--trainer.devices=2"]
+    run = command("index", "build", "--config", str(config), *settings)
+    assert run.returncode == 0, run.stderr[-2000:]
+    made = PassageIndex.load(two)
+    assert made.manifest.encoder_hash == one.manifest.encoder_hash and made.passages["id"] == one.passages["id"]
+    torch.testing.assert_close(made.shards[0], one.shards[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "query, message",
+    [
+        ({"relevant": ["n1"]}, "queries.jsonl:1: field 'query' is null"),
+        ({"query": "x", "relevant": []}, "queries.jsonl:1: field 'relevant' is a list"),
+        ({"query": "x", "relevant": ["m1"]}, "names 'm1', which is not in the index"),
+    ],
+)
+def test_bad_question_is_named(config, query, message, tmp_path):
+    index.main(["build", "--config", str(config)])
+    asked = write_jsonl(tmp_path / "queries.jsonl", [query])
+    with pytest.raises(RecordError, match=message):
+        index.main(["eval", "--config", str(config), "--queries", asked])
+
+
+def test_mistakes_are_one_message_with_exit_code_2(config, tmp_path):
+    write_jsonl(tmp_path / "passages.jsonl", [*PASSAGES, {"title": "x", "text": ""}])
+    run = command("index", "build", "--config", str(config))
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert f"{tmp_path}/passages.jsonl:10: field 'text' is empty" in run.stderr
+    run = command("index", "eval", "--config", str(config), "--queries", "nothing.jsonl")
+    assert run.returncode == 2 and "no index here" in run.stderr
