@@ -86,8 +86,11 @@ class CherryPicks(PickReport):
             responses += module.respond(self.items[start : start + self.batch_size], self.generation)
         answers = [response.answers for response in responses]
         scores = self._score(self._scorer, answers)
-        for pick, found, values in zip(self.picks, answers, scores, strict=True):
+        for pick, response, values in zip(self.picks, responses, scores, strict=True):
+            found = response.answers
             pick.answers[step], pick.scores[step] = found[0].content, values
+            if "documents" in response.found:
+                pick.documents[step] = _looked_up(response.found)
             reference = pick.known["reference"]
             if reference is not None:
                 pick.right[step] = found[0].content.strip() == reference.strip()
@@ -97,11 +100,13 @@ class CherryPicks(PickReport):
                 p.messages[-1]["content"],
                 p.known["reference"] or "",
                 p.answers[step],
+                *(["\n".join(p.documents[step])] if step in p.documents else []),
                 *(p.scores[step].get(n) for n in names),
             ]
             for p in self.picks
         ]
-        return ["prompt", "reference", "answer", *names], rows
+        looked_up = ["documents"] if any(step in pick.documents for pick in self.picks) else []
+        return ["prompt", "reference", "answer", *looked_up, *names], rows
 
     def means(self) -> dict[str, float]:
         """Means of the metrics."""
@@ -128,6 +133,12 @@ class CherryPicks(PickReport):
                 metric.update(scored)
             values.append({name: v for metric in self._built for name, v in metric.values(scored).items()})
         return values
+
+
+def _looked_up(found: dict[str, Any]) -> list[str]:
+    """A line for each document: its score, and its title or where its text begins."""
+    documents = zip(found["documents"], found["doc_scores"], strict=True)
+    return [f"{score:.2f}  {document['title'] or document['text'][:60]}" for document, score in documents]
 
 
 def _documents(item: PromptItem) -> list[str]:

@@ -133,7 +133,7 @@ class PickReport(Callback):
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "cherry_picks.jsonl").open("a", encoding="utf-8") as file:
             for pick in self.picks:
-                line = {
+                line: dict[str, Any] = {
                     "step": step,
                     "dataset": pick.dataset,
                     "id": pick.id,
@@ -142,6 +142,8 @@ class PickReport(Callback):
                     "answer": pick.answers[step],
                     "scores": pick.scores[step],
                 }
+                if step in pick.documents:
+                    line["documents"] = pick.documents[step]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         fresh = directory / ".cherry_picks.html.new"
         page = render_report(directory.name, self.curves, self.picks, self.right, self.pictures(module))

@@ -20,6 +20,7 @@ th { background: var(--soft); white-space: nowrap; }
 tr:last-child td { border-bottom: 0; }
 .role { font-weight: 600; opacity: .6; font-size: .75rem; text-transform: uppercase; display: block; }
 .match { box-shadow: inset 3px 0 var(--good); } .match::after { content: " \\2713"; color: var(--good); }
+td small { display: block; margin-top: .5rem; padding-top: .4rem; border-top: 1px dashed var(--line); opacity: .7; }
 .reference { background: var(--soft); }
 svg text { fill: currentColor; font-size: 12px; }
 """
@@ -37,6 +38,7 @@ class CherryPick:
         answers: What the model made of it, by optimiser step.
         right: Whether that is what the record says, by optimiser step; missing where it says nothing.
         scores: Values of metrics by optimiser step and name.
+        documents: What the model looked up, each on a line with its score, by optimiser step.
     """
 
     dataset: str
@@ -46,6 +48,7 @@ class CherryPick:
     answers: dict[int, str] = field(default_factory=dict)
     right: dict[int, bool] = field(default_factory=dict)
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    documents: dict[int, list[str]] = field(default_factory=dict)
 
 
 def render_report(
@@ -111,7 +114,9 @@ def _known(pick: CherryPick) -> str:
 
 def _answer(pick: CherryPick, step: int) -> str:
     attribute = " class=match" if pick.right.get(step) else ""
-    return f"<td{attribute}>{escape(pick.answers.get(step, ''))}</td>"
+    looked_up = "\n".join(pick.documents.get(step, []))
+    shown = f"<small>{escape(looked_up)}</small>" if looked_up else ""
+    return f"<td{attribute}>{escape(pick.answers.get(step, ''))}{shown}</td>"
 
 
 def curve_svg(curves: Mapping[str, Curve], width: int = 640, height: int = 240) -> str:

@@ -10,6 +10,7 @@ from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.data.passages import format_passage
 from lit_alignment.data.rag import PassagePlacement
 from lit_alignment.errors import ConfigError
+from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.modules.rag import RAGModule
 from tests.helpers import (
     RETRIEVER,
@@ -235,3 +236,75 @@ def test_prompt_prefix_is_computed_once(tmp_path):
     )
     first, last = lengths["{passages}\n\n{message}"], lengths["{message}\n\n{passages}"]
     assert last < first < 0.7 * repeated
+
+
+def answering(folder, decoding, **settings):
+    """A module with its data, ready to answer, and the items that it is asked."""
+    module = rag_module(encoded_index(folder, knowledge(6)), num_passages=3, decoding=decoding, **settings)
+    data = rag_data(module, chats(3), chats(3, seed=1))
+    trainer(folder, max_steps=0).fit(module, data)
+    return module, data, data.predict_items(data.sources["predict"])
+
+
+def likelihood(module, data, item, content, passages, scores) -> float:
+    """log sum over passages of p(passage) p(answer given it), one sequence at a time."""
+    said = replace(item, answer={"role": "assistant", "content": content})
+    prior = scores.log_softmax(-1)
+    with torch.no_grad():
+        each = [prior[k] + sum(slow_logps(module, data.encoder, said, [p])) for k, p in enumerate(passages)]
+    return float(torch.stack(each).logsumexp(0))
+
+
+def test_thorough_decoding_takes_the_candidate_that_all_passages_make_likely(tmp_path):
+    module, data, items = answering(tmp_path, "rag_sequence")
+    settings = GenerationSettings(max_new_tokens=4, num_beams=2, num_return_sequences=2, logprobs=True)
+    responses = module.respond(items, settings)
+    passages, scores = module.retrieve([item.query for item in items])
+    for item, response, own, row in zip(items, responses, passages, scores, strict=True):
+        found = [answer.logprob for answer in response.answers]
+        assert found == sorted(found, reverse=True) and len(set(a.content for a in response.answers)) == len(found)
+        for answer in response.answers:
+            expected = likelihood(module, data, item, answer.content, own, row.detach())
+            assert answer.logprob == pytest.approx(expected, rel=1e-4)
+        assert [document["id"] for document in response.found["documents"]] == [p.id for p in own]
+        assert response.found["doc_scores"] == pytest.approx(row.tolist())
+
+
+def test_fast_decoding_asks_only_where_a_candidate_came_from(tmp_path):
+    module, _, items = answering(tmp_path, "rag_sequence_fast")
+    module.token_logps = None  # no second pass
+    responses = module.respond(items, GenerationSettings(max_new_tokens=4, logprobs=True))
+    assert all(len(response.answers) == 1 and response.answers[0].logprob < 0 for response in responses)
+
+
+def test_token_decoding_takes_the_likeliest_token_of_the_mixture(tmp_path):
+    """Against full forward passes without a cache, passage by passage, under prompts of unequal lengths."""
+    module, data, items = answering(tmp_path, "rag_token")
+    responses = module.respond(items, GenerationSettings(max_new_tokens=5, logprobs=True, skip_special_tokens=False))
+    passages, scores = module.retrieve([item.query for item in items])
+    for item, response, own, row in zip(items, responses, passages, scores, strict=True):
+        prompts = [data.encoder.prompt(item.messages, [p], item.tools).input_ids for p in own]
+        tokens, total = [], 0.0
+        while len(tokens) < 5 and not (tokens and tokens[-1] in module.stop.token_ids):
+            with torch.no_grad():
+                logps = [
+                    module.network(input_ids=torch.tensor([p + tokens]), use_cache=False).logits[0, -1].log_softmax(-1)
+                    for p in prompts
+                ]
+            mixed = (row.detach().log_softmax(-1)[:, None] + torch.stack(logps)).logsumexp(0)
+            tokens.append(int(mixed.argmax()))
+            total += float(mixed.max())
+        assert response.answers[0].content == module.tokenizer.decode(tokens)
+        assert response.answers[0].logprob == pytest.approx(total, rel=1e-4)
+
+
+def test_token_decoding_knows_no_beams(tmp_path):
+    module, _, items = answering(tmp_path, "rag_token")
+    with pytest.raises(ConfigError, match="neither num_beams"):
+        module.respond(items, GenerationSettings(num_beams=2))
+
+
+def test_decoding_is_that_of_training_by_default(tmp_path):
+    index = encoded_index(tmp_path, knowledge(3))
+    for objective, expected in (("rag_sequence", "rag_sequence"), ("rag_token", "rag_token"), ("emdr2", "concatenate")):
+        assert rag_module(index, objective=objective).decoding == expected
