@@ -14,7 +14,8 @@ class Source:
     """Where records come from, and which of them to take.
 
     Args:
-        path: A file (.jsonl, .json, .parquet), a folder of such files, or the name of a data set on the hub.
+        path: A file (.jsonl, .json, .parquet, .arrow), a folder of such files, one that `save_to_disk` of Hugging Face
+            datasets has written, or the name of a data set on the hub.
         records: The records themselves, instead of a path.
         name: The name in reports and predictions; the file's stem by default.
         split: Split of a hub data set.
@@ -71,7 +72,9 @@ class Source:
             return []
         path = Path(self.path).expanduser()
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix in READERS)
+            saved = (path / "state.json").is_file()  # its JSON files describe the data
+            kinds = (".arrow",) if saved else tuple(READERS)
+            files = sorted(f for f in path.iterdir() if f.suffix in kinds and not f.name.startswith("cache-"))
             if not files:
                 raise ConfigError(f"{path}: no {', '.join(READERS)} file in this folder.")
             return files
@@ -161,4 +164,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             index += 1
 
 
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
+    import datasets
+    import pyarrow
+
+    try:
+        rows = datasets.Dataset.from_file(str(path))
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise RecordError(str(path), "", f"not an Arrow file ({error})", "Check the file.") from error
+    for index, row in enumerate(rows):
+        yield f"{path}[{index}]", row
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow}

