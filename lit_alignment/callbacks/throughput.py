@@ -28,7 +28,8 @@ PEAK_FLOPS = {
 class Throughput(Callback):
     """Log tokens/s, trained tokens/s, the share of padding, peak memory in GiB, and MFU where the device is known.
 
-    Rates are of all ranks together and leave out validation and saving.
+    Rates are of all ranks together and leave out validation and saving. Where a batch holds questions whose tokens are
+    not known before passages are found (RAG), questions/s stand for all token counts.
 
     Args:
         every_n_steps: How often to log, in optimiser steps.
@@ -42,7 +43,7 @@ class Throughput(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self._tokens = self._trained = self._slots = 0
+        self._tokens = self._trained = self._slots = self._questions = 0
         self._seconds = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -50,17 +51,20 @@ class Throughput(Callback):
         self._start = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Rows, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the batch, and log at every n-th step."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         seconds = time.perf_counter() - self._start
         self._seconds += seconds
-        self._tokens += batch.num_tokens
-        self._trained += batch.num_trained
-        self._slots += batch.input_ids.numel()
-        self.total_tokens += batch.num_tokens
+        if isinstance(batch, Rows):
+            self._tokens += batch.num_tokens
+            self._trained += batch.num_trained
+            self._slots += batch.input_ids.numel()
+            self.total_tokens += batch.num_tokens
+        else:
+            self._questions += len(batch.ids)
         self.total_seconds += seconds
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.every_n_steps == 0:
@@ -68,12 +72,18 @@ class Throughput(Callback):
             self._reset()
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        memory = peak_memory(module.device) / 2**30
+        if self._slots == 0:
+            questions = self._questions / self._seconds * trainer.world_size
+            module.log("train/questions_per_second", questions, prog_bar=True)
+            module.log("train/peak_memory_gib", memory)
+            return
         rate = self._tokens / self._seconds
         values = {
             "train/tokens_per_second": rate * trainer.world_size,
             "train/trained_tokens_per_second": self._trained / self._seconds * trainer.world_size,
             "train/padding_share": 1 - self._tokens / self._slots,
-            "train/peak_memory_gib": peak_memory(module.device) / 2**30,
+            "train/peak_memory_gib": memory,
         }
         mfu = self._mfu(module, rate)
         if mfu is not None:

@@ -70,6 +70,8 @@ def convert(top: Settings, kind: str) -> list[Document]:
             from lit_alignment.tools.convert.reward import convert as convert_kind
         case "inference_rm":
             from lit_alignment.tools.convert.reward import convert_inference as convert_kind
+        case "train_rag":
+            from lit_alignment.tools.convert.rag import convert as convert_kind
         case "random_sample" | "rm_sample" | "rso_sample":
             from lit_alignment.tools.convert.sampling import convert as convert_kind
         case "train_dpo" | "train_kto" | "train_ddpo":

@@ -40,7 +40,7 @@ NO_EOS = "append_eos: false, as EOS had no part in the loss there; the suffix en
 
 
 NOISE = "noise on the embeddings is there for supervised fine-tuning only"
-SMOOTHING = "there is no label smoothing of preferences"
+SMOOTHING = "there is no label smoothing of preferences, nor of likelihoods that are summed over passages"
 READ_WHOLE = "whole conversations are read, and their last token is scored"
 
 
@@ -65,16 +65,22 @@ class Method:
     remarks: tuple[str, ...] = ()
 
 
-def training_document(top: Settings, method: Method) -> Document:
-    """Our configuration for `fit`."""
+def training_document(top: Settings, method: Method, generator: Settings | None = None) -> Document:
+    """Our configuration for `fit`.
+
+    Args:
+        top: The old configuration.
+        method: What is trained.
+        generator: Where the language model's settings stand, if not in `model_settings`.
+    """
     seed, folder = top.take("seed", 42), top.take("log_path", "train_output")
     for name in ("train_dataset_settings", "val_dataset_settings", "model_settings"):
         if name not in top:
             top.notes.missing.append(name)
     train, val = top.part("train_dataset_settings"), top.part("val_dataset_settings")
-    model, picks = top.part("model_settings"), top.part("cherry_pick_settings")
+    model, picks = generator or top.part("model_settings"), top.part("cherry_pick_settings")
     found = adapters(model, training=True)
-    base, ours = _base_and_training(top, found, method)
+    base, ours = _base_and_training(top, model, found, method)
 
     saver = "lightning.pytorch.callbacks.ModelCheckpoint"
     callbacks: list[dict[str, Any]] = [
@@ -159,9 +165,10 @@ def chat_settings(dataset: Settings) -> Settings:
     return next((dataset.part(name) for name in ("chat_settings", "chat_dataset") if name in dataset), dataset)
 
 
-def _base_and_training(top: Settings, found: dict[str, Any], method: Method) -> tuple[dict[str, Any], Training]:
+def _base_and_training(
+    top: Settings, model: Settings, found: dict[str, Any], method: Method
+) -> tuple[dict[str, Any], Training]:
     """Our backbone and training settings, which depend on each other."""
-    model = top.part("model_settings")
     base = backbone(model, top.part("tokenizer_settings"), scores=method.scores)
     ours = training(top, trained_dtype(model, base, found))
     base |= ours.backbone
@@ -169,8 +176,9 @@ def _base_and_training(top: Settings, found: dict[str, Any], method: Method) -> 
         top.notes.leave_out(section(top).path_of("gradient_checkpointing"), NO_CHECKPOINTING)
     if ours.trainer.get("accelerator") == "cpu":
         leave_gpu(model, base)
-    if method.scores and ours.model.pop("neftune_alpha", None) is not None:
+    trains_tokens = not method.scores and method.name != "RAG"
+    if not trains_tokens and ours.model.pop("neftune_alpha", None) is not None:
         top.notes.leave_out(section(top).path_of("neftune_noise_alpha"), NOISE)
-    if method.name == "Reward" and ours.model.pop("label_smoothing", None) is not None:
+    if method.name in ("Reward", "RAG") and ours.model.pop("label_smoothing", None) is not None:
         top.notes.leave_out(section(top).path_of("label_smoothing_factor"), SMOOTHING)
     return base, ours

@@ -31,6 +31,7 @@ SHORT = {
     "sft": "train_sft",
     "classification": "train_classification",
     "rm": "train_rm",
+    "rag": "train_rag",
     "inference": "inference_chat",
     "merge": "merge_adapters_to_base",
 }

@@ -36,7 +36,7 @@ CONFIGS = ROOT / "tests/tools/convert/configs"
 SFT = ["sft_lora", "sft_full", "sft_prefix", "sft_prompt", "sft_p_tuning", "sft_adapter", "sft_peft_config"]
 SCORED = ["classification", "rm", "inference_classification", "inference_rm", "sampling_rm", "sampling_rso"]
 SCRIPTS = ["merge", "sampling_random"]
-CONVERTED = [*SFT, "inference_chat", "inference_vllm", *SCORED, *SCRIPTS]
+CONVERTED = [*SFT, "rag", "inference_chat", "inference_vllm", *SCORED, *SCRIPTS]
 
 
 def old(name):
@@ -65,7 +65,8 @@ def test_converted_yaml_parses(name, convert, tmp_path, monkeypatch):
     monkeypatch.setattr(AlignmentCLI, "instantiate_classes", lambda self: None)
     for path in tmp_path.glob("*.yaml"):
         config = build(["--config", str(path)]).config
-        method = "SFT" if name not in SCORED else "Classification" if "classification" in name else "Reward"
+        method = "Classification" if "classification" in name else "Reward" if name in SCORED else "SFT"
+        method = "RAG" if name == "rag" else method
         assert config.model.class_path == f"lit_alignment.{method}Module"
         assert config.data.class_path == f"lit_alignment.{method}DataModule"
 
@@ -198,7 +199,6 @@ REFUSED = {
     "kto": "train_kto",
     "ddpo": "train_ddpo",
     "multimodal": "train_multimodal",
-    "rag": "train_rag",
     "preprocess": "preprocess_multimodal_dataset",
 }
 
@@ -218,8 +218,8 @@ def test_kind_can_be_given(convert, tmp_path):
     assert convert(old("merge"), "--kind", "merge")[0] == convert(old("merge"))[0]
     with pytest.raises(ConfigError, match="do not tell which command"):
         kind_of({"a": 1}, CONFIGS / "x.json")
-    with pytest.raises(ConfigError, match="train_rag: the conversion of this method is not there yet"):
-        main([str(CONFIGS / "sft_lora.json"), "--kind", "train_rag", "--out", str(tmp_path / "new.yaml")])
+    with pytest.raises(ConfigError, match="train_multimodal: the conversion of this method is not there yet"):
+        main([str(CONFIGS / "sft_lora.json"), "--kind", "train_multimodal", "--out", str(tmp_path / "new.yaml")])
 
 
 def test_broken_json_gives_file_and_line(tmp_path):
