@@ -15,7 +15,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from lit_alignment.data.collate import collate_padded
 from lit_alignment.data.encode import Dropped, Encoder, Example
-from lit_alignment.data.messages import IGNORE_INDEX, TEMPLATE_KEYS, Message, Record
+from lit_alignment.data.messages import IGNORE_INDEX, TEMPLATE_KEYS, Message, Record, value_kind
+from lit_alignment.data.passages import format_passage, read_passage
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.metrics.answers import Answered
 from lit_alignment.models.head import hidden_states, token_logps
@@ -145,20 +146,21 @@ class Scorer:
 
 
 def read_documents(value: Any, where: str) -> list[str]:
-    """The texts of a prompt's documents; none if the field is missing.
+    """The texts of a prompt's documents, with their titles above; none if the field is missing.
 
     Args:
-        value: What the record has in `documents`.
+        value: What the record has in `documents`: texts, or `{title?, text}` as `predict` writes them.
         where: The record's place, for the message.
 
     Raises:
-        RecordError: If it is no list of texts.
+        RecordError: If it is no list of passages.
     """
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise RecordError(where, "documents", "is no list of texts", 'Write ["first document", "second document"].')
-    return value
+    if not isinstance(value, list):
+        raise RecordError(where, "documents", f"is {value_kind(value)}", 'Write ["first document", "second document"].')
+    passages = [read_passage(each, f"{where}: documents", place) for place, each in enumerate(value)]
+    return [format_passage("{title}\n{text}", passage.title, passage.text) for passage in passages]
 
 
 @torch.no_grad()

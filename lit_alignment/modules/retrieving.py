@@ -76,6 +76,7 @@ class RetrievingModule(GenerativeModule):
         self.dual: DualEncoder | None = None
         self.passage_index: PassageIndex | None = None
         self.refreshed = False  # whether a callback keeps the index up with the passage tower
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}  # what a frozen retriever has found for a query
 
     @property
     def data(self) -> RAGDataModule:
@@ -144,10 +145,31 @@ class RetrievingModule(GenerativeModule):
     def retrieve(self, queries: Sequence[str]) -> tuple[list[list[Passage]], Tensor]:
         """The K best passages of each query, and their scores with the gradient that trains the retriever, [B, K].
 
-        Scores are inner products divided by the temperature.
+        Scores are inner products divided by the temperature. A frozen retriever is asked each question once, in all
+        epochs together.
         """
+        if self.train_retriever != "none" or self._searches_together:
+            places, scores = self._search(queries)
+        else:
+            open_ones = list(dict.fromkeys(query for query in queries if query not in self._known))
+            if open_ones:
+                rows = zip(*self._search(open_ones), strict=True)
+                self._known.update(zip(open_ones, rows, strict=True))
+            places, scores = (
+                torch.stack(rows) for rows in zip(*(self._known[query] for query in queries), strict=True)
+            )
+        return [self.index.at(row) for row in places], scores
+
+    @property
+    def _searches_together(self) -> bool:
+        """Whether every process searches its part of the index; not in predict, where some have more batches."""
+        return self.index_config.sharded and self.trainer.world_size > 1 and self.trainer.state.fn != "predict"
+
+    def _search(self, queries: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Places of the K best passages of each query, and their scores, both [B, K]."""
         vectors = self.encoder.queries(queries)
-        _, places = self.index.search(vectors, self.num_passages * self.over_retrieve)
+        number = self.num_passages * self.over_retrieve
+        _, places = self.index.search(vectors, number, together=self._searches_together)
         if self.over_retrieve > 1:
             with torch.no_grad():
                 fresh = self._encoded(places)
@@ -160,8 +182,7 @@ class RetrievingModule(GenerativeModule):
             if learns or self.over_retrieve > 1
             else self.index.embeddings(places).to(vectors.dtype)
         )
-        scores = torch.einsum("bd,bkd->bk", vectors, passages) / self.retriever.temperature
-        return [self.index.at(row) for row in places], scores
+        return places, torch.einsum("bd,bkd->bk", vectors, passages) / self.retriever.temperature
 
     def _encoded(self, places: Tensor) -> Tensor:
         """Passages at the given places, encoded by the passage tower as it is now, [B, K, D]."""

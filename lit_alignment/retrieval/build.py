@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_alignment.data.passages import Passage
-from lit_alignment.errors import CheckpointError, require
+from lit_alignment.errors import CheckpointError, ConfigError, require
 from lit_alignment.retrieval.files import (
     Manifest,
     create_shards,
@@ -42,8 +43,16 @@ class IndexBuilder:
         """Write the passages and room for their embeddings: on one process, before any writes.
 
         Raises:
+            ConfigError: If two have one id.
             CheckpointError: If the disk is full or the folder cannot be written.
         """
+        counted = Counter(passage.id for passage in passages)
+        twice = next((each for each, number in counted.items() if number > 1), None)
+        if twice is not None:
+            raise ConfigError(
+                f"index.passages: the id '{twice}' is that of {counted[twice]} passages, from several sources. Give "
+                "each its own; a passage without one has its line's number."
+            )
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             self.folder.mkdir(parents=True)

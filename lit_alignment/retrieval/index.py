@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 import datasets
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.records import Source
 from lit_alignment.errors import ConfigError, require
 from lit_alignment.retrieval.files import PASSAGES, Manifest, map_shards, read_manifest
-from lit_alignment.retrieval.search import exact_search
+from lit_alignment.retrieval.search import exact_search, sharded_search
 
 SearchKind = Literal["exact", "flat", "ivf", "hnsw"]
 FAISS_FILE = "index.faiss"
@@ -36,6 +37,8 @@ class IndexConfig:
         num_clusters: Clusters of `ivf`; by default 4 times the square root of the number of passages.
         num_probes: Clusters that a search in `ivf` looks into.
         num_neighbors: Links of each passage in `hnsw`.
+        sharded: In training, validation and test, each process keeps a part of the embeddings on its own device and
+            compares the queries of all processes with it; for indexes that one device, or one host, cannot hold.
     """
 
     path: str
@@ -47,9 +50,14 @@ class IndexConfig:
     num_clusters: int | None = None
     num_probes: int = 32
     num_neighbors: int = 32
+    sharded: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse sizes that hold nothing."""
+        """Refuse sizes that hold nothing, and parts of what has none."""
+        if self.sharded and self.search != "exact":
+            raise ConfigError(
+                f"index.sharded: only exact search has parts. Set index.search: exact, not {self.search}."
+            )
         for name in ("rows_per_shard", "batch_size", "num_probes", "num_neighbors"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"index.{name} is {getattr(self, name)}; use 1 or more.")
@@ -70,6 +78,7 @@ class PassageIndex:
     ) -> None:
         """Check that the parts belong together."""
         self.manifest, self.shards, self.passages, self.faiss = manifest, shards, passages, faiss
+        self._part: tuple[Tensor, int] | None = None  # embeddings of this process, and the first one's place
         rows = sum(len(shard) for shard in shards)
         if not len(passages) == rows == manifest.count:
             raise ConfigError(
@@ -137,16 +146,19 @@ class PassageIndex:
                 "Build it again: lit-alignment index build --overwrite (with --ckpt_path for trained weights)."
             )
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor, k: int, together: bool = False) -> tuple[Tensor, Tensor]:
         """Scores and places of the K best passages, both [B, K], best first; fewer if there are fewer.
 
         Args:
             queries: [B, D].
             k: K.
+            together: Whether all processes search at this moment, each in its own part.
         """
         self.check_width(queries.shape[1], "the query encoder")
         k = min(k, len(self))
         queries = queries.detach()
+        if together:
+            return sharded_search(queries, *self._own_part(queries.device), k)
         if self.faiss is None:
             return exact_search(queries, self.shards, k)
         scores, places = self.faiss.search(queries.float().cpu().numpy(), k)
@@ -155,6 +167,18 @@ class PassageIndex:
         if short.any():
             scores[short], places[short] = exact_search(queries[short].float(), self.shards, k)
         return scores, places
+
+    def _own_part(self, device: torch.device) -> tuple[Tensor, int]:
+        """This process's part of the embeddings, on its device, and the place of the first."""
+        if self._part is None:
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+            first, last = (len(self) * each // world_size for each in (rank, rank + 1))
+            rows, start = [], 0
+            for shard in self.shards:
+                rows.append(shard[max(first - start, 0) : max(last - start, 0)])
+                start += len(shard)
+            self._part = torch.cat(rows).to(device), first
+        return self._part
 
     def embeddings(self, places: Tensor) -> Tensor:
         """Stored embeddings at the given places, fp32, [..., D]."""

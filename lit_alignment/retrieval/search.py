@@ -1,11 +1,12 @@
 """Exact search by inner product.
 
-B queries, N passages, D width, K passages of a query
+B queries, N passages, D width, K passages of a query, W processes
 """
 
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 BLOCK = 16384  # passages whose scores exist at one time
@@ -19,13 +20,13 @@ def exact_search(queries: Tensor, shards: Sequence[Tensor], k: int, block: int =
     so far, so that nearly all time goes into the matrix product.
 
     Args:
-        queries: [B, D]; they are rounded to the type of the embeddings.
-        shards: Embeddings in order, [n, D] each, of any floating type, on any device.
+        queries: [B, D]; they are rounded to the type of the embeddings, and compared on their device.
+        shards: Embeddings in order, [n, D] each, of any floating type.
         k: K, at most N.
         block: Passages a block.
 
     Returns:
-        Scores, fp32, and places among all passages, both [B, K], best first.
+        Scores, fp32, and places among all passages, both [B, K], best first, on the queries' device.
 
     Raises:
         ValueError: If K is larger than N.
@@ -33,6 +34,8 @@ def exact_search(queries: Tensor, shards: Sequence[Tensor], k: int, block: int =
     total = sum(len(shard) for shard in shards)
     if k > total:
         raise ValueError(f"{k} passages were asked for, and there are {total}.")
+    device = queries.device
+    queries = queries.to(shards[0].device)
     best = queries.new_full((len(queries), k), -torch.inf, dtype=torch.float32)
     places = torch.full_like(best, -1, dtype=torch.long)
     start = 0
@@ -43,7 +46,42 @@ def exact_search(queries: Tensor, shards: Sequence[Tensor], k: int, block: int =
             best, order = torch.cat([best, scores], 1).topk(k)
             places = torch.cat([places, own + start], 1).gather(1, order)
             start += len(rows)
-    return best, places
+    return best.to(device), places.to(device)
+
+
+@torch.no_grad()
+def sharded_search(queries: Tensor, part: Tensor, start: int, k: int) -> tuple[Tensor, Tensor]:
+    """As `exact_search`, where each process holds a part of the passages: all processes call it together.
+
+    Each compares the queries of all with its own part, and all choose from what all have found.
+
+    Args:
+        queries: This process's own, [B, D]; each may have another B.
+        part: Embeddings of its passages, [n, D].
+        start: Place of the first of them among all passages.
+        k: K, at most N.
+
+    Returns:
+        Scores, fp32, and places among all passages, both [B, K], best first.
+    """
+    world = range(dist.get_world_size())
+    counts = [torch.zeros((), dtype=torch.long, device=queries.device) for _ in world]
+    dist.all_gather(counts, torch.tensor(len(queries), device=queries.device))
+    sizes = [int(count) for count in counts]
+    padded = queries.new_zeros(max(sizes), queries.shape[1])
+    padded[: len(queries)] = queries
+    everyone = [torch.empty_like(padded) for _ in world]
+    dist.all_gather(everyone, padded)
+    scores, places = exact_search(torch.cat(everyone), [part], min(k, len(part)))  # [W * max B, k of this part]
+    found = torch.nn.functional.pad(scores, (0, k - scores.shape[1]), value=-torch.inf)
+    where = torch.nn.functional.pad(places + start, (0, k - places.shape[1]), value=-1)
+    all_scores, all_places = [torch.empty_like(found) for _ in world], [torch.empty_like(where) for _ in world]
+    dist.all_gather(all_scores, found)
+    dist.all_gather(all_places, where)
+    first = dist.get_rank() * len(padded)
+    own = slice(first, first + len(queries))
+    best, order = torch.cat([each[own] for each in all_scores], 1).topk(k)
+    return best, torch.cat([each[own] for each in all_places], 1).gather(1, order)
 
 
 def _candidates(scores: Tensor, bar: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -84,11 +84,15 @@ def test_answer_without_tokens_has_no_utility(module, tokenizer):
     assert len(scorer.score([prompt])[0].document_utilities) == 1
 
 
-def test_documents_are_a_list_of_texts():
+def test_documents_are_texts_or_passages():
     assert read_documents(None, "f:1") == [] and read_documents(["a"], "f:1") == ["a"]
-    for value in ("a text", [{"text": "a"}], 3):
-        with pytest.raises(RecordError, match="f:1: field 'documents' is no list of texts"):
+    passages = [{"id": "p1", "title": "Title", "text": "a"}, {"text": "b"}]
+    assert read_documents(passages, "f:1") == ["Title\na", "b"]
+    for value in ("a text", 3):
+        with pytest.raises(RecordError, match="f:1: field 'documents' is a"):
             read_documents(value, "f:1")
+    with pytest.raises(RecordError, match="f:1: documents: field 'text' is missing"):
+        read_documents([{"title": "a"}], "f:1")
 
 
 def test_kl_of_fresh_adapters_is_zero_and_of_changed_ones_is_not(tokenizer):

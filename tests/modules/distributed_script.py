@@ -67,7 +67,7 @@ def build(method: str, lora: bool, part: str, folder: Path):
         case "rag":
             if not (folder / "index").exists():  # rank 0 comes here before it starts the others
                 encoded_index(folder, knowledge(6), SHARED)
-            index = IndexConfig(str(folder / "index"))
+            index = IndexConfig(str(folder / "index"), sharded=True)
             both = {"retriever": SHARED, "train_retriever": "both", "num_passages": 3}
             module = rag_module(index, lora, objective="rag_token", **both)
             # Short answers: what trains a retriever is a small difference of sums over them, which fp32 rounds.

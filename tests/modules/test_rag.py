@@ -11,6 +11,7 @@ from lit_alignment.data.passages import format_passage
 from lit_alignment.data.rag import PassagePlacement
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.models.retriever import DualEncoder
 from lit_alignment.modules.rag import RAGModule
 from tests.helpers import (
     RETRIEVER,
@@ -186,6 +187,26 @@ def test_retriever_gradient_is_logged_and_is_not_zero(tmp_path):
     assert float(found["train/retriever_grad_norm"]) > 0
     assert 0 < float(found["train/passage_entropy"]) <= math.log(4)
     assert 0 <= float(found["train/recall@1"]) <= 1
+
+
+def test_frozen_retriever_is_asked_each_question_once(tmp_path, monkeypatch):
+    """Two epochs, and validation on the same questions; the scores are those of a retriever that is asked again."""
+    asked = []
+    queries = DualEncoder.queries
+    monkeypatch.setattr(DualEncoder, "queries", lambda self, texts: asked.extend(texts) or queries(self, texts))
+    config = encoded_index(tmp_path, knowledge(6))
+    module = rag_module(config, num_passages=3, train_retriever="none")
+    trainer(tmp_path, max_epochs=2).fit(module, rag_data(module, chats(5), chats(5)))
+    assert len(asked) == len(set(asked)) == 5
+    again = rag_module(config, num_passages=3, train_retriever="query")
+    again.load_retriever()
+    for one, other in zip(module.retrieve(asked[:3]), again.retrieve(asked[:3]), strict=True):
+        if isinstance(one, torch.Tensor):
+            torch.testing.assert_close(one, other.detach())
+        else:
+            assert [[passage.id for passage in row] for row in one] == [
+                [passage.id for passage in row] for row in other
+            ]
 
 
 def test_only_what_should_learn_changes(tmp_path):

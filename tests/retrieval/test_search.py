@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from lit_alignment.errors import ConfigError
 from lit_alignment.retrieval.index import IndexConfig, PassageIndex
 from lit_alignment.retrieval.search import exact_search
-from tests.helpers import knowledge_index
+from tests.helpers import knowledge_index, run_on_ranks
 
 
 def sorted_by_hand(queries, embeddings, k):
@@ -60,3 +61,15 @@ def test_search_in_too_few_clusters_still_gives_k_passages(tmp_path):
     scores, places = found.search(embeddings[:3], 30)
     assert places.min() >= 0 and scores.isfinite().all()
     assert all(len(set(row)) == 30 for row in places.tolist())
+
+
+@pytest.mark.slow
+def test_index_in_parts_finds_what_the_whole_finds(tmp_path):
+    embeddings = torch.randn(23, 8, generator=torch.Generator().manual_seed(0))
+    folder = knowledge_index(IndexConfig(str(tmp_path / "index"), rows_per_shard=10), embeddings)
+    run_on_ranks("retrieval.sharded_script", str(folder))
+
+
+def test_parts_of_an_approximate_index_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="index.sharded: only exact search has parts"):
+        IndexConfig(str(tmp_path), search="hnsw", sharded=True)

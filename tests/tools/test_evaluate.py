@@ -113,7 +113,7 @@ def test_unknown_metric_and_missing_model_are_refused(file):
         (ASKED + ', "answers": [{"content": 3}]}', r":2: field 'answers' holds one without a text"),
         (ASKED + ', "answers": [{"content": "", "num_tokens": "3"}]}', r":2: field 'answers' holds one whose 'num_tok"),
         (ASKED + ', "answers": [{"content": ""}], "dataset": null}', r":2: field 'dataset' is missing or wrong"),
-        (ASKED + ', "answers": [{"content": ""}], "meta": {"documents": "x"}}', r":2: field 'documents' is no list"),
+        (ASKED + ', "answers": [{"content": ""}], "meta": {"documents": "x"}}', r":2: field 'documents' is a string"),
     ],
 )
 def test_broken_line_is_named(text, message, tmp_path):

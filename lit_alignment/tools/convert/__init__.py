@@ -60,6 +60,8 @@ def convert(top: Settings, kind: str) -> list[Document]:
             from lit_alignment.tools.convert.sft import convert as convert_kind
         case "inference_chat":
             from lit_alignment.tools.convert.inference import convert as convert_kind
+        case "inference_rag":
+            from lit_alignment.tools.convert.inference import convert_rag as convert_kind
         case "merge_adapters_to_base":
             from lit_alignment.tools.convert.merge import convert as convert_kind
         case "train_classification":

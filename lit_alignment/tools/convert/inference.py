@@ -1,4 +1,4 @@
-"""inference_chat: answers of one or several models."""
+"""inference_chat and inference_rag: answers of one or several models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ from lit_alignment.tools.convert.document import Document
 from lit_alignment.tools.convert.fit import scored_encoding
 from lit_alignment.tools.convert.generation import META, PIECES, generation, warn_of_batches
 from lit_alignment.tools.convert.model import adapters, backbone
+from lit_alignment.tools.convert.rag import BUILD, retrieving
 from lit_alignment.tools.convert.settings import Settings, shorten
 
 MANY_MODELS = "each model has a configuration of its own here; run them one after the other"
@@ -19,7 +20,12 @@ SCORED_FILES = {"Classification": "classes.jsonl", "Reward": "rewards.jsonl"}
 VLLM = "the vLLM engine is not there yet; transformers answers"
 
 
-def convert(top: Settings) -> list[Document]:
+def convert_rag(top: Settings) -> list[Document]:
+    """Our configurations for `predict` with retrieval, one a model."""
+    return convert(top, with_passages=True)
+
+
+def convert(top: Settings, with_passages: bool = False) -> list[Document]:
     """Our configurations for `predict`, one a model."""
     notes = top.notes
     seed, folder = top.take("seed", 42), top.need("save_path", str)
@@ -34,7 +40,7 @@ def convert(top: Settings) -> list[Document]:
     if len(models) > 1:
         notes.warn("inference_settings", MANY_MODELS)
 
-    documents = []
+    documents: list[Document] = []
     number = 0  # the old files are numbered through all models
     for old in models:
         named: dict[str, Any] = {}
@@ -47,7 +53,9 @@ def convert(top: Settings) -> list[Document]:
             notes.missing.append(old.path_of("generation_settings"))
         _note_engine(old)
         old.leave_out("batch_size prompts are answered at a time", "micro_batch")
-        documents.append(_document(old, named, found | {"packing": False, "batch_size": batch}, folder, seed))
+        data = found | {"packing": False, "batch_size": batch}
+        index = folder if len(models) == 1 else f"{folder}/{len(documents)}"
+        documents.append(_document(old, named, data, folder, seed, index if with_passages else None))
     return documents
 
 
@@ -163,21 +171,35 @@ def scored_document(
     return Document("predict", purpose, config, [SCORED.format(file=SCORED_FILES[method])])
 
 
-def _document(old: Settings, named: dict[str, Any], data: dict[str, Any], folder: str, seed: int) -> Document:
-    model = old.part("model_settings")
+def _document(
+    old: Settings, named: dict[str, Any], data: dict[str, Any], folder: str, seed: int, index: str | None
+) -> Document:
+    whole = old.part("model_settings")
     if "model_settings" not in old:
         old.notes.missing.append(old.path_of("model_settings"))
+    model, method = whole, "SFT"
+    retrieval: dict[str, Any] = {}
+    if index is not None:
+        for name in ("generator_settings", "question_encoder_settings", "index_settings", "retrieval_settings"):
+            if name not in whole:
+                old.notes.missing.append(whole.path_of(name))
+        model, method = whole.part("generator_settings"), "RAG"
+        retrieval, placement = retrieving(whole, index, training=False)
+        data |= {"query": "dialogue", "placement": placement}
     model.leave_out("the tokenizer has its tokens, and nothing is trained", "embeddings_initialization_strategy")
     module = {
         "backbone": backbone(model, old.part("tokenizer_settings")),
         **adapters(model, training=False),
+        **retrieval,
         "generation": named,
     }
     writer = {"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": folder}}
     config = {
         "seed_everything": seed,
         "trainer": {"default_root_dir": folder, "logger": False, "callbacks": [writer]},
-        "model": {"class_path": "lit_alignment.SFTModule", "init_args": module},
-        "data": {"class_path": "lit_alignment.SFTDataModule", "init_args": {**data, "seed": seed}},
+        "model": {"class_path": f"lit_alignment.{method}Module", "init_args": module},
+        "data": {"class_path": f"lit_alignment.{method}DataModule", "init_args": {**data, "seed": seed}},
     }
+    if index is not None:
+        return Document("predict", "answers with passages", config, [FILES, BUILD])
     return Document("predict", "answers to prompts", config, [FILES])

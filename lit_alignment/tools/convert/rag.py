@@ -1,4 +1,4 @@
-"""train_rag: a retriever and a generator."""
+"""train_rag, and what inference_rag shares with it: a retriever and a generator."""
 
 from typing import Any
 
@@ -13,6 +13,10 @@ LEAK = (
 ONE = (
     "with one passage the retriever got no gradient there, nor would it here, so train_retriever is none; to train it, "
     "set num_passages to 2 or more, train_retriever to query, and retriever.towers to separate"
+)
+SEVERAL = (
+    "all passages stand in one prompt; there it crashed with several. model.decoding has the ways that weigh the "
+    "answers of each passage"
 )
 SHIFT = (
     "the loss there asked each token for itself instead of the next one; here the answer is predicted, so nothing that "
@@ -34,7 +38,7 @@ def convert(top: Settings) -> list[Document]:
     for name in ("generator_settings", "question_encoder_settings", "index_settings", "retrieval_settings"):
         if name not in model:
             top.notes.missing.append(model.path_of(name))
-    module, placement = retrieving(model, top.take("log_path", "train_output"))
+    module, placement = retrieving(model, top.take("log_path", "train_output"), training=True)
     method = Method(
         "RAG",
         "a retriever and a generator",
@@ -46,12 +50,13 @@ def convert(top: Settings) -> list[Document]:
     return [training_document(top, method, model.part("generator_settings"))]
 
 
-def retrieving(model: Settings, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def retrieving(model: Settings, folder: str, training: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our settings of retriever and index, and of how passages stand in a conversation.
 
     Args:
         model: The old `model_settings`.
         folder: The run's folder, in which the index is put.
+        training: Whether something learns.
     """
     asked, old = model.part("question_encoder_settings"), model.part("retrieval_settings")
     index = model.part("index_settings")
@@ -65,23 +70,30 @@ def retrieving(model: Settings, folder: str) -> tuple[dict[str, Any], dict[str, 
         retriever["query_prefix"] = f"{prefix} "
         if prefix.strip().lower() == "query:":  # e5, whose passages have a prefix of their own
             retriever["passage_prefix"] = "passage: "
-    if number > 1:
+    learns = training and number > 1
+    if learns:
         retriever["towers"] = "separate"
     module: dict[str, Any] = {
         "retriever": retriever,
         "index": {"path": f"{folder}/index", "passages": [{"path": index.need("passages_path", str)}]},
         "num_passages": number,
-        "train_retriever": "query" if number > 1 else "none",
+        "train_retriever": "query" if learns else "none",
     }
-    rate = old.maybe("encoder_learning_rate", float)
-    if rate is not None:
-        module["retriever_learning_rate"] = rate
+    if training:
+        rate = old.maybe("encoder_learning_rate", float)
+        if rate is not None:
+            module["retriever_learning_rate"] = rate
+    else:
+        old.leave_out("nothing is trained", "encoder_learning_rate")
+        module["decoding"] = "concatenate"
     index.leave_out(REBUILT, "index_path")
     old.leave_out(FOLLOWS, "retrieval_vector_size")
     old.leave_out(SEARCHED, "retrieval_batch_size")
     notes = model.notes
-    if number == 1:
+    if number == 1 and training:
         notes.warn(old.path_of("n_docs"), ONE)
+    if number > 1 and not training:
+        notes.warn(old.path_of("n_docs"), SEVERAL)
     notes.warn(f"{old.path} -> data.query", LEAK)
     notes.warn(f"{old.path} -> model.retriever.temperature", TEMPERATURE)
     notes.warn(f"{old.path} -> data.placement", PLACE)

@@ -36,7 +36,7 @@ CONFIGS = ROOT / "tests/tools/convert/configs"
 SFT = ["sft_lora", "sft_full", "sft_prefix", "sft_prompt", "sft_p_tuning", "sft_adapter", "sft_peft_config"]
 SCORED = ["classification", "rm", "inference_classification", "inference_rm", "sampling_rm", "sampling_rso"]
 SCRIPTS = ["merge", "sampling_random"]
-CONVERTED = [*SFT, "rag", "inference_chat", "inference_vllm", *SCORED, *SCRIPTS]
+CONVERTED = [*SFT, "rag", "inference_rag", "inference_chat", "inference_vllm", *SCORED, *SCRIPTS]
 
 
 def old(name):
@@ -66,7 +66,7 @@ def test_converted_yaml_parses(name, convert, tmp_path, monkeypatch):
     for path in tmp_path.glob("*.yaml"):
         config = build(["--config", str(path)]).config
         method = "Classification" if "classification" in name else "Reward" if name in SCORED else "SFT"
-        method = "RAG" if name == "rag" else method
+        method = "RAG" if "rag" in name else method
         assert config.model.class_path == f"lit_alignment.{method}Module"
         assert config.data.class_path == f"lit_alignment.{method}DataModule"
 
