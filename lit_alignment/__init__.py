@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from lit_alignment.data.retriever import PassageDataModule, RetrieverDataModule
     from lit_alignment.data.reward import RewardDataModule
     from lit_alignment.data.sft import SFTDataModule
+    from lit_alignment.data.vlm import VLMDataModule
     from lit_alignment.loggers import ClearMLLogger
     from lit_alignment.modules.classification import ClassificationModule
     from lit_alignment.modules.rag import RAGModule
     from lit_alignment.modules.retriever import RetrieverModule
     from lit_alignment.modules.reward import RewardModule
     from lit_alignment.modules.sft import SFTModule
+    from lit_alignment.modules.vlm import VLMModule
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,8 @@ _PLACES = {
     "ScoredPicks": "lit_alignment.callbacks.scored_picks",
     "Throughput": "lit_alignment.callbacks.throughput",
     "Upload": "lit_alignment.callbacks.upload",
+    "VLMDataModule": "lit_alignment.data.vlm",
+    "VLMModule": "lit_alignment.modules.vlm",
 }
 __all__ = [
     "AtomicCheckpointIO",
@@ -69,6 +73,8 @@ __all__ = [
     "ScoredPicks",
     "Throughput",
     "Upload",
+    "VLMDataModule",
+    "VLMModule",
     "__version__",
 ]
 

@@ -48,6 +48,7 @@ class AlignmentCLI(LightningCLI):
         # Passed over where the data module has no such argument.
         parser.link_arguments("model", "data.init_args.labels", compute_fn=_labels, apply_on="instantiate")
         parser.link_arguments("model", "data.init_args.problem", compute_fn=_problem, apply_on="instantiate")
+        parser.link_arguments("model", "data.init_args.media", compute_fn=_media, apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with atomic checkpoints, a progress bar for people, and in predict a writer."""
@@ -109,6 +110,10 @@ def _labels(model: AlignmentModule) -> list[str] | None:
 
 def _problem(model: AlignmentModule) -> str | None:
     return None if model.head is None else model.head.problem
+
+
+def _media(model: AlignmentModule) -> Any:
+    return getattr(model, "media", None)
 
 
 def main(arguments: list[str]) -> None:

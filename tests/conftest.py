@@ -3,6 +3,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from tests.helpers import ROOT
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models gain nothing from more, and threads that wait for each other lose much
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from peft import LoraConfig
+from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lit_alignment import (
@@ -24,6 +25,8 @@ from lit_alignment import (
     RewardModule,
     SFTDataModule,
     SFTModule,
+    VLMDataModule,
+    VLMModule,
 )
 from lit_alignment.data.encode import Encoder, EncodingConfig, Example
 from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
@@ -32,7 +35,10 @@ from lit_alignment.data.records import Source
 from lit_alignment.data.responses import ResponseEncoder
 from lit_alignment.data.templates import TemplateConfig
 from lit_alignment.models.loading import Backbone
+from lit_alignment.models.modality import Modality
+from lit_alignment.models.projectors import ProjectorConfig
 from lit_alignment.models.retriever import Retriever, load_retriever, weights_hash
+from lit_alignment.models.vision import EncoderConfig
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
@@ -279,3 +285,42 @@ def rag_module(index: IndexConfig, lora: bool = False, retriever: Retriever = RE
 def rag_data(module: RAGModule, train=None, val=None, **settings: Any) -> RAGDataModule:
     settings.setdefault("encoding", EncodingConfig(max_length=512))
     return RAGDataModule(module.tokenizer, **_sources(train, val), **settings)
+
+
+VISION = EncoderConfig("configs/tiny_vision", weights="random", layer=-1)
+IMAGE = Modality([VISION], ProjectorConfig("mlp"))
+
+
+def picture(path: Path, seed: int) -> str:
+    """A picture of two colors, with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    colors = torch.randint(0, 192, (2, 1, 3), generator=generator).repeat_interleave(torch.tensor([20, 20]), 0)
+    pixels = (colors + torch.randint(0, 64, (40, 50, 3), generator=generator)).to(torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.numpy()).save(path)
+    return str(path)
+
+
+def seen(folder: Path, number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Conversations with no to three images each, in any of their user messages."""
+    generator = random.Random(seed)
+    records = chats(number, seed)
+    for index, record in enumerate(records):
+        images = [
+            picture(folder / f"{seed}-{index}-{i}.png", 97 * index + i) for i in range(generator.choice((0, 1, 1, 3)))
+        ]
+        for image in images:
+            message = generator.choice([m for m in record["messages"] if m["role"] == "user"])
+            if isinstance(message["content"], str):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+            message["content"].insert(generator.randint(0, len(message["content"])), {"type": "image", "image": image})
+    return records
+
+
+def vlm_module(lora: bool = False, path: str = "configs/tiny", **settings: Any) -> VLMModule:
+    return VLMModule(**scoring_settings(path, lora, {"image": IMAGE, **settings}))
+
+
+def vlm_data(module: VLMModule, train=None, val=None, **settings: Any) -> VLMDataModule:
+    settings.setdefault("encoding", EncodingConfig(max_length=512))
+    return VLMDataModule(module.tokenizer, module.media, **_sources(train, val), **settings)

@@ -15,12 +15,15 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.transformers_engine import generation_config
 from lit_alignment.models.head import base_model
+from lit_alignment.models.llava import composed_writer
+from lit_alignment.models.modality import MediaTower, save_towers
 from lit_alignment.models.restoring import read_saved
 from lit_alignment.models.retriever import DualEncoder, save_retriever
 from lit_alignment.models.saving import PARTIAL, Companions, Form, export_form, write_folder
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.modules.retrieving import RetrievingModule
+from lit_alignment.modules.vlm import VLMModule
 
 
 class Export(Callback):
@@ -93,23 +96,37 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
     Raises:
         CheckpointError: If the checkpoint is damaged, the disk is full, or the folder cannot be written.
     """
+    saved = read_saved(checkpoint)
     chosen, reason = export_form(module.network, form)
+    template = datamodule_of(module.trainer).chat_template()
+    beside, full_weights = None, None
+    if isinstance(module, RetrievingModule):
+        beside = partial(_write_retriever, module.encoder, saved.retriever)
+    if isinstance(module, VLMModule):
+        towers = module.loaded_towers
+        full_weights, other = composed_writer(
+            module.shapes, towers, saved.towers, module.network, module.tokenizer, template
+        )
+        if full_weights is None or form == "adapter":
+            rank_zero_info(f"export: no LLaVA folder, since {other or 'form is adapter'}; projectors stand in media/.")
+            beside, full_weights = partial(_write_towers, towers, saved.towers), None
+        elif chosen == "adapter":
+            chosen, reason = "merged", ""
     if reason:
         rank_zero_info(f"export: merged into the weights, since {reason}, which servers such as vLLM cannot load.")
-    template = datamodule_of(module.trainer).chat_template()
-    saved = read_saved(checkpoint)
     stops = generation_config(module.tokenizer, module.stop) if isinstance(module, GenerativeModule) else None
     if saved.head is not None:
         base_model(module.network).config.update(saved.head.measured)
-    beside = None
-    if isinstance(module, RetrievingModule):
-        beside = partial(_write_retriever, module.encoder, saved.retriever)
-    companions = Companions(module.tokenizer, stops, template, beside)
+    companions = Companions(module.tokenizer, stops, template, beside, full_weights)
     return write_folder(module.network, saved.trained, target, companions, chosen)
 
 
 def _write_retriever(encoder: DualEncoder, trained: dict[str, Tensor], folder: Path) -> None:
     save_retriever(encoder, folder / "retriever", trained)
+
+
+def _write_towers(towers: dict[str, MediaTower], trained: dict[str, Tensor], folder: Path) -> None:
+    save_towers(towers, folder / "media", trained)
 
 
 def point_to(link: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.prompts import Item, ItemBatch, PromptBatch, PromptItem
+from lit_alignment.data.rag import RAGItem
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.prediction_file import PredictionFile
 from lit_alignment.modules.base import AlignmentModule
@@ -103,6 +104,7 @@ def _settings(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
 
 
 def _line(item: Item, predicted: dict[str, Any]) -> dict[str, Any]:
-    label = item.reference if isinstance(item, PromptItem) and item.label is None else item.label
+    reference = item.reference if isinstance(item, PromptItem | RAGItem) else None
+    label = reference if item.label is None else item.label
     line = {"id": item.id, "dataset": item.dataset, "messages": item.messages, **predicted}
     return line | {"label": label, "meta": item.meta}

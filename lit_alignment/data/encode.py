@@ -27,12 +27,14 @@ class Example:
         labels: The same ids where the loss applies, else IGNORE_INDEX, [T]; aligned with `input_ids`.
         weights: Weight of each label in the loss, [T].
         end_of_turn: Ids of the text that closes a response.
+        media: Files that placeholders among the ids stand for, by modality.
     """
 
     input_ids: list[int]
     labels: list[int]
     weights: list[float]
     end_of_turn: list[int] = field(default_factory=list)
+    media: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def num_trained(self) -> int:
@@ -48,11 +50,13 @@ class Prompt:
         input_ids: Token ids, [T].
         messages: The messages behind them.
         reference: The response that the record has at this place, if any.
+        media: Files that placeholders among the ids stand for, by modality.
     """
 
     input_ids: list[int]
     messages: list[Message]
     reference: str | None
+    media: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Dropped(Exception):

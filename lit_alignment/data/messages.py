@@ -1,6 +1,7 @@
 """From one raw record, in any of the common chat forms, to one validated conversation."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,7 +51,17 @@ class Record:
     tools: list[Any] = field(default_factory=list)
 
 
-def read_record(raw: object, where: str, position: int) -> Record:
+def read_messages(raw_messages: list[Any], record: dict[str, Any], where: str) -> list[Message]:
+    """The validated messages of a record."""
+    return [read_message(message, index, where) for index, message in enumerate(raw_messages)]
+
+
+def read_record(
+    raw: object,
+    where: str,
+    position: int,
+    read: Callable[[list[Any], dict[str, Any], str], list[Message]] = read_messages,
+) -> Record:
     """Return the conversation of one raw record.
 
     Read are `messages` (our own and OpenAI's form, with `tools`), `conversations` (ShareGPT),
@@ -60,13 +71,14 @@ def read_record(raw: object, where: str, position: int) -> Record:
         raw: The parsed JSON value.
         where: File and line.
         position: Index in the file, the id of a record that has none.
+        read: Makes the messages of the raw ones, the record and its place.
 
     Raises:
         RecordError: Naming the field and the fix.
     """
     if not isinstance(raw, dict):
         raise RecordError(where, "", f"the record is {value_kind(raw)}, not an object", "Write one JSON object a line.")
-    messages = [read_message(message, index, where) for index, message in enumerate(_raw_messages(raw, where))]
+    messages = read(_raw_messages(raw, where), raw, where)
     tools = _optional(raw, "tools", where, list, [])
     record_id = raw.get("id")
     if record_id is not None and not isinstance(record_id, str | int):

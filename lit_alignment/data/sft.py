@@ -36,7 +36,11 @@ class SFTDataModule(AlignmentDataModule):
 
     def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
         """Token ids, labels and weights of one conversation."""
-        example = self.encoder.encode(record, source.system_prompt)
+        return self.columns(self.encoder.encode(record, source.system_prompt))
+
+    @staticmethod
+    def columns(example: Example) -> dict[str, Any]:
+        """The columns of an example."""
         return {
             "length": len(example.input_ids),
             "input_ids": example.input_ids,

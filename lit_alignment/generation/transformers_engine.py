@@ -70,6 +70,7 @@ def generate(
     settings: GenerationSettings,
     stop: StopRule,
     synced: bool = False,
+    never: Sequence[int] = (),
 ) -> list[list[Answer]]:
     """Answers to each prompt, in the order of the prompts.
 
@@ -80,6 +81,7 @@ def generate(
         settings: How to generate.
         stop: What ends a turn.
         synced: Go on until all ranks are done, as sharded models need.
+        never: Tokens that are never generated.
 
     Returns:
         `num_return_sequences` answers to each prompt.
@@ -95,7 +97,9 @@ def generate(
             model,
             input_ids,
             attention_mask,
-            generation_config=_generation_config(model, settings, stop, strings, int(tokenizer.pad_token_id or 0)),
+            generation_config=_generation_config(
+                model, settings, stop, strings, int(tokenizer.pad_token_id or 0), never
+            ),
             synced_gpus=synced,
             **arguments,
         )
@@ -151,7 +155,12 @@ def _after_prefix(attention_mask: Tensor, number: int) -> Tensor:
 
 
 def _generation_config(
-    model: nn.Module, settings: GenerationSettings, stop: StopRule, strings: list[str], pad_token_id: int
+    model: nn.Module,
+    settings: GenerationSettings,
+    stop: StopRule,
+    strings: list[str],
+    pad_token_id: int,
+    never: Sequence[int],
 ) -> GenerationConfig:
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
@@ -170,6 +179,7 @@ def _generation_config(
         bos_token_id=base_model(model).config.get_text_config().bos_token_id,
         pad_token_id=pad_token_id,
         stop_strings=strings or None,
+        suppress_tokens=list(never) or None,
         **sampling,
     )
 

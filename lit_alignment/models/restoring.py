@@ -17,6 +17,7 @@ from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer
+from lit_alignment.models.modality import Modality, read_modality
 from lit_alignment.models.tokens import NewToken, TokensConfig
 
 CHECKPOINT_KEY = "lit_alignment"
@@ -36,6 +37,9 @@ class Saved:
         chat_template: The Jinja template that training used.
         head: What scores, if it is no language model.
         retriever: Trained weights of the towers of a RAG model, by name.
+        modalities: How images and sounds enter, by name.
+        towers: Trained weights of their encoders and projectors, by name.
+        frozen: Whether the language model did not learn.
     """
 
     backbone: Backbone
@@ -47,6 +51,9 @@ class Saved:
     chat_template: str | None
     head: Head | None = None
     retriever: dict[str, Tensor] = field(default_factory=dict)
+    modalities: dict[str, Modality] = field(default_factory=dict)
+    towers: dict[str, Tensor] = field(default_factory=dict)
+    frozen: bool = False
 
 
 def read_saved(source: Path, base: str | None = None) -> Saved:
@@ -91,9 +98,9 @@ def _from_content(source: Path, about: dict[str, Any], content: dict[str, Any], 
     if not isinstance(info, dict):
         raise CheckpointError(f"{source}: not written by lit_alignment: it does not say what model it belongs to.")
     state = content.get("state_dict", content.get("model", {}))
-    trained, retriever = (
+    trained, retriever, towers = (
         {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-        for part in ("model.", "dual.")
+        for part in ("model.", "dual.", "towers.")
     )
     backbone = Backbone(**info["backbone"])
     tokens = dict(info["tokens"])
@@ -108,6 +115,9 @@ def _from_content(source: Path, about: dict[str, Any], content: dict[str, Any], 
         chat_template=info["chat_template"],
         head=None if info.get("head") is None else read_head(info["head"]),
         retriever=retriever,
+        modalities={name: read_modality(values) for name, values in info.get("modalities", {}).items()},
+        towers=towers,
+        frozen=bool(info.get("frozen", False)),
     )
 
 
@@ -201,6 +211,8 @@ def restore(saved: Saved) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     foreign = sorted(name for name in saved.trained if name not in known)
     if foreign:
         raise CheckpointError(f"the checkpoint's weight '{foreign[0]}' has no place in {backbone.path}.")
+    if saved.frozen:
+        network.requires_grad_(False)
     refuse_missing(trained_names(network), saved.trained, "It may be damaged; use another one.")
     try:
         network.load_state_dict(saved.trained, strict=False)

@@ -31,12 +31,14 @@ class Companions:
         generation_config: Under which a loaded model stops where it was trained to; None for one that scores.
         chat_template: The Jinja template that training used; None leaves the tokenizer's own.
         beside: Writes what else belongs into the folder.
+        full_weights: Writes full or merged weights, given by name, in another form than the model's own.
     """
 
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig | None
     chat_template: str | None = None
     beside: Callable[[Path], None] | None = None
+    full_weights: Callable[[Path, dict[str, Tensor]], None] | None = None
 
 
 def export_form(network: nn.Module, form: Form) -> tuple[Written, str]:
@@ -76,7 +78,7 @@ def write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write_weights(network, trained, partial, form, max_shard_size, dtype)
+        _write_weights(network, trained, partial, form, max_shard_size, dtype, companions.full_weights)
         companions.tokenizer.save_pretrained(partial)
         if companions.chat_template not in (None, companions.tokenizer.chat_template):
             (partial / "chat_template.jinja").write_text(str(companions.chat_template), encoding="utf-8")
@@ -105,6 +107,7 @@ def _write_weights(
     form: Written,
     max_shard_size: str,
     dtype: torch.dtype | None,
+    full_weights: Callable[[Path, dict[str, Tensor]], None] | None,
 ) -> None:
     if isinstance(network, PeftModel):
         with holding(network, trained):
@@ -120,6 +123,9 @@ def _write_weights(
         state = {name: cast(trained.get(name, value), dtype) for name, value in network.state_dict().items()}
     model = base_model(network)
     _share_tied(model, state)
+    if full_weights is not None:
+        full_weights(folder, state)
+        return
     model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
     if dtype is not None:
         config = copy.deepcopy(model.config)

@@ -241,8 +241,8 @@ class RetrievingModule(GenerativeModule):
         return answer_token_logps(self.network, examples, int(self.tokenizer.pad_token_id), data.packing)
 
     def about(self) -> dict[str, Any]:
-        """Also the retriever's settings."""
-        return {**super().about(), "retriever": asdict(self.retriever)}
+        """Also the retriever's settings, and whether the generator stays as it is."""
+        return {**super().about(), "retriever": asdict(self.retriever), "frozen": not self.train_generator}
 
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
         """The generation settings by name, with what decides the passages."""

@@ -1,11 +1,13 @@
 """End-to-end RAG: objectives against enumeration, gradients of both sides, what is refused, and what it learns."""
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.data.passages import format_passage
 from lit_alignment.data.rag import PassagePlacement
@@ -13,6 +15,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.models.retriever import DualEncoder
 from lit_alignment.modules.rag import RAGModule
+from lit_alignment.tools.evaluate import main as evaluate
 from tests.helpers import (
     RETRIEVER,
     assert_same_gradients,
@@ -329,3 +332,16 @@ def test_decoding_is_that_of_training_by_default(tmp_path):
     index = encoded_index(tmp_path, knowledge(3))
     for objective, expected in (("rag_sequence", "rag_sequence"), ("rag_token", "rag_token"), ("emdr2", "concatenate")):
         assert rag_module(index, objective=objective).decoding == expected
+
+
+def test_predictions_carry_answer_reference_and_passages_and_can_be_evaluated(tmp_path, capsys):
+    records = chats(4)
+    module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=2)
+    writer = PredictionWriter(str(tmp_path / "out"))
+    trainer(tmp_path, callbacks=[writer]).predict(module, rag_data(module, val=records), return_predictions=False)
+    file = tmp_path / "out/greedy.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["label"] for line in lines] == [record["messages"][-1]["content"] for record in records]
+    assert all(len(line["documents"]) == len(line["doc_scores"]) == 2 for line in lines)
+    evaluate([str(file)])
+    assert "exact_match" in capsys.readouterr().out

@@ -1,0 +1,224 @@
+"""Vision-language models: images, or sounds, as embeddings among those of a language model's tokens.
+
+B rows, T tokens, D width
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.collate import TokenBatch
+from lit_alignment.data.media import MediaTokens
+from lit_alignment.data.vlm import MediaBatch, MediaItem, VLMDataModule
+from lit_alignment.errors import ConfigError
+from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.transformers_engine import generate
+from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.head import base_model
+from lit_alignment.models.loading import Backbone
+from lit_alignment.models.modality import MediaShape, MediaTower, Modality, load_tower
+from lit_alignment.models.placing import Placement, placed
+from lit_alignment.models.tokens import NewToken, TokensConfig
+from lit_alignment.modules.generative import Response
+from lit_alignment.modules.media import media_tokens
+from lit_alignment.modules.sft import SFTModule
+from lit_alignment.optimization import OptimizerConfig, build_optimizer
+
+
+class VLMModule(SFTModule):
+    """A language model that sees images, and may hear sounds, through encoders and projectors.
+
+    The loss is that of SFTModule; placeholders are never trained on. The projector always learns, beside it what
+    `train_language_model` and `train_encoder` say: the projector alone at first, then with adapters, or everything.
+
+    Args:
+        backbone: The pretrained language model.
+        image: How images enter it.
+        audio: How sounds enter it.
+        train_language_model: Whether its adapters, or without any all its weights, learn.
+        train_encoder: Whether the encoders learn.
+        projector_learning_rate: Highest learning rate of the projectors; that of `optimizer` by default.
+        encoder_learning_rate: Likewise of the encoders.
+        peft: New adapters of the language model.
+        adapter: An adapter that exists, frozen or to go on with.
+        tokens: Special and new tokens; the placeholders are added.
+        optimizer: Optimiser and schedule.
+        label_smoothing: Probability spread evenly over the vocabulary, in training only.
+        generation: Named ways to answer in `predict`.
+
+    Source: Liu et al. 2023, LLaVA (arXiv:2304.08485).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        image: Modality | None = None,
+        audio: Modality | None = None,
+        train_language_model: bool = True,
+        train_encoder: bool = False,
+        projector_learning_rate: float | None = None,
+        encoder_learning_rate: float | None = None,
+        peft: PeftConfig | None = None,
+        adapter: Adapter | None = None,
+        tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        label_smoothing: float = 0.0,
+        generation: dict[str, GenerationSettings] | None = None,
+    ) -> None:
+        """Find the sizes of everything; the weights come in `configure_model`."""
+        given = {"image": image, "audio": audio}
+        self._check(given, train_encoder, peft)
+        modalities = {name: modality for name, modality in given.items() if modality is not None}
+        missing = {token: NewToken() for name, m in modalities.items() for token in m.new_tokens(name)}
+        tokens = replace(tokens, new=missing | tokens.new)
+        super().__init__(backbone, peft, adapter, tokens, optimizer, label_smoothing, 0.0, generation)
+        self.shapes = {name: MediaShape(name, modality) for name, modality in modalities.items()}
+        self.train_language_model, self.train_encoder = train_language_model, train_encoder
+        self.projector_learning_rate, self.encoder_learning_rate = projector_learning_rate, encoder_learning_rate
+        self.towers: nn.ModuleDict | None = None
+        self._media_tokens: dict[str, MediaTokens] | None = None
+
+    @staticmethod
+    def _check(given: dict[str, Modality | None], train_encoder: bool, peft: PeftConfig | None) -> None:
+        if not any(given.values()):
+            raise ConfigError("VLMModule sees nothing: set model.image or model.audio.")
+        cached = next((name for name, each in given.items() if each is not None and each.cache is not None), None)
+        if train_encoder and cached is not None:
+            raise ConfigError(
+                f"model.train_encoder is true, but the features in model.{cached}.cache stay as they are. Remove one."
+            )
+        if peft is not None and peft.is_prompt_learning:
+            raise ConfigError(
+                f"model.peft: {type(peft).__name__} puts vectors before the tokens, beside which images have no place. "
+                "Use LoRA."
+            )
+
+    @property
+    def media(self) -> dict[str, MediaTokens]:
+        """Placeholder and reader by modality, for the data module."""
+        if self._media_tokens is None:
+            self._media_tokens = {name: media_tokens(shape, self.tokenizer) for name, shape in self.shapes.items()}
+        return self._media_tokens
+
+    @property
+    def data(self) -> VLMDataModule:
+        """The data module, which reads files.
+
+        Raises:
+            ConfigError: If it is another method's.
+        """
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, VLMDataModule):
+            raise ConfigError(f"VLMModule needs a VLMDataModule, not {type(data).__name__}.")
+        return data
+
+    # Models.
+
+    def configure_model(self) -> None:
+        """Load language model, encoders and projectors, once."""
+        if self.towers is not None:
+            return
+        super().configure_model()
+        if not self.train_language_model:
+            self.network.requires_grad_(False)
+        self.load_towers(self.trainer.strategy.root_device.type)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
+            for tower in self.loaded_towers.values():
+                fully_shard(tower, mesh=self.device_mesh["data_parallel"])
+
+    def load_towers(self, device_type: str = "cpu") -> nn.ModuleDict:
+        """Load encoders and projectors without a Trainer, after the language model."""
+        width = int(base_model(self.network).get_input_embeddings().weight.shape[1])
+        self.towers = nn.ModuleDict(
+            {name: load_tower(shape, width, self.train_encoder, device_type) for name, shape in self.shapes.items()}
+        )
+        return self.towers
+
+    @property
+    def loaded_towers(self) -> dict[str, MediaTower]:
+        """Encoders and projector by modality.
+
+        Raises:
+            ConfigError: Before `configure_model`.
+        """
+        if self.towers is None:
+            raise ConfigError("the encoders are not loaded yet: call configure_model() or run it in a Trainer.")
+        return {name: tower for name, tower in self.towers.items() if isinstance(tower, MediaTower)}
+
+    # Training.
+
+    def _hidden_states(self, batch: TokenBatch, implementation: str) -> Tensor:
+        """Last hidden states, [B, T, D], with embeddings of the media at their placeholders."""
+        media = batch.media if isinstance(batch, MediaBatch) else {}
+        with placed(self.network, self._placements(media)):
+            return super()._hidden_states(batch, implementation)
+
+    def _placements(
+        self, media: dict[str, list[Tensor]], counts: dict[str, list[int]] | None = None
+    ) -> list[Placement]:
+        """What to put at the placeholders: one call of each encoder for the whole batch.
+
+        Args:
+            media: What the data module has read, by modality.
+            counts: Number of files of each row, where rows may be repeated.
+        """
+        found = []
+        for name, tower in self.loaded_towers.items():
+            token_id = self.media[name].token_id
+            if name in media:
+                own = None if counts is None else counts[name]
+                found.append(Placement(token_id, tower(media[name]), own))
+            elif self.trainer.world_size > 1:
+                # Other ranks may have images: this one takes part in the exchange of gradients and of shards.
+                nothing = [part.to(self.device) for part in self.shapes[name].nothing()]
+                found.append(Placement(token_id, tower(nothing), absent=True))
+        return found
+
+    # Answers.
+
+    @torch.no_grad()
+    def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
+        """What the model makes of prompts with images."""
+        owners = [(f"{item.dataset}/{item.id}", item.media) for item in items if isinstance(item, MediaItem)]
+        media = {name: [part.to(self.device) for part in parts] for name, parts in self.data.load(owners).items()}
+        counts = {name: [len(files.get(name, [])) for _, files in owners] for name in self.shapes}
+        training = self.network.training
+        self.network.eval()
+        with placed(self.network, self._placements(media, counts)):
+            answers = generate(
+                self.network,
+                self.tokenizer,
+                [item.input_ids for item in items],
+                settings,
+                self.stop,
+                never=[each.token_id for each in self.media.values()],
+            )
+        self.network.train(training)
+        return [Response(found) for found in answers]
+
+    # Optimiser and checkpoint.
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, with learning rates of the projectors' and encoders' own."""
+        total_steps = float(self.trainer.estimated_stepping_batches)
+        fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
+        rate = self.optimizer_config.learning_rate
+        others = []
+        for tower in self.loaded_towers.values():
+            others.append((list(tower.projector.parameters()), self.projector_learning_rate or rate))
+            others.append((list(tower.encoders.parameters()), self.encoder_learning_rate or rate))
+        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, total_steps, fused, others)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def about(self) -> dict[str, Any]:
+        """Also how media enter, and their sizes."""
+        modalities = {name: asdict(shape.modality) for name, shape in self.shapes.items()}
+        return {**super().about(), "modalities": modalities, "frozen": not self.train_language_model}
