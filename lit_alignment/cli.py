@@ -23,6 +23,7 @@ TOOLS = {
     ),
     "convert": ("lit_alignment.tools.convert", "a turbo-alignment JSON -> a YAML of ours, with what differs"),
     "index": ("lit_alignment.tools.index", "passages -> an index for RAG (build), and what it finds (eval)"),
+    "preprocess": ("lit_alignment.tools.preprocess", "images -> a cache of features; training needs no encoder"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
     "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),
 }
@@ -64,7 +65,7 @@ def _guarded(run: Callable[[list[str]], None], arguments: list[str]) -> int:
         return _fail(str(error))
     except ValueError as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, AlignmentError):
+        while cause is not None and not isinstance(cause, AlignmentError | FileNotFoundError):
             cause = cause.__cause__  # the parser wraps what a constructor raises
         if cause is None:
             raise

@@ -177,18 +177,19 @@ class ToolCLI(AlignmentCLI):
             self.config.trainer[name] = value
 
 
-def build_for_tool(arguments: list[str]) -> ToolCLI:
+def build_for_tool(arguments: list[str], kind: type[ToolCLI] = ToolCLI) -> ToolCLI:
     """The objects of a configuration for a tool that runs no Trainer.
 
     Args:
         arguments: Options as of `fit`.
+        kind: What builds them.
 
     Raises:
         ConfigError: If the configuration is wrong.
     """
     if not any(argument.startswith("--config") or argument == "-c" for argument in arguments):
         raise ConfigError("no configuration: give --config FILE, as to fit.")
-    return _built(ToolCLI, arguments)
+    return _built(kind, arguments)
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

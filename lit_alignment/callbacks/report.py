@@ -1,9 +1,14 @@
 """The cherry-pick report: one HTML page that needs nothing else."""
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from html import escape
 from typing import Any
+
+from lit_alignment.data.media import UnreadableMediaError, open_image
 
 Curve = Sequence[tuple[int, float]]
 COLORS = ("#2563eb", "#dc2626", "#059669", "#9333ea")
@@ -22,6 +27,7 @@ tr:last-child td { border-bottom: 0; }
 .match { box-shadow: inset 3px 0 var(--good); } .match::after { content: " \\2713"; color: var(--good); }
 td small { display: block; margin-top: .5rem; padding-top: .4rem; border-top: 1px dashed var(--line); opacity: .7; }
 .reference { background: var(--soft); }
+td img { display: block; margin: .2rem 0; border: 1px solid var(--line); border-radius: 4px; min-height: 4rem; }
 svg text { fill: currentColor; font-size: 12px; }
 """
 
@@ -104,8 +110,27 @@ def _matches(picks: Sequence[CherryPick], step: int) -> str:
 
 
 def _prompt(pick: CherryPick) -> str:
-    parts = (f"<span class=role>{escape(m['role'])}</span>{escape(str(m['content']))}\n" for m in pick.messages)
+    parts = []
+    for message in pick.messages:
+        pictures = "".join(thumbnail(path) for path in message.get("images", []))
+        files = "".join(f"<small>{escape(path)}</small>" for path in message.get("audios", []))
+        text = escape(str(message["content"]))
+        parts.append(f"<span class=role>{escape(message['role'])}</span>{pictures}{files}{text}\n")
     return f"<td>{''.join(parts).rstrip()}</td>"
+
+
+@cache
+def thumbnail(path: str, side: int = 128) -> str:
+    """A small copy of a picture as an inline image; a note where it cannot be read."""
+    try:
+        image = open_image(path)
+    except UnreadableMediaError as error:
+        return f"<small>{escape(str(error))}</small>"
+    image.thumbnail((side, side))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    name = "an inline picture" if path.startswith("data:") else path
+    return f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def _known(pick: CherryPick) -> str:

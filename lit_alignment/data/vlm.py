@@ -193,13 +193,13 @@ class VLMDataModule(SFTDataModule):
 
     def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
         """Token ids, labels and weights, and the files of one conversation."""
-        example = self.encoder.encode(self._resolved(record, source), source.system_prompt)
+        example = self.encoder.encode(self.resolved(record, source), source.system_prompt)
         self._check_files(record, example.media)
         return {**self.columns(example), "media": json.dumps(example.media)}
 
     def predict_row(self, record: Record, source: Source) -> dict[str, Any]:
         """The prompt, and its files."""
-        prompt = self.encoder.encode_prompt(self._resolved(record, source), source.system_prompt)
+        prompt = self.encoder.encode_prompt(self.resolved(record, source), source.system_prompt)
         self._check_files(record, prompt.media)
         return {**prompt_columns(record, prompt), "media": json.dumps(prompt.media)}
 
@@ -207,7 +207,7 @@ class VLMDataModule(SFTDataModule):
         """One prompt."""
         return MediaItem(**vars(prompt_item(row, index)), media=json.loads(row["media"]))
 
-    def _resolved(self, record: Record, source: Source) -> Record:
+    def resolved(self, record: Record, source: Source) -> Record:
         """The record with the files' paths from where this process runs."""
         base = self.folder
         if base is None:

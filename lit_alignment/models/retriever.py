@@ -125,12 +125,12 @@ class DualEncoder(nn.Module):
     def _ids(self, texts: Sequence[str], prefix: str, max_length: int, keep_end: bool) -> list[list[int]]:
         """Token ids; a long text loses its beginning or its end, never the prefix or special tokens."""
         tokenizer = self.tokenizer
-        found: list[list[int]] = tokenizer([prefix + text for text in texts])["input_ids"]
+        found: list[list[int]] = tokenizer([prefix + text for text in texts], verbose=False)["input_ids"]
         for row, ids in enumerate(found):
             if len(ids) <= max_length:
                 continue
             start = len(tokenizer(prefix, add_special_tokens=False)["input_ids"]) if prefix else 0
-            body = tokenizer(prefix + texts[row], add_special_tokens=False)["input_ids"]
+            body = tokenizer(prefix + texts[row], add_special_tokens=False, verbose=False)["input_ids"]
             head, rest = body[:start], body[start:]
             room = max(1, max_length - tokenizer.num_special_tokens_to_add() - start)
             kept = head + (rest[-room:] if keep_end else rest[:room])

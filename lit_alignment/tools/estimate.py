@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_alignment.models.memory import StepMemory, Workload, step_memory
+from lit_alignment.modules.retrieving import RetrievingModule
+from lit_alignment.modules.vlm import VLMModule
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
 GIB = 2**30
@@ -55,6 +57,9 @@ def main(arguments: list[str]) -> None:
     share = memory.trainable / memory.parameters
     console.print(f"parameters: {memory.parameters:,}, trainable {memory.trainable:,} ({share:.2%})")
     console.print(f"micro-batch: {_described(workload)}; {sharding.name} over {sharding.devices} device(s)")
+    if isinstance(cli.model, RetrievingModule | VLMModule):
+        beside = "retriever and index" if isinstance(cli.model, RetrievingModule) else "encoders and projectors"
+        console.print(f"of the language model alone: {beside} come on top")
     console.print(_table(parts))
     total = sum(parts.values()) / GIB
     on_gpu = cli.asked["accelerator"] in ("gpu", "cuda")

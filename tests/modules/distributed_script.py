@@ -25,9 +25,12 @@ from tests.helpers import (
     rag_module,
     reward_data,
     reward_model,
+    seen,
     sft_data,
     sft_module,
     trainer,
+    vlm_data,
+    vlm_module,
 )
 
 SHARED = replace(RETRIEVER, towers="shared")
@@ -64,6 +67,12 @@ def build(method: str, lora: bool, part: str, folder: Path):
         case "reward":
             module = reward_model(lora=lora, center=0.01)
             return module, reward_data(module, pairs(31), pairs(7, seed=1), **settings)
+        case "vlm":
+            # Of the first ranks' batches some have images and some have none.
+            records = seen(folder, 11), seen(folder, 7, seed=1)
+            module = vlm_module(lora, train_encoder=not lora)
+            settings["tokens_per_batch"] = 512
+            return module, vlm_data(module, *records, **settings)
         case "rag":
             if not (folder / "index").exists():  # rank 0 comes here before it starts the others
                 encoded_index(folder, knowledge(6), SHARED)

@@ -27,7 +27,7 @@ def one_process(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", ["sft", "classification", "reward", "rag"])
+@pytest.mark.parametrize("method", ["sft", "classification", "reward", "rag", "vlm"])
 def test_two_ranks_equal_one_process(method, kind, lora, one_process, tmp_path):
     """The same micro-batches, dealt to two ranks with half the accumulation; the last window is a short one."""
     one, two = one_process(method, lora), launch(kind, lora, tmp_path, method=method)

@@ -1,0 +1,184 @@
+"""`lit-alignment preprocess`: the cache gives the same training, goes on after a kill, and tells what it is made of."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from lit_alignment.data.feature_cache import FeatureCache, ShardWriter, read_index, shards_of, written_names
+from lit_alignment.errors import ConfigError
+from lit_alignment.models import modality
+from lit_alignment.models.modality import MediaShape
+from lit_alignment.modules.media import cache_index
+from lit_alignment.tools.preprocess import main
+from tests.helpers import (
+    IMAGE,
+    ROOT,
+    VISION,
+    assert_same_gradients,
+    command,
+    picture,
+    seen,
+    step_gradients,
+    vlm_data,
+    vlm_module,
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The tiny configuration over pictures in folders."""
+    for index in range(7):
+        picture(tmp_path / f"pictures/{'ab'[index % 2]}/{index}.png", index)
+    found = yaml.safe_load((ROOT / "configs/vlm/tiny.yaml").read_text())
+    path = tmp_path / "vlm.yaml"
+    path.write_text(yaml.safe_dump(found))
+    return path
+
+
+def run(config, tmp_path, *more):
+    out = tmp_path / "cache"
+    main(["--config", str(config), "--out", str(out), "--files", str(tmp_path / "pictures"), *more])
+    return out
+
+
+def test_features_are_those_of_the_encoder(config, tmp_path, capsys):
+    folder = run(config, tmp_path, "--per-shard", "3", "--batch-size", "2")
+    assert "7 files, 16 vectors of 32 numbers each in float32" in capsys.readouterr().out
+    assert [len(load_file(shard)) for shard in shards_of(folder)] == [3, 3, 1]
+    assert written_names(folder) == {f"{'ab'[i % 2]}/{i}.png" for i in range(7)}
+    shape = MediaShape("image", IMAGE)
+    cache = FeatureCache(folder, cache_index(shape))
+    tower = modality.load_tower(shape, 64, False, "cpu")
+    path = str(tmp_path / "pictures/b/3.png")
+    with torch.no_grad():
+        pixels = [part[None] for part in vlm_module().media["image"].reader.read(path)]
+        torch.testing.assert_close(cache.read(path)[0], tower.features(pixels)[0])
+
+
+def test_training_with_the_cache_is_training_without_and_loads_no_encoder(config, tmp_path, monkeypatch):
+    records = seen(tmp_path / "pictures", 6)
+    folder = run(config, tmp_path)
+    module = vlm_module()
+    expected = step_gradients(tmp_path, module, vlm_data(module, records))
+    loss = float(module._window_loss)
+    monkeypatch.setattr(modality, "load_encoder", None)
+    module = vlm_module(image=replace(IMAGE, cache=str(folder)))
+    found = step_gradients(tmp_path, module, vlm_data(module, records))
+    assert float(module._window_loss) == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(found, expected)
+    assert not module.loaded_towers["image"].encoders
+
+
+def test_killed_run_goes_on_and_encodes_no_file_twice(config, tmp_path, monkeypatch, capsys):
+    add, added = ShardWriter.add, []
+
+    def killed(self, name, features):
+        if len(added) == 5:
+            raise KeyboardInterrupt
+        added.append(name)
+        add(self, name, features)
+
+    monkeypatch.setattr(ShardWriter, "add", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(config, tmp_path, "--per-shard", "2", "--batch-size", "1")
+    folder = tmp_path / "cache"
+    assert len(written_names(folder)) == 4 and not read_index(folder).complete
+    with pytest.raises(ConfigError, match="not complete. Run lit-alignment preprocess again"):
+        FeatureCache(folder, cache_index(MediaShape("image", IMAGE)))
+    added.clear()
+    monkeypatch.setattr(
+        ShardWriter, "add", lambda self, name, features: added.append(name) or add(self, name, features)
+    )
+    run(config, tmp_path, "--per-shard", "2", "--batch-size", "1")
+    assert len(added) == 3 and len(written_names(folder)) == 7
+    assert "4 files are encoded" in capsys.readouterr().out
+
+
+def test_unreadable_files_are_listed_and_the_rest_is_encoded(config, tmp_path, capsys):
+    broken = tmp_path / "pictures/a/0.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    folder = run(config, tmp_path)
+    assert "1 files cannot be read" in capsys.readouterr().out
+    assert json.loads((folder / "unreadable.jsonl").read_text())["path"] == str(broken)
+    assert len(written_names(folder)) == 6
+    with pytest.raises(ConfigError, match="1 files cannot be read.*not a readable image"):
+        run(config, tmp_path, "--strict")
+
+
+def test_cache_of_another_encoder_or_layer_is_refused(config, tmp_path):
+    folder = run(config, tmp_path)
+    for changed in (replace(VISION, layer=-2), replace(VISION, keep_cls=True)):
+        module = vlm_module(image=replace(IMAGE, encoders=[changed], cache=str(folder)))
+        with pytest.raises(ConfigError, match=r"another encoder made this cache: encoders\[0\] had"):
+            module.media  # noqa: B018
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in (ROOT / "configs/tiny_vision").iterdir():
+        (other / file.name).write_text(file.read_text().replace("0.48145466", "0.5"))
+    module = vlm_module(image=replace(IMAGE, encoders=[replace(VISION, path=str(other))], cache=str(folder)))
+    with pytest.raises(ConfigError, match="had hash"):
+        module.media  # noqa: B018
+    with pytest.raises(ConfigError, match="another encoder made this cache"):
+        run(config, tmp_path, "--model.image.encoders=[{path: configs/tiny_vision, weights: random, layer: -2}]")
+
+
+def test_single_file_of_turbo_alignment_is_read(tmp_path):
+    records = seen(tmp_path / "pictures", 4)
+    reader, tower = (
+        vlm_module().media["image"].reader,
+        modality.load_tower(MediaShape("image", IMAGE), 64, False, "cpu"),
+    )
+    paths = sorted((tmp_path / "pictures").glob("*.png"))
+    with torch.no_grad():
+        features = {path.name: tower.features([reader.read(str(path))[0][None]])[0].clone() for path in paths}
+    save_file(features, tmp_path / "image.clip.safetensors")
+    module = vlm_module(image=replace(IMAGE, cache=str(tmp_path / "image.clip.safetensors")))
+    data = vlm_data(module, records)
+    data.setup("fit")
+    assert len(data.examples["train"]) == 4
+    save_file({name: value[:, :8].clone() for name, value in features.items()}, tmp_path / "narrow.safetensors")
+    module = vlm_module(image=replace(IMAGE, cache=str(tmp_path / "narrow.safetensors")))
+    with pytest.raises(ConfigError, match=r"the features are \[16, 8\], and the encoder makes \[16, 32\]"):
+        module.media  # noqa: B018
+
+
+def test_files_of_the_data_are_encoded_without_a_folder(config, tmp_path):
+    out = tmp_path / "cache"
+    main(["--config", str(config), "--out", str(out)])
+    assert len(written_names(out)) == 32  # every picture once, though records share them
+    assert "red-ring-left.png" in written_names(out)
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_cache(config, tmp_path):
+    out = tmp_path / "cache"
+    files = ["--files", str(tmp_path / "pictures"), "--per-shard", "2", "--trainer.devices=2"]
+    done = command("preprocess", "--config", str(config), "--out", str(out), *files)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(written_names(out)) == 7 and {shard.name[:13] for shard in shards_of(out)} == {
+        "features-r000",
+        "features-r001",
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--files", "nowhere"], "nowhere: no such folder"),
+        (["--modality", "audio"], "has no model.audio"),
+        (["--per-shard", "0"], "must be 1 or more"),
+    ],
+)
+def test_mistakes_are_named(config, arguments, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        main(["--config", str(config), "--out", str(tmp_path / "cache"), *arguments])
+
+
+def test_missing_cache_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no feature cache here .*lit-alignment preprocess"):
+        vlm_module(image=replace(IMAGE, cache=str(Path(tmp_path) / "none"))).media  # noqa: B018
