@@ -23,17 +23,22 @@ from lit_alignment.data.rag import PassagePlacement, RAGDataModule
 from lit_alignment.data.records import Source
 from lit_alignment.data.reward import RewardDataModule
 from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.data.vlm import VLMDataModule
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.loggers import ClearMLLogger
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone
+from lit_alignment.models.modality import Modality
+from lit_alignment.models.projectors import ProjectorConfig
 from lit_alignment.models.retriever import Retriever
 from lit_alignment.models.tokens import NewToken, TokensConfig
+from lit_alignment.models.vision import EncoderConfig
 from lit_alignment.modules.classification import ClassificationModule
 from lit_alignment.modules.rag import RAGModule
 from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.modules.reward import RewardModule
 from lit_alignment.modules.sft import SFTModule
+from lit_alignment.modules.vlm import VLMModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
 from tests.helpers import ROOT
@@ -53,6 +58,7 @@ SETTINGS = [
 ]
 SETTINGS += [AlignmentDataModule, ClassificationDataModule, RewardDataModule, RAGDataModule]
 SETTINGS += [RAGModule, RetrieverModule, Retriever, IndexConfig, IndexRefresh]
+SETTINGS += [VLMModule, VLMDataModule, Modality, EncoderConfig, ProjectorConfig]
 SETTINGS += [
     SFTModule,
     ClassificationModule,

@@ -155,11 +155,29 @@ def load_tower(shape: MediaShape, width_out: int, train_encoder: bool, device_ty
     encoders = []
     if modality.cache is None:
         encoders = [load_encoder(each, shape.name, train_encoder, device_type) for each in modality.encoders]
+        if train_encoder:
+            for encoder, blank in zip(encoders, shape.blank, strict=True):
+                _freeze_unused(encoder, blank)
     # Drawn under the run's seed and nothing else, so that all ranks begin alike.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch.initial_seed())
         projector = build_projector(modality.projector, shape.num_patches, shape.width, width_out)
     return MediaTower(encoders, projector, train_encoder)
+
+
+def _freeze_unused(encoder: FeatureEncoder, blank: Tensor) -> None:
+    """Freeze what the features do not depend on, such as layers above the one that is taken.
+
+    Distributed training would wait for its gradients.
+
+    Args:
+        encoder: A trained encoder.
+        blank: Inputs of one image.
+    """
+    encoder.encode(blank[None]).sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 def read_modality(values: dict[str, Any]) -> Modality:

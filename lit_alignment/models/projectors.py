@@ -299,13 +299,13 @@ class DeformableLayer(nn.Module):
         normed = self.norm(queries)
         places = centres + self.offsets(normed).view(batch, number, self.heads, self.POINTS, 2)
         weights = self.weights(normed).view(batch, number, self.heads, self.POINTS).softmax(-1)
-        values = self.values(image).view(batch * self.heads, width // self.heads, *image.shape[2:])
+        values = self.values(image).reshape(batch * self.heads, width // self.heads, *image.shape[2:])
         places = places.permute(0, 2, 1, 3, 4).reshape(batch * self.heads, number, self.POINTS, 2)
         seen = functional.grid_sample(
             values, places, align_corners=False, padding_mode="border"
         )  # [B*H, D/H, Q, points]
         weights = weights.permute(0, 2, 1, 3).reshape(batch * self.heads, 1, number, self.POINTS)
-        mixed = (seen * weights).sum(-1).view(batch, width, number).transpose(1, 2)
+        mixed = (seen * weights).sum(-1).reshape(batch, width, number).transpose(1, 2)
         queries = queries + self.leave(mixed)
         found: Tensor = queries + self.mlp(self.norm_mlp(queries))
         return found

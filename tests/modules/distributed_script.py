@@ -34,6 +34,7 @@ from tests.helpers import (
 )
 
 SHARED = replace(RETRIEVER, towers="shared")
+PICTURED = (0, 9)  # records with images: of the micro-batches of either rank one has some and one has none
 
 
 def full(tensor):
@@ -42,7 +43,7 @@ def full(tensor):
 
 class Recorder(Callback):
     def __init__(self):
-        self.gradients, self.ids, self.losses, self.norms = [], [], [], []
+        self.gradients, self.ids, self.losses, self.norms, self.pictures = [], [], [], [], []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         gradients = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
@@ -50,6 +51,7 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.ids.append(batch.ids)
+        self.pictures.append(bool(getattr(batch, "media", {})))
         if len(self.gradients) > len(self.losses):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(full(trainer.callback_metrics["train/grad_norm"])))
@@ -68,11 +70,12 @@ def build(method: str, lora: bool, part: str, folder: Path):
             module = reward_model(lora=lora, center=0.01)
             return module, reward_data(module, pairs(31), pairs(7, seed=1), **settings)
         case "vlm":
-            # Of the first ranks' batches some have images and some have none.
-            records = seen(folder, 11), seen(folder, 7, seed=1)
+            # Most records have no image, so that some micro-batches have none.
+            pictured = seen(folder, 11)
+            records = [pictured[i] if i in PICTURED else record for i, record in enumerate(chats(11))]
             module = vlm_module(lora, train_encoder=not lora)
             settings["tokens_per_batch"] = 512
-            return module, vlm_data(module, *records, **settings)
+            return module, vlm_data(module, records, seen(folder, 7, seed=1), **settings)
         case "rag":
             if not (folder / "index").exists():  # rank 0 comes here before it starts the others
                 encoded_index(folder, knowledge(6), SHARED)
@@ -129,6 +132,7 @@ def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sf
         "norms": recorder.norms,
         "validation": float(runner.callback_metrics.get("val/loss", torch.nan)),
         "ids": recorder.ids,
+        "pictures": recorder.pictures,
     }
     torch.save(keep, Path(folder) / f"{kind}-{part}-{runner.global_rank}.pt")
 

@@ -42,6 +42,15 @@ def test_two_ranks_equal_one_process(method, kind, lora, one_process, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_rank_without_an_image_keeps_in_step(kind, tmp_path):
+    """Where only one rank has images, the other still takes part in every exchange."""
+    launch(kind, "full", tmp_path, method="vlm")
+    ranks = [torch.load(tmp_path / f"{kind}-all-{rank}.pt")["pictures"] for rank in (0, 1)]
+    assert sorted(ranks) == [[False, True], [True, False]]
+
+
+@pytest.mark.slow
 def test_resume_on_two_ranks_sees_the_same_records(tmp_path):
     """Stopped in the middle of the first epoch; each rank goes on with its own records."""
     for part in ("whole", "first", "rest"):
