@@ -17,7 +17,8 @@ from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer
-from lit_alignment.models.modality import Modality, read_modality
+from lit_alignment.models.modality import MediaShape, MediaTower, Modality, load_tower, read_modality
+from lit_alignment.models.placing import Placement, placed
 from lit_alignment.models.tokens import NewToken, TokensConfig
 
 CHECKPOINT_KEY = "lit_alignment"
@@ -221,3 +222,74 @@ def restore(saved: Saved) -> tuple[nn.Module, PreTrainedTokenizerBase]:
             f"the checkpoint does not fit {backbone.path} ({str(error).splitlines()[-1]})."
         ) from error
     return network.eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The media of a trained model.
+
+    Args:
+        shapes: Its modalities.
+        towers: Their encoders and projectors, with the trained weights.
+    """
+
+    shapes: dict[str, MediaShape]
+    towers: dict[str, MediaTower]
+
+    def _ids(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> tuple[int, Tensor]:
+        """The placeholder of images, and a prompt with one before it, [1, T]."""
+        shape = self.shapes["image"]
+        token = int(tokenizer.convert_tokens_to_ids(shape.modality.placeholder("image")))
+        return token, torch.tensor([[*prompt[:1], *[token] * shape.number, *prompt[1:]]])
+
+    def _picture(self) -> list[Tensor]:
+        """Inputs of the encoders for a picture of noise."""
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(1, *blank.shape, generator=generator) for blank in self.shapes["image"].blank]
+
+    @torch.no_grad()
+    def logits_with_images(
+        self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+    ) -> list[Tensor]:
+        """Logits after each prompt's tokens with a picture among them, [T, V] each."""
+        found = []
+        for prompt in prompts:
+            token, ids = self._ids(tokenizer, prompt)
+            with placed(network, [Placement(token, self.towers["image"](self._picture()))]):
+                found.append(network(input_ids=ids).logits[0].float())
+        return found
+
+    @torch.no_grad()
+    def logits_of_llava(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+    ) -> list[Tensor]:
+        """The same of a LLaVA model."""
+        pixels = self._picture()[0]
+        ids = [self._ids(tokenizer, prompt)[1] for prompt in prompts]
+        return [model(input_ids=each, pixel_values=pixels).logits[0].float() for each in ids]
+
+
+def restore_towers(saved: Saved, network: nn.Module) -> Composed:
+    """Encoders and projectors of a trained model, in float32 on the CPU.
+
+    Args:
+        saved: Its checkpoint.
+        network: Its language model.
+
+    Raises:
+        CheckpointError: If a trained weight is missing or does not fit.
+    """
+    width = int(base_model(network).get_input_embeddings().weight.shape[1])
+    shapes, towers = {}, {}
+    for name, modality in saved.modalities.items():
+        shape = shapes[name] = MediaShape(name, replace(modality, cache=None))
+        own = {key.removeprefix(f"{name}."): value for key, value in saved.towers.items() if key.startswith(f"{name}.")}
+        tower = load_tower(shape, width, any(key.startswith("encoders.") for key in own), "cpu")
+        refuse_missing(trained_names(tower), own, "It may be damaged; use another one.")
+        try:
+            tower.load_state_dict(own, strict=False)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1]
+            raise CheckpointError(f"the checkpoint's {name} part does not fit its encoder ({reason}).") from error
+        towers[name] = tower.eval()
+    return Composed(shapes, towers)

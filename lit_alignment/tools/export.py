@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerBase,
 )
 
@@ -24,8 +26,10 @@ from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.transformers_engine import StopRule, generation_config, stop_rule
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.head import scores_at
+from lit_alignment.models.llava import composed_writer
 from lit_alignment.models.loading import Backbone
-from lit_alignment.models.restoring import Saved, read_saved, restore
+from lit_alignment.models.modality import MediaTower, save_towers
+from lit_alignment.models.restoring import Saved, read_saved, restore, restore_towers
 from lit_alignment.models.saving import PARTIAL, Companions, export_form, write_folder
 from lit_alignment.paths import local_path
 
@@ -62,20 +66,45 @@ def main(arguments: list[str], merge: bool = False) -> None:
             f"{options.source} was trained over {saved.backbone.quantization} weights. Merged into the unquantised "
             "ones it is another model than was trained. Export it with --form adapter, or accept that: --dequantize."
         )
+    composed = restore_towers(saved, network) if saved.modalities else None
+    full_weights = None
+    if composed is not None:
+        parts = composed.shapes, composed.towers, saved.towers, network, tokenizer, saved.chat_template
+        full_weights, other = composed_writer(*parts)
+        if full_weights is None or (form == "adapter" and options.form == "adapter"):
+            print(f"no LLaVA folder, since {other or 'the form is adapter'}; the projectors are written to media/")
+            full_weights = None
+        elif form == "adapter":
+            form, reason = "merged", ""
+    if saved.retriever:
+        print("the generator alone: the retriever is written by the callback lit_alignment.Export")
     if reason:
         print(f"merged, since {reason}, which servers such as vLLM cannot load beside the base")
     dtype = DTYPES[options.dtype] if options.dtype != "auto" else _dtype(saved, form)
 
     prompts = encode_prompts(tokenizer, options.prompts)
     before = logits(network, prompts) if saved.head is None else [scores(network, prompt) for prompt in prompts]
+    if full_weights is not None and composed is not None:
+        before += composed.logits_with_images(network, tokenizer, prompts)
     fresh = target.with_name(f".{target.name}.checked{PARTIAL}")
-    companions = Companions(tokenizer, _generation_config(saved, options.source, tokenizer), saved.chat_template)
+    companions = Companions(
+        tokenizer,
+        _generation_config(saved, options.source, tokenizer),
+        saved.chat_template,
+        beside=None if composed is None or full_weights else partial(_write_towers, composed.towers),
+        full_weights=full_weights,
+    )
     write_folder(network, {}, fresh, companions, form, options.max_shard_size, dtype)
     try:
-        difference = compare(before, logits(reload(fresh, form, saved), prompts))
+        model = reload(fresh, form, saved, full_weights is not None)
+        after = logits(model, prompts)
+        if full_weights is not None and composed is not None:
+            after += composed.logits_of_llava(model, tokenizer, prompts)
+        difference = compare(before, after)
         tolerance = options.tolerance if options.tolerance is not None else TOLERANCE[dtype]
         what = "logits" if saved.head is None else "scores"
-        print(f"{what} before and after on {len(prompts)} prompts: {difference}")
+        images = ", without and with images" if full_weights is not None else ""
+        print(f"{what} before and after on {len(prompts)} prompts{images}: {difference}")
         if not difference.share <= tolerance:  # also where it is no number
             raise CheckpointError(
                 f"{target}: not written: the exported model answers differently than the trained one ({difference}; "
@@ -88,7 +117,7 @@ def main(arguments: list[str], merge: bool = False) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
     size = sum(file.stat().st_size for file in target.iterdir())
     stored = "" if form == "adapter" else f", {str(dtype).removeprefix('torch.')}"
-    print(f"{form}: {target}  ({size / 1e6:.1f} MB{stored})")
+    print(f"{'LLaVA' if full_weights else form}: {target}  ({size / 1e6:.1f} MB{stored})")
 
 
 def _parser(merge: bool) -> argparse.ArgumentParser:
@@ -170,8 +199,15 @@ def scores(network: nn.Module, prompt: list[int]) -> Tensor:
     return scores_at(network, torch.tensor([len(prompt) - 1]), input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def reload(folder: Path, form: str, saved: Saved) -> nn.Module:
+def _write_towers(towers: dict[str, MediaTower], folder: Path) -> None:
+    save_towers(towers, folder / "media", {})
+
+
+def reload(folder: Path, form: str, saved: Saved, llava: bool = False) -> nn.Module:
     """The written folder as a user would load it, computing in float32."""
+    if llava:
+        composed: nn.Module = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        return composed.eval()
     if form != "adapter":
         kind: Any = AutoModelForCausalLM if saved.head is None else AutoModelForSequenceClassification
         model: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)

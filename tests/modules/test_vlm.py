@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -15,6 +16,7 @@ from lit_alignment.data.prompts import PromptBatch
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.models.projectors import ProjectorConfig
+from lit_alignment.tools.export import main as export
 from tests.helpers import (
     IMAGE,
     VISION,
@@ -260,3 +262,29 @@ def test_answers_that_depend_on_the_image_alone_are_learned(tmp_path):
     items = [data.predict_item(data.examples["predict"][i], i) for i in range(8)]
     found = [response.answers[0].content for response in module.respond(items, GenerationSettings(max_new_tokens=8))]
     assert found == names
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": True}, {"train_language_model": False}, {"train_encoder": True}])
+def test_checkpoint_becomes_a_llava_whose_logits_are_compared(settings, tmp_path, capsys):
+    base = base_model_folder(tmp_path / "base")
+    module = vlm_module(path=base, **settings)
+    saver = ModelCheckpoint(tmp_path, filename="saved", save_last=False)
+    runner = trainer(tmp_path, max_steps=2, enable_checkpointing=True, callbacks=[saver])
+    runner.fit(module, vlm_data(module, seen(tmp_path, 6), packing=False, batch_size=2))
+    export([saver.best_model_path, "--out", str(tmp_path / "llava"), "--dtype", "float32"])
+    said = capsys.readouterr().out
+    assert "prompts, without and with images: largest difference" in said and f"LLaVA: {tmp_path / 'llava'}" in said
+    found = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava").state_dict()
+    projector = module.loaded_towers["image"].projector
+    torch.testing.assert_close(found["model.multi_modal_projector.linear_1.weight"], projector[0].weight.detach())
+
+
+def test_checkpoint_that_is_no_llava_is_written_with_its_projector_beside(tmp_path, capsys):
+    base = base_model_folder(tmp_path / "base")
+    module = vlm_module(path=base, image=replace(IMAGE, projector=ProjectorConfig("linear")))
+    saver = ModelCheckpoint(tmp_path, filename="saved", save_last=False)
+    runner = trainer(tmp_path, max_steps=1, enable_checkpointing=True, callbacks=[saver])
+    runner.fit(module, vlm_data(module, seen(tmp_path, 4)))
+    export([saver.best_model_path, "--out", str(tmp_path / "out")])
+    assert "no LLaVA folder, since its projector is not an mlp of depth 2" in capsys.readouterr().out
+    assert (tmp_path / "out/media/image/projector.safetensors").is_file()
