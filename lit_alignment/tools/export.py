@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,8 @@ from lit_alignment.models.head import scores_at
 from lit_alignment.models.llava import composed_writer
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.modality import MediaTower, save_towers
-from lit_alignment.models.restoring import Saved, read_saved, restore, restore_towers
-from lit_alignment.models.saving import PARTIAL, Companions, export_form, write_folder
+from lit_alignment.models.restoring import Composed, Saved, read_saved, restore, restore_towers
+from lit_alignment.models.saving import PARTIAL, Companions, Written, export_form, write_folder
 from lit_alignment.paths import local_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,28 +59,8 @@ def main(arguments: list[str], merge: bool = False) -> None:
         raise ConfigError(f"{target} exists. Choose another --out, or add --overwrite.")
     saved = read_saved(options.source, options.base)
     network, tokenizer = restore(saved)
-    form, reason = export_form(network, "merged" if merge else options.form)
-    if merge and form == "full":
-        raise ConfigError(f"{options.source}: nothing to merge, this checkpoint has no adapters. Use export.")
-    if form == "merged" and saved.backbone.quantization != "none" and not options.dequantize:
-        raise ConfigError(
-            f"{options.source} was trained over {saved.backbone.quantization} weights. Merged into the unquantised "
-            "ones it is another model than was trained. Export it with --form adapter, or accept that: --dequantize."
-        )
     composed = restore_towers(saved, network) if saved.modalities else None
-    full_weights = None
-    if composed is not None:
-        parts = composed.shapes, composed.towers, saved.towers, network, tokenizer, saved.chat_template
-        full_weights, other = composed_writer(*parts)
-        if full_weights is None or (form == "adapter" and options.form == "adapter"):
-            print(f"no LLaVA folder, since {other or 'the form is adapter'}; the projectors are written to media/")
-            full_weights = None
-        elif form == "adapter":
-            form, reason = "merged", ""
-    if saved.retriever:
-        print("the generator alone: the retriever is written by the callback lit_alignment.Export")
-    if reason:
-        print(f"merged, since {reason}, which servers such as vLLM cannot load beside the base")
+    form, full_weights = _form(options, merge, saved, network, tokenizer, composed)
     dtype = DTYPES[options.dtype] if options.dtype != "auto" else _dtype(saved, form)
 
     prompts = encode_prompts(tokenizer, options.prompts)
@@ -118,6 +99,44 @@ def main(arguments: list[str], merge: bool = False) -> None:
     size = sum(file.stat().st_size for file in target.iterdir())
     stored = "" if form == "adapter" else f", {str(dtype).removeprefix('torch.')}"
     print(f"{'LLaVA' if full_weights else form}: {target}  ({size / 1e6:.1f} MB{stored})")
+
+
+def _form(
+    options: argparse.Namespace,
+    merge: bool,
+    saved: Saved,
+    network: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    composed: Composed | None,
+) -> tuple[Written, Callable[[Path, dict[str, Tensor]], None] | None]:
+    """What is written, and what writes it if that is not the model itself; says why, where that is not as asked.
+
+    Raises:
+        ConfigError: If it cannot be as asked.
+    """
+    form, reason = export_form(network, "merged" if merge else options.form)
+    if merge and form == "full":
+        raise ConfigError(f"{options.source}: nothing to merge, this checkpoint has no adapters. Use export.")
+    full_weights = None
+    if composed is not None:
+        parts = composed.shapes, composed.towers, saved.towers, network, tokenizer, saved.chat_template
+        full_weights, other = composed_writer(*parts)
+        if not merge and options.form == "adapter":
+            full_weights, other = None, "the form is adapter"
+        if full_weights is None:
+            print(f"no LLaVA folder, since {other}; the projectors are written to media/")
+        elif form == "adapter":
+            form, reason = "merged", ""
+    if form == "merged" and saved.backbone.quantization != "none" and not options.dequantize:
+        raise ConfigError(
+            f"{options.source} was trained over {saved.backbone.quantization} weights. Merged into the unquantised "
+            "ones it is another model than was trained. Export it with --form adapter, or accept that: --dequantize."
+        )
+    if saved.retriever:
+        print("the generator alone: the retriever is written by the callback lit_alignment.Export")
+    if reason:
+        print(f"merged, since {reason}, which servers such as vLLM cannot load beside the base")
+    return form, full_weights
 
 
 def _parser(merge: bool) -> argparse.ArgumentParser:
