@@ -41,10 +41,11 @@ SKIPPED = {
     "encodings",
 }
 SHORTEST_BODY, SHORTEST_SUMMARY = 60, 25  # characters
+EVERY = "--trainer.callbacks.every_n_steps=40"
 WAYS = {
     "frozen": ["--model.train_retriever=none"],
     "query": ["--model.train_retriever=query"],
-    "both": ["--model.train_retriever=both", "--trainer.callbacks+=lit_alignment.IndexRefresh"],
+    "both": ["--model.train_retriever=both", "--trainer.callbacks+=lit_alignment.IndexRefresh", EVERY],
 }
 Entry = tuple[str, str]  # qualified name, docstring
 
