@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -26,7 +27,8 @@ from lit_alignment.data.features import FileDataModule
 from lit_alignment.data.media import MODALITIES, files_of, list_files
 from lit_alignment.data.vlm import VLMDataModule
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.modality import MediaShape
+from lit_alignment.models.modality import MediaShape, Modality
+from lit_alignment.models.vision import EncoderConfig
 from lit_alignment.modules.features import FeatureModule
 from lit_alignment.modules.media import cache_index, file_reader
 from lit_alignment.modules.vlm import VLMModule
@@ -55,6 +57,9 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
     parser.add_argument("--files", type=Path, help="folder to read, and those below (default: the data's files)")
+    parser.add_argument("--encoder", help="an encoder, with --files, in place of a configuration")
+    parser.add_argument("--layer", type=int, default=-2, help="its hidden state (default: -2)")
+    parser.add_argument("--keep-cls", action="store_true", help="also its class token's vector")
     parser.add_argument("--modality", choices=["image", "audio"], default="image")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--batch-size", type=int, default=64, help="files to encode together (default: 64)")
@@ -65,20 +70,37 @@ def main(arguments: list[str]) -> None:
     options, rest = parser.parse_known_args(arguments)
     if min(options.batch_size, options.per_shard) < 1:
         raise ConfigError("--batch-size and --per-shard must be 1 or more.")
+    if options.encoder is not None:
+        if rest or options.files is None:
+            raise ConfigError(f"--encoder goes with --files and without a configuration (found: {' '.join(rest)}).")
+        encoder = EncoderConfig(options.encoder, options.layer, options.keep_cls)
+        files = _files_below(options.files, options.modality)
+        preprocess(files, MediaShape(options.modality, Modality([encoder])), {}, options)
+        return
     cli = build_for_tool(rest, WithoutCache)
     if not isinstance(cli.model, VLMModule) or options.modality not in cli.model.shapes:
         raise ConfigError(f"the configuration has no model.{options.modality}: give that of a VLMModule.")
-    preprocess(cli, cli.model.shapes[options.modality], options)
+    shape, folder = cli.model.shapes[options.modality], options.files
+    files = sorted(set(_data_files(cli, shape.name))) if folder is None else _files_below(folder, shape.name)
+    devices = {name: cli.asked[name] for name in ("accelerator", "devices", "num_nodes", "precision")}
+    preprocess(files, shape, devices, options)
 
 
-def preprocess(cli: ToolCLI, shape: MediaShape, options: argparse.Namespace) -> None:
-    """Encode the files of one modality.
+def preprocess(paths: list[Path], shape: MediaShape, devices: dict[str, Any], options: argparse.Namespace) -> None:
+    """Encode files of one modality.
+
+    Args:
+        paths: The files, each once.
+        shape: The modality.
+        devices: Where, as arguments of a Trainer.
+        options: What the command line says.
 
     Raises:
         ConfigError: If there are none, another encoder made what is there, or with `--strict` one cannot be read.
     """
     folder: Path = options.out.expanduser()
-    paths = _paths(cli, shape.name, options.files)
+    if not paths:
+        raise ConfigError(f"no files of kind {shape.name} in {options.files or 'the data'}.")
     root = Path(os.path.abspath(options.files)) if options.files else _common_root(paths)
     index = cache_index(shape, options.dtype, str(root))
     _check_target(folder, index, options.overwrite)
@@ -86,12 +108,8 @@ def preprocess(cli: ToolCLI, shape: MediaShape, options: argparse.Namespace) -> 
     files = [(name, str(path)) for path in paths if (name := relative_name(path, root)) not in done]
     if done:
         print(f"{len(done)} files are encoded in {folder}; going on.")
-    asked = cli.asked
     trainer = Trainer(
-        accelerator=asked["accelerator"],
-        devices=asked["devices"],
-        num_nodes=asked["num_nodes"],
-        precision=asked["precision"],
+        **devices,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -107,17 +125,10 @@ def preprocess(cli: ToolCLI, shape: MediaShape, options: argparse.Namespace) -> 
         _report(folder, index, options.strict)
 
 
-def _paths(cli: ToolCLI, modality: str, folder: Path | None) -> list[Path]:
-    """The files to encode, each once."""
-    if folder is not None:
-        if not folder.expanduser().is_dir():
-            raise ConfigError(f"{folder}: no such folder (looked from {Path.cwd()}). Check --files.")
-        paths = list_files(folder.expanduser(), modality)
-    else:
-        paths = sorted(dict.fromkeys(_data_files(cli, modality)))
-    if not paths:
-        raise ConfigError(f"no files of kind {modality} in {folder or 'the data'}.")
-    return paths
+def _files_below(folder: Path, modality: str) -> list[Path]:
+    if not folder.expanduser().is_dir():
+        raise ConfigError(f"{folder}: no such folder (looked from {Path.cwd()}). Check --files.")
+    return list_files(folder.expanduser(), modality)
 
 
 def _data_files(cli: ToolCLI, modality: str) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """`lit-alignment preprocess`: the cache gives the same training, goes on after a kill, and tells what it is made of."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
 from lit_alignment.data.feature_cache import FeatureCache, ShardWriter, read_index, shards_of, written_names
 from lit_alignment.errors import ConfigError
 from lit_alignment.models import modality
-from lit_alignment.models.modality import MediaShape
+from lit_alignment.models.modality import MediaShape, Modality
+from lit_alignment.models.vision import EncoderConfig
 from lit_alignment.modules.media import cache_index
 from lit_alignment.tools.preprocess import main
 from tests.helpers import (
@@ -154,6 +157,17 @@ def test_files_of_the_data_are_encoded_without_a_folder(config, tmp_path):
     assert "red-ring-left.png" in written_names(out)
 
 
+def test_an_encoder_alone_needs_no_configuration(config, tmp_path):
+    model = AutoModel.from_config(AutoConfig.from_pretrained(ROOT / "configs/tiny_vision"))
+    model.save_pretrained(tmp_path / "clip")
+    shutil.copy(ROOT / "configs/tiny_vision/preprocessor_config.json", tmp_path / "clip")
+    out = tmp_path / "cache"
+    main(["--encoder", str(tmp_path / "clip"), "--files", str(tmp_path / "pictures"), "--out", str(out)])
+    assert len(written_names(out)) == 7
+    wanted = Modality([EncoderConfig(str(tmp_path / "clip"))])
+    assert len(FeatureCache(out, cache_index(MediaShape("image", wanted)))) == 7
+
+
 @pytest.mark.slow
 def test_two_processes_make_one_cache(config, tmp_path):
     out = tmp_path / "cache"
@@ -171,6 +185,7 @@ def test_two_processes_make_one_cache(config, tmp_path):
     [
         (["--files", "nowhere"], "nowhere: no such folder"),
         (["--modality", "audio"], "has no model.audio"),
+        (["--encoder", "configs/tiny_vision"], "--encoder goes with --files and without a configuration"),
         (["--per-shard", "0"], "must be 1 or more"),
     ],
 )

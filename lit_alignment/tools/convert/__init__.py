@@ -72,6 +72,12 @@ def convert(top: Settings, kind: str) -> list[Document]:
             from lit_alignment.tools.convert.reward import convert as convert_kind
         case "inference_rm":
             from lit_alignment.tools.convert.reward import convert_inference as convert_kind
+        case "train_multimodal":
+            from lit_alignment.tools.convert.multimodal import convert as convert_kind
+        case "preprocess_multimodal_dataset":
+            from lit_alignment.tools.convert.multimodal import convert_preprocess as convert_kind
+        case "inference_multimodal":
+            from lit_alignment.tools.convert.inference import convert_multimodal as convert_kind
         case "train_rag":
             from lit_alignment.tools.convert.rag import convert as convert_kind
         case "random_sample" | "rm_sample" | "rso_sample":

@@ -146,7 +146,7 @@ def encoding(dataset: Settings, others: list[Settings], prompts: Settings | None
 
 def _check_type(dataset: Settings) -> None:
     kind = dataset.take("dataset_type", "chat")
-    if kind != "chat":
+    if kind not in ("chat", "multimodal"):
         dataset.notes.leave_out(dataset.path_of("dataset_type"), f"'{kind}' is read as chat")
 
 

@@ -176,7 +176,7 @@ def _base_and_training(
         top.notes.leave_out(section(top).path_of("gradient_checkpointing"), NO_CHECKPOINTING)
     if ours.trainer.get("accelerator") == "cpu":
         leave_gpu(model, base)
-    trains_tokens = not method.scores and method.name != "RAG"
+    trains_tokens = not method.scores and method.name not in ("RAG", "VLM")
     if not trains_tokens and ours.model.pop("neftune_alpha", None) is not None:
         top.notes.leave_out(section(top).path_of("neftune_noise_alpha"), NOISE)
     if method.name in ("Reward", "RAG") and ours.model.pop("label_smoothing", None) is not None:

@@ -1,16 +1,19 @@
-"""inference_chat and inference_rag: answers of one or several models."""
+"""inference_chat, inference_rag and inference_multimodal: answers of one or several models."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from lit_alignment.tools.convert.chat import encoding, sources
 from lit_alignment.tools.convert.document import Document
 from lit_alignment.tools.convert.fit import scored_encoding
 from lit_alignment.tools.convert.generation import META, PIECES, generation, warn_of_batches
 from lit_alignment.tools.convert.model import adapters, backbone
+from lit_alignment.tools.convert.multimodal import PICKLED, modalities
 from lit_alignment.tools.convert.rag import BUILD, retrieving
 from lit_alignment.tools.convert.settings import Settings, shorten
 
+Method = Literal["SFT", "RAG", "VLM"]
+PURPOSES = {"SFT": "answers to prompts", "RAG": "answers with passages", "VLM": "answers about images"}
 MANY_MODELS = "each model has a configuration of its own here; run them one after the other"
 ONE_ANSWER = "with a batch above 1 there was one answer to a prompt there, and no beams; here both are as asked"
 FILES = "Files have the old names, single_inference_0.jsonl and so on; a line has `dataset` instead of dataset_name."
@@ -22,10 +25,15 @@ VLLM = "the vLLM engine is not there yet; transformers answers"
 
 def convert_rag(top: Settings) -> list[Document]:
     """Our configurations for `predict` with retrieval, one a model."""
-    return convert(top, with_passages=True)
+    return convert(top, "RAG")
 
 
-def convert(top: Settings, with_passages: bool = False) -> list[Document]:
+def convert_multimodal(top: Settings) -> list[Document]:
+    """Our configurations for `predict` with images, one a model."""
+    return convert(top, "VLM")
+
+
+def convert(top: Settings, method: Method = "SFT") -> list[Document]:
     """Our configurations for `predict`, one a model."""
     notes = top.notes
     seed, folder = top.take("seed", 42), top.need("save_path", str)
@@ -54,8 +62,18 @@ def convert(top: Settings, with_passages: bool = False) -> list[Document]:
         _note_engine(old)
         old.leave_out("batch_size prompts are answered at a time", "micro_batch")
         data = found | {"packing": False, "batch_size": batch}
-        index = folder if len(models) == 1 else f"{folder}/{len(documents)}"
-        documents.append(_document(old, named, data, folder, seed, index if with_passages else None))
+        whole = old.part("model_settings")
+        if "model_settings" not in old:
+            notes.missing.append(old.path_of("model_settings"))
+        model: Settings = whole
+        further: dict[str, Any] = {}
+        if method == "RAG":
+            model, further = _with_passages(whole, folder if len(models) == 1 else f"{folder}/{len(documents)}", data)
+        if method == "VLM":
+            further = modalities(whole, dataset, [])
+            whole.leave_out(PICKLED, "projections_path")
+            data["folder"] = "."
+        documents.append(_document(old, model, method, {**further, "generation": named}, data, folder, seed))
     return documents
 
 
@@ -171,27 +189,30 @@ def scored_document(
     return Document("predict", purpose, config, [SCORED.format(file=SCORED_FILES[method])])
 
 
+def _with_passages(whole: Settings, folder: str, data: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """The generator's settings, and ours of retrieval; `data` gets what is the data module's."""
+    for name in ("generator_settings", "question_encoder_settings", "index_settings", "retrieval_settings"):
+        if name not in whole:
+            whole.notes.missing.append(whole.path_of(name))
+    retrieval, placement = retrieving(whole, folder, training=False)
+    data |= {"query": "dialogue", "placement": placement}
+    return whole.part("generator_settings"), retrieval
+
+
 def _document(
-    old: Settings, named: dict[str, Any], data: dict[str, Any], folder: str, seed: int, index: str | None
+    old: Settings,
+    model: Settings,
+    method: Method,
+    further: dict[str, Any],
+    data: dict[str, Any],
+    folder: str,
+    seed: int,
 ) -> Document:
-    whole = old.part("model_settings")
-    if "model_settings" not in old:
-        old.notes.missing.append(old.path_of("model_settings"))
-    model, method = whole, "SFT"
-    retrieval: dict[str, Any] = {}
-    if index is not None:
-        for name in ("generator_settings", "question_encoder_settings", "index_settings", "retrieval_settings"):
-            if name not in whole:
-                old.notes.missing.append(whole.path_of(name))
-        model, method = whole.part("generator_settings"), "RAG"
-        retrieval, placement = retrieving(whole, index, training=False)
-        data |= {"query": "dialogue", "placement": placement}
     model.leave_out("the tokenizer has its tokens, and nothing is trained", "embeddings_initialization_strategy")
     module = {
         "backbone": backbone(model, old.part("tokenizer_settings")),
         **adapters(model, training=False),
-        **retrieval,
-        "generation": named,
+        **further,
     }
     writer = {"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": folder}}
     config = {
@@ -200,6 +221,4 @@ def _document(
         "model": {"class_path": f"lit_alignment.{method}Module", "init_args": module},
         "data": {"class_path": f"lit_alignment.{method}DataModule", "init_args": {**data, "seed": seed}},
     }
-    if index is not None:
-        return Document("predict", "answers with passages", config, [FILES, BUILD])
-    return Document("predict", "answers to prompts", config, [FILES])
+    return Document("predict", PURPOSES[method], config, [FILES, BUILD] if method == "RAG" else [FILES])

@@ -35,8 +35,18 @@ from tests.helpers import ROOT
 CONFIGS = ROOT / "tests/tools/convert/configs"
 SFT = ["sft_lora", "sft_full", "sft_prefix", "sft_prompt", "sft_p_tuning", "sft_adapter", "sft_peft_config"]
 SCORED = ["classification", "rm", "inference_classification", "inference_rm", "sampling_rm", "sampling_rso"]
-SCRIPTS = ["merge", "sampling_random"]
-CONVERTED = [*SFT, "rag", "inference_rag", "inference_chat", "inference_vllm", *SCORED, *SCRIPTS]
+SCRIPTS = ["merge", "sampling_random", "preprocess"]
+CONVERTED = [
+    *SFT,
+    "rag",
+    "inference_rag",
+    "multimodal",
+    "inference_multimodal",
+    "inference_chat",
+    "inference_vllm",
+    *SCORED,
+    *SCRIPTS,
+]
 
 
 def old(name):
@@ -66,7 +76,7 @@ def test_converted_yaml_parses(name, convert, tmp_path, monkeypatch):
     for path in tmp_path.glob("*.yaml"):
         config = build(["--config", str(path)]).config
         method = "Classification" if "classification" in name else "Reward" if name in SCORED else "SFT"
-        method = "RAG" if "rag" in name else method
+        method = "RAG" if "rag" in name else "VLM" if "multimodal" in name else method
         assert config.model.class_path == f"lit_alignment.{method}Module"
         assert config.data.class_path == f"lit_alignment.{method}DataModule"
 
@@ -194,31 +204,35 @@ def test_preference_training_is_refused_by_name_in_one_line(name, capsys):
     )
 
 
-REFUSED = {
-    "dpo": "train_dpo",
-    "kto": "train_kto",
-    "ddpo": "train_ddpo",
-    "multimodal": "train_multimodal",
-    "preprocess": "preprocess_multimodal_dataset",
-}
-
-
-@pytest.mark.parametrize(("name", "kind"), REFUSED.items())
-def test_other_kinds_are_told_from_their_keys_and_refused(name, kind, tmp_path):
-    with pytest.raises(ConfigError, match=f"{kind}: .* not there yet"):
-        main([str(CONFIGS / f"{name}.json"), "--out", str(tmp_path / "new.yaml")])
-    assert not list(tmp_path.iterdir())
-
-
 def test_every_file_has_an_expectation():
-    assert {path.stem for path in CONFIGS.glob("*.json")} == {*CONVERTED, *REFUSED}
+    assert {path.stem for path in CONFIGS.glob("*.json")} == {*CONVERTED, "dpo", "kto", "ddpo"}
+
+
+def test_images_enter_as_they_did_there(convert):
+    text = convert(old("multimodal"))[0][0]
+    image = yaml.safe_load(text)["model"]["init_args"]["image"]
+    projector = {"kind": "c_abstractor", "num_tokens": 49, "weights": "models/projector.safetensors"}
+    assert image == {
+        "encoders": [{"path": "models/clip"}],
+        "projector": projector,
+        "token": "<img>",
+        "start": "<MS>",
+        "end": "</MS>",
+    }
+    assert "a pickled file is not loaded" in convert(old("inference_multimodal"))[2]
+
+
+def test_preprocessing_is_a_command_line(convert):
+    line = convert(old("preprocess"))[0][0].splitlines()[-1]
+    command = "lit-alignment preprocess --encoder models/clip --files images --out features"
+    assert line == f"{command} --modality image --batch-size 256"
 
 
 def test_kind_can_be_given(convert, tmp_path):
     assert convert(old("merge"), "--kind", "merge")[0] == convert(old("merge"))[0]
     with pytest.raises(ConfigError, match="do not tell which command"):
         kind_of({"a": 1}, CONFIGS / "x.json")
-    with pytest.raises(ConfigError, match="train_multimodal: the conversion of this method is not there yet"):
+    with pytest.raises(ConfigError, match="missing: modality_encoder_settings_mapping"):
         main([str(CONFIGS / "sft_lora.json"), "--kind", "train_multimodal", "--out", str(tmp_path / "new.yaml")])
 
 
