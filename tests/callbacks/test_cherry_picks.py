@@ -170,7 +170,7 @@ def test_impossible_metric_is_refused_before_training(tmp_path):
     assert callback.picks == [] and callback.curves == {}
     asked = {"id": "q", "messages": [{"role": "user", "content": "mine"}], "meta": {"documents": "one text"}}
     callback = CherryPicks([Source(records=[asked], name="own")], metrics=["retrieval_utility"])
-    with pytest.raises(RecordError, match="own, record q: field 'documents' is no list of texts"):
+    with pytest.raises(RecordError, match="own, record q: field 'documents' is a string"):
         fit(tmp_path, callback)
 
 
