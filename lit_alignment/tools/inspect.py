@@ -133,7 +133,7 @@ def run_table(tokens: Sequence[Token], colour: bool, marked: str) -> Table:
 def _flow(tokens: Sequence[Token], colour: bool) -> Text:
     """Tokens one after the other; neighbours differ in shade, so that their borders can be seen."""
     flow = Text()
-    for token in tokens:
+    for token, number in collapsed(tokens):
         shown = token.text.replace("\n", "\\n\n")
         if not colour and token.trained:
             shown = f"[{shown}]"
@@ -141,7 +141,20 @@ def _flow(tokens: Sequence[Token], colour: bool) -> Text:
         if token.trained:
             shade = "black on green3" if token.position % 2 else "black on spring_green2"
         flow.append(shown, style=f"bold {shade}" if token.special else shade)
+        if number > 1:
+            flow.append(f" x {number} ")
     return flow
+
+
+def collapsed(tokens: Sequence[Token]) -> list[tuple[Token, int]]:
+    """Tokens, each with how often it stands there in a row; only special ones are counted together."""
+    found: list[tuple[Token, int]] = []
+    for token in tokens:
+        if found and token.special and found[-1][0].index == token.index:
+            found[-1] = found[-1][0], found[-1][1] + 1
+        else:
+            found.append((token, 1))
+    return found
 
 
 def token_table(tokens: Sequence[Token]) -> Table:
@@ -206,7 +219,7 @@ def render_page(
         for name, example in sequences:
             tokens = shown_tokens(example, data.tokenizer)
             title = escape(f"{row['dataset']}/{row['id']} {name}")
-            body = "".join(map(_token_html, tokens))
+            body = "".join(_token_html(*each) for each in collapsed(tokens))
             parts.append(
                 f"<h2>{title}</h2><p>{_summary(tokens, data.marked)}</p><div class='scroll tokens'>{body}</div>"
             )
@@ -222,11 +235,11 @@ def render_page(
     )
 
 
-def _token_html(token: Token) -> str:
+def _token_html(token: Token, number: int) -> str:
     label = token.index if token.trained else IGNORE_INDEX
     names = [n for n, on in (("trained", token.trained), ("special", token.special)) if on]
     if token.trained and token.weight == 0:
         names.append("zero")
     hint = f"position {token.position}, id {token.index}, label {label}, weight {token.weight:g}"
     text = escape(token.text).replace("\n", "\\n<br>")
-    return f'<span class="{" ".join(names)}" title="{hint}">{text}</span>'
+    return f'<span class="{" ".join(names)}" title="{hint}">{text}</span>' + (f" x {number} " if number > 1 else "")

@@ -8,10 +8,22 @@ import pytest
 
 from lit_alignment.data.encode import Example
 from lit_alignment.errors import ConfigError
-from lit_alignment.tools.inspect import histogram, main, run_table, shown_tokens
-from tests.helpers import chats, command, encoder, record, sft_data, sft_module, write_jsonl
+from lit_alignment.tools.inspect import collapsed, histogram, main, run_table, shown_tokens
+from tests.helpers import (
+    chats,
+    command,
+    encoder,
+    picture,
+    record,
+    sft_data,
+    sft_module,
+    vlm_data,
+    vlm_module,
+    write_jsonl,
+)
 
 TINY = "configs/sft/tiny.yaml"
+ANSWER = {"role": "assistant", "content": "order"}
 
 
 def test_trained_tokens_are_those_with_a_label(tokenizer):
@@ -34,6 +46,16 @@ def test_runs_of_equal_loss_share_a_line(tokenizer):
     )
     assert list(table.columns[0].cells) == ["0-0", "1-2", "3-3"]
     assert list(table.columns[1].cells) == ["", "trained", "weight 0.5"]
+
+
+def test_placeholders_of_an_image_are_counted(tmp_path):
+    record = {"messages": [{"role": "user", "type": "image", "content": picture(tmp_path / "a.png", 0)}, ANSWER]}
+    module = vlm_module()
+    data = vlm_data(module, [record], packing=False)
+    data.setup("fit")
+    tokens = shown_tokens(data.views(data.examples["train"][0])[0][1], module.tokenizer)
+    assert [number for token, number in collapsed(tokens) if token.text == "<image>"] == [16]
+    assert sum(number for _, number in collapsed(tokens)) == len(tokens)
 
 
 def test_histogram_counts_every_length_once():
