@@ -4,6 +4,7 @@ B images or sounds, P patches, D width
 """
 
 import hashlib
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lit_alignment.errors import ConfigError, require
+from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import Backbone, from_pretrained
 from lit_alignment.paths import local_path
 
@@ -128,9 +129,19 @@ class ImageBindEncoder(FeatureEncoder):
     """ImageBind's one normalised vector of an image. Source: Girdhar et al. 2023 (arXiv:2305.05665)."""
 
     def __init__(self) -> None:
-        """Load the weights that its package names."""
+        """Load the weights that its package names.
+
+        Raises:
+            ConfigError: If the package is not installed.
+        """
         super().__init__()
-        found = require("imagebind.models.imagebind_model", "imagebind")
+        try:
+            found = importlib.import_module("imagebind.models.imagebind_model")
+        except ImportError as error:
+            raise ConfigError(
+                f"encoders: imagebind needs its package ({error}). It asks for a torch of 2022, so install it without "
+                "that: pip install --no-deps imagebind-packaged, and then what it imports."
+            ) from error
         self.model = found.imagebind_huge(pretrained=True)
 
     def encode(self, pixel_values: Tensor) -> Tensor:

@@ -131,6 +131,13 @@ def test_sounds_enter_by_the_same_path(tmp_path):
     assert any(name.startswith("towers.audio.projector.") and gradient.any() for name, gradient in found.items())
 
 
+def test_imagebind_is_one_vector_and_needs_its_package():
+    shape = MediaShape("image", Modality([EncoderConfig("imagebind")]))
+    assert (shape.num_patches, shape.width, shape.number) == (1, 1024, 1)
+    with pytest.raises(ConfigError, match="pip install --no-deps imagebind-packaged"):
+        load_tower(shape, 64, False, "cpu")
+
+
 def test_folder_without_a_processor_is_named(tmp_path):
     AutoModel.from_config(MODELS["siglip"][0]).save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match="bare: cannot load this model"):
