@@ -126,6 +126,8 @@ class VLMModule(SFTModule):
         """Load language model, encoders and projectors, once."""
         if self.towers is not None:
             return
+        if self.data.media.keys() != self.shapes.keys():
+            raise ConfigError("the data module has placeholders of another model: give it this module's `media`.")
         super().configure_model()
         if not self.train_language_model:
             self.network.requires_grad_(False)

@@ -22,8 +22,10 @@ from tests.helpers import (
     VISION,
     assert_same_gradients,
     base_model_folder,
+    chats,
     picture,
     seen,
+    sft_data,
     step_gradients,
     trainer,
     vlm_data,
@@ -140,6 +142,13 @@ def test_each_part_has_its_learning_rate(tmp_path):
 def test_what_cannot_work_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         vlm_module(**settings)
+
+
+def test_data_module_of_another_method_is_refused(tmp_path):
+    """It would leave out the images without a word."""
+    module = vlm_module()
+    with pytest.raises(ConfigError, match="VLMModule needs a VLMDataModule, not SFTDataModule"):
+        trainer(tmp_path).fit(module, sft_data(module, chats(2)))
 
 
 # Answers.
