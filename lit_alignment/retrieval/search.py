@@ -38,6 +38,8 @@ def exact_search(queries: Tensor, shards: Sequence[Tensor], k: int, block: int =
     queries = queries.to(shards[0].device)
     best = queries.new_full((len(queries), k), -torch.inf, dtype=torch.float32)
     places = torch.full_like(best, -1, dtype=torch.long)
+    if len(queries) == 0:
+        return best.to(device), places.to(device)
     start = 0
     for shard in shards:
         for rows in torch.split(shard, block):
