@@ -6,7 +6,7 @@ P patches, D width
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -245,8 +245,3 @@ def stored(features: Tensor, dtype: str) -> Tensor:
     """Features in the precision of a cache."""
     kind: torch.dtype = getattr(torch, dtype)
     return features.to(kind)
-
-
-def iterate(cache: FeatureCache) -> Iterator[str]:
-    """Names of all files of a cache."""
-    yield from cache._places

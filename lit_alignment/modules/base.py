@@ -115,8 +115,13 @@ class AlignmentModule(LightningModule):
         """AdamW over the trainable parameters, with the schedule stepped at each optimiser step."""
         total_steps = float(self.trainer.estimated_stepping_batches)
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
-        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, total_steps, fused)
+        rates = self.other_rates()
+        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, total_steps, fused, rates)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Parts of the model with a highest learning rate of their own."""
+        return []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the loss of the whole optimiser step, and the gradient norm before clipping."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from lit_alignment.models.loading import Backbone
 from lit_alignment.models.retriever import Retriever
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.retrieving import Decoding, RetrievingModule
-from lit_alignment.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
 
 Stage = Literal["train", "val", "test"]
@@ -284,14 +283,10 @@ class RAGModule(RetrievingModule):
 
     # Optimiser.
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, with a learning rate of the retriever's own."""
-        total_steps = float(self.trainer.estimated_stepping_batches)
-        fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
+    def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        """That of the retriever."""
         rate = self.retriever_learning_rate or self.optimizer_config.learning_rate
-        others = [(list(self.encoder.parameters()), rate)]
-        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, total_steps, fused, others)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return [(list(self.encoder.parameters()), rate)]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the retriever's gradient norm besides."""

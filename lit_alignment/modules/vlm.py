@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -30,7 +29,7 @@ from lit_alignment.models.tokens import NewToken, TokensConfig
 from lit_alignment.modules.generative import Response
 from lit_alignment.modules.media import media_tokens
 from lit_alignment.modules.sft import SFTModule
-from lit_alignment.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.optimization import OptimizerConfig
 
 
 class VLMModule(SFTModule):
@@ -208,17 +207,14 @@ class VLMModule(SFTModule):
 
     # Optimiser and checkpoint.
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, with learning rates of the projectors' and encoders' own."""
-        total_steps = float(self.trainer.estimated_stepping_batches)
-        fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
+    def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Those of the projectors and of the encoders."""
         rate = self.optimizer_config.learning_rate
-        others = []
+        found = []
         for tower in self.loaded_towers.values():
-            others.append((list(tower.projector.parameters()), self.projector_learning_rate or rate))
-            others.append((list(tower.encoders.parameters()), self.encoder_learning_rate or rate))
-        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, total_steps, fused, others)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            found.append((list(tower.projector.parameters()), self.projector_learning_rate or rate))
+            found.append((list(tower.encoders.parameters()), self.encoder_learning_rate or rate))
+        return found
 
     def about(self) -> dict[str, Any]:
         """Also how media enter, and their sizes."""
