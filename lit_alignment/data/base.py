@@ -29,7 +29,7 @@ from lit_alignment.data.prompts import (
 from lit_alignment.data.records import Source
 from lit_alignment.data.report import DataReport, write_reports
 from lit_alignment.data.sampling import choose_records, mixture_repeats, repeat_records, source_generator
-from lit_alignment.data.templates import JinjaTemplate
+from lit_alignment.data.templates import JinjaTemplate, PrefixSuffixTemplate
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.paths import cache_dir as default_cache_dir
 
@@ -281,9 +281,14 @@ class AlignmentDataModule(LightningDataModule):
         return items
 
     def chat_template(self) -> str | None:
-        """The Jinja template that conversations are rendered with, to be saved with the model; None for other forms."""
-        template = self.encoder.template
-        return template.source if isinstance(template, JinjaTemplate) else None
+        """What conversations are rendered with, as a Jinja template to be saved with the model."""
+        match self.encoder.template:
+            case JinjaTemplate(source=source):
+                return source
+            case PrefixSuffixTemplate() as template:
+                return template.as_jinja()
+            case _:
+                return None
 
     # Loaders.
 

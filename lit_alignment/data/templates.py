@@ -8,12 +8,12 @@ all-zero masks, so the places are recovered from renderings of prefixes and chec
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.data.messages import TEMPLATE_KEYS, Message
+from lit_alignment.data.messages import TEMPLATE_KEYS, Message, Role
 from lit_alignment.errors import ConfigError, TemplateError
 
 MARKER = "\u2021mark\u2021"  # put beside a content to find where the template places it
@@ -266,6 +266,17 @@ class PrefixSuffixTemplate:
             raise ConfigError(
                 f"template.prefix {self.prefix!r}: only {{role}} may stand in braces ({error!r})."
             ) from error
+
+    def as_jinja(self) -> str:
+        """The same as a Jinja chat template, for what reads an exported model; of the usual four roles."""
+        headers = ", ".join(f"{role!r}: {self._header(role)!a}" for role in get_args(Role))
+        turns = "{% for message in messages %}{{ headers[message.role] + message.content + suffix }}{% endfor %}"
+        return (
+            f"{{% set headers = {{{headers}}} %}}{{% set suffix = {self.suffix!a} %}}"
+            f"{{% set bos = {self.bos!a} %}}{{% set text %}}{turns}{{% endset %}}"
+            "{{ text if text.startswith(bos) else bos + text }}"
+            "{% if add_generation_prompt %}{{ headers['assistant'] }}{% endif %}"
+        )
 
     def _header(self, role: str) -> str:
         names = {"assistant": self.role_names.get("bot", "assistant")} | self.role_names

@@ -4,7 +4,7 @@ import pytest
 
 from lit_alignment.data.encode import Dropped
 from lit_alignment.data.messages import read_record
-from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.data.templates import TemplateConfig, build_template
 from lit_alignment.errors import ConfigError
 from tests.helpers import ROOT, encoder, record, table
 
@@ -48,6 +48,22 @@ GOLDEN = {
 def test_golden_table(name, rich_tokenizer):
     example = encoder(rich_tokenizer, file(name)).encode(record("Hi", "now", "more", "yes"))
     assert table(rich_tokenizer, example) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("bos", ["", "<s>"])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_prefix_and_suffix_as_jinja_give_the_same_text(rich_tokenizer, bos, prompt):
+    """What an export carries, so that a server renders as training did."""
+    rich_tokenizer.bos_token = bos or None
+    config = TemplateConfig(
+        prefix="\U0001f600<|im_start|>{role}\n'\"", suffix=" \\n}}<|im_end|>\n", role_names={"bot": "m\u00f6del"}
+    )
+    template = build_template(config, rich_tokenizer)
+    messages = [{"role": role, "content": f"{role} says {{{{ x }}}}\n"} for role in ("system", "user", "assistant")]
+    text = rich_tokenizer.apply_chat_template(
+        messages, chat_template=template.as_jinja(), add_generation_prompt=prompt, tokenize=False
+    )
+    assert text == template.render(messages, [], prompt) and text.startswith(bos)
 
 
 @pytest.mark.parametrize("name", ALL)
