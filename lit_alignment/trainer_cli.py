@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins import CheckpointIO
@@ -36,6 +36,11 @@ QUIET = (
 )
 
 
+Engine = Literal["transformers", "vllm"]
+# A Trainer that touches no device and no logger.
+NO_DEVICE: dict[str, Any] = {"logger": False, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+NO_DEVICE |= {"plugins": None, "profiler": None, "precision": None}
+
 CLI = TypeVar("CLI", bound="AlignmentCLI")
 
 
@@ -43,12 +48,28 @@ class AlignmentCLI(LightningCLI):
     """Passes the module's tokenizer to the data module, and saves checkpoints whole or not at all."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link what module and data must agree on."""
+        """Add the engine of predict, and link what module and data must agree on."""
+        parser.add_argument(
+            "--engine", type=Engine, default="transformers", help="what computes predictions (predict only)"
+        )
+        parser.add_argument(
+            "--vllm", type=dict[str, Any], default={}, help="arguments of vLLM's engine, by the names of its EngineArgs"
+        )
         parser.link_arguments("model", "data.init_args.tokenizer", compute_fn=_tokenizer, apply_on="instantiate")
         # Passed over where the data module has no such argument.
         parser.link_arguments("model", "data.init_args.labels", compute_fn=_labels, apply_on="instantiate")
         parser.link_arguments("model", "data.init_args.problem", compute_fn=_problem, apply_on="instantiate")
         parser.link_arguments("model", "data.init_args.media", compute_fn=_media, apply_on="instantiate")
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether vLLM computes what is run."""
+        return self.subcommand == "predict" and self._get(self.config, "engine") == "vllm"
+
+    def before_instantiate_classes(self) -> None:
+        """Leave the devices to vLLM, where that computes."""
+        if self.uses_vllm:
+            _ask(self.config[self.subcommand].trainer, NO_DEVICE)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with atomic checkpoints, a progress bar for people, and in predict a writer."""
@@ -78,7 +99,12 @@ class AlignmentCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         self._fetch_checkpoint(subcommand)
-        if subcommand == "predict":
+        if self.uses_vllm:
+            from lit_alignment.serving.predict import predict
+
+            checkpoint = self._get(self.config_init, "ckpt_path")
+            predict(self.model, self.datamodule, self.trainer, self._get(self.config_init, "vllm"), checkpoint)
+        elif subcommand == "predict":
             # Answers go to a file as they come; keeping them all in memory as well serves nobody.
             self.trainer.predict(
                 self.model,
@@ -88,6 +114,12 @@ class AlignmentCLI(LightningCLI):
             )
         else:
             super()._run_subcommand(subcommand)
+
+
+def _ask(trainer: Namespace, settings: dict[str, Any]) -> None:
+    """Ask a Trainer for other settings than the configuration does."""
+    for name, value in settings.items():
+        trainer[name] = value
 
 
 def _check_run_folder(trainer: Trainer) -> None:
@@ -171,10 +203,7 @@ class ToolCLI(AlignmentCLI):
     def before_instantiate_classes(self) -> None:
         """Keep what the configuration asks of the Trainer in `asked`, and ask for nothing."""
         self.asked = self.config.trainer.clone()
-        nothing: dict[str, Any] = {"callbacks": None, "plugins": None, "profiler": None, "precision": None}
-        nothing |= {"logger": False, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
-        for name, value in nothing.items():
-            self.config.trainer[name] = value
+        _ask(self.config.trainer, {"callbacks": None, **NO_DEVICE})
 
 
 def build_for_tool(arguments: list[str], kind: type[ToolCLI] = ToolCLI) -> ToolCLI:

@@ -1,5 +1,6 @@
 """Predictions to JSONL, one file for each way of making them."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class PredictionWriter(Callback):
     def __init__(self, output_dir: str = "predictions", overwrite: bool = False) -> None:
         """Files are opened when the run starts."""
         self.output_dir, self.overwrite = Path(output_dir), overwrite
+        self.engine: dict[str, Any] = {}  # what decides the predictions besides, where another engine makes them
         self._files: dict[str, PredictionFile] = {}
         self._done: dict[str, set[tuple[str, str]]] = {}
 
@@ -47,7 +49,7 @@ class PredictionWriter(Callback):
             file = PredictionFile(self.output_dir / f"{name}.jsonl", trainer.global_rank)
             if self.overwrite:
                 file.remove()
-            file.check_settings(_settings(trainer, module) | decides)
+            file.check_settings(_settings(trainer, module) | decides | self.engine)
             file.repair()
             self._files[name] = file
             self._done[name] = file.answered()
@@ -69,12 +71,20 @@ class PredictionWriter(Callback):
     ) -> None:
         """Append the batch's predictions."""
         for name, predictions in outputs.items():
-            lines = [
-                _line(item, predicted)
-                for item, predicted in zip(batch.items, predictions, strict=True)
-                if (item.dataset, item.id) not in self._done[name]
-            ]
-            self._files[name].append(lines)
+            self.write(name, list(zip(batch.items, predictions, strict=True)))
+
+    def missing(self, trainer: Trainer) -> int:
+        """Predictions that all files together lack."""
+        keys = self._order(trainer).keys()
+        return sum(len(keys - done) for done in self._done.values())
+
+    def wants(self, name: str, item: Item) -> bool:
+        """Whether a file still lacks an item."""
+        return (item.dataset, item.id) not in self._done[name]
+
+    def write(self, name: str, predictions: Sequence[tuple[Item, dict[str, Any]]]) -> None:
+        """Append the predictions that a file lacks."""
+        self._files[name].append([_line(item, found) for item, found in predictions if self.wants(name, item)])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the files in order."""

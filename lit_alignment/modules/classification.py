@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.classification import ClassificationDataModule
 from lit_alignment.data.collate import ScoreBatch
-from lit_alignment.data.prompts import ItemBatch
+from lit_alignment.data.prompts import PromptItem
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses import balanced_class_weights, focal_loss, multi_label_loss, regression_loss
 from lit_alignment.metrics import TokenMean
@@ -167,12 +167,13 @@ class ClassificationModule(ScoringModule):
         """One file, `classes`."""
         return {"classes": {"temperature": self.temperature, "adapter": self.adapter and self.adapter.path}}
 
-    def predict_step(self, batch: ItemBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
-        """`prediction` and `probabilities` of each conversation; a regression has the prediction only."""
-        return {"classes": [self.prediction(row) for row in self.scores(batch.scores)]}
+    def sequences(self, item: PromptItem) -> list[list[int]]:
+        """The conversation."""
+        return [item.input_ids]
 
-    def prediction(self, logits: Tensor) -> dict[str, Any]:
-        """What the scores of one conversation, [K], say."""
+    def predicted(self, item: PromptItem, scores: Tensor) -> dict[str, Any]:
+        """`prediction` and `probabilities` of one conversation; a regression has the prediction only."""
+        logits = scores[0]
         match self.problem:
             case "single_label":
                 probabilities = (logits / self.temperature).softmax(-1).tolist()

@@ -1,6 +1,6 @@
 """What modules share whose model answers prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,21 @@ from lit_alignment.models.loading import Backbone
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
+
+
+@dataclass
+class Question:
+    """What is to be generated for one item.
+
+    Args:
+        prompts: Token ids of each prompt.
+        settings: How to answer them.
+        finish: Makes the response of the answers to each prompt.
+    """
+
+    prompts: list[list[int]]
+    settings: GenerationSettings
+    finish: Callable[[list[list[Answer]]], "Response"]
 
 
 @dataclass
@@ -69,11 +84,27 @@ class GenerativeModule(AlignmentModule):
 
     def answer(self, prompts: list[list[int]], settings: GenerationSettings) -> list[list[Answer]]:
         """Answers to prompts, given as token ids."""
-        return generate(self.network, self.tokenizer, prompts, settings, self.stop)
+        return generate(self.network, self.tokenizer, prompts, settings, self.stop, never=self.never)
+
+    @property
+    def never(self) -> list[int]:
+        """Tokens that are never generated."""
+        return []
+
+    def questions(self, items: Sequence[Any], settings: GenerationSettings) -> list[Question]:
+        """What has to be generated for items, by any engine."""
+        return [Question([item.input_ids], settings, lambda answers: Response(answers[0])) for item in items]
 
     def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
-        """What the model makes of prompts."""
-        return [Response(answers) for answers in self.answer([item.input_ids for item in items], settings)]
+        """What the model makes of items."""
+        questions = self.questions(items, settings)
+        prompts = [prompt for question in questions for prompt in question.prompts]
+        answers = iter(self.answer(prompts, questions[0].settings))
+        return [question.finish([next(answers) for _ in question.prompts]) for question in questions]
+
+    def prediction(self, response: Response) -> dict[str, Any]:
+        """What the predictions say of an item."""
+        return {"answers": [answer.to_dict() for answer in response.answers], **response.found}
 
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
         """The generation settings by name."""
@@ -82,9 +113,6 @@ class GenerativeModule(AlignmentModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
         """Answers by name of the generation settings, in the order of the batch."""
         return {
-            name: [
-                {"answers": [answer.to_dict() for answer in response.answers], **response.found}
-                for response in self.respond(batch.items, settings)
-            ]
+            name: [self.prediction(response) for response in self.respond(batch.items, settings)]
             for name, settings in self.generation.items()
         }

@@ -23,7 +23,7 @@ from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.retriever import DualEncoder, Retriever, load_retriever, weights_hash
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.generative import GenerativeModule, Response
+from lit_alignment.modules.generative import GenerativeModule, Question, Response
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig, PassageIndex
 
@@ -254,21 +254,39 @@ class RetrievingModule(GenerativeModule):
         return {name: settings | shared for name, settings in super().prediction_settings().items()}
 
     @torch.no_grad()
+    def questions(self, items: Sequence[Any], settings: GenerationSettings) -> list[Question]:
+        """The question with all passages, or with each by itself."""
+        passages, scores = self.retrieve([item.query for item in items])
+        return [
+            self._question(item, own, row, settings) for item, own, row in zip(items, passages, scores, strict=True)
+        ]
+
+    def _question(
+        self, item: RAGItem, passages: list[Passage], scores: Tensor, settings: GenerationSettings
+    ) -> Question:
+        found = {"documents": [_document(each) for each in passages], "doc_scores": scores.tolist()}
+        if self.decoding == "concatenate":
+            together = self._prompt(item, passages)
+            return Question([together], settings, lambda answers: Response(answers[0], found))
+        prompts = [self._prompt(item, [each]) for each in passages]
+        # All that a prompt's beams or draws have found are candidates, and their likelihood decides.
+        alone = replace(settings, num_return_sequences=max(settings.num_return_sequences, settings.num_beams))
+        alone = replace(alone, logprobs=True)
+
+        def finish(answers: list[list[Answer]]) -> Response:
+            return Response(self._marginal(item, passages, scores, answers, settings), found)
+
+        return Question(prompts, alone, finish)
+
+    @torch.no_grad()
     def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
         """Answers, with the passages behind them and their scores."""
+        if self.decoding != "rag_token":
+            return super().respond(items, settings)
         passages, scores = self.retrieve([item.query for item in items])
-        match self.decoding:
-            case "rag_token":
-                prompts = [
-                    [self._prompt(item, [each]) for each in own] for item, own in zip(items, passages, strict=True)
-                ]
-                log_priors = scores.log_softmax(-1)
-                answers = generate_by_token(self.network, self.tokenizer, prompts, log_priors, settings, self.stop)
-            case "concatenate":
-                together = [self._prompt(item, own) for item, own in zip(items, passages, strict=True)]
-                answers = self.answer(together, settings)
-            case _:
-                answers = self._by_sequence(items, passages, scores, settings)
+        prompts = [[self._prompt(item, [each]) for each in own] for item, own in zip(items, passages, strict=True)]
+        log_priors = scores.log_softmax(-1)
+        answers = generate_by_token(self.network, self.tokenizer, prompts, log_priors, settings, self.stop)
         return [
             Response(found, {"documents": [_document(each) for each in own], "doc_scores": row.tolist()})
             for found, own, row in zip(answers, passages, scores, strict=True)
@@ -277,47 +295,40 @@ class RetrievingModule(GenerativeModule):
     def _prompt(self, item: RAGItem, passages: Sequence[Passage]) -> list[int]:
         return self.data.encoder.prompt(item.messages, passages, item.tools).input_ids
 
-    def _by_sequence(
+    def _marginal(
         self,
-        items: Sequence[RAGItem],
-        passages: Sequence[Sequence[Passage]],
+        item: RAGItem,
+        passages: list[Passage],
         scores: Tensor,
+        answers: list[list[Answer]],
         settings: GenerationSettings,
-    ) -> list[list[Answer]]:
-        """The candidates of all passages, by their likelihood summed over the passages.
+    ) -> list[Answer]:
+        """The candidates that were generated after each passage, by their likelihood summed over the passages.
 
         `rag_sequence` asks the generator for each candidate after each passage; `rag_sequence_fast` takes a candidate
         for impossible after passages from which it was not generated.
 
         Source: Lewis et al. 2020 (arXiv:2005.11401), section 2.5, thorough and fast decoding.
         """
-        alone = replace(settings, num_return_sequences=max(settings.num_return_sequences, settings.num_beams))
-        alone = replace(alone, logprobs=True)
-        prompts = [self._prompt(item, [each]) for item, own in zip(items, passages, strict=True) for each in own]
-        generated = iter(self.answer(prompts, alone))
-        found = []
-        for item, own, row in zip(items, passages, scores.log_softmax(-1), strict=True):
-            beams = [next(generated) for _ in own]  # [K][candidates]
-            candidates = {answer.content: answer for beam in beams for answer in reversed(beam)}
-            logps = torch.full((len(candidates), len(own)), -torch.inf)
-            for column, beam in enumerate(beams):
-                known = {answer.content: answer.logprob for answer in reversed(beam)}
-                for line, content in enumerate(candidates):
-                    if (logp := known.get(content)) is not None:
-                        logps[line, column] = logp
-            if self.decoding == "rag_sequence":
-                said = [replace(item, answer={"role": "assistant", "content": content}) for content in candidates]
-                # An answer that the template renders as nothing has nothing to score.
-                tokens, weights = self.token_logps(said, [[[each] for each in own]] * len(said))
-                logps = (tokens * weights[:, None]).sum(-1).cpu()
-            totals = (row.cpu() + logps).logsumexp(-1)
-            order = totals.argsort(descending=True, stable=True)[: settings.num_return_sequences].tolist()
-            answers = list(candidates.values())
-            kept = [replace(answers[line], id=str(place)) for place, line in enumerate(order)]
-            for answer, line in zip(kept, order, strict=True):
-                answer.logprob = float(totals[line]) if settings.logprobs else None
-            found.append(kept)
-        return found
+        candidates = {answer.content: answer for beam in answers for answer in reversed(beam)}
+        logps = torch.full((len(candidates), len(passages)), -torch.inf)
+        for column, beam in enumerate(answers):
+            known = {answer.content: answer.logprob for answer in reversed(beam)}
+            for line, content in enumerate(candidates):
+                if (logp := known.get(content)) is not None:
+                    logps[line, column] = logp
+        if self.decoding == "rag_sequence":
+            said = [replace(item, answer={"role": "assistant", "content": content}) for content in candidates]
+            # An answer that the template renders as nothing has nothing to score.
+            tokens, weights = self.token_logps(said, [[[each] for each in passages]] * len(said))
+            logps = (tokens * weights[:, None]).sum(-1).cpu()
+        totals = (scores.log_softmax(-1).cpu() + logps).logsumexp(-1)
+        order = totals.argsort(descending=True, stable=True)[: settings.num_return_sequences].tolist()
+        found = list(candidates.values())
+        kept = [replace(found[line], id=str(place)) for place, line in enumerate(order)]
+        for answer, line in zip(kept, order, strict=True):
+            answer.logprob = float(totals[line]) if settings.logprobs else None
+        return kept
 
 
 def _document(passage: Passage) -> dict[str, str]:

@@ -12,7 +12,6 @@ from torch.nn.functional import logsigmoid
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.collate import ScoreBatch
-from lit_alignment.data.prompts import ItemBatch
 from lit_alignment.data.reward import ResponsesItem, RewardDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
@@ -179,29 +178,41 @@ class RewardModule(ScoringModule):
         decides = {"normalize": self.normalize, "measured": self.head.measured if self.normalize else None}
         return {"rewards": {**decides, "adapter": self.adapter and self.adapter.path}}
 
-    def predict_step(self, batch: ItemBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
-        """`answers` and `rewards` of each record; one of steps has `step_rewards` beside them.
+    def sequences(self, item: ResponsesItem) -> list[list[int]]:
+        """The prompt with each response.
+
+        Raises:
+            ConfigError: If the scores are of steps.
+        """
+        if self.data.kind == "steps":
+            raise ConfigError("the rewards of steps are read inside a response. Use engine: transformers.")
+        return [item.sequences.prompt + response for response in item.sequences.responses]
+
+    def predicted(self, item: ResponsesItem, scores: Tensor) -> dict[str, Any]:
+        """`answers` and `rewards` of one record, raw or normalised; one of steps has `step_rewards` beside them.
 
         The reward of a response made of steps is the log-probability that all of them are good (Lightman et al. 2023).
         """
-        rewards = self.rewards(batch.scores)
-        return {"rewards": [_prediction(item, found) for item, found in zip(batch.items, rewards, strict=True)]}
+        return _prediction(item, self._normalized(scores[:, 0]))
 
     def rewards(self, batch: ScoreBatch) -> list[Tensor]:
-        """Rewards of each record's responses or steps, raw or normalised.
+        """Rewards of each record's responses or steps, raw or normalised."""
+        return list(torch.split(self._normalized(self.scores(batch)[:, 0]), batch.groups))
+
+    def _normalized(self, scores: Tensor) -> Tensor:
+        """Scores as they are, or less their mean in units of their deviation, as `normalize` says.
 
         Raises:
             ConfigError: If they should be normalised and were never measured, or are of steps.
         """
-        scores = self.scores(batch)[:, 0]
-        if self.normalize:
-            measured = self.head.measured
-            if self.data.kind == "steps":
-                raise ConfigError("model.normalize: the reward of steps is a log-probability; set it to false.")
-            if "reward_mean" not in measured:
-                raise ConfigError("model.normalize: this model's rewards were never measured: run validate, or fit.")
-            scores = (scores - measured["reward_mean"]) / max(measured["reward_std"], 1e-12)
-        return list(torch.split(scores, batch.groups))
+        if not self.normalize:
+            return scores
+        measured = self.head.measured
+        if self.data.kind == "steps":
+            raise ConfigError("model.normalize: the reward of steps is a log-probability; set it to false.")
+        if "reward_mean" not in measured:
+            raise ConfigError("model.normalize: this model's rewards were never measured: run validate, or fit.")
+        return (scores - measured["reward_mean"]) / max(measured["reward_std"], 1e-12)
 
 
 def _prediction(item: ResponsesItem, rewards: Tensor) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 B rows, T tokens, N scores, K labels
 """
 
+from abc import abstractmethod
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftConfig
 from torch import Tensor
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.collate import ScoreBatch
+from lit_alignment.data.prompts import ItemBatch
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.attention import document_arguments
@@ -96,6 +99,26 @@ class ScoringModule(AlignmentModule):
     def _shared_step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
         raise NotImplementedError
 
+    # Predictions.
+
+    def predict_step(self, batch: ItemBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
+        """What the scores of each item say, in the one file of `prediction_settings`."""
+        (name,) = self.prediction_settings()
+        scores = torch.split(self.scores(batch.scores), batch.scores.groups)
+        return {name: [self.predicted(item, own) for item, own in zip(batch.items, scores, strict=True)]}
+
+    @abstractmethod
+    def predicted(self, item: Any, scores: Tensor) -> dict[str, Any]:
+        """What the scores of one item, [N, K], say."""
+
+    @abstractmethod
+    def sequences(self, item: Any) -> list[list[int]]:
+        """Token ids of the N sequences of an item, each with one score at its last token, for engines that read those.
+
+        Raises:
+            ConfigError: If its scores stand elsewhere.
+        """
+
     def measure(self, **values: float) -> None:
         """Keep what was measured with the model beside it."""
         self.head = replace(self.head, measured={**self.head.measured, **values})
@@ -107,7 +130,14 @@ class ScoringModule(AlignmentModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what was measured, and refuse a head with other labels."""
         super().on_load_checkpoint(checkpoint)
-        found = read_head(checkpoint[CHECKPOINT_KEY]["head"])
+        self.take_over(read_head(checkpoint[CHECKPOINT_KEY]["head"]))
+
+    def take_over(self, found: Head) -> None:
+        """Take over what was measured with a trained head.
+
+        Raises:
+            CheckpointError: If it has other labels.
+        """
         if (found.labels, found.problem) != (self.head.labels, self.head.problem):
             raise CheckpointError(
                 f"the checkpoint scores {list(found.labels)} ({found.problem}), this model {list(self.head.labels)} "

@@ -19,7 +19,6 @@ from lit_alignment.data.media import MediaTokens
 from lit_alignment.data.vlm import MediaBatch, MediaItem, VLMDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import GenerationSettings
-from lit_alignment.generation.transformers_engine import generate
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import Backbone
@@ -188,22 +187,24 @@ class VLMModule(SFTModule):
     @torch.no_grad()
     def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
         """What the model makes of prompts with images."""
-        owners = [(f"{item.dataset}/{item.id}", item.media) for item in items if isinstance(item, MediaItem)]
-        media = {name: [part.to(self.device) for part in parts] for name, parts in self.data.load(owners).items()}
-        counts = {name: [len(files.get(name, [])) for _, files in owners] for name in self.shapes}
         training = self.network.training
         self.network.eval()
-        with placed(self.network, self._placements(media, counts)):
-            answers = generate(
-                self.network,
-                self.tokenizer,
-                [item.input_ids for item in items],
-                settings,
-                self.stop,
-                never=[each.token_id for each in self.media.values()],
-            )
+        with placed(self.network, self.placements_of(items)):
+            found = super().respond(items, settings)
         self.network.train(training)
-        return [Response(found) for found in answers]
+        return found
+
+    def placements_of(self, items: Sequence[MediaItem]) -> list[Placement]:
+        """What to put at the placeholders of prompts."""
+        owners = [(f"{item.dataset}/{item.id}", item.media) for item in items]
+        media = {name: [part.to(self.device) for part in parts] for name, parts in self.data.load(owners).items()}
+        counts = {name: [len(files.get(name, [])) for _, files in owners] for name in self.shapes}
+        return self._placements(media, counts)
+
+    @property
+    def never(self) -> list[int]:
+        """Placeholders."""
+        return [each.token_id for each in self.media.values()]
 
     # Optimiser and checkpoint.
 

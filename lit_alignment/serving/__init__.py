@@ -1,0 +1,1 @@
+"""Trained models behind vLLM: the predict loop and the server."""
