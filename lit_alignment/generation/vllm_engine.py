@@ -232,9 +232,11 @@ class VLLMEngine:
 
     def _add(self, name: str, request: Request) -> str:
         """Hand a request over, or say why vLLM refuses it."""
+        from vllm.exceptions import VLLMClientError
+
         try:
             self.engine.add_request(name, request.prompt, request.parameters, lora_request=self.lora)
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             return _first_line(error)
         return ""
 

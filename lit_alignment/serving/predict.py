@@ -62,7 +62,7 @@ def predict(
     job = _job(module, saved, served)
     chosen = _defaults(module) | served.settings() | job.settings() | settings
     arguments = engine_arguments(chosen)
-    writer.engine = {"engine": "vllm", **{name: getattr(arguments, name) for name in DECIDES}}
+    writer.engine = {"engine": {"name": "vllm", **{name: getattr(arguments, name) for name in DECIDES}}}
     writer.setup(trainer, module, "predict")
     batches = data.predict_dataloader()
     if len(batches) == 0:
