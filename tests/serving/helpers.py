@@ -20,7 +20,7 @@ def lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def trained(folder: Path, module: Any, data: Any, steps: int = 2) -> str:
     """A checkpoint after a few steps."""
-    runner = trainer(folder, max_steps=steps)
+    runner = trainer(folder, max_steps=steps, max_epochs=steps)
     runner.fit(module, data)
     runner.save_checkpoint(folder / "trained.ckpt")
     return str(folder / "trained.ckpt")

@@ -20,7 +20,7 @@ FILES = "Files have the old names, single_inference_0.jsonl and so on; a line ha
 OVERWRITTEN = "several models wrote one file there, the last one over the others; here each has a folder of its own"
 SCORED = "The file is {file} in output_dir; a line has `dataset` instead of dataset_name."
 SCORED_FILES = {"Classification": "classes.jsonl", "Reward": "rewards.jsonl"}
-VLLM = "the vLLM engine is not there yet; transformers answers"
+FOLLOWS = "vLLM is told what the adapter needs"
 
 
 def convert_rag(top: Settings) -> list[Document]:
@@ -59,7 +59,7 @@ def convert(top: Settings, method: Method = "SFT") -> list[Document]:
             number += 1
         if not named:
             notes.missing.append(old.path_of("generation_settings"))
-        _note_engine(old)
+        engine = _engine(old)
         old.leave_out("batch_size prompts are answered at a time", "micro_batch")
         data = found | {"packing": False, "batch_size": batch}
         whole = old.part("model_settings")
@@ -73,7 +73,7 @@ def convert(top: Settings, method: Method = "SFT") -> list[Document]:
             further = modalities(whole, dataset, [])
             whole.leave_out(PICKLED, "projections_path")
             data["folder"] = "."
-        documents.append(_document(old, model, method, {**further, "generation": named}, data, folder, seed))
+        documents.append(_document(old, model, method, {**further, "generation": named}, data, folder, seed, engine))
     return documents
 
 
@@ -98,19 +98,24 @@ def _batch(old: Settings, settings: Settings, ours: dict[str, Any]) -> int:
     return batch
 
 
-def _note_engine(old: Settings) -> None:
-    """Take note of what vLLM was told."""
+def _engine(old: Settings) -> dict[str, Any]:
+    """Our engine, with what vLLM was told."""
     if not old.take("use_vllm", False):
         for key in ("vllm_engine_settings", "tensor_parallel_size"):
             if (value := old.raw(key)) is not None:
                 old.notes.leave_out(f"{old.path_of(key)} {shorten(value)}", "use_vllm is off")
-        return
+        return {}
     old.notes.warn(old.path_of("use_vllm"), META)
-    old.notes.leave_out(old.path_of("use_vllm"), VLLM)
-    engine = old.part("vllm_engine_settings")
-    for owner, key in ((old, "tensor_parallel_size"), *((engine, key) for key in engine.values)):
-        if (value := owner.raw(key)) is not None:
-            old.notes.leave_out(f"{owner.path_of(key)} {shorten(value)}", VLLM)
+    given = old.part("vllm_engine_settings")
+    own = {
+        "dtype": given.take("dtype", "bfloat16"),
+        "tensor_parallel_size": given.take("tensor_parallel_size", old.take("tensor_parallel_size", 1)),
+        "gpu_memory_utilization": given.take("gpu_memory_utilization", 0.95),
+    }
+    if (most := given.maybe("max_logprobs", int)) is not None:
+        own["max_logprobs"] = most
+    given.leave_out(FOLLOWS, "enable_lora", "max_lora_rank")
+    return {"engine": "vllm", "vllm": own}
 
 
 def scored_documents(
@@ -142,14 +147,14 @@ def scored_documents(
     for number, old in enumerate(models):
         if "model_settings" not in old:
             notes.missing.append(old.path_of("model_settings"))
-        _note_engine(old)
+        engine = _engine(old)
         old.leave_out("batch_size records are scored at a time", "micro_batch")
         old.leave_out("nothing is generated", "generation_settings")
         model, data = old.part("model_settings"), {"packing": False, "batch_size": old.take("batch", 1)}
         where = folder if len(models) == 1 else f"{folder}/{number}"
         documents.append(
             scored_document(
-                model, old.part("tokenizer_settings"), method, purpose, module(model), found | data, where, seed
+                model, old.part("tokenizer_settings"), method, purpose, module(model), found | data, where, seed, engine
             )
         )
     return documents
@@ -164,6 +169,7 @@ def scored_document(
     data: dict[str, Any],
     folder: str,
     seed: int,
+    engine: dict[str, Any],
 ) -> Document:
     """Our configuration for `predict` of one model that scores.
 
@@ -176,6 +182,7 @@ def scored_document(
         data: Settings of the data module, but for its seed.
         folder: Where its file goes.
         seed: Of everything.
+        engine: What computes, where it is not transformers.
     """
     model.leave_out("the tokenizer has its tokens, and nothing is trained", "embeddings_initialization_strategy")
     module = {"backbone": backbone(model, tokenizer, scores=True), **further, **adapters(model, training=False)}
@@ -185,6 +192,7 @@ def scored_document(
         "trainer": {"default_root_dir": folder, "logger": False, "callbacks": [writer]},
         "model": {"class_path": f"lit_alignment.{method}Module", "init_args": module},
         "data": {"class_path": f"lit_alignment.{method}DataModule", "init_args": {**data, "seed": seed}},
+        **engine,
     }
     return Document("predict", purpose, config, [SCORED.format(file=SCORED_FILES[method])])
 
@@ -207,6 +215,7 @@ def _document(
     data: dict[str, Any],
     folder: str,
     seed: int,
+    engine: dict[str, Any],
 ) -> Document:
     model.leave_out("the tokenizer has its tokens, and nothing is trained", "embeddings_initialization_strategy")
     module = {
@@ -220,5 +229,6 @@ def _document(
         "trainer": {"default_root_dir": folder, "logger": False, "callbacks": [writer]},
         "model": {"class_path": f"lit_alignment.{method}Module", "init_args": module},
         "data": {"class_path": f"lit_alignment.{method}DataModule", "init_args": {**data, "seed": seed}},
+        **engine,
     }
     return Document("predict", PURPOSES[method], config, [FILES, BUILD] if method == "RAG" else [FILES])

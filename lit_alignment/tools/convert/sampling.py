@@ -43,7 +43,7 @@ def convert(top: Settings) -> list[Document]:
         return [Document("sample", "random answers", shlex.join([*command, *_rest(number, seed, target)]), [])]
     rewards = str(PurePath(folder) / "rewards.jsonl")
     model, tokenizer, data = top.part("rm"), top.part("tokenizer_settings"), _data(top, dataset)
-    scoring = scored_document(model, tokenizer, "Reward", "rewards of answers", {}, data, folder, seed)
+    scoring = scored_document(model, tokenizer, "Reward", "rewards of answers", {}, data, folder, seed, {})
     if "beta" in top:
         notes.warn("beta", RSO)
         command += [rewards, "--strategy", "rso", "--beta", str(top.take("beta", 1.0))]

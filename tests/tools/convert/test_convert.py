@@ -123,7 +123,7 @@ FAULTS = {
     generation.BEST_OF: ["inference_vllm"],
     generation.TABLES: ["sft_lora", "sft_adapter"],
     inference.ONE_ANSWER: ["inference_chat"],
-    inference.VLLM: ["inference_vllm"],
+    inference.FOLLOWS: ["inference_vllm"],
     inference.OVERWRITTEN: ["inference_classification"],
     classification.SINGLE: ["classification"],
     classification.FOCAL: ["classification"],
@@ -390,12 +390,19 @@ def test_old_defaults_are_written_out(convert):
     assert callbacks[-2:] == ["lit_alignment.Export", "lit_alignment.Throughput"]
 
 
-def test_each_setting_of_the_vllm_engine_is_listed(convert):
+def test_settings_of_the_vllm_engine_are_carried_over(convert):
+    (text,), _, err = convert(old("inference_vllm"))
+    config = yaml.safe_load(text)
+    assert config["engine"] == "vllm"
+    expected = {"dtype": "bfloat16", "tensor_parallel_size": 2, "gpu_memory_utilization": 0.9, "max_logprobs": 5}
+    assert config["vllm"] == expected
+    (line,) = [line for line in err.splitlines() if line.endswith(f": {inference.FOLLOWS}")]
+    assert "vllm_engine_settings.enable_lora" in line and "vllm_engine_settings.max_lora_rank" in line
     values = old("inference_vllm")
-    err = convert(values)[2]
-    (line,) = [line for line in err.splitlines() if line.endswith(f": {inference.VLLM}")]
-    for key, value in values["inference_settings"][0]["vllm_engine_settings"].items():
-        assert f"inference_settings[0].vllm_engine_settings.{key} {json.dumps(value)}" in line
+    values["inference_settings"][0] |= {"vllm_engine_settings": {}, "tensor_parallel_size": 4}
+    (text,), _, _ = convert(values)
+    expected = {"dtype": "bfloat16", "tensor_parallel_size": 4, "gpu_memory_utilization": 0.95}
+    assert yaml.safe_load(text)["vllm"] == expected
 
 
 def test_metrics_are_known_here():

@@ -1,0 +1,31 @@
+"""Lets a torchvision that was built for CUDA be imported beside a torch for CPU.
+
+Its compiled operators cannot be loaded there, and it registers kernels of one of them while it is imported. The
+operator's schema is declared just before that. This file is copied beside torchvision, and imported when Python starts,
+so it imports nothing itself.
+"""
+
+import sys
+from typing import Any
+
+
+class DeclareOperators:
+    """Stands before Python's own finders, until torchvision is asked for."""
+
+    library: Any = None  # the schemas are gone when it is
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Declare the schemas, and leave the finding to others."""
+        if name != "torchvision":
+            return
+        sys.meta_path.remove(self)
+        import torch
+
+        DeclareOperators.library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        for operator in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, operator):
+                schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                DeclareOperators.library.define(schema)
+
+
+sys.meta_path.insert(0, DeclareOperators())

