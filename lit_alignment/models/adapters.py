@@ -195,7 +195,9 @@ def why_merge(network: nn.Module) -> str:
         return "it holds whole layers"
     if not isinstance(config, LoraConfig):
         return f"it is no LoRA but {type(config).__name__}"
-    return "it uses DoRA" if config.use_dora else ""
+    if config.use_dora:
+        return "it uses DoRA"
+    return "it trains biases" if config.bias != "none" or config.lora_bias else ""
 
 
 @torch.no_grad()

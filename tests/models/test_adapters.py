@@ -21,7 +21,7 @@ from lit_alignment import Export, SFTModule
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.generation.transformers_engine import StopRule, generate
-from lit_alignment.models.adapters import Adapter, merged_state
+from lit_alignment.models.adapters import Adapter, merged_state, why_merge
 from lit_alignment.models.head import head_loss, hidden_states, token_logps
 from lit_alignment.models.loading import Backbone
 from lit_alignment.models.restoring import trained_names
@@ -311,3 +311,17 @@ def test_adapters_switched_off_give_the_base_also_in_the_head(kind, base):
             after = found()
     assert after[0] == before[0] and torch.equal(after[1], before[1])
     assert changed[0] != before[0] and after[0] == pytest.approx(-float(after[1].sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, ""),
+        ({"use_dora": True}, "it uses DoRA"),
+        ({"bias": "lora_only"}, "it trains biases"),
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "it holds whole layers"),
+    ],
+)
+def test_what_servers_cannot_load_has_a_reason_to_be_merged(base, settings, reason):
+    module = module_with(base, LoraConfig(**(LORA | settings)))
+    assert why_merge(module.load_model()) == reason
