@@ -1,7 +1,7 @@
-"""Can a language model learn to see from 1,500 pictures: what kind of thing an emoji shows, and in which color?
+"""Can a language model learn to see from 1,200 pictures: what kind of thing an emoji shows, and in which color?
 
     python benchmarks/vlm_emoji.py data     # pictures, records and the image encoder under data/emoji
-    python benchmarks/vlm_emoji.py fit      # trains with and without pictures, and compares: up to an hour on two cores
+    python benchmarks/vlm_emoji.py fit      # trains with and without pictures, and compares: up to an hour
 
 The pictures are Twemoji's (npm @twemoji/svg 15.0.0, CC-BY 4.0), drawn by resvg. The kind comes from the Unicode name,
 or from the chart that a code point stands in; the color is the one that covers most of the picture. All skin tones of

@@ -28,7 +28,7 @@ FLUSH_SECONDS = 0.5
 OURS = ("model", "tokenizer", "runner", "enable_lora")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Summary:
     """What a run has done.
 
@@ -173,10 +173,12 @@ def _answer(job: Job, engine: VLLMEngine, batches: Any, writer: PredictionWriter
                 if finished is None:
                     continue
                 now = time.monotonic()
-                failed = [(finished.item, finished.problem)] if finished.problem else []
-                tokens = summary.tokens + finished.tokens
-                summary = Summary(summary.prompts + 1, tokens, now - start, [*summary.failed, *failed])
-                if not failed:
+                summary.prompts += 1
+                summary.tokens += finished.tokens
+                summary.seconds = now - start
+                if finished.problem:
+                    summary.failed.append((finished.item, finished.problem))
+                else:
                     ready.setdefault(finished.name, []).append((finished.item, finished.prediction))
                 if now - flushed > FLUSH_SECONDS:
                     flush()
