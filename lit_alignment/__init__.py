@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lit_alignment.modules.reward import RewardModule
     from lit_alignment.modules.sft import SFTModule
     from lit_alignment.modules.vlm import VLMModule
+    from lit_alignment.strategies.fsdp2 import FSDP2Strategy
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _PLACES = {
     "ClassificationModule": "lit_alignment.modules.classification",
     "ClearMLLogger": "lit_alignment.loggers",
     "Export": "lit_alignment.callbacks.export",
+    "FSDP2Strategy": "lit_alignment.strategies.fsdp2",
     "IndexRefresh": "lit_alignment.callbacks.refresh",
     "PassageDataModule": "lit_alignment.data.retriever",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
@@ -59,6 +61,7 @@ __all__ = [
     "ClassificationModule",
     "ClearMLLogger",
     "Export",
+    "FSDP2Strategy",
     "IndexRefresh",
     "PassageDataModule",
     "PredictionWriter",

@@ -22,7 +22,19 @@ ALLOWED = {
     "retrieval": {"errors", "paths", "data"},
     "generation": {"errors", "paths", "metrics", "data", "models"},
     "optimization": {"errors"},
-    "modules": {"errors", "paths", "optimization", "losses", "metrics", "data", "models", "retrieval", "generation"},
+    "strategies": {"errors", "models"},
+    "modules": {
+        "errors",
+        "paths",
+        "optimization",
+        "strategies",
+        "losses",
+        "metrics",
+        "data",
+        "models",
+        "retrieval",
+        "generation",
+    },
 }
 
 

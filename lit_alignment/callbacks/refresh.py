@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from lit_alignment.modules.retrieving import RetrievingModule
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import read_manifest
 from lit_alignment.retrieval.index import PassageIndex, make_faiss
+from lit_alignment.strategies.fsdp2 import FSDP2Strategy
 
 
 class IndexRefresh(Callback):
@@ -56,7 +56,7 @@ class IndexRefresh(Callback):
             return
         if not isinstance(pl_module, RetrievingModule) or pl_module.train_retriever != "both":
             raise ConfigError("IndexRefresh needs a RAGModule with train_retriever: both; else no passage changes.")
-        if self.background and isinstance(trainer.strategy, ModelParallelStrategy):
+        if self.background and isinstance(trainer.strategy, FSDP2Strategy):
             raise ConfigError("IndexRefresh: a sharded encoder cannot work in the background. Set background: false.")
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "index"
 

@@ -304,8 +304,10 @@ class AlignmentDataModule(LightningDataModule):
         return {} if self._train_loader is None else {"train": self._train_loader.position()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a checkpoint's place; the loader is made afterwards."""
+        """Go on at a checkpoint's place; sharded strategies restore when the loader is there already."""
         self._resume_at = state_dict.get("train")
+        if self._train_loader is not None and self._resume_at is not None:
+            self._train_loader.resume(self._resume_at)
 
     def val_dataloader(self) -> PlannedLoader[Any] | list[Any]:
         """Validation batches in order; none without sources."""

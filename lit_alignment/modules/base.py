@@ -16,9 +16,9 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer
 from lit_alignment.models.restoring import CHECKPOINT_KEY, refuse_missing, trained_names
-from lit_alignment.models.sharding import shard
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.strategies.fsdp2 import FSDP2Strategy
 
 
 class AlignmentModule(LightningModule):
@@ -63,8 +63,23 @@ class AlignmentModule(LightningModule):
         if self.model is None:
             data = datamodule_of(self.trainer)
             model = self.load_model(self.trainer.strategy.root_device.type, data.packing, data.share_prompts)
-            if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
-                shard(model, self.device_mesh["data_parallel"])
+            self.shard(model, layered=True)
+
+    def shard(self, part: nn.Module, layered: bool = False) -> None:
+        """Split a part of the model over devices, if the strategy does that.
+
+        Args:
+            part: The part.
+            layered: Whether it is a language model, to be split layer by layer.
+
+        Raises:
+            ConfigError: If the strategy is Lightning's own, whose checkpoints cannot hold trained weights alone.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            strategy.shard(part, layered)
+        elif isinstance(strategy, ModelParallelStrategy):
+            raise ConfigError("trainer.strategy: use lit_alignment.FSDP2Strategy in place of ModelParallelStrategy.")
 
     def load_model(self, device_type: str = "cpu", packing: bool = False, shared_prompts: bool = False) -> nn.Module:
         """Load the weights, with tokens and adapters, without a Trainer."""

@@ -8,10 +8,8 @@ from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftConfig
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.passages import Passage, format_passage
@@ -100,9 +98,8 @@ class RetrievingModule(GenerativeModule):
         self.load_retriever()
         if not self.train_generator:
             self.network.requires_grad_(False)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
-            for tower in {self.encoder.query_tower, self.encoder.passage_tower}:
-                fully_shard(tower, mesh=self.device_mesh["data_parallel"])
+        for tower in {self.encoder.query_tower, self.encoder.passage_tower}:
+            self.shard(tower)
 
     def load_retriever(self) -> None:
         """Load the towers, and the index that they fit, without a Trainer.

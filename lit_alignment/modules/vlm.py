@@ -8,10 +8,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.collate import TokenBatch
@@ -130,9 +128,8 @@ class VLMModule(SFTModule):
         if not self.train_language_model:
             self.network.requires_grad_(False)
         self.load_towers(self.trainer.strategy.root_device.type)
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and self.device_mesh is not None:
-            for tower in self.loaded_towers.values():
-                fully_shard(tower, mesh=self.device_mesh["data_parallel"])
+        for tower in self.loaded_towers.values():
+            self.shard(tower)
 
     def load_towers(self, device_type: str = "cpu") -> nn.ModuleDict:
         """Load encoders and projectors without a Trainer, after the language model."""

@@ -160,7 +160,8 @@ class PictureJob(GenerationJob):
     def settings(self) -> dict[str, Any]:
         """As many images a prompt as any has."""
         found = self.vlm.data.examples["predict"]["media"]
-        return {"limit_mm_per_prompt": {"image": max(1, *(len(json.loads(files)["image"]) for files in found))}}
+        most = max(len(json.loads(files)["image"]) for files in found)
+        return {"limit_mm_per_prompt": {"image": max(1, most)}}
 
     def prompt(self, item: MediaItem, ids: list[int]) -> Any:
         """The images, and the ids with one placeholder for each."""

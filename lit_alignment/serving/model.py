@@ -94,7 +94,7 @@ def lora_rank(adapter: str) -> int:
     from vllm.config.lora import MaxLoRARanks
 
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
-    rank = max(config["r"], *(config.get("rank_pattern") or {}).values())
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     found = min((each for each in get_args(MaxLoRARanks) if each >= rank), default=None)
     if found is None:
         raise ConfigError(f"{adapter}: LoRA of rank {rank} is more than vLLM takes. Merge it: lit-alignment merge.")

@@ -106,7 +106,7 @@ def sharding_of(asked: Any) -> Sharding:
     name = strategy if isinstance(strategy, str) else str(strategy.class_path).rpartition(".")[2]
     settings: Any = {} if isinstance(strategy, str) else strategy.init_args
     devices = _count(asked["devices"]) * asked["num_nodes"]
-    if name.startswith(("fsdp", "FSDP")) or name == "ModelParallelStrategy":
+    if name.startswith(("fsdp", "FSDP")):
         return Sharding(name, devices, weights=True, gradients=True, optimizer=True)
     if name.lower().startswith("deepspeed"):
         stage = int(settings.get("stage", 2)) if settings else int(name.partition("stage_")[2][:1] or 2)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 
-from lit_alignment import CherryPicks
+from lit_alignment import CherryPicks, FSDP2Strategy
 from lit_alignment.generation.settings import GenerationSettings
 from lit_alignment.metrics.answers import Answered, Perplexity
 from tests.helpers import chats, sft_data, sft_module, trainer
@@ -18,7 +18,7 @@ def main(kind: str, folder: str) -> None:
     torch.set_num_threads(1)
     strategies = {
         "ddp": DDPStrategy(process_group_backend="gloo"),
-        "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
+        "fsdp2": FSDP2Strategy(process_group_backend="gloo"),
     }
     generation = GenerationSettings(max_new_tokens=4)
     callback = CherryPicks(num_samples=2, generation=generation, metrics=["length", "perplexity", "kl"])

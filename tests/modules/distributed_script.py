@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 
+from lit_alignment import FSDP2Strategy
 from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.models.loading import Backbone
 from lit_alignment.retrieval.index import IndexConfig
@@ -89,15 +90,17 @@ def build(method: str, lora: bool, part: str, folder: Path):
 def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sft") -> None:
     """Train one epoch (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`).
 
-    `sharded` trains one epoch over `folder/base`, saves a checkpoint in shards, and writes the logits.
+    `pairs-` before these takes two micro-batches a step on any number of ranks. `sharded` trains one epoch over `folder/base`, saves a checkpoint in shards, and writes the logits.
     """
     torch.set_num_threads(1)
     strategies = {
         "one": "auto",
         "ddp": DDPStrategy(process_group_backend="gloo"),
-        "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
+        "fsdp2": FSDP2Strategy(process_group_backend="gloo"),
+        "gathered": FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo"),
     }
     recorder = Recorder()
+    accumulate = 1 if part != "all" else 6 if kind == "one" else 3
     saver = ModelCheckpoint(folder, filename="saved", every_n_train_steps=1, enable_version_counter=False)
     refresh = [IndexRefresh(every_n_steps=2)] if method == "rag" else []
     limits = {
@@ -107,11 +110,12 @@ def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sf
         "rest": {"max_epochs": 2},
         "sharded": {},
     }
+    pairs, _, part = part.rpartition("-")  # two micro-batches a step, however many ranks there are
     runner = trainer(
         Path(folder),
         strategy=strategies[kind],
         devices=1 if kind == "one" else 2,
-        accumulate_grad_batches=1 if part != "all" else 6 if kind == "one" else 3,
+        accumulate_grad_batches=(2 if kind == "one" else 1) if pairs else accumulate,
         callbacks=[recorder, *([saver] if part in ("first", "sharded") else []), *refresh],
         enable_checkpointing=part in ("first", "sharded"),
         **limits.get(part, {}),
@@ -134,7 +138,8 @@ def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sf
         "ids": recorder.ids,
         "pictures": recorder.pictures,
     }
-    torch.save(keep, Path(folder) / f"{kind}-{part}-{runner.global_rank}.pt")
+    name = f"{pairs}-{part}" if pairs else part
+    torch.save(keep, Path(folder) / f"{kind}-{name}-{runner.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -51,12 +51,29 @@ def test_rank_without_an_image_keeps_in_step(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_resume_on_two_ranks_sees_the_same_records(tmp_path):
+@pytest.mark.parametrize("lora", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "gathered"])
+def test_resume_on_two_ranks_sees_the_same_records(kind, lora, tmp_path):
     """Stopped in the middle of the first epoch; each rank goes on with its own records."""
     for part in ("whole", "first", "rest"):
-        launch("ddp", "lora", tmp_path, part)
+        launch(kind, lora, tmp_path, part)
+    assert (tmp_path / "saved.ckpt").is_dir() == (kind == "fsdp2")
     for rank in (0, 1):
-        whole, first, rest = (torch.load(tmp_path / f"ddp-{p}-{rank}.pt") for p in ("whole", "first", "rest"))
+        whole, first, rest = (torch.load(tmp_path / f"{kind}-{p}-{rank}.pt") for p in ("whole", "first", "rest"))
         assert 0 < len(first["ids"]) < len(whole["ids"]) / 2
         assert first["ids"] + rest["ids"] == whole["ids"]
         assert first["losses"] + rest["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("before", "after"), [("fsdp2", "one"), ("one", "fsdp2"), ("gathered", "one"), ("ddp", "fsdp2"), ("fsdp2", "ddp")]
+)
+def test_checkpoint_resumes_on_another_number_of_ranks(before, after, lora, tmp_path):
+    """Two ranks with one micro-batch each take the steps of one process that accumulates two."""
+    whole = launch("one", lora, tmp_path, "pairs-whole")
+    first = launch(before, lora, tmp_path, "pairs-first")
+    rest = launch(after, lora, tmp_path, "pairs-rest")
+    assert first["losses"] + rest["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+    assert first["norms"] + rest["norms"] == pytest.approx(whole["norms"], rel=1e-3)

@@ -26,7 +26,7 @@ def asked(strategy, devices=4, num_nodes=1):
         ("deepspeed_stage_3_offload", 200, 100, 400),
         ("fsdp", 200, 100, 400),
         (
-            Namespace(class_path="lightning.pytorch.strategies.ModelParallelStrategy", init_args=Namespace()),
+            Namespace(class_path="lit_alignment.FSDP2Strategy", init_args=Namespace()),
             200, 100, 400,
         ),
         (

@@ -40,8 +40,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
 SHARDING = (
-    "set trainer.devices, and trainer.strategy to ddp, or to lightning.pytorch.strategies.ModelParallelStrategy with "
-    "data_parallel_size: the number of GPUs, which takes bf16-mixed but not 16-mixed"
+    "set trainer.devices, and trainer.strategy to ddp or to lit_alignment.FSDP2Strategy, which takes bf16-mixed but "
+    "not 16-mixed; configs/trainer/ has both, and DeepSpeed"
 )
 FP16_BFLOAT16 = (
     "fp16 was on there unless it was switched off, and it cannot scale the gradients of weights in bfloat16; here the "

@@ -1,0 +1,1 @@
+"""Strategies of our own, and checkpoints in shards."""

@@ -1,0 +1,180 @@
+"""Fully sharded training: FSDP2 under Lightning's ModelParallelStrategy, with checkpoints of what was trained."""
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lit_alignment.errors import CheckpointError
+from lit_alignment.models.restoring import refuse_missing, trained_names
+from lit_alignment.models.sharding import shard_layers
+from lit_alignment.strategies.sharded import (
+    OPTIMIZER,
+    by_name,
+    by_number,
+    found_path,
+    full,
+    is_sharded,
+    partial_path,
+    put_in_place,
+    read_into,
+    read_rest,
+    split_checkpoint,
+    stored_names,
+)
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shard weights, gradients and optimiser state over all devices, each decoder layer on its own.
+
+    Under `precision: bf16-mixed` weights are gathered in bfloat16, and gradients are summed in float32. Checkpoints
+    hold what was trained, in shards or whole, and resume on any number of devices.
+
+    Args:
+        save_distributed_checkpoint: Each process writes its shards into a folder; false gathers them into one file.
+        cpu_offload: Keep shards, and run the optimiser, in the memory of the host.
+        process_group_backend: By default NCCL on GPUs, gloo on CPUs.
+        timeout: How long a process waits for the others.
+
+    Source: Zhao et al. 2023, PyTorch FSDP (arXiv:2304.11277).
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        cpu_offload: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        """Nothing is started yet."""
+        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
+        self.cpu_offload = cpu_offload
+
+    @override
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        self._data_parallel_size = self.world_size
+
+    # Sharding.
+
+    def shard(self, module: nn.Module, layered: bool = False) -> None:
+        """Shard a module as one group, or a language model layer by layer."""
+        half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision_plugin.precision))
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+        options: dict[str, Any] = {
+            "mesh": self.device_mesh["data_parallel"],
+            "mp_policy": policy,
+            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+        }
+        if layered:
+            shard_layers(module, **options)
+        else:
+            fully_shard(module, **options)
+
+    # Checkpoints.
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, whole or not at all.
+
+        Raises:
+            CheckpointError: If the disk is full or the folder cannot be written; what was there before stays.
+        """
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            if self.is_global_zero and path.is_dir():
+                shutil.rmtree(path)
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        partial = partial_path(path)
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.barrier()
+        shards, rest = split_checkpoint(checkpoint)
+        try:
+            save(shards, checkpoint_id=partial)
+            if self.is_global_zero:
+                put_in_place(partial, path, rest)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise CheckpointError(
+                f"{path}: cannot save the checkpoint ({str(error).splitlines()[0]}). Earlier checkpoints are "
+                "untouched; free some space or set another folder, then go on with --ckpt_path."
+            ) from error
+        self.barrier()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of what was trained, which any number of processes has written, in shards or whole.
+
+        Raises:
+            CheckpointError: If it is damaged or lacks a trained weight.
+        """
+        path = found_path(Path(self.broadcast(checkpoint_path)))
+        assert self.lightning_module is not None and self.model is not None
+        names = trained_names(self.lightning_module)
+        own = {name: value for name, value in get_model_state_dict(self.model).items() if name in names}
+        whole = None if is_sharded(path) else dict(self.checkpoint_io.load_checkpoint(path))
+        found = set(whole["state_dict"]) if whole is not None else stored_names(path)
+        refuse_missing(names, found, "Check model.peft and model.backbone.")
+        if whole is None:
+            read_into(path, {"state_dict": own})
+            self.model.load_state_dict(own, strict=False)
+        else:
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            given = {name: whole["state_dict"][name] for name in sorted(names)}  # all processes in one order
+            set_model_state_dict(self.model, given, options=options)
+        for number, optimizer in enumerate(self.optimizers):  # none, but in fit
+            state = get_optimizer_state_dict(self.model, optimizer)
+            if whole is None:
+                kept = {f"{OPTIMIZER}{number}": state}
+                read_into(path, kept)
+                state = kept[f"{OPTIMIZER}{number}"]
+            else:
+                state = by_name(whole["optimizer_states"][number], state["param_groups"])  # type: ignore[arg-type]
+            options = StateDictOptions(full_state_dict=whole is not None)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
+        return (read_rest(path) if whole is None else whole) | {"state_dict": own}
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What was trained; whole, on the first process alone, if it goes into one file."""
+        assert self.lightning_module is not None and self.model is not None
+        names = trained_names(self.lightning_module)
+        sharded = get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=True))
+        chosen = {name: value for name, value in sharded.items() if name in names}
+        if self._save_distributed_checkpoint:
+            return chosen
+        gathered = {name: full(value) for name, value in chosen.items()}
+        return gathered if self.is_global_zero else {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimiser's state by names in shards, or as torch has it, on the first process alone."""
+        assert self.model is not None
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, inner, options=options)
+        if self._save_distributed_checkpoint:
+            return state
+        return by_number(state) if self.is_global_zero else {}
