@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lit_alignment.errors import CheckpointError
 from lit_alignment.models.saving import PARTIAL, flush_folder
+from lit_alignment.strategies.sharded import found_path, is_sharded, read_whole
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -47,11 +48,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint.
+        """Read a checkpoint; one in shards as if one process had written it.
 
         Raises:
             CheckpointError: If the file is damaged or holds more than weights and plain values.
         """
+        path = found_path(Path(path))
+        if is_sharded(path):
+            return read_whole(path)
         try:
             return dict(super().load_checkpoint(path, map_location, weights_only=True))
         except FileNotFoundError:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
@@ -17,8 +18,8 @@ from lit_alignment.generation.transformers_engine import generation_config
 from lit_alignment.models.head import base_model
 from lit_alignment.models.llava import composed_writer
 from lit_alignment.models.modality import MediaTower, save_towers
-from lit_alignment.models.restoring import read_saved
-from lit_alignment.models.retriever import DualEncoder, save_retriever
+from lit_alignment.models.restoring import Saved, read_saved, restore, restore_towers
+from lit_alignment.models.retriever import DualEncoder, load_retriever, save_retriever
 from lit_alignment.models.saving import PARTIAL, Companions, Form, export_form, write_folder
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.modules.generative import GenerativeModule
@@ -97,16 +98,14 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
         CheckpointError: If the checkpoint is damaged, the disk is full, or the folder cannot be written.
     """
     saved = read_saved(checkpoint)
-    chosen, reason = export_form(module.network, form)
+    network, encoder, towers = _parts(module, saved)
+    chosen, reason = export_form(network, form)
     template = datamodule_of(module.trainer).chat_template()
     beside, full_weights = None, None
-    if isinstance(module, RetrievingModule):
-        beside = partial(_write_retriever, module.encoder, saved.retriever)
+    if encoder is not None:
+        beside = partial(_write_retriever, encoder, saved.retriever)
     if isinstance(module, VLMModule):
-        towers = module.loaded_towers
-        full_weights, other = composed_writer(
-            module.shapes, towers, saved.towers, module.network, module.tokenizer, template
-        )
+        full_weights, other = composed_writer(module.shapes, towers, saved.towers, network, module.tokenizer, template)
         if full_weights is None or form == "adapter":
             rank_zero_info(f"export: no LLaVA folder, since {other or 'form is adapter'}; projectors stand in media/.")
             beside, full_weights = partial(_write_towers, towers, saved.towers), None
@@ -116,9 +115,24 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
         rank_zero_info(f"export: merged into the weights, since {reason}, which servers such as vLLM cannot load.")
     stops = generation_config(module.tokenizer, module.stop) if isinstance(module, GenerativeModule) else None
     if saved.head is not None:
-        base_model(module.network).config.update(saved.head.measured)
+        base_model(network).config.update(saved.head.measured)
     companions = Companions(module.tokenizer, stops, template, beside, full_weights)
-    return write_folder(module.network, saved.trained, target, companions, chosen)
+    return write_folder(network, saved.trained, target, companions, chosen)
+
+
+def _parts(module: AlignmentModule, saved: Saved) -> tuple[nn.Module, DualEncoder | None, dict[str, MediaTower]]:
+    """Language model, retriever, and encoders with projectors; a sharded module's are loaded anew on this process.
+
+    Args:
+        module: The module.
+        saved: Its checkpoint.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        network, _ = restore(saved)
+        encoder = load_retriever(module.retriever) if isinstance(module, RetrievingModule) else None
+        return network, encoder, restore_towers(saved, network).towers
+    encoder = module.encoder if isinstance(module, RetrievingModule) else None
+    return module.network, encoder, module.loaded_towers if isinstance(module, VLMModule) else {}
 
 
 def _write_retriever(encoder: DualEncoder, trained: dict[str, Tensor], folder: Path) -> None:

@@ -159,6 +159,7 @@ class AlignmentModule(LightningModule):
             "adapter": None if self.adapter is None else asdict(self.adapter),
             "tokens": asdict(self.tokens_config),
             "chat_template": datamodule_of(self.trainer).chat_template(),
+            "ranks": self.trainer.world_size,
             **self.about(),
         }
 
@@ -169,6 +170,9 @@ class AlignmentModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks a trained weight: non-strict loading would leave it at its start value."""
         refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
+        ranks = checkpoint.get(CHECKPOINT_KEY, {}).get("ranks")
+        if ranks is not None and "loops" in checkpoint and self._trainer is not None:
+            _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], ranks / self.trainer.world_size)
 
     # Predictions.
 
@@ -179,6 +183,18 @@ class AlignmentModule(LightningModule):
     @abstractmethod
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
         """For each file, what it says of each item of the batch, in order."""
+
+
+def _recount(progress: dict[str, Any], factor: float) -> None:
+    """Make the number of batches that each process has seen that of another number of processes.
+
+    A checkpoint can be saved before its last batch counts as completed, which stays so.
+    """
+    for counts in (progress["total"], progress["current"]):
+        open_ones = counts["processed"] - counts["completed"]
+        for name in ("ready", "started", "processed"):
+            counts[name] = round(counts[name] * factor)
+        counts["completed"] = counts["processed"] - open_ones
 
 
 def world_scale(module: LightningModule) -> float:

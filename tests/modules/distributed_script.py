@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 
-from lit_alignment import FSDP2Strategy
+from lit_alignment import Export, FSDP2Strategy
 from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.models.loading import Backbone
 from lit_alignment.retrieval.index import IndexConfig
@@ -87,12 +87,19 @@ def build(method: str, lora: bool, part: str, folder: Path):
             return module, rag_data(module, chats(11, longest=6), chats(7, seed=1), **settings)
 
 
-def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sft") -> None:
+def main(kind: str, lora: str, folder: str, parts: str = "all", method: str = "sft") -> None:
+    """One run after another in the same processes."""
+    torch.set_num_threads(1)
+    for part in parts.split(","):
+        run(kind, lora, folder, part, method)
+
+
+def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
     """Train one epoch (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`).
 
-    `pairs-` before these takes two micro-batches a step on any number of ranks. `sharded` trains one epoch over `folder/base`, saves a checkpoint in shards, and writes the logits.
+    `pairs-` before these takes two micro-batches a step on any number of ranks. `sharded` trains one epoch over
+    `folder/base`, saves a checkpoint in shards, exports it, and writes the logits.
     """
-    torch.set_num_threads(1)
     strategies = {
         "one": "auto",
         "ddp": DDPStrategy(process_group_backend="gloo"),
@@ -116,7 +123,12 @@ def main(kind: str, lora: str, folder: str, part: str = "all", method: str = "sf
         strategy=strategies[kind],
         devices=1 if kind == "one" else 2,
         accumulate_grad_batches=(2 if kind == "one" else 1) if pairs else accumulate,
-        callbacks=[recorder, *([saver] if part in ("first", "sharded") else []), *refresh],
+        callbacks=[
+            recorder,
+            *([saver] if part in ("first", "sharded") else []),
+            *([Export()] if part == "sharded" else []),
+            *refresh,
+        ],
         enable_checkpointing=part in ("first", "sharded"),
         **limits.get(part, {}),
     )
