@@ -41,6 +41,10 @@ class CheckpointError(AlignmentError):
     """A checkpoint or an export cannot be written, or does not fit the model."""
 
 
+class TrainingError(AlignmentError):
+    """A run cannot go on."""
+
+
 def require(package: str, extra: str, instead: str = "") -> ModuleType:
     """Import an optional package, or say which extra brings it.
 

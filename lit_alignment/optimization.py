@@ -25,6 +25,8 @@ class OptimizerConfig:
         warmup: Steps of linear warm-up if an integer, else their share of all steps.
         min_ratio: Where cosine, linear and wsd end, as a share of the learning rate.
         decay_share: Share of all steps in which wsd falls.
+        non_finite: What to do when a step's loss or gradient is no number: `stop`, or `skip` the step; either names the
+            records.
     """
 
     learning_rate: float = 2e-4
@@ -35,6 +37,7 @@ class OptimizerConfig:
     warmup: int | float = 0.03
     min_ratio: float = 0.0
     decay_share: float = 0.2
+    non_finite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""

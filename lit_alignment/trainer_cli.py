@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lit_alignment.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
+from lit_alignment.checkpoints import newest_checkpoint
 from lit_alignment.config_errors import explain
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
@@ -36,6 +37,7 @@ QUIET = (
 )
 
 
+NEWEST = "newest"  # in place of a checkpoint's path
 Engine = Literal["transformers", "vllm"]
 # A Trainer that touches no device and no logger.
 NO_DEVICE: dict[str, Any] = {"logger": False, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
@@ -85,8 +87,14 @@ class AlignmentCLI(LightningCLI):
         return trainer
 
     def _fetch_checkpoint(self, subcommand: str) -> None:
-        """Fetch a checkpoint that is given by its URL; the saved configuration keeps the URL."""
+        """Find the newest checkpoint, or fetch one that is given by its URL; the saved configuration keeps the word."""
         url = self._get(self.config_init, "ckpt_path")
+        if url == NEWEST:
+            found = newest_checkpoint(self.trainer)
+            if found is None and subcommand != "fit":
+                raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
+            print(f"going on from {found}" if found else "no checkpoint yet: starting", flush=True)
+            self.config_init[subcommand]["ckpt_path"] = None if found is None else str(found)
         if isinstance(url, str) and "://" in url:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             uploads = [c for c in callbacks if isinstance(c, Upload)]

@@ -2,10 +2,12 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, TrainingError
 from lit_alignment.optimization import OptimizerConfig, build_optimizer, learning_rate_factor
+from tests.helpers import chats, sft_data, sft_module, trainer, weights
 
 
 def course(total=100, **settings):
@@ -81,3 +83,42 @@ def test_nothing_to_train_and_endless_schedules_are_refused():
     endless = OptimizerConfig(schedule="constant", warmup=2)
     optimizer, _ = build_optimizer(nn.Linear(2, 2).parameters(), endless, math.inf)
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def run_with_nan(tmp_path, monkeypatch, at, non_finite, **options):
+    """A run in which the loss of one record's micro-batch is no number."""
+    module = sft_module(optimizer=OptimizerConfig(1e-2, schedule="constant", warmup=0, non_finite=non_finite))
+    data = sft_data(module, chats(8), packing=False, batch_size=1)
+    original = module._summed_loss
+
+    def poisoned(batch, smoothing):
+        loss, hits, weight = original(batch, smoothing)
+        return (loss * float("nan") if batch.ids == [at] else loss), hits, weight
+
+    monkeypatch.setattr(module, "_summed_loss", poisoned)
+    before = []
+
+    class Weights(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            before.append(weights(pl_module))
+
+    runner = trainer(tmp_path, accumulate_grad_batches=2, gradient_clip_val=1.0, callbacks=[Weights()], **options)
+    runner.fit(module, data)
+    return module, before, runner
+
+
+def test_loss_that_is_no_number_stops_the_run_with_the_records_at_fault(tmp_path, monkeypatch):
+    with pytest.raises(TrainingError, match=r"optimizer step \d is not a number. Micro-batches at fault: train/r3\. "):
+        run_with_nan(tmp_path, monkeypatch, "train/r3", "stop")
+
+
+def test_or_skips_the_step_and_leaves_the_weights_as_they_are(tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match=r"optimizer step \d is skipped, its loss is not a number: train/r3"):
+        module, before, runner = run_with_nan(tmp_path, monkeypatch, "train/r3", "skip")
+    assert runner.global_step == len(before) == 4
+    moved = [
+        any(not torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
+        for first, second in zip(before, [*before[1:], weights(module)], strict=True)
+    ]
+    assert sorted(moved) == [False, True, True, True]
+    assert all(bool(torch.isfinite(value).all()) for value in weights(module).values())

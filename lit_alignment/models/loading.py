@@ -115,6 +115,7 @@ def load_network(
     packing: bool = False,
     shared_prompts: bool = False,
     device_type: str = "cpu",
+    as_stored: bool = False,
 ) -> nn.Module:
     """The model with room for the tokenizer's tokens, and with new or existing adapters if asked.
 
@@ -129,6 +130,8 @@ def load_network(
         packing: Whether it will see packed rows.
         shared_prompts: Whether responses in these share a prompt.
         device_type: Where it will run.
+        as_stored: Leave the weights in the precision of their files. They are read from there when they are first
+            used, so that a process that keeps a shard of each reads and holds no more than that.
 
     Raises:
         ConfigError: If it cannot be loaded, or cannot be trained that way.
@@ -138,7 +141,7 @@ def load_network(
     config = from_pretrained(AutoConfig, backbone, backbone.path)
     options: dict[str, Any] = {
         "attn_implementation": choose_attention(backbone.attention, packing, device_type, config, shared_prompts),
-        "dtype": _dtype(backbone, wrapped, device_type),
+        "dtype": "auto" if as_stored else weights_dtype(backbone, wrapped, device_type),
     }
     model = _load_base(backbone, head, config, options)
     fit_vocabulary(model, tokenizer, added or {}, tokens)
@@ -224,6 +227,12 @@ def _check_device(backbone: Backbone, wrapped: bool, device_type: str) -> None:
         require("liger_kernel", "liger", "backbone.liger: false")
 
 
+def stored_dtype(backbone: Backbone) -> torch.dtype | None:
+    """Precision of the weights' files, as their configuration has it."""
+    found: torch.dtype | None = from_pretrained(AutoConfig, backbone, backbone.path).dtype
+    return found
+
+
 def _quantized(backbone: Backbone) -> dict[str, Any]:
     """Arguments that load the weights in 4 or 8 bits. Source: Dettmers et al. 2023 (arXiv:2305.14314)."""
     match backbone.quantization:
@@ -250,7 +259,8 @@ def _apply_liger(model: PreTrainedModel) -> None:
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def _dtype(backbone: Backbone, wrapped: bool, device_type: str) -> torch.dtype:
+def weights_dtype(backbone: Backbone, wrapped: bool, device_type: str) -> torch.dtype:
+    """Precision of the frozen weights, or of all without adapters."""
     if backbone.dtype == "auto":
         return torch.bfloat16 if wrapped and device_type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[backbone.dtype]

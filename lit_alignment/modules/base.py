@@ -1,24 +1,27 @@
 """What every method's LightningModule shares: loading, adapters, the loss of a step, optimiser, slim checkpoints."""
 
+import warnings
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, TrainingError
 from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer
+from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer, stored_dtype, weights_dtype
 from lit_alignment.models.restoring import CHECKPOINT_KEY, refuse_missing, trained_names
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
 from lit_alignment.strategies.fsdp2 import FSDP2Strategy
+from lit_alignment.strategies.sharded import full
 
 
 class AlignmentModule(LightningModule):
@@ -55,15 +58,33 @@ class AlignmentModule(LightningModule):
         self.tokenizer, self.added_tokens = load_tokenizer(backbone, tokens)
         self.model: nn.Module | None = None
         self._window_loss: Tensor | float = 0.0
+        self._window: list[tuple[list[str], Tensor]] = []  # ids and loss of each micro-batch of the step
+        self._ids: list[str] = []
 
     # Model.
 
     def configure_model(self) -> None:
         """Load the weights, once."""
         if self.model is None:
-            data = datamodule_of(self.trainer)
-            model = self.load_model(self.trainer.strategy.root_device.type, data.packing, data.share_prompts)
+            data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
+            cast = self._cast_after_sharding(device_type)
+            model = self.load_model(device_type, data.packing, data.share_prompts, as_stored=cast is not None)
             self.shard(model, layered=True)
+            if cast is not None:
+                _cast(model, *cast)
+
+    def _cast_after_sharding(self, device_type: str) -> tuple[torch.dtype, torch.dtype] | None:
+        """Precision of the files and of the model, if each process is to read its shards from the files alone."""
+        sharded = isinstance(self.trainer.strategy, FSDP2Strategy)
+        if not sharded or self.backbone.weights != "pretrained" or self.backbone.quantization != "none":
+            return None
+        wrapped = self.peft_config is not None or self.adapter is not None
+        stored, wanted = stored_dtype(self.backbone), weights_dtype(self.backbone, wrapped, device_type)
+        if stored is None or (
+            stored == torch.float32 and wanted != stored
+        ):  # adapters are float32, and have to stay so
+            return None
+        return stored, wanted
 
     def shard(self, part: nn.Module, layered: bool = False) -> None:
         """Split a part of the model over devices, if the strategy does that.
@@ -73,16 +94,24 @@ class AlignmentModule(LightningModule):
             layered: Whether it is a language model, to be split layer by layer.
 
         Raises:
-            ConfigError: If the strategy is Lightning's own, whose checkpoints cannot hold trained weights alone.
+            ConfigError: If the strategy is one of Lightning's own, which resume no checkpoint of trained weights alone,
+                or gather no weights outside of a forward pass, which our loss needs.
         """
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
             strategy.shard(part, layered)
-        elif isinstance(strategy, ModelParallelStrategy):
-            raise ConfigError("trainer.strategy: use lit_alignment.FSDP2Strategy in place of ModelParallelStrategy.")
+        elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+            name = type(strategy).__name__
+            raise ConfigError(f"trainer.strategy: use lit_alignment.FSDP2Strategy in place of {name}.")
 
-    def load_model(self, device_type: str = "cpu", packing: bool = False, shared_prompts: bool = False) -> nn.Module:
-        """Load the weights, with tokens and adapters, without a Trainer."""
+    def load_model(
+        self,
+        device_type: str = "cpu",
+        packing: bool = False,
+        shared_prompts: bool = False,
+        as_stored: bool = False,
+    ) -> nn.Module:
+        """Load the weights, with tokens and adapters, without a Trainer; arguments are those of `load_network`."""
         self.model = load_network(
             self.backbone,
             self.tokenizer,
@@ -94,6 +123,7 @@ class AlignmentModule(LightningModule):
             packing=packing,
             shared_prompts=shared_prompts,
             device_type=device_type,
+            as_stored=as_stored,
         )
         return self.model
 
@@ -122,7 +152,12 @@ class AlignmentModule(LightningModule):
         """
         loss = loss_sum * (world_scale(self) / window_weight)
         self._window_loss = self._window_loss + loss.detach()
+        self._window.append((self._ids, loss.detach()))
         return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Remember which records come, for the message if their loss is no number."""
+        self._ids = list(batch.ids)
 
     # Optimiser.
 
@@ -139,12 +174,38 @@ class AlignmentModule(LightningModule):
         return []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the loss of the whole optimiser step, and the gradient norm before clipping."""
+        """Log the loss of the whole optimiser step, and the gradient norm before clipping.
+
+        Raises:
+            TrainingError: If that is no number, and `optimizer.non_finite` says to stop.
+        """
         mean = self._window_loss / self.trainer.accumulate_grad_batches
         self.log("train/loss", mean, prog_bar=True, sync_dist=True)
         self._window_loss = 0.0
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        norm = full(torch.nn.utils.get_total_norm(gradients))
+        self.log("train/grad_norm", norm)
+        window, self._window = self._window, []
+        # Gradients are summed over all ranks, so all see the same norm. The scaler of fp16 skips such steps itself.
+        if self.trainer.precision != "16-mixed" and not bool(torch.isfinite(norm)):
+            self._not_finite(window)
+
+    def _not_finite(self, window: list[tuple[list[str], Tensor]]) -> None:
+        """Stop, or leave the weights as they are, saying which records did it."""
+        bad = [ids for ids, loss in window if not bool(torch.isfinite(loss))]
+        which = (
+            ", ".join(name for ids in bad for name in ids) or "none by itself on this rank; the gradient is not finite"
+        )
+        step = self.trainer.global_step
+        if self.optimizer_config.non_finite == "stop":
+            raise TrainingError(
+                f"the loss of optimizer step {step} is not a number. Micro-batches at fault: {which}. Lower "
+                "optimizer.learning_rate or mend the records, and go on from a checkpoint; or set "
+                "optimizer.non_finite: skip."
+            )
+        warnings.warn(f"optimizer step {step} is skipped, its loss is not a number: {which}", stacklevel=2)
+        for parameter in self.parameters():
+            parameter.grad = None
 
     # Checkpoints.
 
@@ -183,6 +244,12 @@ class AlignmentModule(LightningModule):
     @abstractmethod
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
         """For each file, what it says of each item of the batch, in order."""
+
+
+def _cast(model: nn.Module, stored: torch.dtype, wanted: torch.dtype) -> None:
+    """Change the precision of those tensors of a sharded model that have the first one."""
+    change: Callable[..., nn.Module] = nn.Module._apply  # the one way that tells FSDP2 of new shards
+    change(model, lambda tensor: tensor.to(wanted) if tensor.dtype == stored else tensor)
 
 
 def _recount(progress: dict[str, Any], factor: float) -> None:

@@ -52,8 +52,8 @@ class RetrieverModule(AlignmentModule):
         if self.model is None:
             self.load_model()
 
-    def load_model(self, device_type: str = "cpu", packing: bool = False, shared_prompts: bool = False) -> nn.Module:
-        """Load the weights without a Trainer."""
+    def load_model(self, *_: Any, **__: Any) -> nn.Module:
+        """Load the weights without a Trainer; how a language model is held does not apply."""
         self.model = load_retriever(self.retriever)
         return self.model
 

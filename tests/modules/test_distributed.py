@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from tests.helpers import run_on_ranks
+from tests.helpers import base_model_folder, run_on_ranks
 
 
 def launch(kind, lora, folder, part="all", method="sft"):
@@ -84,3 +85,19 @@ def test_checkpoint_resumes_on_another_number_of_ranks(before, after, lora, tmp_
     assert 0 < len(first["losses"]) < len(whole["losses"])
     assert first["losses"] + rest["losses"] == pytest.approx(whole["losses"], rel=1e-4)
     assert first["norms"] + rest["norms"] == pytest.approx(whole["norms"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_each_rank_holds_its_shards_alone_while_a_model_is_loaded(stored, tmp_path):
+    """Both together need little more than one copy; files are mapped, and belong to no process."""
+    base_model_folder(
+        tmp_path / "base", stored, hidden_size=512, intermediate_size=2048, num_hidden_layers=12, head_dim=128
+    )
+    copy = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "base").parameters())
+    assert copy > 150e6
+    for kind in ("one", "fsdp2"):
+        run_on_ranks("modules.loading_script", kind, str(tmp_path))
+    one, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "fsdp2-0", "fsdp2-1"))
+    assert sum(rank["most"] for rank in ranks) < 1.3 * copy
+    assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)
