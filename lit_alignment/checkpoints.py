@@ -1,5 +1,6 @@
 """Find the newest checkpoint of a run that can be read."""
 
+import zipfile
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -52,6 +53,10 @@ def check(path: Path) -> None:
         if path.is_dir():
             raise CheckpointError(f"{path}: no whole checkpoint: the run ended while it was written.")
         AtomicCheckpointIO().load_checkpoint(path)
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums that it writes
+            broken = archive.testzip()
+        if broken is not None:
+            raise CheckpointError(f"{path}: cannot read the checkpoint (wrong checksum of {broken}).")
         return
     read_rest(path)
     for place in FileSystemReader(path).read_metadata().storage_data.values():

@@ -8,14 +8,17 @@ import typing
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 UNKNOWN = re.compile(r"(?:Subcommand '\w+'|Group '(?P<group>[\w.]+)') does not accept option '(?P<key>[\w.]+)'")
 UNKNOWN_IN_CLASS = re.compile(r"Option '(?P<key>[\w.]+)' is not accepted")
 UNRECOGNIZED = re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)")
 CLASS_PATH = re.compile(r"Problem with given class_path '(?P<path>[\w.]+)'")
-TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "ckpt_path", "config")
+LINKED = {"tokenizer", "labels", "problem", "media"}  # what the module tells the data module
+TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "ckpt_path", "config", "engine", "vllm")
 
 
 def explain(message: str, arguments: list[str]) -> str:
@@ -44,6 +47,44 @@ def explain(message: str, arguments: list[str]) -> str:
         names = [*getattr(module, "__all__", []), *(n for n in dir(module) if not n.startswith("_"))]
         return _unknown(missing[2], missing[1], names, arguments, kind="class")
     return _shortened(message)
+
+
+def find_null(value: Any, kind: Any, key: str) -> str | None:
+    """The key of a null in one of our settings whose type allows none, which the parser lets through.
+
+    Args:
+        value: A part of the parsed configuration.
+        kind: Its type.
+        key: Its key.
+    """
+    if value is None:
+        return None if kind is Any or type(None) in typing.get_args(kind) or kind is type(None) else key
+    for each in [kind, *typing.get_args(kind)]:
+        if isinstance(value, list) and typing.get_origin(each) is list:
+            (inner,) = typing.get_args(each)
+            found = (find_null(one, inner, f"{key}[{number}]") for number, one in enumerate(value))
+            return next(filter(None, found), None)
+        if isinstance(value, dict) and typing.get_origin(each) is dict:
+            inner = typing.get_args(each)[1]
+            return next(filter(None, (find_null(one, inner, f"{key}.{name}") for name, one in value.items())), None)
+        if isinstance(value, Namespace) and dataclasses.is_dataclass(each):
+            return _null_in(value, typing.get_type_hints(each), key)
+    if isinstance(value, Namespace) and str(value.get("class_path", "")).startswith("lit_alignment."):
+        module, _, name = str(value.class_path).rpartition(".")
+        given = value.get("init_args")
+        hints: dict[str, Any] = {}
+        for owner in reversed(getattr(importlib.import_module(module), name).__mro__):
+            if "__init__" in vars(owner) and owner is not object:
+                hints |= typing.get_type_hints(owner.__init__)
+        return _null_in(given, hints, f"{key}.init_args") if isinstance(given, Namespace) else None
+    return None
+
+
+def _null_in(values: Namespace, hints: dict[str, Any], key: str) -> str | None:
+    found = (
+        find_null(values[name], hints[name], f"{key}.{name}") for name in vars(values) if name in hints.keys() - LINKED
+    )
+    return next(filter(None, found), None)
 
 
 def _unknown(key: str, owner: str, candidates: list[str], arguments: list[str], kind: str = "key") -> str:

@@ -14,7 +14,7 @@ from lit_alignment.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints import newest_checkpoint
-from lit_alignment.config_errors import explain
+from lit_alignment.config_errors import explain, find_null
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.modules.base import AlignmentModule
@@ -69,7 +69,11 @@ class AlignmentCLI(LightningCLI):
         return self.subcommand == "predict" and self._get(self.config, "engine") == "vllm"
 
     def before_instantiate_classes(self) -> None:
-        """Leave the devices to vLLM, where that computes."""
+        """Refuse nulls that the parser lets through, and leave the devices to vLLM, where that computes."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        for part, kind in (("model", AlignmentModule), ("data", AlignmentDataModule)):
+            if (key := find_null(config[part], kind, part)) is not None:
+                raise ConfigError(f"{key} is null. Give a value, or leave it out for the default.")
         if self.uses_vllm:
             _ask(self.config[self.subcommand].trainer, NO_DEVICE)
 
@@ -210,6 +214,7 @@ class ToolCLI(AlignmentCLI):
 
     def before_instantiate_classes(self) -> None:
         """Keep what the configuration asks of the Trainer in `asked`, and ask for nothing."""
+        super().before_instantiate_classes()
         self.asked = self.config.trainer.clone()
         _ask(self.config.trainer, {"callbacks": None, **NO_DEVICE})
 

@@ -144,6 +144,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         raise RecordError(
             f"{path}:{error.lineno}", "", f"not valid JSON ({error.msg})", "Write a list of records, or use .jsonl."
         ) from error
+    except UnicodeDecodeError as error:
+        raise RecordError(str(path), "", f"not UTF-8 text (byte {error.start})", "Save the file as UTF-8.") from error
     if not isinstance(records, list):
         raise RecordError(str(path), "", "the file does not hold a list", "Write a list of records, or use .jsonl.")
     yield from ((f"{path}[{index}]", record) for index, record in enumerate(records))

@@ -1,14 +1,18 @@
 """Split a model over ranks with FSDP2."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lit_alignment.models.head import base_model
 
+Cast = tuple[torch.dtype, torch.dtype]  # what to change, and into what
 
-def shard_layers(network: nn.Module, **options: Any) -> None:
+
+def shard_layers(network: nn.Module, cast: Cast | None = None, **options: Any) -> None:
     """Shard each decoder layer on its own, and the rest as one group, over a mesh of ranks.
 
     Frozen and trained weights are sharded alike. Embeddings and output head stay gathered from the forward pass on,
@@ -16,8 +20,18 @@ def shard_layers(network: nn.Module, **options: Any) -> None:
 
     Args:
         network: The language model.
+        cast: Precision to change, layer by layer, so that a rank never holds its shards twice.
         **options: As of `fully_shard`.
     """
     for layer in base_model(network).get_decoder().layers:
         fully_shard(layer, **options)
+        _cast(layer, cast)
     fully_shard(network, reshard_after_forward=False, **options)
+    _cast(network, cast)
+
+
+def _cast(module: nn.Module, cast: Cast | None) -> None:
+    if cast is not None:
+        stored, wanted = cast
+        change: Callable[..., nn.Module] = module._apply  # the one way that tells FSDP2 of new shards
+        change(lambda tensor: tensor.to(wanted) if tensor.dtype == stored else tensor)

@@ -2,7 +2,6 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +17,7 @@ from lit_alignment.errors import ConfigError, TrainingError
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer, stored_dtype, weights_dtype
 from lit_alignment.models.restoring import CHECKPOINT_KEY, refuse_missing, trained_names
+from lit_alignment.models.sharding import Cast
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
 from lit_alignment.strategies.fsdp2 import FSDP2Strategy
@@ -69,11 +69,9 @@ class AlignmentModule(LightningModule):
             data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
             cast = self._cast_after_sharding(device_type)
             model = self.load_model(device_type, data.packing, data.share_prompts, as_stored=cast is not None)
-            self.shard(model, layered=True)
-            if cast is not None:
-                _cast(model, *cast)
+            self.shard(model, layered=True, cast=cast)
 
-    def _cast_after_sharding(self, device_type: str) -> tuple[torch.dtype, torch.dtype] | None:
+    def _cast_after_sharding(self, device_type: str) -> Cast | None:
         """Precision of the files and of the model, if each process is to read its shards from the files alone."""
         sharded = isinstance(self.trainer.strategy, FSDP2Strategy)
         if not sharded or self.backbone.weights != "pretrained" or self.backbone.quantization != "none":
@@ -86,12 +84,13 @@ class AlignmentModule(LightningModule):
             return None
         return stored, wanted
 
-    def shard(self, part: nn.Module, layered: bool = False) -> None:
+    def shard(self, part: nn.Module, layered: bool = False, cast: Cast | None = None) -> None:
         """Split a part of the model over devices, if the strategy does that.
 
         Args:
             part: The part.
             layered: Whether it is a language model, to be split layer by layer.
+            cast: Precision of its files, and of the model, if these differ.
 
         Raises:
             ConfigError: If the strategy is one of Lightning's own, which resume no checkpoint of trained weights alone,
@@ -99,7 +98,7 @@ class AlignmentModule(LightningModule):
         """
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
-            strategy.shard(part, layered)
+            strategy.shard(part, layered, cast)
         elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
             name = type(strategy).__name__
             raise ConfigError(f"trainer.strategy: use lit_alignment.FSDP2Strategy in place of {name}.")
@@ -244,12 +243,6 @@ class AlignmentModule(LightningModule):
     @abstractmethod
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
         """For each file, what it says of each item of the batch, in order."""
-
-
-def _cast(model: nn.Module, stored: torch.dtype, wanted: torch.dtype) -> None:
-    """Change the precision of those tensors of a sharded model that have the first one."""
-    change: Callable[..., nn.Module] = nn.Module._apply  # the one way that tells FSDP2 of new shards
-    change(model, lambda tensor: tensor.to(wanted) if tensor.dtype == stored else tensor)
 
 
 def _recount(progress: dict[str, Any], factor: float) -> None:

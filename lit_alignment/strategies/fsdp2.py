@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from lit_alignment.errors import CheckpointError
 from lit_alignment.models.restoring import refuse_missing, trained_names
-from lit_alignment.models.sharding import shard_layers
+from lit_alignment.models.sharding import Cast, shard_layers
 from lit_alignment.strategies.sharded import (
     OPTIMIZER,
     by_name,
@@ -75,8 +75,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     # Sharding.
 
-    def shard(self, module: nn.Module, layered: bool = False) -> None:
-        """Shard a module as one group, or a language model layer by layer."""
+    def shard(self, module: nn.Module, layered: bool = False, cast: Cast | None = None) -> None:
+        """Shard a module as one group, or a language model layer by layer, changing its precision on the way."""
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision_plugin.precision))
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
         options: dict[str, Any] = {
@@ -85,7 +85,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
         if layered:
-            shard_layers(module, **options)
+            shard_layers(module, cast, **options)
         else:
             fully_shard(module, **options)
 

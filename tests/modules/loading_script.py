@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback
 
 from lit_alignment import FSDP2Strategy, SFTModule
 from lit_alignment.models.loading import Backbone
@@ -42,20 +41,11 @@ class Watched(SFTModule):
         self.most = max(self.most, memory() - before)
 
 
-class First(Callback):
-    """The loss of the first step."""
-
-    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
-        """Keep it."""
-        self.loss = float(trainer.callback_metrics["train/loss"])
-
-
 def main(kind: str, folder: str) -> None:
     """Load and train a step."""
     torch.set_num_threads(1)
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
     module = Watched(Backbone(f"{folder}/base", dtype="float32"), optimizer=optimizer)
-    first = First()
     strategy = FSDP2Strategy(process_group_backend="gloo") if kind == "fsdp2" else "auto"
     runner = trainer(
         Path(folder),
@@ -63,10 +53,12 @@ def main(kind: str, folder: str) -> None:
         devices=2 if kind == "fsdp2" else 1,
         accumulate_grad_batches=1 if kind == "fsdp2" else 2,
         max_steps=1,
-        callbacks=[first],
     )
     runner.fit(module, sft_data(module, chats(4), packing=False, batch_size=2))
-    torch.save({"most": module.most, "loss": first.loss}, Path(folder) / f"{kind}-{runner.global_rank}.pt")
+    torch.save(
+        {"most": module.most, "loss": float(runner.callback_metrics["train/loss"])},
+        Path(folder) / f"{kind}-{runner.global_rank}.pt",
+    )
 
 
 if __name__ == "__main__":
