@@ -68,10 +68,29 @@ class AlignmentCLI(LightningCLI):
         """Whether vLLM computes what is run."""
         return self.subcommand == "predict" and self._get(self.config, "engine") == "vllm"
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say so where the parser itself stumbles over a part of the wrong form.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except (AttributeError, TypeError, KeyError, IndexError) as error:
+            raise ConfigError(
+                f"the configuration cannot be read ({type(error).__name__}: {error}): a part of it has the wrong form, "
+                "or a class_path is missing. Compare it with what --print_config writes."
+            ) from error
+
     def before_instantiate_classes(self) -> None:
         """Refuse nulls that the parser lets through, and leave the devices to vLLM, where that computes."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        for part, kind in (("model", AlignmentModule), ("data", AlignmentDataModule)):
+        for part, kind, usual in (
+            ("model", AlignmentModule, "SFTModule"),
+            ("data", AlignmentDataModule, "SFTDataModule"),
+        ):
+            if str(config[part].class_path).rpartition(".")[2] == kind.__name__:  # what the parser takes without one
+                raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
             if (key := find_null(config[part], kind, part)) is not None:
                 raise ConfigError(f"{key} is null. Give a value, or leave it out for the default.")
         if self.uses_vllm:
