@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig
 
+from lit_alignment.errors import ConfigError
+from lit_alignment.models.loading import decoder_flops_per_token, from_pretrained
 from lit_alignment.models.memory import StepMemory, Workload, step_memory
+from lit_alignment.models.scaling import Cluster, attention_flops_per_token, scale_point
 from lit_alignment.modules.retrieving import RetrievingModule
 from lit_alignment.modules.vlm import VLMModule
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
@@ -48,6 +52,12 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--memory", type=float, help="GiB of one device: say whether it fits")
     parser.add_argument("--trained-share", type=float, default=1.0, help="share of trained tokens (default: all)")
+    parser.add_argument("--scale", help="also FSDP2 on these numbers of devices, such as 8,64,1024")
+    parser.add_argument("--tflops", type=float, default=989, help="of a device in bfloat16 (default: 989, an H100)")
+    parser.add_argument("--utilization", type=float, default=0.4, help="share of these that is reached (default: 0.4)")
+    parser.add_argument("--per-node", type=int, default=8, help="devices of a node (default: 8)")
+    parser.add_argument("--link", type=float, default=450, help="GB/s of a device within its node (default: 450)")
+    parser.add_argument("--network", type=float, default=50, help="GB/s of a device to other nodes (default: 50)")
     options, rest = parser.parse_known_args(arguments)
     cli = build_for_tool(rest)
     memory, workload = estimate(cli, options.trained_share)
@@ -66,10 +76,54 @@ def main(arguments: list[str]) -> None:
     if on_gpu:
         total += CONTEXT
         console.print(f"with {CONTEXT:g} GiB for the CUDA context: {total:.2f} GiB")
+    if options.scale:
+        console.print(_scale(options, cli, memory, workload))
     if options.memory is not None:
         verdict = "fits" if total <= options.memory else "does not fit"
         advice = "" if total <= options.memory else f". {advice_for(parts, cli)}"
         console.print(f"{verdict} into {options.memory:g} GiB ({total / options.memory:.0%}){advice}")
+
+
+def _scale(options: argparse.Namespace, cli: ToolCLI, memory: StepMemory, workload: Workload) -> Table:
+    """FSDP2 on several numbers of devices.
+
+    Raises:
+        ConfigError: If these are no numbers.
+    """
+    try:
+        counts = [int(each) for each in options.scale.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--scale {options.scale}: give numbers of devices, such as 8,64,1024.") from error
+    config = from_pretrained(AutoConfig, cli.model.backbone, cli.model.backbone.path).get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    length = workload.document_lengths[0] if workload.document_lengths else workload.width
+    flops = decoder_flops_per_token(config, memory.parameters, memory.trainable)
+    flops += attention_flops_per_token(config.num_hidden_layers, width, length)
+    cluster = Cluster(
+        options.per_node, options.tflops * 1e12 * options.utilization, options.link * 1e9, options.network * 1e9
+    )
+    mixed = str(cli.asked["precision"]).endswith("mixed")  # then weights are gathered in two bytes each
+    share = min(1.0, 2 * memory.parameters / memory.weights) if mixed else 1.0
+    tokens = sum(workload.document_lengths) or workload.rows * workload.width
+    title = f"FSDP2, {tokens} tokens a device and micro-batch, {flops / 1e9:.1f} GFLOP a token"
+    table = Table(
+        "devices",
+        "GiB each",
+        "GiB received",
+        "GiB sent",
+        "s computing",
+        "s communicating",
+        "s",
+        "tokens/s",
+        title=title,
+    )
+    for devices in counts:
+        point = scale_point(memory, flops, tokens, cluster, devices, share)
+        sizes = [f"{size / GIB:.2f}" for size in (point.memory, point.gathered, point.scattered)]
+        times = [f"{each:.3f}" for each in (point.compute, point.communication, point.seconds)]
+        table.add_row(str(devices), *sizes, *times, f"{point.tokens_per_second:,.0f}")
+    return table
 
 
 def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:

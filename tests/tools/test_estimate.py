@@ -3,6 +3,7 @@
 import pytest
 from jsonargparse import Namespace
 
+from lit_alignment.errors import ConfigError
 from lit_alignment.models.memory import StepMemory
 from lit_alignment.tools.estimate import GIB, Sharding, main, per_device, sharding_of
 
@@ -71,3 +72,14 @@ def test_gpu_configuration_is_estimated_without_a_gpu(capsys):
     out = capsys.readouterr().out
     assert "fsdp over 8 device(s)" in out and "with 1 GiB for the CUDA context" in out and "fits into 80 GiB" in out
     assert GIB == 1024**3
+
+
+def test_scale_adds_devices_on_paper(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["--config", TINY, "--scale", "1,8", "--network", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    one, eight = ([cell.strip() for cell in line.split("│")[1:-1]] for line in lines[-2:])
+    assert (one[0], eight[0]) == ("1", "8") and one[2] == one[3] == "0.00"
+    assert int(eight[-1].replace(",", "")) > 4 * int(one[-1].replace(",", ""))
+    with pytest.raises(ConfigError, match=r"--scale 1,x: give numbers of devices"):
+        main(["--config", TINY, "--scale", "1,x"])
