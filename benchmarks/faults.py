@@ -33,6 +33,7 @@ from lit_alignment.errors import CheckpointError
 from lit_alignment.models.loading import Backbone
 
 KILLS, FULL_DISKS, DAMAGES = 50, 20, 20
+NUMBERS = 200_000  # in the checkpoint for which the disk is too small
 STEPS = 2400
 TESTS = [
     ("a node of two dies under torchrun and is started again", "tests/test_elastic.py"),
@@ -144,16 +145,15 @@ def kills(folder: Path, whole: Path) -> str:
     return f"{killed} | {lost} lost; the end is {'that' if same and code == 0 else 'NOT that'} of a run let alone"
 
 
-def full_disks(whole: Path) -> str:
-    """Let no file grow beyond a random size, as a full disk would, in a copy of a finished run's first steps."""
+def full_disks() -> str:
+    """Let no file grow beyond a random size, as a full disk would, while a second checkpoint is written."""
     generator, kept, refused = random.Random(1), 0, 0
-    size = max(path.stat().st_size for path in (whole / "saved").glob("*.ckpt"))
     for _ in range(FULL_DISKS):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             assert wait(child(partial(limited, folder, None))) == 0
             before = sorted(readable(folder))
-            limit = generator.randint(1000, size - 1000)
+            limit = generator.randint(1000, 4 * NUMBERS - 1000)
             refused += wait(child(partial(limited, folder, limit))) == 3
             kept += sorted(readable(folder)) == before
     return f"{FULL_DISKS} | {FULL_DISKS - kept} lost; {refused} ended with the one message"
@@ -165,7 +165,7 @@ def limited(folder: Path, limit: int | None) -> None:
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    state = {"global_step": 1, "state_dict": {"x": torch.zeros(200_000)}}
+    state = {"global_step": 1, "state_dict": {"x": torch.zeros(NUMBERS)}}
     AtomicCheckpointIO().save_checkpoint(state, folder / "saved" / f"{name}.ckpt")
 
 
@@ -202,7 +202,7 @@ def main() -> None:
         (root / "killed").mkdir()
         assert wait(child(lambda: train(root / "whole"))) == 0
         rows.append(f"kill -9 at a random moment of training | {kills(root / 'killed', root / 'whole')}")
-        rows.append(f"the disk is full while a checkpoint is saved | {full_disks(root / 'whole')}")
+        rows.append(f"the disk is full while a checkpoint is saved | {full_disks()}")
         rows.append(f"the newest checkpoint is cut off or changed | {damages(root / 'whole')}")
     for title, test in TESTS:
         command = [sys.executable, "-m", "pytest", *test.split()]

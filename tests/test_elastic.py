@@ -80,7 +80,7 @@ def test_killed_node_is_started_again_and_the_run_ends_as_if_nothing_had_happene
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {**os.environ, "NODES": "2", "DEVICES": "1", "PORT": port, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "NODES": "2", "DEVICES": "1", "PORT": port, "RESTARTS": "30", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     words = ["bash", "configs/trainer/torchrun.sh", "--config", configuration(tmp_path, "nodes")]
     words += ["--trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy"]
@@ -91,7 +91,7 @@ def test_killed_node_is_started_again_and_the_run_ends_as_if_nothing_had_happene
         for log in logs
     ]
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 500
         while len(list((tmp_path / "nodes").glob("*.ckpt"))) < 3:
             assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents)
             time.sleep(0.05)
@@ -104,7 +104,8 @@ def test_killed_node_is_started_again_and_the_run_ends_as_if_nothing_had_happene
                 os.killpg(agent.pid, signal.SIGKILL)
             log.close()
     said = (tmp_path / "0.txt").read_text() + (tmp_path / "1.txt").read_text()
-    assert said.count("no checkpoint yet: starting") == 2 and said.count("going on from") == 2
+    # The nodes notice at different times, so their processes may need several attempts to find each other again.
+    assert said.count("no checkpoint yet: starting") == 2 and said.count("going on from") >= 2
     expected, found = (torch.load(tmp_path / name / "last.ckpt", weights_only=True) for name in ("whole", "nodes"))
     assert found["global_step"] == expected["global_step"] == 48
     for name, value in expected["state_dict"].items():
