@@ -80,7 +80,7 @@ def test_killed_node_is_started_again_and_the_run_ends_as_if_nothing_had_happene
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = {**os.environ, "NODES": "2", "DEVICES": "1", "PORT": port, "RESTARTS": "30", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "NODES": "2", "DEVICES": "1", "PORT": port, "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     words = ["bash", "configs/trainer/torchrun.sh", "--config", configuration(tmp_path, "nodes")]
     words += ["--trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy"]

@@ -5,6 +5,8 @@
 # Needs:    a folder for checkpoints that all nodes see. NODES, DEVICES, HEAD, PORT, RUN and RESTARTS may be set.
 # Expect:   the loss of one process, step by step; after a failure at most the steps since the last checkpoint are redone.
 set -euo pipefail
+# A store of its own for each attempt: in a shared one, processes would find the addresses of those that died.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 nodes="${NODES:-1}" devices="${DEVICES:-gpu}"
 exec torchrun \
   --nnodes "$nodes" \
