@@ -108,7 +108,8 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
     }
     recorder = Recorder()
     accumulate = 1 if part != "all" else 6 if kind == "one" else 3
-    saver = ModelCheckpoint(folder, filename="saved", every_n_train_steps=1, enable_version_counter=False)
+    every = {} if part == "sharded" else {"every_n_train_steps": 1}
+    saver = ModelCheckpoint(folder, filename="saved", enable_version_counter=False, **every)
     refresh = [IndexRefresh(every_n_steps=2)] if method == "rag" else []
     limits = {
         "all": {},
