@@ -118,12 +118,17 @@ def generate(
     return answers
 
 
+def prompt_seed(seed: int, prompts: Sequence[Sequence[int]]) -> int:
+    """A seed of the prompts, so that a resumed run draws the same."""
+    digest = hashlib.sha256(f"{seed}/{list(map(list, prompts))}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 @contextmanager
 def seeded(seed: int, prompts: Sequence[Sequence[int]], device: torch.device) -> Iterator[None]:
     """Draw under a seed that depends on the prompts, not on what was drawn before: a resumed run draws the same."""
-    digest = hashlib.sha256(f"{seed}/{list(map(list, prompts))}".encode()).digest()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        torch.manual_seed(prompt_seed(seed, prompts))
         yield
 
 

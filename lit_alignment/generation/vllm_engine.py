@@ -1,10 +1,9 @@
 """vLLM's engine, with a bounded window of open requests that never lets continuous batching starve."""
 
-import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import Answer, GenerationSettings
-from lit_alignment.generation.transformers_engine import StopRule, cut_answer
+from lit_alignment.generation.transformers_engine import StopRule, cut_answer, prompt_seed
 
 if TYPE_CHECKING:
     from vllm import EngineArgs
@@ -134,7 +133,6 @@ def sampling_parameters(
 
     if settings.num_beams > 1:
         raise ConfigError("generation.num_beams: vLLM has no beam search. Set it to 1, or use engine: transformers.")
-    digest = hashlib.sha256(f"{settings.seed}/{list(prompt)}".encode()).digest()
     return SamplingParams(
         n=settings.num_return_sequences,
         temperature=settings.temperature,
@@ -145,7 +143,7 @@ def sampling_parameters(
         stop=[*settings.stop_strings, *stop.strings],
         stop_token_ids=stop.token_ids,
         ignore_eos=True,
-        seed=int.from_bytes(digest[:8], "little") >> 1 if settings.temperature > 0 else None,
+        seed=prompt_seed(settings.seed, [prompt]) if settings.temperature > 0 else None,
         logprobs=0 if settings.logprobs else None,
         logit_bias={token: -100.0 for token in never} or None,
         skip_special_tokens=settings.skip_special_tokens,
@@ -198,17 +196,16 @@ class VLLMEngine:
         self.window = window or 2 * int(config.scheduler_config.max_num_seqs)
         self.lora: Any = None  # what all requests are answered with
 
-    def run(self, requests: Iterable[Request], stopped: Callable[[], bool] = lambda: False) -> Iterator[Result]:
+    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Results as they come; requests are drawn when there is room in the window.
 
         Args:
             requests: May be made while they are drawn.
-            stopped: Asked between steps; ends the run.
         """
         waiting, open_ones, number = iter(requests), dict[str, Request](), 0
         refused: deque[Result] = deque()
         exhausted = False
-        while not stopped():
+        while open_ones or not exhausted:
             while not exhausted and len(open_ones) < self.window:
                 request = next(waiting, None)
                 if request is None:
@@ -222,11 +219,7 @@ class VLLMEngine:
                 number += 1
             while refused:
                 yield refused.popleft()
-            if not open_ones:
-                if exhausted:
-                    return
-                continue
-            for output in self.engine.step():
+            for output in self.engine.step() if open_ones else []:
                 if output.finished:
                     yield Result(open_ones.pop(output.request_id), output)
 

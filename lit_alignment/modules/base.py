@@ -78,9 +78,8 @@ class AlignmentModule(LightningModule):
             return None
         wrapped = self.peft_config is not None or self.adapter is not None
         stored, wanted = stored_dtype(self.backbone), weights_dtype(self.backbone, wrapped, device_type)
-        if stored is None or (
-            stored == torch.float32 and wanted != stored
-        ):  # adapters are float32, and have to stay so
+        # Adapters are float32 and have to stay so: then float32 files cannot be told from them.
+        if stored is None or (stored == torch.float32 and wanted != stored):
             return None
         return stored, wanted
 

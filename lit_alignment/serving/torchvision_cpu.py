@@ -12,7 +12,7 @@ from typing import Any
 class DeclareOperators:
     """Stands before Python's own finders, until torchvision is asked for."""
 
-    library: Any = None  # the schemas are gone when it is
+    declared: Any = None  # the schemas are gone when it is
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         """Declare the schemas, and leave the finding to others."""
@@ -20,12 +20,13 @@ class DeclareOperators:
             return
         sys.meta_path.remove(self)
         import torch
+        from torch import library
 
-        DeclareOperators.library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        DeclareOperators.declared = library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for operator in ("nms", "qnms"):
             if not hasattr(torch.ops.torchvision, operator):
                 schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                DeclareOperators.library.define(schema)
+                DeclareOperators.declared.define(schema)
 
 
 sys.meta_path.insert(0, DeclareOperators())
