@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
@@ -107,17 +108,9 @@ def _scale(options: argparse.Namespace, cli: ToolCLI, memory: StepMemory, worklo
     share = min(1.0, 2 * memory.parameters / memory.weights) if mixed else 1.0
     tokens = sum(workload.document_lengths) or workload.rows * workload.width
     title = f"FSDP2, {tokens} tokens a device and micro-batch, {flops / 1e9:.1f} GFLOP a token"
-    table = Table(
-        "devices",
-        "GiB each",
-        "GiB received",
-        "GiB sent",
-        "s computing",
-        "s communicating",
-        "s",
-        "tokens/s",
-        title=title,
-    )
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # has to fit into 80 columns
+    for heading in ("devices", "GiB each", "GiB got", "GiB sent", "s work", "s network", "s", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for devices in counts:
         point = scale_point(memory, flops, tokens, cluster, devices, share)
         sizes = [f"{size / GIB:.2f}" for size in (point.memory, point.gathered, point.scattered)]
