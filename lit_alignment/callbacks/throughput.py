@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_alignment.data.base import data_rank
 from lit_alignment.data.collate import Rows
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import decoder_flops_per_token
@@ -78,21 +79,27 @@ class Throughput(Callback):
             module.log("train/questions_per_second", questions, prog_bar=True)
             module.log("train/peak_memory_gib", memory)
             return
+        replicas = data_rank(trainer)[1]
         rate = self._tokens / self._seconds
         values = {
-            "train/tokens_per_second": rate * trainer.world_size,
-            "train/trained_tokens_per_second": self._trained / self._seconds * trainer.world_size,
+            "train/tokens_per_second": rate * replicas,
+            "train/trained_tokens_per_second": self._trained / self._seconds * replicas,
             "train/padding_share": 1 - self._tokens / self._slots,
             "train/peak_memory_gib": memory,
         }
-        mfu = self._mfu(module, rate)
+        mfu = self._mfu(module, rate * replicas / trainer.world_size)
         if mfu is not None:
             values["train/mfu"] = mfu
         module.log("train/tokens_per_second", values.pop("train/tokens_per_second"), prog_bar=True)
         module.log_dict(values)
 
     def _mfu(self, module: LightningModule, rate: float) -> float | None:
-        """Share of the device's peak that this rank's training arithmetic uses, or None where the peak is unknown."""
+        """Share of the device's peak that training arithmetic uses, or None where the peak is unknown.
+
+        Args:
+            module: What is trained.
+            rate: Tokens per second of this device.
+        """
         if module.device.type != "cuda" or not isinstance(module, AlignmentModule):
             return None
         name = torch.cuda.get_device_name(module.device)

@@ -326,7 +326,7 @@ class AlignmentDataModule(LightningDataModule):
         lengths = np.array(dataset["length"], dtype=np.int64)
         order = sorted(open_ones, key=lambda index: -lengths[index])
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        rank, world_size = self._ranks()
+        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
         def build(planned: PlannedBatch) -> PromptBatch | ItemBatch:
             return self.predict_collate([self.predict_item(dataset[index], index) for index in planned.indices])
@@ -348,7 +348,7 @@ class AlignmentDataModule(LightningDataModule):
 
     def _loader(self, split: Split) -> PlannedLoader[Any]:
         dataset, plan = self.examples[split], self.plan(split)
-        rank, world_size = self._ranks()
+        rank, world_size = data_rank(self.trainer)
         training = split == "train"
         accumulate = self.trainer.accumulate_grad_batches if training and self.trainer is not None else 1
         length = -(-len(plan.groups(0)) // world_size)
@@ -375,8 +375,11 @@ class AlignmentDataModule(LightningDataModule):
             return None if limit == 1.0 else int(available * limit)
         return int(limit)
 
-    def _ranks(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+def data_rank(trainer: Trainer | None) -> tuple[int, int]:
+    """Whose batches a process trains on, and the number of those who have different ones."""
+    given = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (0, 1) if given is None else (given["rank"], given["num_replicas"])
 
 
 def datamodule_of(trainer: Trainer) -> AlignmentDataModule:

@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.models.sequence_parallel import SequenceGroup, spread
 
 Attention = Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"]
 
@@ -36,6 +37,7 @@ def document_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sequence: SequenceGroup | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document of a packed row; ordinary SDPA where no row is packed.
@@ -57,6 +59,7 @@ def document_attention(
         sliding_window: How many positions back a token may look, itself included.
         softcap: Refused; SDPA cannot cap scores.
         s_aux: Refused; SDPA has no attention sinks.
+        sequence: Ranks that each have a slice of the row; T is then the slice's length.
         **kwargs: What transformers passes to every attention function.
 
     Returns:
@@ -67,6 +70,23 @@ def document_attention(
     """
     if softcap is not None or s_aux is not None:
         raise ConfigError("This model needs soft-capped scores or sinks: set backbone.attention to flex_attention.")
+    if sequence is not None and document_lengths:
+        key, value = spread(key, value, sequence.size)
+        total = sum(document_lengths)
+        query, key, value = (sequence.to_heads(tensor, total) for tensor in (query, key, value))
+        output, _ = document_attention(
+            module,
+            query,
+            key,
+            value,
+            None,
+            dropout,
+            scaling,
+            document_lengths,
+            document_parents,
+            sliding_window,
+        )
+        return sequence.to_tokens(output), None
     if not document_lengths and attention_mask is None and query.shape[2] == key.shape[2]:
         # Unpacked and unmasked: each row is one document, whose sliding window plain SDPA would not know of.
         document_lengths = [query.shape[2]]
@@ -149,13 +169,18 @@ def choose_attention(
 
 
 def document_arguments(
-    implementation: str, document_lengths: list[int], device: torch.device, document_parents: list[int] | None = None
+    implementation: str,
+    document_lengths: list[int],
+    device: torch.device,
+    document_parents: list[int] | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> dict[str, Any]:
     """What a model's forward needs besides positions to keep the documents of a packed row apart."""
     if not document_lengths:
         return {}
     if implementation == DOCUMENT_SDPA:
-        return {"document_lengths": document_lengths, "document_parents": document_parents or None}
+        own = {"document_lengths": document_lengths, "document_parents": document_parents or None}
+        return own if sequence is None else own | {"sequence": sequence}
     if implementation.startswith("flash"):
         ends = torch.tensor([0, *document_lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
         longest = max(document_lengths)

@@ -12,11 +12,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.base import data_rank, datamodule_of
+from lit_alignment.data.collate import Rows
 from lit_alignment.errors import ConfigError, TrainingError
 from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer, stored_dtype, weights_dtype
 from lit_alignment.models.restoring import CHECKPOINT_KEY, refuse_missing, trained_names
+from lit_alignment.models.sequence_parallel import SequenceGroup, check_sequence_parallel
 from lit_alignment.models.sharding import Cast
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
@@ -36,6 +39,7 @@ class AlignmentModule(LightningModule):
     """
 
     head: Head | None = None  # what scores, where the model is no language model
+    shares_rows = False  # whether ranks can share the tokens of a row
 
     def __init__(
         self,
@@ -69,7 +73,30 @@ class AlignmentModule(LightningModule):
             data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
             cast = self._cast_after_sharding(device_type)
             model = self.load_model(device_type, data.packing, data.share_prompts, as_stored=cast is not None)
+            self._check_sharing(model, data.packing)
             self.shard(model, layered=True, cast=cast)
+
+    def _check_sharing(self, model: nn.Module, packing: bool) -> None:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, FSDP2Strategy) or strategy.sequence is None:
+            return
+        if not self.shares_rows:
+            raise ConfigError(
+                f"trainer.strategy.sequence_parallel_size: ranks cannot share the rows of {type(self).__name__}. "
+                "Set it to 1."
+            )
+        config = base_model(model).config
+        check_sequence_parallel(config, strategy.sequence.size, packing, config._attn_implementation)
+
+    @property
+    def sequence(self) -> SequenceGroup | None:
+        """The ranks that share each row of training and validation, if any do."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        return strategy.sequence if isinstance(strategy, FSDP2Strategy) else None
+
+    def own_tokens(self, batch: Rows) -> slice:
+        """The tokens of a batch's rows that are this rank's."""
+        return slice(None) if self.sequence is None else self.sequence.own(batch.input_ids.shape[1])
 
     def _cast_after_sharding(self, device_type: str) -> Cast | None:
         """Precision of the files and of the model, if each process is to read its shards from the files alone."""
@@ -218,7 +245,7 @@ class AlignmentModule(LightningModule):
             "adapter": None if self.adapter is None else asdict(self.adapter),
             "tokens": asdict(self.tokens_config),
             "chat_template": datamodule_of(self.trainer).chat_template(),
-            "ranks": self.trainer.world_size,
+            "ranks": data_rank(self.trainer)[1],
             **self.about(),
         }
 
@@ -231,7 +258,7 @@ class AlignmentModule(LightningModule):
         refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
         ranks = checkpoint.get(CHECKPOINT_KEY, {}).get("ranks")
         if ranks is not None and "loops" in checkpoint and self._trainer is not None:
-            _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], ranks / self.trainer.world_size)
+            _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], ranks / data_rank(self.trainer)[1])
 
     # Predictions.
 

@@ -107,14 +107,14 @@ class ClassificationModule(ScoringModule):
             case "regression":
                 return regression_loss(logits, targets)
 
-    def _shared_step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
-        logits = self.scores(batch)
-        loss_sum = (self.losses(logits, batch.targets, stage == "train") * batch.weights).sum()
+    def scored_step(self, scores: Tensor, batch: ScoreBatch, stage: Stage) -> Tensor:
+        """The batch's share of the loss in training; else its loss, after adding it to the metrics."""
+        loss_sum = (self.losses(scores, batch.targets, stage == "train") * batch.weights).sum()
         if stage == "train":
             return self.step_loss(loss_sum, batch.window_weight)
         counted = batch.weights > 0
         self._mean_loss(stage).update(loss_sum, batch.weights.sum())
-        self._found(stage).update(logits[counted], batch.targets[counted])
+        self._found(stage).update(scores[counted], batch.targets[counted])
         return loss_sum
 
     def on_validation_epoch_end(self) -> None:

@@ -102,8 +102,9 @@ class RewardModule(ScoringModule):
             found.append(loss + self.center * centering_penalty(own) if self.center else loss)
         return torch.stack(found)
 
-    def _shared_step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
-        scores = self.scores(batch)[:, 0]
+    def scored_step(self, scores: Tensor, batch: ScoreBatch, stage: Stage) -> Tensor:
+        """The batch's share of the loss in training; else its loss, after adding it to the metrics."""
+        scores = scores[:, 0]
         loss_sum = (self.losses(scores, batch) * batch.weights).sum()
         if stage == "train":
             return self.step_loss(loss_sum, batch.window_weight)

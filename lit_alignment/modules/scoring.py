@@ -23,6 +23,7 @@ from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import base_model, scores_at
 from lit_alignment.models.loading import Backbone, Head
 from lit_alignment.models.restoring import CHECKPOINT_KEY, head_of, read_head
+from lit_alignment.models.sequence_parallel import SequenceGroup
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
@@ -44,6 +45,7 @@ class ScoringModule(AlignmentModule):
     """
 
     head: Head
+    shares_rows = True
 
     def __init__(
         self,
@@ -69,35 +71,62 @@ class ScoringModule(AlignmentModule):
                 "Give the tokenizer another padding token."
             )
 
-    def scores(self, batch: ScoreBatch) -> Tensor:
-        """Scores at the batch's places, fp32, [N, K]."""
+    def scores(self, batch: ScoreBatch, sequence: SequenceGroup | None = None) -> Tensor:
+        """Scores at the batch's places, fp32, [N, K].
+
+        Args:
+            batch: Whole rows.
+            sequence: Ranks that have the same batch, and compute a part of its tokens each.
+        """
         implementation = base_model(self.network).config._attn_implementation
         arguments = document_arguments(
-            implementation, batch.document_lengths, batch.input_ids.device, batch.document_parents
+            implementation, batch.document_lengths, batch.input_ids.device, batch.document_parents, sequence
         )
-        return scores_at(
+        total = batch.input_ids.shape[1]
+        tokens = slice(0, total) if sequence is None else sequence.own(total)
+        # Only packed rows are shared, which stand alone: a place is then a position.
+        own = slice(None) if sequence is None else (batch.read_at >= tokens.start) & (batch.read_at < tokens.stop)
+        found = scores_at(
             self.network,
-            batch.read_at,
-            input_ids=batch.input_ids,
+            batch.read_at[own] - tokens.start,
+            input_ids=batch.input_ids[:, tokens],
             attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
+            position_ids=batch.position_ids[:, tokens],
             **arguments,
         )
+        if sequence is None:
+            return found
+        scores = found.new_zeros(len(batch.read_at), found.shape[1])
+        scores[own] = found
+        return sequence.sum(scores)
 
     def training_step(self, batch: ScoreBatch, batch_idx: int) -> Tensor:
         """The batch's share of the optimiser step's loss."""
-        return self._shared_step(batch, "train")
+        return self._step(batch, "train")
 
     def validation_step(self, batch: ScoreBatch, batch_idx: int) -> None:
         """Add the batch to the validation metrics."""
-        self._shared_step(batch, "val")
+        self._step(batch, "val")
 
     def test_step(self, batch: ScoreBatch, batch_idx: int) -> None:
         """Add the batch to the test metrics."""
-        self._shared_step(batch, "test")
+        self._step(batch, "test")
 
-    def _shared_step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
-        raise NotImplementedError
+    def _step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
+        scores = self.scores(batch, self.sequence)
+        if self.sequence is not None and self.sequence.rank > 0:  # all have all scores, which count once
+            batch = replace(batch, weights=torch.zeros_like(batch.weights))
+        return self.scored_step(scores, batch, stage)
+
+    @abstractmethod
+    def scored_step(self, scores: Tensor, batch: ScoreBatch, stage: Stage) -> Tensor:
+        """The batch's share of the loss in training; else its loss, after adding it to the metrics.
+
+        Args:
+            scores: At the batch's places, [N, K].
+            batch: What they should be.
+            stage: What it is for.
+        """
 
     # Predictions.
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from peft import PeftConfig
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_alignment.data.collate import TokenBatch
 from lit_alignment.data.messages import IGNORE_INDEX
@@ -42,6 +43,8 @@ class SFTModule(GenerativeModule):
         generation: Named ways to answer in `predict`.
     """
 
+    shares_rows = True
+
     def __init__(
         self,
         backbone: Backbone,
@@ -74,42 +77,44 @@ class SFTModule(GenerativeModule):
         self._shared_step(batch, "test")
 
     def _shared_step(self, batch: TokenBatch, stage: Stage) -> Tensor:
-        loss_sum, hits, weight = self._summed_loss(batch, self.label_smoothing if stage == "train" else 0.0)
+        loss_sum, hits, weights = self._summed_loss(batch, self.label_smoothing if stage == "train" else 0.0)
         if stage == "train":
             return self.step_loss(loss_sum, batch.window_weight)
         mean_loss, mean_accuracy = self._means(stage)
-        mean_loss.update(loss_sum, weight)
-        mean_accuracy.update(hits, (batch.labels != IGNORE_INDEX).sum())
+        mean_loss.update(loss_sum, weights.sum())
+        mean_accuracy.update(hits, torch.tensor(len(weights), device=weights.device))
         return loss_sum
 
     def _summed_loss(self, batch: TokenBatch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted sum of the trained tokens' losses, number of hits, and the sum of the weights."""
+        """Weighted sum of the trained tokens' losses, number of hits, and the weight of each, [N]; all of this rank."""
         if not self._head_checked:
             check_head(self.network, batch.input_ids[:1, :8])
             self._head_checked = True
         implementation = base_model(self.network).config._attn_implementation
         hidden = self._hidden_states(batch, implementation)
-        trained = batch.labels[:, 1:] != IGNORE_INDEX  # position t is predicted from t - 1
-        targets = batch.labels[:, 1:][trained]
-        weights = batch.weights[:, 1:][trained]
-        loss_sum, hits = head_loss(self.network, hidden[:, :-1][trained], targets, weights, label_smoothing)
-        return loss_sum, hits, weights.sum()
+        own = self.own_tokens(batch)
+        labels = pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)[:, own]  # position t is predicted from t - 1
+        trained = labels != IGNORE_INDEX
+        weights = pad(batch.weights[:, 1:], (0, 1))[:, own][trained]
+        loss_sum, hits = head_loss(self.network, hidden[trained], labels[trained], weights, label_smoothing)
+        return loss_sum, hits, weights
 
     def _hidden_states(self, batch: TokenBatch, implementation: str) -> Tensor:
-        """Last hidden states, [B, T, D], with noise on the embeddings in training."""
-        arguments = document_arguments(implementation, batch.document_lengths, batch.input_ids.device)
+        """Last hidden states of this rank's tokens, [B, t, D], with noise on the embeddings in training."""
+        own, device = self.own_tokens(batch), batch.input_ids.device
+        arguments = document_arguments(implementation, batch.document_lengths, device, sequence=self.sequence)
         hook = None
         if self.training and self.neftune_alpha > 0:
             embedding = base_model(self.network).get_input_embeddings()
             hook = embedding.register_forward_hook(
-                lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha)
+                lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha, own)
             )
         try:
             return hidden_states(
                 self.network,
-                input_ids=batch.input_ids,
+                input_ids=batch.input_ids[:, own],
                 attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
+                position_ids=batch.position_ids[:, own],
                 **arguments,
             )
         finally:
@@ -139,13 +144,14 @@ class SFTModule(GenerativeModule):
         return self.val_loss, self.val_accuracy
 
 
-def neftune_noise(embedded: Tensor, batch: TokenBatch, alpha: float) -> Tensor:
+def neftune_noise(embedded: Tensor, batch: TokenBatch, alpha: float, own: slice = slice(None)) -> Tensor:
     """Uniform noise in [-1, 1] * alpha / sqrt(L * D), where L is the length of a token's own document.
 
     Args:
         embedded: Token embeddings, [B, T, D].
         batch: Tells the document lengths.
         alpha: Strength.
+        own: The tokens of the batch that are embedded.
     """
     if batch.document_lengths:
         lengths = torch.tensor(batch.document_lengths, device=embedded.device)
@@ -154,5 +160,5 @@ def neftune_noise(embedded: Tensor, batch: TokenBatch, alpha: float) -> Tensor:
         per_token = batch.attention_mask.sum(1, keepdim=True).expand_as(batch.attention_mask)
     else:
         per_token = torch.full_like(batch.input_ids, batch.input_ids.shape[1])
-    bound = alpha / (per_token.to(embedded.dtype) * embedded.shape[-1]).sqrt()
+    bound = alpha / (per_token[:, own].to(embedded.dtype) * embedded.shape[-1]).sqrt()
     return torch.empty_like(embedded).uniform_(-1, 1) * bound[..., None]

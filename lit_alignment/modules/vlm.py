@@ -53,6 +53,8 @@ class VLMModule(SFTModule):
     Source: Liu et al. 2023, LLaVA (arXiv:2304.08485).
     """
 
+    shares_rows = False
+
     def __init__(
         self,
         backbone: Backbone,

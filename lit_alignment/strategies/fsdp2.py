@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -23,8 +24,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lit_alignment.errors import CheckpointError
+from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.restoring import refuse_missing, trained_names
+from lit_alignment.models.sequence_parallel import SequenceGroup
 from lit_alignment.models.sharding import Cast, shard_layers
 from lit_alignment.strategies.sharded import (
     OPTIMIZER,
@@ -51,6 +53,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         save_distributed_checkpoint: Each process writes its shards into a folder; false gathers them into one file.
         cpu_offload: Keep shards, and run the optimiser, in the memory of the host.
+        sequence_parallel_size: Neighbouring processes that share each packed row, for rows that are too long for one.
         process_group_backend: By default NCCL on GPUs, gloo on CPUs.
         timeout: How long a process waits for the others.
 
@@ -61,17 +64,35 @@ class FSDP2Strategy(ModelParallelStrategy):
         self,
         save_distributed_checkpoint: bool = True,
         cpu_offload: bool = False,
+        sequence_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         """Nothing is started yet."""
         super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
-        self.cpu_offload = cpu_offload
+        self.cpu_offload, self.sequence_parallel_size = cpu_offload, sequence_parallel_size
+        self.sequence: SequenceGroup | None = None  # the ranks that share this one's rows
 
     @override
     def _setup_distributed(self) -> None:
         super()._setup_distributed()
         self._data_parallel_size = self.world_size
+        size = self.sequence_parallel_size
+        if self.world_size % size:
+            raise ConfigError(
+                f"trainer.strategy.sequence_parallel_size is {size}, by which {self.world_size} processes cannot be "
+                "divided. Use a divisor."
+            )
+        if size > 1:
+            group, _ = dist.new_subgroups(size)  # type: ignore[no-untyped-call]
+            self.sequence = SequenceGroup(group, self.global_rank % size, size)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks that share rows have the same batches."""
+        size = self.sequence_parallel_size
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
     # Sharding.
 

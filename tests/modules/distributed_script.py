@@ -104,10 +104,11 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
         "one": "auto",
         "ddp": DDPStrategy(process_group_backend="gloo"),
         "fsdp2": FSDP2Strategy(process_group_backend="gloo"),
+        "sequence": FSDP2Strategy(process_group_backend="gloo", sequence_parallel_size=2),
         "gathered": FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo"),
     }
     recorder = Recorder()
-    accumulate = 1 if part != "all" else 6 if kind == "one" else 3
+    accumulate = 1 if part != "all" else 6 if kind in ("one", "sequence") else 3
     every = {} if part == "sharded" else {"every_n_train_steps": 1}
     saver = ModelCheckpoint(folder, filename="saved", enable_version_counter=False, **every)
     refresh = [IndexRefresh(every_n_steps=2)] if method == "rag" else []

@@ -32,14 +32,28 @@ def one_process(tmp_path_factory):
 def test_two_ranks_equal_one_process(method, kind, lora, one_process, tmp_path):
     """The same micro-batches, dealt to two ranks with half the accumulation; the last window is a short one."""
     one, two = one_process(method, lora), launch(kind, lora, tmp_path, method=method)
-    assert len(one["gradients"]) == len(two["gradients"]) > 0
     assert one["ids"] != two["ids"]
+    assert_same_training(one, two)
+
+
+def assert_same_training(one, two):
+    assert len(one["gradients"]) == len(two["gradients"]) > 0
     for name, gradient in one["gradients"][0].items():
         scale = max(float(gradient.abs().max()), 1e-3)
         torch.testing.assert_close(two["gradients"][0][name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
     assert two["validation"] == pytest.approx(one["validation"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["full", "lora"])
+@pytest.mark.parametrize("method", ["sft", "classification", "reward"])
+def test_two_ranks_that_share_each_row_equal_one_process(method, lora, one_process, tmp_path):
+    """Sequence parallelism: the same micro-batches on both ranks, each of which computes half of every row."""
+    one, two = one_process(method, lora), launch("sequence", lora, tmp_path, method=method)
+    assert one["ids"] == two["ids"]
+    assert_same_training(one, two)
 
 
 @pytest.mark.slow
