@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lit_alignment.errors import ConfigError
@@ -24,6 +25,11 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"{type(inner).__name__} is not a transformers model.")
     return inner
+
+
+def local(tensor: Any) -> Any:
+    """What this process has of a tensor that it shares with others."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 SCORE = "score"  # what transformers calls the last layer of all its decoders that classify sequences
@@ -49,7 +55,7 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         if adapter.disable_adapters:
             return head.original_module.weight, None
         return adapter.get_merged_weights(adapter.active_adapters), None
-    return (head.weight, head.bias) if type(head) is nn.Linear else None
+    return (local(head.weight), local(head.bias)) if type(head) is nn.Linear else None
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -72,7 +78,7 @@ def _bypassed(head: nn.Module) -> Iterator[list[Tensor]]:
     captured: list[Tensor] = []
 
     def capture(hidden: Tensor) -> Tensor:
-        captured.append(hidden)
+        captured.append(local(hidden))
         return hidden[..., :1]
 
     head.forward = capture

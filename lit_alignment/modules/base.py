@@ -78,13 +78,15 @@ class AlignmentModule(LightningModule):
 
     def _check_sharing(self, model: nn.Module, packing: bool) -> None:
         strategy = self.trainer.strategy
-        if not isinstance(strategy, FSDP2Strategy) or strategy.sequence is None:
+        if not isinstance(strategy, FSDP2Strategy):
             return
-        if not self.shares_rows:
-            raise ConfigError(
-                f"trainer.strategy.sequence_parallel_size: ranks cannot share the rows of {type(self).__name__}. "
-                "Set it to 1."
-            )
+        for name in ("sequence_parallel_size", "tensor_parallel_size"):
+            if getattr(strategy, name) > 1 and not self.shares_rows:
+                raise ConfigError(f"trainer.strategy.{name}: not for {type(self).__name__} yet. Set it to 1.")
+        if strategy.tensor_parallel_size > 1 and self.trainer.state.fn == "predict":
+            raise ConfigError("trainer.strategy.tensor_parallel_size: not for predict. Set it to 1; weights fit any.")
+        if strategy.sequence is None:
+            return
         config = base_model(model).config
         check_sequence_parallel(config, strategy.sequence.size, packing, config._attn_implementation)
 
@@ -285,7 +287,9 @@ def _recount(progress: dict[str, Any], factor: float) -> None:
 
 def world_scale(module: LightningModule) -> float:
     """What undoes the averaging over ranks and over accumulated batches that strategies and Lightning do."""
-    return float(module.trainer.world_size * module.trainer.accumulate_grad_batches)
+    strategy = module.trainer.strategy
+    same = strategy.tensor_parallel_size if isinstance(strategy, FSDP2Strategy) else 1  # they share what they compute
+    return float(module.trainer.world_size // same * module.trainer.accumulate_grad_batches)
 
 
 def _plain(value: Any) -> Any:

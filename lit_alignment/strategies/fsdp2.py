@@ -28,6 +28,7 @@ from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.restoring import refuse_missing, trained_names
 from lit_alignment.models.sequence_parallel import SequenceGroup
 from lit_alignment.models.sharding import Cast, shard_layers
+from lit_alignment.models.tensor_parallel import split_layers
 from lit_alignment.strategies.sharded import (
     OPTIMIZER,
     by_name,
@@ -54,6 +55,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: Each process writes its shards into a folder; false gathers them into one file.
         cpu_offload: Keep shards, and run the optimiser, in the memory of the host.
         sequence_parallel_size: Neighbouring processes that share each packed row, for rows that are too long for one.
+        tensor_parallel_size: Neighbouring processes that share each decoder layer's matrices.
         process_group_backend: By default NCCL on GPUs, gloo on CPUs.
         timeout: How long a process waits for the others.
 
@@ -65,33 +67,38 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: bool = True,
         cpu_offload: bool = False,
         sequence_parallel_size: int = 1,
+        tensor_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         """Nothing is started yet."""
-        super().__init__("auto", 1, save_distributed_checkpoint, process_group_backend, timeout)
-        self.cpu_offload, self.sequence_parallel_size = cpu_offload, sequence_parallel_size
+        super().__init__("auto", tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
+        self.cpu_offload = cpu_offload
+        self.sequence_parallel_size, self.tensor_parallel_size = sequence_parallel_size, tensor_parallel_size
         self.sequence: SequenceGroup | None = None  # the ranks that share this one's rows
 
     @override
     def _setup_distributed(self) -> None:
         super()._setup_distributed()
-        self._data_parallel_size = self.world_size
-        size = self.sequence_parallel_size
-        if self.world_size % size:
-            raise ConfigError(
-                f"trainer.strategy.sequence_parallel_size is {size}, by which {self.world_size} processes cannot be "
-                "divided. Use a divisor."
-            )
-        if size > 1:
-            group, _ = dist.new_subgroups(size)  # type: ignore[no-untyped-call]
-            self.sequence = SequenceGroup(group, self.global_rank % size, size)
+        sequence, tensor = self.sequence_parallel_size, self.tensor_parallel_size
+        if sequence > 1 and tensor > 1:
+            raise ConfigError("trainer.strategy: sequence_parallel_size and tensor_parallel_size: raise one of them.")
+        for name, size in (("sequence", sequence), ("tensor", tensor)):
+            if self.world_size % size:
+                raise ConfigError(
+                    f"trainer.strategy.{name}_parallel_size is {size}, by which {self.world_size} processes cannot be "
+                    "divided. Use a divisor."
+                )
+        self._data_parallel_size = self.world_size // tensor
+        if sequence > 1:
+            group, _ = dist.new_subgroups(sequence)  # type: ignore[no-untyped-call]
+            self.sequence = SequenceGroup(group, self.global_rank % sequence, sequence)
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Ranks that share rows have the same batches."""
-        size = self.sequence_parallel_size
+        """Ranks that share rows or matrices have the same batches."""
+        size = self.sequence_parallel_size * self.tensor_parallel_size
         return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
     # Sharding.
@@ -105,6 +112,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             "mp_policy": policy,
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
+        if self.tensor_parallel_size > 1:
+            split_layers(module, self.device_mesh["tensor_parallel"])
         if layered:
             shard_layers(module, cast, **options)
         else:

@@ -105,10 +105,12 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
         "ddp": DDPStrategy(process_group_backend="gloo"),
         "fsdp2": FSDP2Strategy(process_group_backend="gloo"),
         "sequence": FSDP2Strategy(process_group_backend="gloo", sequence_parallel_size=2),
+        "tensor": FSDP2Strategy(process_group_backend="gloo", tensor_parallel_size=2),
         "gathered": FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo"),
     }
     recorder = Recorder()
-    accumulate = 1 if part != "all" else 6 if kind in ("one", "sequence") else 3
+    alone = kind in ("one", "sequence", "tensor")  # all ranks have the same batches
+    accumulate = 1 if part != "all" else 6 if alone else 3
     every = {} if part == "sharded" else {"every_n_train_steps": 1}
     saver = ModelCheckpoint(folder, filename="saved", enable_version_counter=False, **every)
     refresh = [IndexRefresh(every_n_steps=2)] if method == "rag" else []
@@ -124,13 +126,14 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
         Path(folder),
         strategy=strategies[kind],
         devices=1 if kind == "one" else 2,
-        accumulate_grad_batches=(2 if kind == "one" else 1) if pairs else accumulate,
+        accumulate_grad_batches=(2 if alone else 1) if pairs else accumulate,
         callbacks=[
             recorder,
             *([saver] if part in ("first", "sharded") else []),
             *([Export()] if part == "sharded" else []),
             *refresh,
         ],
+        gradient_clip_val=0.1,
         enable_checkpointing=part in ("first", "sharded"),
         **limits.get(part, {}),
     )

@@ -47,11 +47,12 @@ def assert_same_training(one, two):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sequence", "tensor"])
 @pytest.mark.parametrize("lora", ["full", "lora"])
 @pytest.mark.parametrize("method", ["sft", "classification", "reward"])
-def test_two_ranks_that_share_each_row_equal_one_process(method, lora, one_process, tmp_path):
-    """Sequence parallelism: the same micro-batches on both ranks, each of which computes half of every row."""
-    one, two = one_process(method, lora), launch("sequence", lora, tmp_path, method=method)
+def test_two_ranks_that_share_a_batch_equal_one_process(method, lora, kind, one_process, tmp_path):
+    """The same micro-batches on both ranks, each of which computes half of every row, or of every layer."""
+    one, two = one_process(method, lora), launch(kind, lora, tmp_path, method=method)
     assert one["ids"] == two["ids"]
     assert_same_training(one, two)
 
@@ -89,6 +90,8 @@ def test_resume_on_two_ranks_sees_the_same_records(kind, lora, tmp_path):
         ("gathered", "one", "lora"),
         ("ddp", "fsdp2", "full"),
         ("fsdp2", "ddp", "lora"),
+        ("tensor", "one", "full"),
+        ("one", "tensor", "lora"),
     ],
 )
 def test_checkpoint_resumes_on_another_number_of_ranks(before, after, lora, tmp_path):
