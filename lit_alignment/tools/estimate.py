@@ -9,12 +9,20 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import decoder_flops_per_token, from_pretrained
 from lit_alignment.models.memory import StepMemory, Workload, step_memory
-from lit_alignment.models.scaling import Cluster, attention_flops_per_token, scale_point
+from lit_alignment.models.scaling import (
+    Cluster,
+    Sharing,
+    attention_flops_per_token,
+    scale_point,
+    sequence_bytes_per_token,
+    tensor_bytes_per_token,
+)
+from lit_alignment.models.tensor_parallel import layer_plan
 from lit_alignment.modules.retrieving import RetrievingModule
 from lit_alignment.modules.vlm import VLMModule
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
@@ -34,6 +42,8 @@ class Sharding:
         gradients: Whether gradients are split.
         optimizer: Whether optimiser states are split.
         buckets: Whether gradients are copied into buckets for their reduction.
+        sequence: Devices that share the tokens of a row.
+        tensor: Devices that share the matrices of a layer.
     """
 
     name: str
@@ -42,6 +52,8 @@ class Sharding:
     gradients: bool = False
     optimizer: bool = False
     buckets: bool = False
+    sequence: int = 1
+    tensor: int = 1
 
 
 def main(arguments: list[str]) -> None:
@@ -67,7 +79,9 @@ def main(arguments: list[str]) -> None:
     console = Console(soft_wrap=True)
     share = memory.trainable / memory.parameters
     console.print(f"parameters: {memory.parameters:,}, trainable {memory.trainable:,} ({share:.2%})")
-    console.print(f"micro-batch: {_described(workload)}; {sharding.name} over {sharding.devices} device(s)")
+    shared = sharding.sequence * sharding.tensor
+    each = f", shared by {shared}" if shared > 1 else ""
+    console.print(f"micro-batch: {_described(workload)}{each}; {sharding.name} over {sharding.devices} device(s)")
     if isinstance(cli.model, RetrievingModule | VLMModule):
         beside = "retriever and index" if isinstance(cli.model, RetrievingModule) else "encoders and projectors"
         console.print(f"of the language model alone: {beside} come on top")
@@ -78,18 +92,20 @@ def main(arguments: list[str]) -> None:
         total += CONTEXT
         console.print(f"with {CONTEXT:g} GiB for the CUDA context: {total:.2f} GiB")
     if options.scale:
-        console.print(_scale(options, cli, memory, workload))
+        console.print(_scale(options, cli, memory, workload, sharding))
     if options.memory is not None:
         verdict = "fits" if total <= options.memory else "does not fit"
         advice = "" if total <= options.memory else f". {advice_for(parts, cli)}"
         console.print(f"{verdict} into {options.memory:g} GiB ({total / options.memory:.0%}){advice}")
 
 
-def _scale(options: argparse.Namespace, cli: ToolCLI, memory: StepMemory, workload: Workload) -> Table:
+def _scale(
+    options: argparse.Namespace, cli: ToolCLI, memory: StepMemory, workload: Workload, sharding: Sharding
+) -> Table:
     """FSDP2 on several numbers of devices.
 
     Raises:
-        ConfigError: If these are no numbers.
+        ConfigError: If these are no numbers, or devices that share a micro-batch do not divide them.
     """
     try:
         counts = [int(each) for each in options.scale.split(",")]
@@ -107,16 +123,36 @@ def _scale(options: argparse.Namespace, cli: ToolCLI, memory: StepMemory, worklo
     mixed = str(cli.asked["precision"]).endswith("mixed")  # then weights are gathered in two bytes each
     share = min(1.0, 2 * memory.parameters / memory.weights) if mixed else 1.0
     tokens = sum(workload.document_lengths) or workload.rows * workload.width
-    title = f"FSDP2, {tokens} tokens a device and micro-batch, {flops / 1e9:.1f} GFLOP a token"
+    sharing = _sharing(sharding, config, mixed, cli.model.backbone.gradient_checkpointing)
+    together = sharing.sequence * sharing.tensor
+    if any(count % together for count in counts):
+        raise ConfigError(f"--scale {options.scale}: {together} devices share a micro-batch; give multiples of that.")
+    of = "" if together == 1 else f" of {together} devices"
+    title = f"FSDP2, {tokens} tokens a micro-batch{of}, {flops / 1e9:.1f} GFLOP a token"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # has to fit into 80 columns
     for heading in ("devices", "GiB each", "GiB got", "GiB sent", "s work", "s network", "s", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for devices in counts:
-        point = scale_point(memory, flops, tokens, cluster, devices, share)
-        sizes = [f"{size / GIB:.2f}" for size in (point.memory, point.gathered, point.scattered)]
+        point = scale_point(memory, flops, tokens, cluster, devices, share, sharing)
+        sizes = [f"{size / GIB:.2f}" for size in (point.memory, point.gathered, point.scattered + point.exchanged)]
         times = [f"{each:.3f}" for each in (point.compute, point.communication, point.seconds)]
         table.add_row(str(devices), *sizes, *times, f"{point.tokens_per_second:,.0f}")
     return table
+
+
+def _sharing(sharding: Sharding, config: PretrainedConfig, mixed: bool, recomputed: bool) -> Sharing:
+    """What devices that share a micro-batch send to each other."""
+    heads, layers, element = config.num_attention_heads, config.num_hidden_layers, 2 if mixed else 4
+    each = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sent = 0.0
+    if sharding.sequence > 1:
+        keys = math.lcm(config.num_key_value_heads, sharding.sequence) * each
+        passes = 3 if recomputed else 2
+        sent = sequence_bytes_per_token(layers, heads * each, keys, sharding.sequence, element, passes)
+    if sharding.tensor > 1:
+        sums = len(layer_plan(config, sharding.tensor))
+        sent = tensor_bytes_per_token(layers, config.hidden_size, sums, sharding.tensor, element)
+    return Sharing(sharding.sequence, sharding.tensor, sent)
 
 
 def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
@@ -154,7 +190,8 @@ def sharding_of(asked: Any) -> Sharding:
     settings: Any = {} if isinstance(strategy, str) else strategy.init_args
     devices = _count(asked["devices"]) * asked["num_nodes"]
     if name.startswith(("fsdp", "FSDP")):
-        return Sharding(name, devices, weights=True, gradients=True, optimizer=True)
+        sequence, tensor = (int(settings.get(f"{kind}_parallel_size", 1)) for kind in ("sequence", "tensor"))
+        return Sharding(name, devices, weights=True, gradients=True, optimizer=True, sequence=sequence, tensor=tensor)
     if name.lower().startswith("deepspeed"):
         stage = int(settings.get("stage", 2)) if settings else int(name.partition("stage_")[2][:1] or 2)
         return Sharding(f"{name} {stage}", devices, weights=stage == 3, gradients=stage >= 2, optimizer=stage >= 1)
@@ -171,21 +208,22 @@ def _count(devices: int | str | list[int]) -> int:
 def per_device(memory: StepMemory, sharding: Sharding) -> dict[str, int]:
     """Bytes of each part on one device."""
     n = sharding.devices
+    outside = memory.outside_layers * (sharding.tensor - 1) // max(n, sharding.tensor)  # whole beside sliced layers
 
     def split(size: int, is_split: bool) -> int:
         return math.ceil(size / n) if is_split and n > 1 else size
 
     parts = {
-        "weights": split(memory.weights, sharding.weights),
+        "weights": split(memory.weights, sharding.weights) + outside,
         "gradients": split(memory.gradients, sharding.gradients),
         "optimiser": split(memory.optimizer, sharding.optimizer),
-        "activations": memory.activations,
-        "logits and loss": memory.loss,
+        "activations": memory.activations // sharding.sequence,
+        "logits and loss": memory.loss,  # chunks of a fixed size, and the gradient of the output embedding
     }
     if memory.temporary:
-        parts["temporaries"] = memory.temporary
+        parts["temporaries"] = memory.temporary // sharding.sequence
     if sharding.weights and n > 1:  # the layer at work, the next one on its way, and what lies outside the layers
-        parts["gathered weights"] = 2 * memory.largest_layer + memory.outside_layers
+        parts["gathered weights"] = 2 * memory.largest_layer // sharding.tensor + memory.outside_layers
     if sharding.buckets:
         parts["buckets of gradients"] = memory.gradients
     return parts

@@ -6,7 +6,14 @@ from transformers import AutoConfig
 
 from lit_alignment.models.loading import Backbone, decoder_flops_per_token
 from lit_alignment.models.memory import StepMemory, Workload, step_memory
-from lit_alignment.models.scaling import Cluster, attention_flops_per_token, fsdp_traffic, scale_point
+from lit_alignment.models.scaling import (
+    Cluster,
+    attention_flops_per_token,
+    fsdp_traffic,
+    scale_point,
+    sequence_bytes_per_token,
+    tensor_bytes_per_token,
+)
 from lit_alignment.models.tokens import TokensConfig
 from tests.helpers import run_on_ranks
 
@@ -30,8 +37,8 @@ def test_published_speed_of_lora_on_one_gpu_is_that_of_its_operations():
 
 @pytest.mark.slow
 def test_bytes_of_two_ranks_are_those_on_paper(tokenizer, tmp_path):
-    run_on_ranks("models.traffic_script", str(tmp_path))
-    sent = torch.load(tmp_path / "traffic.pt")
+    run_on_ranks("models.traffic_script", str(tmp_path), "fsdp2")
+    sent = torch.load(tmp_path / "fsdp2.pt")
     backbone = Backbone("configs/tiny", weights="random")
     none = {"tokens": TokensConfig(), "added": {}, "peft": None, "adapter": None}
     memory = step_memory(backbone, tokenizer, Workload([], 2, 64), **none)
@@ -50,3 +57,16 @@ def test_memory_falls_and_the_network_comes_to_decide():
     assert points[1].communication < points[1].compute  # within a node it hides
     assert points[2].seconds > 2 * points[1].seconds  # a slow network does not
     assert points[3].tokens_per_second > 40 * points[2].tokens_per_second
+
+
+@pytest.mark.slow
+def test_bytes_of_two_ranks_that_share_a_micro_batch_are_those_on_paper(tmp_path):
+    """The tiny model has 2 layers of width 64, with 4 query heads and 2 key heads of width 16, in float32."""
+    for kind in ("sequence", "tensor"):
+        run_on_ranks("models.traffic_script", str(tmp_path), kind)
+    sequence, tensor = (torch.load(tmp_path / f"{kind}.pt") for kind in ("sequence", "tensor"))
+    # A rank's slice is longer by one token if the row's length is odd.
+    paper = sequence_bytes_per_token(2, 64, 32, 2, 4) * sequence["tokens"]
+    assert sequence["exchanged"] == pytest.approx(paper, rel=0.01)
+    assert sequence["summed"] == tensor["exchanged"] == 0
+    assert tensor["summed"] == pytest.approx(tensor_bytes_per_token(2, 64, 7, 2, 4) * tensor["tokens"], rel=1e-6)

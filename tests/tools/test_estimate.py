@@ -82,3 +82,16 @@ def test_scale_adds_devices_on_paper(capsys, monkeypatch):
     assert int(eight[-1].replace(",", "")) > 4 * int(one[-1].replace(",", ""))
     with pytest.raises(ConfigError, match=r"--scale 1,x: give numbers of devices"):
         main(["--config", TINY, "--scale", "1,x"])
+
+
+@pytest.mark.parametrize("kind", ["sequence", "tensor"])
+def test_devices_that_share_a_micro_batch_do_its_work_together(kind, capsys):
+    shared = ["--trainer.strategy", "lit_alignment.FSDP2Strategy", f"--trainer.strategy.{kind}_parallel_size", "2"]
+    rows = []
+    for more in ([], shared):
+        main(["--config", TINY, "--scale", "8", *more])
+        rows.append(capsys.readouterr().out.strip().splitlines()[-1].split())
+    (alone, together) = ([float(cell.replace(",", "")) for cell in row] for row in rows)
+    assert together[-1] < alone[-1]  # the same operations on as many devices, and something to exchange
+    with pytest.raises(ConfigError, match="2 devices share a micro-batch; give multiples"):
+        main(["--config", TINY, "--scale", "3", *shared])
