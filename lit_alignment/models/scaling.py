@@ -151,7 +151,7 @@ def scale_point(
     seconds = max(compute, (gathered + scattered) / bandwidth) + first + exchanged / within
     states = (memory.weights + memory.gradients + memory.optimizer) / devices
     states += memory.outside_layers * (sharing.tensor - 1) / devices  # what lies outside of layers is not sliced
-    working = (memory.activations + memory.loss + memory.temporary) / sharing.sequence
+    working = (memory.activations + memory.temporary) / sharing.sequence + memory.loss
     if devices > 1:  # the layer at work, the next one, and what stays gathered
         working += (2 * memory.largest_layer / sharing.tensor + memory.outside_layers) * gathered_share
     total = round(states + working)
