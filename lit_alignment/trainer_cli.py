@@ -33,6 +33,7 @@ QUIET = (
     r".*is_gradient_checkpointing.* is deprecated.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*past_key_values.* (is|are) deprecated.*",
+    r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics have been summed over all ranks
     r".*Trainer was configured with `enable_model_summary.*",
 )
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.cache import cached_dataset, fingerprint, source_fingerprint, tokenizer_fingerprint
-from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig, Example
+from lit_alignment.data.encode import Encoder, EncodingConfig, Example
 from lit_alignment.data.loader import PlannedLoader
 from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.packing import BatchPlan, PlannedBatch
@@ -28,6 +28,7 @@ from lit_alignment.data.prompts import (
 )
 from lit_alignment.data.records import Source
 from lit_alignment.data.report import DataReport, write_reports
+from lit_alignment.data.rows import RowEncoder
 from lit_alignment.data.sampling import choose_records, mixture_repeats, repeat_records, source_generator
 from lit_alignment.data.templates import JinjaTemplate, PrefixSuffixTemplate
 from lit_alignment.errors import ConfigError, RecordError
@@ -259,7 +260,7 @@ class AlignmentDataModule(LightningDataModule):
         )
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         return records.map(
-            _RowEncoder(self, source, prompts),
+            self._row_encoder(source, prompts),
             remove_columns=records.column_names,
             features=self.predict_features if prompts else self.features,
             cache_file_name=str(self.cache_dir / f"examples-{name}.arrow"),
@@ -268,6 +269,11 @@ class AlignmentDataModule(LightningDataModule):
             desc=f"Encoding {source.title}",
         )
 
+    def _row_encoder(self, source: Source, prompts: bool) -> RowEncoder:
+        if prompts:
+            return RowEncoder(source, self.record_type, self.predict_row, self.predict_features)
+        return RowEncoder(source, self.record_type, self.encode_record, self.features)
+
     def predict_items(self, sources: Sequence[Source]) -> list[Any]:
         """What any sources ask in predict, in order, without a cache: for cherry picks."""
         items: list[Item] = []
@@ -275,7 +281,7 @@ class AlignmentDataModule(LightningDataModule):
             raw = list(source.read())
             for position in choose_records(source, len(raw), self.seed):
                 where, record = raw[position]
-                row = _RowEncoder(self, source, True).encode(self.read(record, where, int(position)))
+                row = self._row_encoder(source, True).encode(self.read(record, where, int(position)))
                 if not row["dropped"]:
                     items.append(self.predict_item(row, len(items)))
         return items
@@ -392,24 +398,3 @@ def datamodule_of(trainer: Trainer) -> AlignmentDataModule:
     if not isinstance(datamodule, AlignmentDataModule):
         raise ConfigError(f"a data module of lit_alignment is needed here, not {type(datamodule).__name__}.")
     return datamodule
-
-
-class _RowEncoder:
-    """Encodes one row of a records data set; a class, so that it can be sent to worker processes."""
-
-    def __init__(self, module: AlignmentDataModule, source: Source, prompts: bool) -> None:
-        self.source, self.record_type = source, module.record_type
-        self.encode_record = module.predict_row if prompts else module.encode_record
-        columns = (module.predict_features if prompts else module.features).items()
-        self.empty: dict[str, Any] = {n: [] if isinstance(f, datasets.List) else None for n, f in columns}
-
-    def __call__(self, row: dict[str, str]) -> dict[str, Any]:
-        return self.encode(self.record_type(**json.loads(row["record"])))
-
-    def encode(self, record: Record) -> dict[str, Any]:
-        """The columns of a record; a dropped one carries its reason."""
-        base = {"id": record.id, "dataset": self.source.title, "dropped": "", "detail": ""}
-        try:
-            return base | self.encode_record(record, self.source)
-        except Dropped as drop:
-            return {**self.empty, **base, "length": 0, "dropped": drop.reason, "detail": drop.detail}

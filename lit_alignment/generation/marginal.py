@@ -148,15 +148,13 @@ def generate_by_token(
             input_ids = chosen.repeat_interleave(number, 0)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     model.train(training)
-    answers: list[list[Answer]] = []
+    answers = []
     for row, tokens in enumerate(found):
         question, copy = divmod(row, copies)
-        if copy == 0:
-            answers.append([])
         answer = cut_answer(str(copy), tokens, list(prompts[question][0]), tokenizer, settings, stop, strings)
         answer.logprob = float(logps[row]) if settings.logprobs else None
-        answers[question].append(answer)
-    return answers
+        answers.append(answer)
+    return [answers[first : first + copies] for first in range(0, len(answers), copies)]
 
 
 def _warpers(settings: GenerationSettings) -> LogitsProcessorList:

@@ -74,18 +74,7 @@ def document_attention(
         key, value = spread(key, value, sequence.size)
         total = sum(document_lengths)
         query, key, value = (sequence.to_heads(tensor, total) for tensor in (query, key, value))
-        output, _ = document_attention(
-            module,
-            query,
-            key,
-            value,
-            None,
-            dropout,
-            scaling,
-            document_lengths,
-            document_parents,
-            sliding_window,
-        )
+        output = _by_document(query, key, value, document_lengths, document_parents, dropout, scaling, sliding_window)
         return sequence.to_tokens(output), None
     if not document_lengths and attention_mask is None and query.shape[2] == key.shape[2]:
         # Unpacked and unmasked: each row is one document, whose sliding window plain SDPA would not know of.
@@ -95,6 +84,20 @@ def document_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    return _by_document(query, key, value, document_lengths, document_parents, dropout, scaling, sliding_window), None
+
+
+def _by_document(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    document_lengths: Sequence[int],
+    document_parents: Sequence[int] | None,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attention of each document by itself; as of `document_attention`."""
     queries, keys, values = (torch.split(tensor, list(document_lengths), dim=2) for tensor in (query, key, value))
     outputs = []
     for q, k, v, parent in zip(queries, keys, values, document_parents or [-1] * len(queries), strict=True):
@@ -111,7 +114,7 @@ def document_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def _document_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
