@@ -60,7 +60,7 @@ class PlannedLoader(Generic[Batch]):
     @property
     def batch_sampler(self) -> SimpleNamespace:
         """Where Lightning looks for `set_epoch`; a `sampler` of our own would make it suspect shuffled validation."""
-        return SimpleNamespace(sampler=self)
+        return SimpleNamespace(sampler=self, batch_size=1)  # DeepSpeed shows its size
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""

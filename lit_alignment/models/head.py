@@ -3,7 +3,7 @@
 B rows, T tokens, N trained positions, D width, V vocabulary
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,14 +48,31 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias with which the head is one product, or None if an adapter makes it something else."""
-    if isinstance(head, TrainableTokensWrapper):
-        adapter = head.token_adapter
-        if adapter.disable_adapters:
-            return head.original_module.weight, None
-        return adapter.get_merged_weights(adapter.active_adapters), None
-    return (local(head.weight), local(head.bias)) if type(head) is nn.Linear else None
+def is_product(head: nn.Module) -> bool:
+    """Whether the head is one product with a weight, and no adapter makes it something else."""
+    return isinstance(head, TrainableTokensWrapper) or type(head) is nn.Linear
+
+
+def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias with which the head is one product."""
+    if not isinstance(head, TrainableTokensWrapper):
+        return local(head.weight), local(head.bias)
+    adapter = head.token_adapter
+    if adapter.disable_adapters:
+        return head.original_module.weight, None
+    return adapter.get_merged_weights(adapter.active_adapters), None
+
+
+def _called(head: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """What a function makes of hidden states, as a call of the head.
+
+    A strategy that gathers a layer's weights just before the layer is called does so for what happens in it.
+    """
+    head.forward = function
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -119,21 +136,25 @@ def head_loss(
         label_smoothing: Probability spread evenly over the vocabulary.
     """
     head = output_head(model)
-    product = head_weight(head)
-    if product is None:
+    if not is_product(head):
         return token_cross_entropy(_shaped(model, head(hidden)), targets, weights, label_smoothing)
-    weight, bias = product
     scale, softcap = _logit_shape(model)
-    return linear_cross_entropy(
-        hidden,
-        weight,
-        targets,
-        weights,
-        bias=bias,
-        label_smoothing=label_smoothing,
-        scale=scale,
-        softcap=softcap,
-    )
+
+    def loss(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = head_weight(head)
+        return linear_cross_entropy(
+            local(hidden),
+            weight,
+            targets,
+            weights,
+            bias=bias,
+            label_smoothing=label_smoothing,
+            scale=scale,
+            softcap=softcap,
+        )
+
+    found: tuple[Tensor, Tensor] = _called(head, loss, hidden)
+    return found
 
 
 def token_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -145,16 +166,20 @@ def token_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         targets: Token ids, [N].
     """
     head = output_head(model)
-    product = head_weight(head)
-    if product is None:
+    if not is_product(head):
         parts = []
         for rows, wanted in zip(torch.split(hidden, CHUNK_SIZE), torch.split(targets, CHUNK_SIZE), strict=True):
             logits = wide(_shaped(model, head(rows)))
             parts.append(logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(1))
         return torch.cat(parts)
-    weight, bias = product
     scale, softcap = _logit_shape(model)
-    return linear_logps(hidden, weight, targets, bias=bias, scale=scale, softcap=softcap)
+
+    def logps(hidden: Tensor) -> Tensor:
+        weight, bias = head_weight(head)
+        return linear_logps(local(hidden), weight, targets, bias=bias, scale=scale, softcap=softcap)
+
+    found: Tensor = _called(head, logps, hidden)
+    return found
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
@@ -23,6 +24,7 @@ from lit_alignment.models.sequence_parallel import SequenceGroup, check_sequence
 from lit_alignment.models.sharding import Cast
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.strategies.deepspeed import DeepSpeedStrategy
 from lit_alignment.strategies.fsdp2 import FSDP2Strategy
 from lit_alignment.strategies.sharded import full
 
@@ -122,7 +124,7 @@ class AlignmentModule(LightningModule):
 
         Raises:
             ConfigError: If the strategy is one of Lightning's own, which resume no checkpoint of trained weights alone,
-                or gather no weights outside of a forward pass, which our loss needs.
+                gather no weights outside of a forward pass, which our loss needs, or lose an epoch's last window.
         """
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy):
@@ -130,6 +132,8 @@ class AlignmentModule(LightningModule):
         elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
             name = type(strategy).__name__
             raise ConfigError(f"trainer.strategy: use lit_alignment.FSDP2Strategy in place of {name}.")
+        elif isinstance(strategy, LightningDeepSpeedStrategy) and not isinstance(strategy, DeepSpeedStrategy):
+            raise ConfigError("trainer.strategy: use lit_alignment.DeepSpeedStrategy in place of Lightning's.")
 
     def load_model(
         self,
@@ -209,13 +213,22 @@ class AlignmentModule(LightningModule):
         mean = self._window_loss / self.trainer.accumulate_grad_batches
         self.log("train/loss", mean, prog_bar=True, sync_dist=True)
         self._window_loss = 0.0
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = full(torch.nn.utils.get_total_norm(gradients))
-        self.log("train/grad_norm", norm)
         window, self._window = self._window, []
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # its engine has the gradients
+            norm = self.trainer.strategy.reduce(torch.as_tensor(mean), reduce_op="sum")
+        else:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            norm = full(torch.nn.utils.get_total_norm(gradients))
+            self.log("train/grad_norm", norm)
         # Gradients are summed over all ranks, so all see the same norm. The scaler of fp16 skips such steps itself.
         if self.trainer.precision != "16-mixed" and not bool(torch.isfinite(norm)):
             self._not_finite(window)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the gradient norm, where an engine has the gradients."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy) and (norm := strategy.gradient_norm()) is not None:
+            self.log("train/grad_norm", norm)
 
     def _not_finite(self, window: list[tuple[list[str], Tensor]]) -> None:
         """Stop, or leave the weights as they are, saying which records did it."""
@@ -224,7 +237,7 @@ class AlignmentModule(LightningModule):
             ", ".join(name for ids in bad for name in ids) or "none by itself on this rank; the gradient is not finite"
         )
         step = self.trainer.global_step
-        if self.optimizer_config.non_finite == "stop":
+        if self.optimizer_config.non_finite == "stop" or isinstance(self.trainer.strategy, DeepSpeedStrategy):
             raise TrainingError(
                 f"the loss of optimizer step {step} is not a number. Micro-batches at fault: {which}. Lower "
                 "optimizer.learning_rate or mend the records, and go on from a checkpoint; or set "
@@ -257,7 +270,8 @@ class AlignmentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks a trained weight: non-strict loading would leave it at its start value."""
-        refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
+        if not isinstance(self._trainer and self.trainer.strategy, DeepSpeedStrategy):  # which has loaded them by now
+            refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
         ranks = checkpoint.get(CHECKPOINT_KEY, {}).get("ranks")
         if ranks is not None and "loops" in checkpoint and self._trainer is not None:
             _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], ranks / data_rank(self.trainer)[1])
