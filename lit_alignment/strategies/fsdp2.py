@@ -236,7 +236,10 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
 
 
 def _cannot_save(path: Path, error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # holds an error of each process that has one
+        error = next((error for error, _ in error.failures.values()), error)
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"{path}: cannot save the checkpoint ({str(error).splitlines()[0]}). Earlier checkpoints are untouched; free "
+        f"{path}: cannot save the checkpoint ({reason}). Earlier checkpoints are untouched; free "
         "some space or set another folder, then go on with --ckpt_path."
     )

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 
 from lit_alignment import AsyncCheckpointIO, AtomicCheckpointIO, Export, FSDP2Strategy, Upload, wait_for_saves
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.trainer_cli import build
 from tests.callbacks.test_checkpoints import Seen
-from tests.helpers import ROOT, chats, sft_data, sft_module, trainer
+from tests.helpers import ROOT, chats, run_on_ranks, sft_data, sft_module, trainer
 
 
 class Held:
@@ -214,6 +216,26 @@ def test_plugin_beside_fsdp2_is_refused(tmp_path):
     strategy = FSDP2Strategy(process_group_backend="gloo")
     with pytest.raises(ConfigError, match="set trainer.strategy.init_args.async_save: true"):
         fit(tmp_path, AsyncCheckpointIO(), [], enable_checkpointing=False, strategy=strategy, devices=1)
+
+
+def test_command_takes_the_plugin_from_yaml(tmp_path):
+    (tmp_path / "async.yaml").write_text("trainer: {plugins: [{class_path: lit_alignment.AsyncCheckpointIO}]}")
+    places = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
+    files = ["--config", "configs/sft/tiny.yaml", "--config", str(tmp_path / "async.yaml")]
+    run = build(["fit", *files, *places, "--trainer.max_epochs=1"], run=True)
+    assert type(run.trainer.strategy.checkpoint_io) is AsyncCheckpointIO
+    best = run.trainer.checkpoint_callback.best_model_path
+    assert torch.load(best, weights_only=True)["global_step"] > 0
+    assert (Path(best).parent / "export" / "config.json").is_file() or list(Path(best).parent.glob("export/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [True, False])
+def test_rank_that_cannot_save_stops_all_ranks(sharded, tmp_path):
+    run_on_ranks("callbacks.failed_save_script", str(tmp_path), str(int(sharded)))
+    for rank in (0, 1):
+        assert "step=1.ckpt: cannot save the checkpoint (no space)" in (tmp_path / f"{rank}.txt").read_text()
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == []
 
 
 KILLER = """
