@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lit_alignment import AsyncCheckpointIO, AtomicCheckpointIO, Export, FSDP2Strategy, Upload, wait_for_saves
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.strategies.save_queue import start_saving
 from lit_alignment.trainer_cli import build
 from tests.callbacks.test_checkpoints import Seen
 from tests.helpers import ROOT, chats, run_on_ranks, sft_data, sft_module, trainer
@@ -213,9 +214,9 @@ def test_failed_save_ends_the_fit(tmp_path, monkeypatch):
 
 
 def test_plugin_beside_fsdp2_is_refused(tmp_path):
-    strategy = FSDP2Strategy(process_group_backend="gloo")
+    runner = trainer(tmp_path, strategy=FSDP2Strategy(process_group_backend="gloo"), plugins=[AsyncCheckpointIO()])
     with pytest.raises(ConfigError, match="set trainer.strategy.init_args.async_save: true"):
-        fit(tmp_path, AsyncCheckpointIO(), [], enable_checkpointing=False, strategy=strategy, devices=1)
+        start_saving(runner)
 
 
 def test_command_takes_the_plugin_from_yaml(tmp_path):
