@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_alignment.callbacks.checkpoint_io import AtomicCheckpointIO
+    from lit_alignment.callbacks.checkpoint_io import AsyncCheckpointIO, AtomicCheckpointIO
     from lit_alignment.callbacks.cherry_picks import CherryPicks
     from lit_alignment.callbacks.export import Export
     from lit_alignment.callbacks.predictions import PredictionWriter
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from lit_alignment.modules.sft import SFTModule
     from lit_alignment.modules.vlm import VLMModule
     from lit_alignment.strategies.fsdp2 import FSDP2Strategy
+    from lit_alignment.strategies.save_queue import wait_for_saves
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "AsyncCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
     "AtomicCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
     "CherryPicks": "lit_alignment.callbacks.cherry_picks",
     "ClassificationDataModule": "lit_alignment.data.classification",
@@ -53,8 +55,10 @@ _PLACES = {
     "Upload": "lit_alignment.callbacks.upload",
     "VLMDataModule": "lit_alignment.data.vlm",
     "VLMModule": "lit_alignment.modules.vlm",
+    "wait_for_saves": "lit_alignment.strategies.save_queue",
 }
 __all__ = [
+    "AsyncCheckpointIO",
     "AtomicCheckpointIO",
     "CherryPicks",
     "ClassificationDataModule",
@@ -79,6 +83,7 @@ __all__ = [
     "VLMDataModule",
     "VLMModule",
     "__version__",
+    "wait_for_saves",
 ]
 
 

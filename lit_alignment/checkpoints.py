@@ -21,7 +21,8 @@ def newest_checkpoint(trainer: Trainer) -> Path | None:
     Args:
         trainer: Its callbacks and loggers say where.
     """
-    found = [path for folder in folders(trainer) for path in folder.glob(SUFFIX)]
+    # A link can point to nothing: the run was killed between a removal and the next link.
+    found = [path for folder in folders(trainer) for path in folder.glob(SUFFIX) if path.exists()]
     for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):
         try:
             check(path)

@@ -1,6 +1,7 @@
 """Checkpoints that a kill at any moment leaves whole: written beside, flushed to the disk, then renamed."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from typing_extensions import override
 
 from lit_alignment.errors import CheckpointError
 from lit_alignment.models.saving import PARTIAL, flush_folder
+from lit_alignment.strategies.save_queue import Queued, SaveQueue
 from lit_alignment.strategies.sharded import found_path, is_sharded, read_whole
 
 
@@ -27,14 +29,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If the disk is full or the folder cannot be written; what was there before stays.
         """
         path = Path(path)
-        partial = path.with_name(f".{path.name}{PARTIAL}")
+        unfinished = path.with_name(f".{path.name}{PARTIAL}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            os.replace(unfinished, path)
             flush_folder(path.parent)
         except (OSError, RuntimeError) as error:  # torch reports a short write as a RuntimeError
             raise CheckpointError(
@@ -42,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "free some space or set another folder, then go on with --ckpt_path."
             ) from error
         finally:
-            partial.unlink(missing_ok=True)  # there only after an error or Ctrl-C
+            unfinished.unlink(missing_ok=True)  # there only after an error or Ctrl-C
 
     @override
     def load_checkpoint(
@@ -65,3 +67,47 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"{path}: cannot read the checkpoint ({str(error).splitlines()[0]}). "
                 "It is damaged or holds Python objects; use an earlier one."
             ) from error
+
+
+class AsyncCheckpointIO(AtomicCheckpointIO, Queued):
+    """The same, written by a thread while `fit` goes on: training waits only until the weights are copied.
+
+    At most one checkpoint is being written; the next save waits for it. An earlier checkpoint is removed when the new
+    one is whole. For one process and DDP; FSDP2Strategy has `async_save`.
+    """
+
+    def __init__(self) -> None:
+        """There is no thread before the fit starts, and none after it."""
+        super().__init__()
+        self.saves = SaveQueue(background=True)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Copy a checkpoint and begin to write the copy.
+
+        Raises:
+            CheckpointError: If the one before could not be written; what was there before stays.
+        """
+        self.saves.save(checkpoint, Path(path), partial(super().save_checkpoint, path=path))
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint once those that were saved before are whole."""
+        self.saves.remove(Path(path), partial(super().remove_checkpoint, path))
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint, which can be the one that is being written."""
+        self.saves.wait()
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    @override
+    def teardown(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            CheckpointError: If it could not be written; what was there before stays.
+        """
+        self.saves.close()

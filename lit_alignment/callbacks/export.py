@@ -25,6 +25,7 @@ from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.modules.retrieving import RetrievingModule
 from lit_alignment.modules.vlm import VLMModule
+from lit_alignment.strategies.save_queue import wait_for_saves
 
 
 class Export(Callback):
@@ -73,6 +74,7 @@ class Export(Callback):
         wanted = {path for path in kept if path}
         if wanted == set(self._exported) and best == self._best:
             return
+        wait_for_saves(trainer)
         if trainer.is_global_zero and isinstance(module, AlignmentModule):
             for path in sorted(wanted - set(self._exported)):
                 self._exported[path] = export_checkpoint(module, Path(path), Path(path).with_suffix(""), self.form)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from lit_alignment.callbacks.export import Export
 from lit_alignment.callbacks.remote import Item, Kind, RemoteFile, RemoteFolder, describe, reason
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.strategies.save_queue import save_queue
 
 REPORTS = ("config.yaml", "data_report.json", "cherry_picks.html")
 SNAPSHOTS = ".upload-snapshots"
@@ -129,7 +131,7 @@ class Upload(Callback):
         """Take what was saved since the last step; ModelCheckpoint saves after all other callbacks."""
         if self._pool is not None and trainer.global_step != self._looked:
             self._looked = trainer.global_step
-            self._take_new(trainer)
+            save_queue(trainer).then(partial(self._take_new, list(self._jobs(trainer))))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish what is pending before the error or Ctrl+C ends the run."""
@@ -158,10 +160,10 @@ class Upload(Callback):
                 if self.what != "checkpoints" and os.path.isdir(path.with_suffix("")):
                     yield Job(path.with_suffix(""), "export", step, saver.monitor, value)
 
-    def _take_new(self, trainer: Trainer) -> None:
+    def _take_new(self, jobs: list[Job]) -> None:
         """Start to send what is new, and with it what failed before."""
         new = []
-        for job in self._jobs(trainer):
+        for job in jobs:
             identity = _identity(job.path)
             if identity is None and job.path not in self._gone:
                 self._gone.add(job.path)
@@ -204,7 +206,8 @@ class Upload(Callback):
         """Send everything that is left, and what failed once more."""
         if self._pool is None:
             return
-        self._take_new(trainer)
+        save_queue(trainer).settle()  # an error is raised when the run ends
+        self._take_new(list(self._jobs(trainer)))
         self._wait()
         reports = [Job(self._run_dir / name, "report", trainer.global_step) for name in REPORTS]
         reports = [job for job in reports if job.path.is_file()]

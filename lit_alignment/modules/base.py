@@ -26,6 +26,7 @@ from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
 from lit_alignment.strategies.deepspeed import DeepSpeedStrategy
 from lit_alignment.strategies.fsdp2 import FSDP2Strategy
+from lit_alignment.strategies.save_queue import start_saving
 from lit_alignment.strategies.sharded import full
 
 
@@ -168,6 +169,10 @@ class AlignmentModule(LightningModule):
         if self.model is None:
             raise ConfigError("the model is not loaded yet: call configure_model() or run it in a Trainer.")
         return self.model
+
+    def on_fit_start(self) -> None:
+        """From now on checkpoints are saved in the background, if that is wanted."""
+        start_saving(self.trainer)
 
     # Loss of an optimiser step.
 

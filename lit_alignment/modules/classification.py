@@ -83,6 +83,7 @@ class ClassificationModule(ScoringModule):
 
     def on_fit_start(self) -> None:
         """Count the classes, if their weights are to balance them."""
+        super().on_fit_start()
         self._weights()
 
     def _weights(self) -> Tensor | None:

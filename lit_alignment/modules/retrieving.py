@@ -198,6 +198,7 @@ class RetrievingModule(GenerativeModule):
 
     def on_fit_start(self) -> None:
         """Refuse a stale index, and passages that learn while nobody encodes them anew."""
+        super().on_fit_start()
         if self.train_retriever != "both":
             self.check_index()
         elif not self.refreshed:

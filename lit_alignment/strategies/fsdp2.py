@@ -1,7 +1,10 @@
 """Fully sharded training: FSDP2 under Lightning's ModelParallelStrategy, with checkpoints of what was trained."""
 
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import ProcessGroup, broadcast_object_list, new_group
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -29,6 +33,7 @@ from lit_alignment.models.restoring import refuse_missing, trained_names
 from lit_alignment.models.sequence_parallel import SequenceGroup
 from lit_alignment.models.sharding import Cast, shard_layers
 from lit_alignment.models.tensor_parallel import split_layers
+from lit_alignment.strategies.save_queue import Queued, SaveQueue
 from lit_alignment.strategies.sharded import (
     OPTIMIZER,
     by_name,
@@ -45,7 +50,7 @@ from lit_alignment.strategies.sharded import (
 )
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy, Queued):
     """Shard weights, gradients and optimiser state over all devices, each decoder layer on its own.
 
     Under `precision: bf16-mixed` weights are gathered in bfloat16, and gradients are summed in float32. Checkpoints
@@ -56,6 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         cpu_offload: Keep shards, and run the optimiser, in the memory of the host.
         sequence_parallel_size: Neighbouring processes that share each packed row, for rows that are too long for one.
         tensor_parallel_size: Neighbouring processes that share each decoder layer's matrices.
+        async_save: Write checkpoints in a thread while training goes on; each process holds a copy of its shards.
         process_group_backend: By default NCCL on GPUs, gloo on CPUs.
         timeout: How long a process waits for the others.
 
@@ -70,12 +76,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         tensor_parallel_size: int = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        async_save: bool = False,
     ) -> None:
         """Nothing is started yet."""
         super().__init__("auto", tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
         self.cpu_offload = cpu_offload
         self.sequence_parallel_size, self.tensor_parallel_size = sequence_parallel_size, tensor_parallel_size
         self.sequence: SequenceGroup | None = None  # the ranks that share this one's rows
+        self.saves = SaveQueue(async_save)
+        self._group: ProcessGroup | None = None  # of the thread that saves
+        # The queue copies to the host itself.
+        self._copy_state = not (async_save and save_distributed_checkpoint)
 
     @override
     def _setup_distributed(self) -> None:
@@ -93,6 +104,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         if sequence > 1:
             group, _ = dist.new_subgroups(sequence)  # type: ignore[no-untyped-call]
             self.sequence = SequenceGroup(group, self.global_rank % sequence, sequence)
+        if self.saves.background and self._group is None:
+            self._group = new_group(backend="gloo", timeout=self._timeout)
 
     @property
     @override
@@ -131,27 +144,66 @@ class FSDP2Strategy(ModelParallelStrategy):
             CheckpointError: If the disk is full or the folder cannot be written; what was there before stays.
         """
         path = Path(self.broadcast(filepath))
-        if not self._save_distributed_checkpoint:
-            if self.is_global_zero and path.is_dir():
-                shutil.rmtree(path)
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        partial = partial_path(path)
+        write = self._write_shards if self._save_distributed_checkpoint else self._write_whole
+        self.saves.save(checkpoint, path, partial(write, path))
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove a checkpoint once those that were saved before are whole."""
         if self.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.barrier()
+            self.saves.remove(Path(filepath), partial(self.checkpoint_io.remove_checkpoint, filepath))
+
+    def _write_whole(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        def write() -> None:
+            if path.is_dir():
+                shutil.rmtree(path)
+            self.checkpoint_io.save_checkpoint(checkpoint, path)
+
+        self._on_first(path, write)
+
+    def _write_shards(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        folder = partial_path(path)
+
+        def prepare() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+        self._on_first(path, prepare)
         shards, rest = split_checkpoint(checkpoint)
         try:
-            save(shards, checkpoint_id=partial)
-            if self.is_global_zero:
-                put_in_place(partial, path, rest)
+            # A thread begins on the first GPU, whatever its process uses.
+            with torch.cuda.device(self.root_device) if self.root_device.type == "cuda" else nullcontext():
+                save(shards, checkpoint_id=folder, process_group=self._group)
         except (OSError, RuntimeError, CheckpointException) as error:
-            raise CheckpointError(
-                f"{path}: cannot save the checkpoint ({str(error).splitlines()[0]}). Earlier checkpoints are "
-                "untouched; free some space or set another folder, then go on with --ckpt_path."
-            ) from error
-        self.barrier()
+            raise CheckpointError(_cannot_save(path, error)) from error
+        self._on_first(path, partial(put_in_place, folder, path, rest))
+
+    def _on_first(self, path: Path, work: Callable[[], None]) -> None:
+        """Do something on the first process while the others wait; an error there is an error of all."""
+        problem: list[str | None] = [None]
+        cause: Exception | None = None
+        if self.is_global_zero:
+            try:
+                work()
+            except CheckpointError as error:
+                problem, cause = [str(error)], error
+            except (OSError, RuntimeError) as error:
+                problem, cause = [_cannot_save(path, error)], error
+        broadcast_object_list(problem, 0, self._group)
+        if problem[0] is not None:
+            raise CheckpointError(problem[0]) from cause
+
+    @override
+    def teardown(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            CheckpointError: If it could not be written; what was there before stays.
+        """
+        try:
+            self.saves.close()
+        finally:
+            super().teardown()
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -160,6 +212,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         Raises:
             CheckpointError: If it is damaged or lacks a trained weight.
         """
+        self.saves.wait()
         path = found_path(Path(self.broadcast(checkpoint_path)))
         assert self.lightning_module is not None and self.model is not None
         names = trained_names(self.lightning_module)
@@ -189,9 +242,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What was trained; whole, on the first process alone, if it goes into one file."""
+        self.saves.wait()  # so that one copy at most is in memory
         assert self.lightning_module is not None and self.model is not None
         names = trained_names(self.lightning_module)
-        sharded = get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=True))
+        sharded = get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=self._copy_state))
         chosen = {name: value for name, value in sharded.items() if name in names}
         if self._save_distributed_checkpoint:
             return chosen
@@ -203,8 +257,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         """An optimiser's state by names in shards, or as torch has it, on the first process alone."""
         assert self.model is not None
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
+        whole = not self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=self._copy_state)
         state: dict[str, Any] = get_optimizer_state_dict(self.model, inner, options=options)
         if self._save_distributed_checkpoint:
             return state
         return by_number(state) if self.is_global_zero else {}
+
+
+def _cannot_save(path: Path, error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # holds an error of each process that has one
+        error = next((error for error, _ in error.failures.values()), error)
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"{path}: cannot save the checkpoint ({reason}). Earlier checkpoints are untouched; free "
+        "some space or set another folder, then go on with --ckpt_path."
+    )

@@ -1,6 +1,7 @@
 """One run on two gloo ranks; rank 0 writes gradients and losses. Started by test_distributed.py."""
 
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lit_alignment import Export, FSDP2Strategy
 from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.models.loading import Backbone
 from lit_alignment.retrieval.index import IndexConfig
+from lit_alignment.strategies import fsdp2
 from tests.helpers import (
     RETRIEVER,
     chats,
@@ -56,6 +58,35 @@ class Recorder(Callback):
         if len(self.gradients) > len(self.losses):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(full(trainer.callback_metrics["train/grad_norm"])))
+
+
+class Late(Callback):
+    """Lets no checkpoint be written before the weights have moved on; those of the last are zero by then."""
+
+    def __init__(self):
+        self.moved, self.written, self.real = threading.Event(), 0, fsdp2.put_in_place
+        self.save, fsdp2.save, fsdp2.put_in_place = fsdp2.save, self.hold, self.count
+
+    def hold(self, *arguments, **options):
+        assert self.moved.wait(60)
+        self.moved.clear()
+        self.save(*arguments, **options)
+
+    def count(self, *arguments):
+        self.real(*arguments)
+        self.written += 1
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            assert self.written == 0  # the checkpoint of step 1 waits for this
+            self.moved.set()
+
+    @torch.no_grad()
+    def on_train_end(self, trainer, pl_module):
+        states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+        for tensor in [*pl_module.parameters(), *(value for state in states for value in state.values())]:
+            tensor.zero_()
+        self.moved.set()
 
 
 def build(method: str, lora: bool, part: str, folder: Path):
@@ -107,6 +138,8 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
         "sequence": FSDP2Strategy(process_group_backend="gloo", sequence_parallel_size=2),
         "tensor": FSDP2Strategy(process_group_backend="gloo", tensor_parallel_size=2),
         "gathered": FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo"),
+        "fsdp2-async": FSDP2Strategy(process_group_backend="gloo", async_save=True),
+        "gathered-async": FSDP2Strategy(False, process_group_backend="gloo", async_save=True),
     }
     recorder = Recorder()
     alone = kind in ("one", "sequence", "tensor")  # all ranks have the same batches
@@ -117,7 +150,7 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
     limits = {
         "all": {},
         "whole": {"max_epochs": 2},
-        "first": {"max_steps": 1},
+        "first": {"max_steps": 2 if kind.endswith("async") else 1},
         "rest": {"max_epochs": 2},
         "sharded": {},
     }
@@ -131,6 +164,7 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
             recorder,
             *([saver] if part in ("first", "sharded") else []),
             *([Export()] if part == "sharded" else []),
+            *([Late()] if (kind, part) == ("fsdp2-async", "first") else []),
             *refresh,
         ],
         gradient_clip_val=0.1,
