@@ -1,5 +1,6 @@
 """One run on two gloo ranks; rank 0 writes gradients and losses. Started by test_distributed.py."""
 
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from lit_alignment import Export, FSDP2Strategy
 from lit_alignment.callbacks.refresh import IndexRefresh
@@ -57,7 +58,9 @@ class Recorder(Callback):
         self.pictures.append(bool(getattr(batch, "media", {})))
         if len(self.gradients) > len(self.losses):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
-            self.norms.append(float(full(trainer.callback_metrics["train/grad_norm"])))
+            logged = trainer.callback_metrics.get("train/grad_norm")
+            engine = getattr(trainer.strategy, "gradient_norm", None)
+            self.norms.append(float(full(logged)) if engine is None else engine())
 
 
 class Late(Callback):
@@ -109,8 +112,6 @@ def build(method: str, lora: bool, part: str, folder: Path):
             settings["tokens_per_batch"] = 512
             return module, vlm_data(module, records, seen(folder, 7, seed=1), **settings)
         case "rag":
-            if not (folder / "index").exists():  # rank 0 comes here before it starts the others
-                encoded_index(folder, knowledge(6), SHARED)
             index = IndexConfig(str(folder / "index"), sharded=True)
             both = {"retriever": SHARED, "train_retriever": "both", "num_passages": 3}
             module = rag_module(index, lora, objective="rag_token", **both)
@@ -118,15 +119,29 @@ def build(method: str, lora: bool, part: str, folder: Path):
             return module, rag_data(module, chats(11, longest=6), chats(7, seed=1), **settings)
 
 
-def main(kind: str, lora: str, folder: str, parts: str = "all", method: str = "sft") -> None:
-    """One run after another in the same processes."""
+def main(kind: str, lora: str, folder: str, parts: str = "all", methods: str = "sft") -> None:
+    """One run after another in the same processes; several methods have a folder each."""
     torch.set_num_threads(1)
-    for part in parts.split(","):
-        run(kind, lora, folder, part, method)
+    places = {m: Path(folder) / m if "," in methods else Path(folder) for m in methods.split(",")}
+    if "rag" in places and not (places["rag"] / "index").exists():  # rank 0 comes here before it starts the others
+        places["rag"].mkdir(exist_ok=True)
+        encoded_index(places["rag"], knowledge(6), SHARED)
+    for method, place in places.items():
+        place.mkdir(exist_ok=True)
+        for part in parts.split(","):
+            run(kind, lora, str(place), part, method)
+
+
+def deepspeed(stage: int) -> Strategy:
+    """ZeRO on CPUs; the library looks for its accelerator when it is imported."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from tests.modules.deepspeed_strategy import DeepSpeedOnCPU
+
+    return DeepSpeedOnCPU(stage)
 
 
 def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
-    """Train one epoch (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`).
+    """Train an epoch or two (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`).
 
     `pairs-` before these takes two micro-batches a step on any number of ranks. `sharded` trains one epoch over
     `folder/base`, saves a checkpoint in shards, exports it, and writes the logits.
@@ -148,7 +163,7 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
     saver = ModelCheckpoint(folder, filename="saved", enable_version_counter=False, **every)
     refresh = [IndexRefresh(every_n_steps=2)] if method == "rag" else []
     limits = {
-        "all": {},
+        "all": {} if method in ("rag", "vlm") else {"max_epochs": 2},
         "whole": {"max_epochs": 2},
         "first": {"max_steps": 2 if kind.endswith("async") else 1},
         "rest": {"max_epochs": 2},
@@ -157,7 +172,7 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
     pairs, _, part = part.rpartition("-")  # two micro-batches a step, however many ranks there are
     runner = trainer(
         Path(folder),
-        strategy=strategies[kind],
+        strategy=deepspeed(int(kind[-1])) if kind.startswith("deepspeed") else strategies[kind],
         devices=1 if kind == "one" else 2,
         accumulate_grad_batches=(2 if alone else 1) if pairs else accumulate,
         callbacks=[

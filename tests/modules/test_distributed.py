@@ -12,28 +12,57 @@ def launch(kind, lora, folder, part="all", method="sft"):
     return torch.load(folder / f"{kind}-{part.split(',')[-1]}-0.pt")
 
 
+METHODS = ["sft", "classification", "reward"]
+
+
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """What one process found, by method and kind of training; made once for all strategies."""
-    found = {}
+def trained(tmp_path_factory):
+    """What a method found under a strategy; all methods train in the same processes, once."""
+    folders = {}
 
-    def run(method, lora):
-        if (method, lora) not in found:
-            found[method, lora] = launch("one", lora, tmp_path_factory.mktemp("one"), method=method)
-        return found[method, lora]
+    def found(kind, lora, method):
+        if (kind, lora) not in folders:
+            folders[kind, lora] = tmp_path_factory.mktemp(f"{kind}-{lora}")
+            methods = [*METHODS, "rag", "vlm"] if kind in ("one", "ddp", "fsdp2") else METHODS
+            run_on_ranks("modules.distributed_script", kind, lora, str(folders[kind, lora]), "all", ",".join(methods))
+        return torch.load(folders[kind, lora] / method / f"{kind}-all-0.pt")
 
-    return run
+    return found
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", [*METHODS, "rag", "vlm"])
 @pytest.mark.parametrize("lora", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", ["sft", "classification", "reward", "rag", "vlm"])
-def test_two_ranks_equal_one_process(method, kind, lora, one_process, tmp_path):
+def test_two_ranks_equal_one_process(method, kind, lora, trained):
     """The same micro-batches, dealt to two ranks with half the accumulation; the last window is a short one."""
-    one, two = one_process(method, lora), launch(kind, lora, tmp_path, method=method)
+    one, two = trained("one", lora, method), trained(kind, lora, method)
     assert one["ids"] != two["ids"]
     assert_same_training(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("lora", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["sequence", "tensor"])
+def test_two_ranks_that_share_a_batch_equal_one_process(method, lora, kind, trained):
+    """The same micro-batches on both ranks, each of which computes half of every row, or of every layer."""
+    one, two = trained("one", lora, method), trained(kind, lora, method)
+    assert one["ids"] == two["ids"]
+    assert_same_training(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("lora", ["full", "lora"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_of_zero_equal_one_process(stage, lora, method, trained):
+    """DeepSpeed keeps the gradients to itself; their norms are those of one process, and so are the losses."""
+    one, two = trained("one", lora, method), trained(f"deepspeed-{stage}", lora, method)
+    assert len(two["losses"]) == 2
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
+    assert two["validation"] == pytest.approx(one["validation"], rel=1e-4)
 
 
 def assert_same_training(one, two):
@@ -44,17 +73,6 @@ def assert_same_training(one, two):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
     assert two["validation"] == pytest.approx(one["validation"], rel=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sequence", "tensor"])
-@pytest.mark.parametrize("lora", ["full", "lora"])
-@pytest.mark.parametrize("method", ["sft", "classification", "reward"])
-def test_two_ranks_that_share_a_batch_equal_one_process(method, lora, kind, one_process, tmp_path):
-    """The same micro-batches on both ranks, each of which computes half of every row, or of every layer."""
-    one, two = one_process(method, lora), launch(kind, lora, tmp_path, method=method)
-    assert one["ids"] == two["ids"]
-    assert_same_training(one, two)
 
 
 @pytest.mark.slow
@@ -73,6 +91,8 @@ def test_rank_without_an_image_keeps_in_step(kind, tmp_path):
         ("ddp", "lora"),
         ("fsdp2", "lora"),
         ("fsdp2", "full"),
+        ("deepspeed-2", "lora"),
+        ("deepspeed-3", "full"),
         ("gathered", "lora"),
         ("fsdp2-async", "full"),
         ("gathered-async", "lora"),
