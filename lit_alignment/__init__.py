@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from lit_alignment.modules.reward import RewardModule
     from lit_alignment.modules.sft import SFTModule
     from lit_alignment.modules.vlm import VLMModule
+    from lit_alignment.strategies.deepspeed import DeepSpeedStrategy
     from lit_alignment.strategies.fsdp2 import FSDP2Strategy
     from lit_alignment.strategies.save_queue import wait_for_saves
 
 __version__ = "0.1.0"
 
 _PLACES = {
+    "DeepSpeedStrategy": "lit_alignment.strategies.deepspeed",
     "AsyncCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
     "AtomicCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
     "CherryPicks": "lit_alignment.callbacks.cherry_picks",
@@ -64,6 +66,7 @@ __all__ = [
     "ClassificationDataModule",
     "ClassificationModule",
     "ClearMLLogger",
+    "DeepSpeedStrategy",
     "Export",
     "FSDP2Strategy",
     "IndexRefresh",

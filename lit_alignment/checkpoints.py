@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lit_alignment.errors import CheckpointError
-from lit_alignment.strategies.sharded import is_sharded, read_rest
+from lit_alignment.strategies.sharded import is_deepspeed, is_sharded, read_rest
 
 SUFFIX = "*.ckpt"
 
@@ -50,6 +50,8 @@ def check(path: Path) -> None:
         CheckpointError: If it is damaged.
     """
     if not is_sharded(path):
+        if is_deepspeed(path):  # appears under its name when it is whole
+            return
         if path.is_dir():
             raise CheckpointError(f"{path}: no whole checkpoint: the run ended while it was written.")
         try:

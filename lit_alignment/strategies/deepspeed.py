@@ -1,15 +1,21 @@
 """DeepSpeed's ZeRO under Lightning, with the optimiser steps, and the numbers, of any other strategy."""
 
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
+
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.strategies.sharded import cannot_save, partial_path, swap
 
 
 class WeightsPrecision(DeepSpeedPrecision):
@@ -24,14 +30,24 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
     """ZeRO stages 1 to 3, with or without offload; arguments are those of Lightning's strategy.
 
     DeepSpeed counts micro-batches by itself and would never step on an epoch's last, shorter window; here it steps when
-    Lightning does. Checkpoints leave out frozen weights unless `exclude_frozen_parameters` is false.
+    Lightning does. Checkpoints leave out frozen weights.
 
     Source: Rajbhandari et al. 2020, ZeRO (arXiv:1910.02054).
     """
 
-    def __init__(self, *args: Any, exclude_frozen_parameters: bool = True, **kwargs: Any) -> None:
-        """Nothing is started yet."""
-        super().__init__(*args, **kwargs | {"exclude_frozen_parameters": exclude_frozen_parameters})
+    @override
+    def setup_environment(self) -> None:
+        """Start the processes.
+
+        Raises:
+            ConfigError: Without CUDA GPUs.
+        """
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            raise ConfigError(
+                "trainer.strategy: DeepSpeed needs CUDA GPUs. Set trainer.accelerator: gpu, or use "
+                "lit_alignment.FSDP2Strategy, which runs on CPUs too."
+            )
+        super().setup_environment()
 
     @property
     @override
@@ -60,6 +76,7 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
     def setup(self, trainer: Trainer) -> None:
         """Start the engine, which changes the precision of weights; metrics and the angles of positions keep theirs."""
         assert self.model is not None
+        self.exclude_frozen_parameters = True
         model = self.model
         metrics = {name: child for name, child in model.named_children() if isinstance(child, Metric)}
         for name in metrics:
@@ -90,6 +107,29 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """As of the engine, which need not divide by the number of micro-batches: Lightning has done so."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a folder, whole or not at all.
+
+        Raises:
+            CheckpointError: If the disk is full or the folder cannot be written; what was there before stays.
+        """
+        path = Path(self.broadcast(filepath))
+        partial = partial_path(path)
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.barrier()
+        try:
+            super().save_checkpoint(checkpoint, partial)
+            self.barrier()
+            if self.is_global_zero:
+                swap(partial, path)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(cannot_save(path, error)) from error
+        self.barrier()
 
     def gradient_norm(self) -> float | None:
         """Of the last optimiser step, before clipping; None before the first."""

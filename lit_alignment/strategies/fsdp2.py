@@ -38,6 +38,7 @@ from lit_alignment.strategies.sharded import (
     OPTIMIZER,
     by_name,
     by_number,
+    cannot_save,
     found_path,
     full,
     is_sharded,
@@ -175,7 +176,7 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
             with torch.cuda.device(self.root_device) if self.root_device.type == "cuda" else nullcontext():
                 save(shards, checkpoint_id=folder, process_group=self._group)
         except (OSError, RuntimeError, CheckpointException) as error:
-            raise CheckpointError(_cannot_save(path, error)) from error
+            raise CheckpointError(cannot_save(path, error)) from error
         self._on_first(path, partial(put_in_place, folder, path, rest))
 
     def _on_first(self, path: Path, work: Callable[[], None]) -> None:
@@ -188,7 +189,7 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
             except CheckpointError as error:
                 problem, cause = [str(error)], error
             except (OSError, RuntimeError) as error:
-                problem, cause = [_cannot_save(path, error)], error
+                problem, cause = [cannot_save(path, error)], error
         broadcast_object_list(problem, 0, self._group)
         if problem[0] is not None:
             raise CheckpointError(problem[0]) from cause
@@ -263,13 +264,3 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
         if self._save_distributed_checkpoint:
             return state
         return by_number(state) if self.is_global_zero else {}
-
-
-def _cannot_save(path: Path, error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # holds an error of each process that has one
-        error = next((error for error, _ in error.failures.values()), error)
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return (
-        f"{path}: cannot save the checkpoint ({reason}). Earlier checkpoints are untouched; free "
-        "some space or set another folder, then go on with --ckpt_path."
-    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
@@ -53,6 +54,11 @@ def put_in_place(partial: Path, path: Path, rest: dict[str, Any]) -> None:
     for shard in partial.glob("*.distcp"):
         with shard.open("rb") as handle:
             os.fsync(handle.fileno())
+    swap(partial, path)
+
+
+def swap(partial: Path, path: Path) -> None:
+    """Give a whole folder its name; a checkpoint that has it stays until then."""
     old = path.with_name(f".{path.name}{OLD}")
     shutil.rmtree(old, ignore_errors=True)
     if path.is_dir():
@@ -62,6 +68,22 @@ def put_in_place(partial: Path, path: Path, rest: dict[str, Any]) -> None:
     os.replace(partial, path)
     flush_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def cannot_save(path: Path, error: BaseException) -> str:
+    """What to say when a checkpoint cannot be written."""
+    if isinstance(error, CheckpointException):  # holds an error of each process that has one
+        error = next((error for error, _ in error.failures.values()), error)
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"{path}: cannot save the checkpoint ({reason}). Earlier checkpoints are untouched; free "
+        "some space or set another folder, then go on with --ckpt_path."
+    )
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Whether a path is a folder of DeepSpeed's, which names its newest checkpoint last."""
+    return (path / "latest").is_file()
 
 
 def found_path(path: Path) -> Path:
