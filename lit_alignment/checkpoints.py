@@ -8,7 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lit_alignment.errors import CheckpointError
-from lit_alignment.strategies.sharded import is_deepspeed, is_sharded, read_rest
+from lit_alignment.models.restoring import is_deepspeed
+from lit_alignment.strategies.sharded import is_sharded, read_rest
 
 SUFFIX = "*.ckpt"
 

@@ -10,6 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from lit_alignment.errors import CheckpointError
+from lit_alignment.models.restoring import is_deepspeed, read_deepspeed
 from lit_alignment.models.saving import PARTIAL, flush_folder
 from lit_alignment.strategies.save_queue import Queued, SaveQueue
 from lit_alignment.strategies.sharded import found_path, is_sharded, read_whole
@@ -58,6 +59,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = found_path(Path(path))
         if is_sharded(path):
             return read_whole(path)
+        if is_deepspeed(path):
+            return read_deepspeed(path)
         try:
             return dict(super().load_checkpoint(path, map_location, weights_only=True))
         except FileNotFoundError:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.errors import CheckpointError, ConfigError, require
 from lit_alignment.models.adapters import Adapter
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer
@@ -76,13 +76,37 @@ def read_saved(source: Path, base: str | None = None) -> Saved:
             content = _load(whole)
         # Lightning keeps what is no tensor in a file of its own beside the shards.
         return _from_content(source, content | _load(source / "meta.pt"), content, base)
-    if source.is_file():
-        content = _load(source)
+    if source.is_file() or is_deepspeed(source):
+        content = read_deepspeed(source) if source.is_dir() else _load(source)
         return _from_content(source, content, content, base)
     raise CheckpointError(
-        f"{source}: no checkpoint file, sharded checkpoint (with .metadata) or adapter folder (with "
-        "adapter_config.json)."
+        f"{source}: no checkpoint file, sharded checkpoint (with .metadata), folder of DeepSpeed (with latest) or "
+        "adapter folder (with adapter_config.json)."
     )
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Whether a path is a checkpoint of DeepSpeed's, which writes the name of its newest part last."""
+    return (path / "latest").is_file()
+
+
+def read_deepspeed(path: Path) -> dict[str, Any]:
+    """A checkpoint of DeepSpeed's, which can hold any Python object, with whole weights and no optimiser.
+
+    Raises:
+        ConfigError: Without the package.
+        CheckpointError: If it is damaged.
+    """
+    require("deepspeed", "deepspeed")
+    from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole.ckpt"
+        try:
+            convert_zero_checkpoint_to_fp32_state_dict(path, whole)
+        except Exception as error:  # a damaged part raises whatever its reader happens to
+            raise CheckpointError(f"{path}: cannot read the checkpoint ({str(error).splitlines()[0]}).") from error
+        return _load(whole)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _refuse(saved: Saved, source: Path) -> None:
 
 def _fingerprint(source: Path) -> str:
     """Changes when a checkpoint is written anew."""
-    names = ("adapter_model.safetensors", ".metadata")
+    names = ("adapter_model.safetensors", ".metadata", "latest")
     file = source if source.is_file() else next(source / name for name in names if (source / name).is_file())
     status = file.stat()
     return hashlib.sha256(f"{file.resolve()}/{status.st_mtime_ns}/{status.st_size}".encode()).hexdigest()[:16]

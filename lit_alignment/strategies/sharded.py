@@ -81,11 +81,6 @@ def cannot_save(path: Path, error: BaseException) -> str:
     )
 
 
-def is_deepspeed(path: Path) -> bool:
-    """Whether a path is a folder of DeepSpeed's, which names its newest checkpoint last."""
-    return (path / "latest").is_file()
-
-
 def found_path(path: Path) -> Path:
     """The checkpoint, or the earlier one of its name if the process was killed between two renames."""
     old = path.with_name(f".{path.name}{OLD}")

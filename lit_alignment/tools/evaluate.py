@@ -118,7 +118,7 @@ def _prompt(line: dict[str, Any], record: Record) -> AnsweredPrompt:
 def _load(path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A model from a checkpoint, an adapter folder, or anything that from_pretrained takes."""
     local = Path(path).expanduser()
-    if local.is_file() or any((local / name).exists() for name in ("adapter_config.json", ".metadata")):
+    if local.is_file() or any((local / name).exists() for name in ("adapter_config.json", ".metadata", "latest")):
         saved = read_saved(local)
         network, tokenizer = restore(saved)
         if saved.chat_template is not None:

@@ -114,10 +114,12 @@ def test_full_training_is_exported_and_has_nothing_to_merge(base, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_sharded_checkpoint_of_two_ranks_is_exported(kind, base, tmp_path):
-    """Written by FSDP2 on two gloo ranks; a plain from_pretrained has the logits of the gathered weights."""
-    launch("fsdp2", kind, tmp_path, "sharded")
+@pytest.mark.parametrize(
+    ("strategy", "kind"), [("fsdp2", "full"), ("fsdp2", "lora"), ("deepspeed-2", "lora"), ("deepspeed-3", "full")]
+)
+def test_sharded_checkpoint_of_two_ranks_is_exported(strategy, kind, base, tmp_path):
+    """Written on two gloo ranks; a plain from_pretrained has the logits of the gathered weights."""
+    launch(strategy, kind, tmp_path, "sharded")
     assert (tmp_path / "saved.ckpt").is_dir()
     export.main([str(tmp_path / "saved.ckpt"), "--out", str(tmp_path / "out"), "--dtype", "float32"])
     if kind == "lora":
