@@ -106,11 +106,11 @@ class Throughput(Callback):
         peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         if peak is None:
             return None
-        parameters = list(module.parameters())
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]  # ZeRO 3 empties them
         flops = decoder_flops_per_token(
             base_model(module.network).config,
-            sum(p.numel() for p in parameters),
-            sum(p.numel() for p in parameters if p.requires_grad),
+            sum(size for size, _ in sizes),
+            sum(size for size, trained in sizes if trained),
         )
         return rate * flops / peak
 
