@@ -106,7 +106,8 @@ class Throughput(Callback):
         peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         if peak is None:
             return None
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]  # ZeRO 3 empties them
+        # ZeRO 3 leaves empty tensors that know their size.
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
         flops = decoder_flops_per_token(
             base_model(module.network).config,
             sum(size for size, _ in sizes),
