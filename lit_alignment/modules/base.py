@@ -81,6 +81,9 @@ class AlignmentModule(LightningModule):
 
     def _check_sharing(self, model: nn.Module, packing: bool) -> None:
         strategy = self.trainer.strategy
+        partial_rows = bool(self.added_tokens) and model is not base_model(model)
+        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and partial_rows:
+            raise ConfigError("trainer.strategy: stage 3 has no place for new tokens beside adapters. Use stage 2.")
         if not isinstance(strategy, FSDP2Strategy):
             return
         for name in ("sequence_parallel_size", "tensor_parallel_size"):

@@ -152,11 +152,14 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
         "fsdp2": FSDP2Strategy(process_group_backend="gloo"),
         "sequence": FSDP2Strategy(process_group_backend="gloo", sequence_parallel_size=2),
         "tensor": FSDP2Strategy(process_group_backend="gloo", tensor_parallel_size=2),
+        "sequence-4": FSDP2Strategy(process_group_backend="gloo", sequence_parallel_size=2),
+        "tensor-4": FSDP2Strategy(process_group_backend="gloo", tensor_parallel_size=2),
         "gathered": FSDP2Strategy(save_distributed_checkpoint=False, process_group_backend="gloo"),
         "fsdp2-async": FSDP2Strategy(process_group_backend="gloo", async_save=True),
         "gathered-async": FSDP2Strategy(False, process_group_backend="gloo", async_save=True),
     }
     recorder = Recorder()
+    pair_of_pairs = kind.endswith("-4")  # two groups of two ranks
     alone = kind in ("one", "sequence", "tensor")  # all ranks have the same batches
     accumulate = 1 if part != "all" else 6 if alone else 3
     every = {} if part == "sharded" else {"every_n_train_steps": 1}
@@ -173,7 +176,7 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
     runner = trainer(
         Path(folder),
         strategy=deepspeed(int(kind[-1])) if kind.startswith("deepspeed") else strategies[kind],
-        devices=1 if kind == "one" else 2,
+        devices=1 if kind == "one" else 4 if pair_of_pairs else 2,
         accumulate_grad_batches=(2 if alone else 1) if pairs else accumulate,
         callbacks=[
             recorder,

@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     def found(kind, lora, method):
         if (kind, lora) not in folders:
             folders[kind, lora] = tmp_path_factory.mktemp(f"{kind}-{lora}")
-            methods = SHARING if kind in ("sequence", "tensor") else METHODS
+            methods = SHARING if kind.startswith(("sequence", "tensor")) else METHODS
             run_on_ranks("modules.distributed_script", kind, lora, str(folders[kind, lora]), "all", ",".join(methods))
         return torch.load(folders[kind, lora] / method / f"{kind}-all-0.pt")
 
@@ -64,6 +64,16 @@ def test_stages_of_zero_equal_one_process(stage, lora, method, trained):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
     assert two["validation"] == pytest.approx(one["validation"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SHARING)
+@pytest.mark.parametrize(("kind", "lora"), [("sequence-4", "full"), ("tensor-4", "full"), ("tensor-4", "lora")])
+def test_two_groups_of_two_ranks_equal_one_process(kind, lora, method, trained):
+    """Each group shares its micro-batches, and the two have different ones."""
+    one, four = trained("one", lora, method), trained(kind, lora, method)
+    assert one["ids"] != four["ids"]
+    assert_same_training(one, four)
 
 
 def assert_same_training(one, two):
