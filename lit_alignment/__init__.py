@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    "DeepSpeedStrategy": "lit_alignment.strategies.deepspeed",
     "AsyncCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
     "AtomicCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
     "CherryPicks": "lit_alignment.callbacks.cherry_picks",
     "ClassificationDataModule": "lit_alignment.data.classification",
     "ClassificationModule": "lit_alignment.modules.classification",
     "ClearMLLogger": "lit_alignment.loggers",
+    "DeepSpeedStrategy": "lit_alignment.strategies.deepspeed",
     "Export": "lit_alignment.callbacks.export",
     "FSDP2Strategy": "lit_alignment.strategies.fsdp2",
     "IndexRefresh": "lit_alignment.callbacks.refresh",

@@ -11,9 +11,8 @@ from typing_extensions import override
 
 from lit_alignment.errors import CheckpointError
 from lit_alignment.models.restoring import is_deepspeed, read_deepspeed
-from lit_alignment.models.saving import PARTIAL, flush_folder
 from lit_alignment.strategies.save_queue import Queued, SaveQueue
-from lit_alignment.strategies.sharded import found_path, is_sharded, read_whole
+from lit_alignment.strategies.sharded import cannot_save, found_path, is_sharded, partial_path, read_whole, swap
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,20 +29,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointError: If the disk is full or the folder cannot be written; what was there before stays.
         """
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}{PARTIAL}")
+        unfinished = partial_path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(unfinished, path)
-            flush_folder(path.parent)
+            swap(unfinished, path)
         except (OSError, RuntimeError) as error:  # torch reports a short write as a RuntimeError
-            raise CheckpointError(
-                f"{path}: cannot save the checkpoint ({error}). Earlier checkpoints are untouched; "
-                "free some space or set another folder, then go on with --ckpt_path."
-            ) from error
+            raise CheckpointError(cannot_save(path, error)) from error
         finally:
             unfinished.unlink(missing_ok=True)  # there only after an error or Ctrl-C
 

@@ -171,6 +171,22 @@ def choose_attention(
     return DOCUMENT_SDPA
 
 
+def check_sequence_parallel(config: PretrainedConfig, size: int, packing: bool, implementation: str) -> None:
+    """Refuse a model or data whose rows cannot be shared.
+
+    Raises:
+        ConfigError: Naming what to change.
+    """
+    name = f"trainer.strategy.sequence_parallel_size is {size}"
+    heads = config.get_text_config().num_attention_heads
+    if heads % size:
+        raise ConfigError(f"{name}, by which the model's {heads} attention heads cannot be divided. Use a divisor.")
+    if not packing:
+        raise ConfigError(f"{name}, and ranks share packed rows only. Set data's packing: true.")
+    if implementation != DOCUMENT_SDPA:
+        raise ConfigError(f"{name}, which needs attention by SDPA. Set backbone.attention: sdpa.")
+
+
 def document_arguments(
     implementation: str,
     document_lengths: list[int],

@@ -63,14 +63,15 @@ def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     return adapter.get_merged_weights(adapter.active_adapters), None
 
 
-def _called(head: nn.Module, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """What a function makes of hidden states, as a call of the head.
+@contextmanager
+def _forward(head: nn.Module, function: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Let calls of the head do something else.
 
     A strategy that gathers a layer's weights just before the layer is called does so for what happens in it.
     """
     head.forward = function
     try:
-        return head(hidden)
+        yield
     finally:
         del head.forward
 
@@ -80,29 +81,19 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
     Positions of vectors that prompt learning puts before the tokens are left out.
     """
-    with _bypassed(output_head(model)) as captured:
+    captured: list[Tensor] = []
+
+    def capture(hidden: Tensor) -> Tensor:  # the head itself would make [B, T, V]
+        captured.append(local(hidden))
+        return hidden[..., :1]
+
+    with _forward(output_head(model), capture):
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             inputs.pop("position_ids", None)  # peft counts them itself, from the first virtual token on
             model(**inputs, use_cache=False)
             return captured[0][:, -inputs["input_ids"].shape[1] :]
         model(**inputs, use_cache=False)
     return captured[0]
-
-
-@contextmanager
-def _bypassed(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Skip the head, which would make [B, T, V], and collect what it would have been given."""
-    captured: list[Tensor] = []
-
-    def capture(hidden: Tensor) -> Tensor:
-        captured.append(local(hidden))
-        return hidden[..., :1]
-
-    head.forward = capture
-    try:
-        yield captured
-    finally:
-        del head.forward
 
 
 def scores_at(model: nn.Module, read_at: Tensor, **inputs: Any) -> Tensor:
@@ -153,7 +144,8 @@ def head_loss(
             softcap=softcap,
         )
 
-    found: tuple[Tensor, Tensor] = _called(head, loss, hidden)
+    with _forward(head, loss):
+        found: tuple[Tensor, Tensor] = head(hidden)
     return found
 
 
@@ -178,7 +170,8 @@ def token_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         weight, bias = head_weight(head)
         return linear_logps(local(hidden), weight, targets, bias=bias, scale=scale, softcap=softcap)
 
-    found: Tensor = _called(head, logps, hidden)
+    with _forward(head, logps):
+        found: Tensor = head(hidden)
     return found
 
 

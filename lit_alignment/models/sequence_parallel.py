@@ -9,9 +9,6 @@ from math import lcm
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_reduce, all_to_all_single
-from transformers import PretrainedConfig
-
-from lit_alignment.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -73,19 +70,3 @@ def spread(key: Tensor, value: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Repeat key and value heads, [1, K, t, C], as often as it takes to give each rank the same number of them."""
     times = lcm(key.shape[1], size) // key.shape[1]
     return key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-
-
-def check_sequence_parallel(config: PretrainedConfig, size: int, packing: bool, implementation: str) -> None:
-    """Refuse a model or data whose rows cannot be shared.
-
-    Raises:
-        ConfigError: Naming what to change.
-    """
-    name = f"trainer.strategy.sequence_parallel_size is {size}"
-    heads = config.get_text_config().num_attention_heads
-    if heads % size:
-        raise ConfigError(f"{name}, by which the model's {heads} attention heads cannot be divided. Use a divisor.")
-    if not packing:
-        raise ConfigError(f"{name}, and ranks share packed rows only. Set data's packing: true.")
-    if implementation != "document_sdpa":
-        raise ConfigError(f"{name}, which needs attention by SDPA. Set backbone.attention: sdpa.")

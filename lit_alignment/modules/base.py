@@ -1,5 +1,6 @@
 """What every method's LightningModule shares: loading, adapters, the loss of a step, optimiser, slim checkpoints."""
 
+import math
 import warnings
 from abc import abstractmethod
 from dataclasses import asdict
@@ -17,10 +18,11 @@ from lit_alignment.data.base import data_rank, datamodule_of
 from lit_alignment.data.collate import Rows
 from lit_alignment.errors import ConfigError, TrainingError
 from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.attention import check_sequence_parallel
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer, stored_dtype, weights_dtype
 from lit_alignment.models.restoring import CHECKPOINT_KEY, refuse_missing, trained_names
-from lit_alignment.models.sequence_parallel import SequenceGroup, check_sequence_parallel
+from lit_alignment.models.sequence_parallel import SequenceGroup
 from lit_alignment.models.sharding import Cast
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
@@ -42,7 +44,7 @@ class AlignmentModule(LightningModule):
     """
 
     head: Head | None = None  # what scores, where the model is no language model
-    shares_rows = False  # whether ranks can share the tokens of a row
+    shares_batches = False  # whether ranks can compute one batch together
 
     def __init__(
         self,
@@ -73,28 +75,37 @@ class AlignmentModule(LightningModule):
     def configure_model(self) -> None:
         """Load the weights, once."""
         if self.model is None:
+            self._check_strategy()
             data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
             cast = self._cast_after_sharding(device_type)
             model = self.load_model(device_type, data.packing, data.share_prompts, as_stored=cast is not None)
-            self._check_sharing(model, data.packing)
+            if self.sequence is not None:
+                config = base_model(model).config
+                check_sequence_parallel(config, self.sequence.size, data.packing, config._attn_implementation)
             self.shard(model, layered=True, cast=cast)
 
-    def _check_sharing(self, model: nn.Module, packing: bool) -> None:
+    def _check_strategy(self) -> None:
+        """Refuse what a strategy cannot do, before anything is loaded.
+
+        Raises:
+            ConfigError: Naming the setting.
+        """
         strategy = self.trainer.strategy
-        partial_rows = bool(self.added_tokens) and model is not base_model(model)
-        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and partial_rows:
-            raise ConfigError("trainer.strategy: stage 3 has no place for new tokens beside adapters. Use stage 2.")
-        if not isinstance(strategy, FSDP2Strategy):
-            return
-        for name in ("sequence_parallel_size", "tensor_parallel_size"):
-            if getattr(strategy, name) > 1 and not self.shares_rows:
-                raise ConfigError(f"trainer.strategy.{name}: not for {type(self).__name__} yet. Set it to 1.")
-        if strategy.tensor_parallel_size > 1 and self.trainer.state.fn == "predict":
-            raise ConfigError("trainer.strategy.tensor_parallel_size: not for predict. Set it to 1; weights fit any.")
-        if strategy.sequence is None:
-            return
-        config = base_model(model).config
-        check_sequence_parallel(config, strategy.sequence.size, packing, config._attn_implementation)
+        if isinstance(strategy, FSDP2Strategy):
+            for name in ("sequence_parallel_size", "tensor_parallel_size"):
+                if getattr(strategy, name) > 1 and not self.shares_batches:
+                    raise ConfigError(f"trainer.strategy.{name}: not for {type(self).__name__} yet. Set it to 1.")
+            if strategy.tensor_parallel_size > 1 and self.trainer.state.fn == "predict":
+                raise ConfigError("trainer.strategy.tensor_parallel_size: not for predict. Set it to 1.")
+        elif isinstance(strategy, DeepSpeedStrategy):
+            if self.optimizer_config.non_finite == "skip":
+                raise ConfigError("optimizer.non_finite: DeepSpeed's engine cannot skip a step. Set it to stop.")
+            adapted = self.peft_config is not None or self.adapter is not None
+            if strategy.zero_stage_3 and self.added_tokens and adapted:
+                raise ConfigError("trainer.strategy: stage 3 has no place for new tokens beside adapters. Use stage 2.")
+        elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy | LightningDeepSpeedStrategy):
+            ours = "DeepSpeedStrategy" if isinstance(strategy, LightningDeepSpeedStrategy) else "FSDP2Strategy"
+            raise ConfigError(f"trainer.strategy: use lit_alignment.{ours} in place of {type(strategy).__name__}.")
 
     @property
     def sequence(self) -> SequenceGroup | None:
@@ -125,19 +136,9 @@ class AlignmentModule(LightningModule):
             part: The part.
             layered: Whether it is a language model, to be split layer by layer.
             cast: Precision of its files, and of the model, if these differ.
-
-        Raises:
-            ConfigError: If the strategy is one of Lightning's own, which resume no checkpoint of trained weights alone,
-                gather no weights outside of a forward pass, which our loss needs, or lose an epoch's last window.
         """
-        strategy = self.trainer.strategy
-        if isinstance(strategy, FSDP2Strategy):
-            strategy.shard(part, layered, cast)
-        elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
-            name = type(strategy).__name__
-            raise ConfigError(f"trainer.strategy: use lit_alignment.FSDP2Strategy in place of {name}.")
-        elif isinstance(strategy, LightningDeepSpeedStrategy) and not isinstance(strategy, DeepSpeedStrategy):
-            raise ConfigError("trainer.strategy: use lit_alignment.DeepSpeedStrategy in place of Lightning's.")
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            self.trainer.strategy.shard(part, layered, cast)
 
     def load_model(
         self,
@@ -222,7 +223,7 @@ class AlignmentModule(LightningModule):
         self.log("train/loss", mean, prog_bar=True, sync_dist=True)
         self._window_loss = 0.0
         window, self._window = self._window, []
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # its engine has the gradients
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # its engine has the gradients, and their norm later
             norm = self.trainer.strategy.reduce(torch.as_tensor(mean), reduce_op="sum")
         else:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -233,10 +234,16 @@ class AlignmentModule(LightningModule):
             self._not_finite(window)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the gradient norm, where an engine has the gradients."""
+        """Log the gradient norm, where an engine has the gradients.
+
+        Raises:
+            TrainingError: If it is no number.
+        """
         strategy = self.trainer.strategy
         if isinstance(strategy, DeepSpeedStrategy) and (norm := strategy.gradient_norm()) is not None:
             self.log("train/grad_norm", norm)
+            if not math.isfinite(norm):
+                self._not_finite([])
 
     def _not_finite(self, window: list[tuple[list[str], Tensor]]) -> None:
         """Stop, or leave the weights as they are, saying which records did it."""
@@ -245,7 +252,7 @@ class AlignmentModule(LightningModule):
             ", ".join(name for ids in bad for name in ids) or "none by itself on this rank; the gradient is not finite"
         )
         step = self.trainer.global_step
-        if self.optimizer_config.non_finite == "stop" or isinstance(self.trainer.strategy, DeepSpeedStrategy):
+        if self.optimizer_config.non_finite == "stop":
             raise TrainingError(
                 f"the loss of optimizer step {step} is not a number. Micro-batches at fault: {which}. Lower "
                 "optimizer.learning_rate or mend the records, and go on from a checkpoint; or set "
@@ -278,8 +285,7 @@ class AlignmentModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks a trained weight: non-strict loading would leave it at its start value."""
-        if not isinstance(self._trainer and self.trainer.strategy, DeepSpeedStrategy):  # which has loaded them by now
-            refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
+        refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
         ranks = checkpoint.get(CHECKPOINT_KEY, {}).get("ranks")
         if ranks is not None and "loops" in checkpoint and self._trainer is not None:
             _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], ranks / data_rank(self.trainer)[1])

@@ -45,7 +45,7 @@ class ScoringModule(AlignmentModule):
     """
 
     head: Head
-    shares_rows = True
+    shares_batches = True
 
     def __init__(
         self,

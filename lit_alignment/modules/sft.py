@@ -43,7 +43,7 @@ class SFTModule(GenerativeModule):
         generation: Named ways to answer in `predict`.
     """
 
-    shares_rows = True
+    shares_batches = True
 
     def __init__(
         self,

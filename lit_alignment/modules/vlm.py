@@ -53,7 +53,7 @@ class VLMModule(SFTModule):
     Source: Liu et al. 2023, LLaVA (arXiv:2304.08485).
     """
 
-    shares_rows = False
+    shares_batches = False
 
     def __init__(
         self,

@@ -20,9 +20,9 @@ class DeclareOperators:
             return
         sys.meta_path.remove(self)
         import torch
-        from torch import library
+        from torch import library as operators
 
-        DeclareOperators.declared = library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        DeclareOperators.declared = operators.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for operator in ("nms", "qnms"):
             if not hasattr(torch.ops.torchvision, operator):
                 schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"

@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO under Lightning, with the optimiser steps, and the numbers, of any other strategy."""
 
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.strategies.sharded import cannot_save, partial_path, swap
+from lit_alignment.strategies.sharded import cannot_save, new_partial, on_first, swap
 
 
 class WeightsPrecision(DeepSpeedPrecision):
@@ -118,18 +118,19 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
             CheckpointError: If the disk is full or the folder cannot be written; what was there before stays.
         """
         path = Path(self.broadcast(filepath))
-        partial = partial_path(path)
-        if self.is_global_zero:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.barrier()
+        folder = new_partial(path)
         try:
-            super().save_checkpoint(checkpoint, partial)
-            self.barrier()
-            if self.is_global_zero:
-                swap(partial, path)
+            super().save_checkpoint(checkpoint, folder)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(cannot_save(path, error)) from error
         self.barrier()
+        on_first(path, partial(swap, folder, path))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Let the engine read its part; the weights that it has found stand in the result by their names."""
+        found = super().load_checkpoint(checkpoint_path, weights_only)
+        return found | {"state_dict": {name: shape for group in found["param_shapes"] for name, shape in group.items()}}
 
     def gradient_norm(self) -> float | None:
         """Of the last optimiser step, before clipping; None before the first."""

@@ -1,7 +1,5 @@
 """Fully sharded training: FSDP2 under Lightning's ModelParallelStrategy, with checkpoints of what was trained."""
 
-import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -23,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.distributed_c10d import ProcessGroup, broadcast_object_list, new_group
+from torch.distributed.distributed_c10d import ProcessGroup, new_group
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -42,7 +40,8 @@ from lit_alignment.strategies.sharded import (
     found_path,
     full,
     is_sharded,
-    partial_path,
+    new_partial,
+    on_first,
     put_in_place,
     read_into,
     read_rest,
@@ -155,21 +154,10 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
             self.saves.remove(Path(filepath), partial(self.checkpoint_io.remove_checkpoint, filepath))
 
     def _write_whole(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        def write() -> None:
-            if path.is_dir():
-                shutil.rmtree(path)
-            self.checkpoint_io.save_checkpoint(checkpoint, path)
-
-        self._on_first(path, write)
+        on_first(path, partial(self.checkpoint_io.save_checkpoint, checkpoint, path), self._group)
 
     def _write_shards(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        folder = partial_path(path)
-
-        def prepare() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-
-        self._on_first(path, prepare)
+        folder = new_partial(path, self._group)
         shards, rest = split_checkpoint(checkpoint)
         try:
             # A thread begins on the first GPU, whatever its process uses.
@@ -177,22 +165,7 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
                 save(shards, checkpoint_id=folder, process_group=self._group)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(cannot_save(path, error)) from error
-        self._on_first(path, partial(put_in_place, folder, path, rest))
-
-    def _on_first(self, path: Path, work: Callable[[], None]) -> None:
-        """Do something on the first process while the others wait; an error there is an error of all."""
-        problem: list[str | None] = [None]
-        cause: Exception | None = None
-        if self.is_global_zero:
-            try:
-                work()
-            except CheckpointError as error:
-                problem, cause = [str(error)], error
-            except (OSError, RuntimeError) as error:
-                problem, cause = [cannot_save(path, error)], error
-        broadcast_object_list(problem, 0, self._group)
-        if problem[0] is not None:
-            raise CheckpointError(problem[0]) from cause
+        on_first(path, partial(put_in_place, folder, path, rest), self._group)
 
     @override
     def teardown(self) -> None:

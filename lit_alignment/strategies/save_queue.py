@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.saving import PARTIAL
+from lit_alignment.strategies.sharded import partial_path
 
 REQUEUED = "hpc_ckpt"  # what Lightning saves just before it has SLURM end the job
 
@@ -149,12 +150,12 @@ def start_saving(trainer: Trainer) -> None:
     ModelCheckpoint looks for files and makes links by itself; it is given the queue's view of what there is.
 
     Raises:
-        ConfigError: If both the strategy and a plugin are to do it.
+        ConfigError: If a plugin is to do what the strategy does itself.
     """
-    if isinstance(trainer.strategy, Queued) and isinstance(trainer.strategy.checkpoint_io, Queued):
+    if isinstance(trainer.strategy, Queued | DeepSpeedStrategy) and isinstance(trainer.strategy.checkpoint_io, Queued):
         raise ConfigError(
-            "trainer.plugins: AsyncCheckpointIO is for one process and for DDP. With FSDP2Strategy leave it out, and "
-            "set trainer.strategy.init_args.async_save: true."
+            "trainer.plugins: AsyncCheckpointIO is for one process and for DDP. Leave it out: DeepSpeed saves at once, "
+            "and with FSDP2Strategy set trainer.strategy.init_args.async_save: true."
         )
     saves = save_queue(trainer)
     if saves.background:
@@ -178,7 +179,7 @@ def _link_checkpoint(saves: SaveQueue, trainer: Trainer, filepath: str, linkpath
 
 def point(link: Path, target: Path) -> None:
     """Make `link` a link to a file or folder, in one step."""
-    fresh = link.with_name(f".{link.name}{PARTIAL}")
+    fresh = partial_path(link)
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(os.path.relpath(target, link.parent))
     if link.is_dir() and not link.is_symlink():

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
+from torch.distributed.distributed_c10d import ProcessGroup, broadcast_object_list, get_rank
 
 from lit_alignment.errors import CheckpointError
 from lit_alignment.models.saving import PARTIAL, flush_folder
@@ -58,16 +59,21 @@ def put_in_place(partial: Path, path: Path, rest: dict[str, Any]) -> None:
 
 
 def swap(partial: Path, path: Path) -> None:
-    """Give a whole folder its name; a checkpoint that has it stays until then."""
+    """Give a whole file or folder its name; a checkpoint that has it stays until then."""
     old = path.with_name(f".{path.name}{OLD}")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.is_dir():
+    _remove(old)
+    if path.is_dir() or (path.exists() and partial.is_dir()):  # a file alone is replaced in one step, by a file
         os.replace(path, old)
-    else:
-        path.unlink(missing_ok=True)
     os.replace(partial, path)
     flush_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cannot_save(path: Path, error: BaseException) -> str:
@@ -81,10 +87,47 @@ def cannot_save(path: Path, error: BaseException) -> str:
     )
 
 
+def on_first(path: Path, work: Callable[[], None], group: ProcessGroup | None = None) -> None:
+    """Do something for a checkpoint on the first process while the others wait.
+
+    Args:
+        path: The checkpoint.
+        work: What to do.
+        group: The processes; all by default.
+
+    Raises:
+        CheckpointError: On all processes, if it fails.
+    """
+    problem: list[str | None] = [None]
+    cause: Exception | None = None
+    if get_rank() == 0:
+        try:
+            work()
+        except CheckpointError as error:
+            problem, cause = [str(error)], error
+        except (OSError, RuntimeError) as error:
+            problem, cause = [cannot_save(path, error)], error
+    broadcast_object_list(problem, 0, group)
+    if problem[0] is not None:
+        raise CheckpointError(problem[0]) from cause
+
+
+def new_partial(path: Path, group: ProcessGroup | None = None) -> Path:
+    """An empty folder in which all processes write a checkpoint."""
+    folder = partial_path(path)
+
+    def make() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    on_first(path, make, group)
+    return folder
+
+
 def found_path(path: Path) -> Path:
     """The checkpoint, or the earlier one of its name if the process was killed between two renames."""
     old = path.with_name(f".{path.name}{OLD}")
-    return old if not path.exists() and is_sharded(old) else path
+    return old if not path.exists() and old.exists() else path
 
 
 def read_rest(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.sequence_parallel import check_sequence_parallel
+from lit_alignment.models.attention import check_sequence_parallel
 from tests.helpers import run_on_ranks
 from tests.models.sequence_script import CASES, RANKS
 
