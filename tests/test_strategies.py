@@ -9,7 +9,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_alignment import DeepSpeedStrategy, FSDP2Strategy
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.tokens import NewToken, TokensConfig
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import rag_module, sft_module
 
@@ -31,13 +30,6 @@ def test_lightnings_own_is_refused_with_ours(strategy, ours):
 def test_deepspeed_says_what_runs_on_a_cpu():
     with pytest.raises(ConfigError, match=r"DeepSpeed needs CUDA GPUs.*FSDP2Strategy"):
         DeepSpeedStrategy(accelerator=CPUAccelerator()).setup_environment()
-
-
-def test_stage_3_refuses_new_tokens_beside_adapters():
-    module = sft_module(lora=True, tokens=TokensConfig(new={"<new>": NewToken()}))
-    under(DeepSpeedStrategy(stage=2), module)._check_strategy()
-    with pytest.raises(ConfigError, match="stage 3 has no place for new tokens"):
-        under(DeepSpeedStrategy(stage=3), module).configure_model()
 
 
 def test_deepspeed_cannot_skip_a_step():

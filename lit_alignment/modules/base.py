@@ -100,9 +100,6 @@ class AlignmentModule(LightningModule):
         elif isinstance(strategy, DeepSpeedStrategy):
             if self.optimizer_config.non_finite == "skip":
                 raise ConfigError("optimizer.non_finite: DeepSpeed's engine cannot skip a step. Set it to stop.")
-            adapted = self.peft_config is not None or self.adapter is not None
-            if strategy.zero_stage_3 and self.added_tokens and adapted:
-                raise ConfigError("trainer.strategy: stage 3 has no place for new tokens beside adapters. Use stage 2.")
         elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy | LightningDeepSpeedStrategy):
             ours = "DeepSpeedStrategy" if isinstance(strategy, LightningDeepSpeedStrategy) else "FSDP2Strategy"
             raise ConfigError(f"trainer.strategy: use lit_alignment.{ours} in place of {type(strategy).__name__}.")
