@@ -2,12 +2,14 @@
 
 import os
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lit_alignment import AtomicCheckpointIO
 from lit_alignment.checkpoints import newest_checkpoint
+from lit_alignment.errors import CheckpointError
 from lit_alignment.strategies.sharded import partial_path, put_in_place, read_whole
 from lit_alignment.trainer_cli import build
 from tests.helpers import trainer
@@ -73,6 +75,29 @@ def test_checkpoint_in_shards_is_replaced_as_a_whole(tmp_path):
     # Killed between its two renames, the earlier one stands under another name, and is found.
     os.replace(path, tmp_path / ".last.ckpt.old")
     assert AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["x"].tolist() == [2.0] * 5000
+
+
+def test_file_takes_the_place_of_a_folder_and_the_other_way_round(tmp_path, monkeypatch):
+    """Until the new one has its name the earlier one is there, and is found."""
+    path, plugin = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    renamed = os.replace
+
+    def killed(source, target):
+        if target == path:
+            raise OSError("killed")
+        renamed(source, target)
+
+    write_sharded(path, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(CheckpointError, match="killed"):
+            plugin.save_checkpoint({"state_dict": {"x": torch.full((3,), 2.0)}}, path)
+    assert plugin.load_checkpoint(path)["state_dict"]["x"].tolist() == [1.0] * 5000
+    plugin.save_checkpoint({"state_dict": {"x": torch.full((3,), 2.0)}}, path)
+    assert path.is_file() and plugin.load_checkpoint(path)["state_dict"]["x"].tolist() == [2.0] * 3
+    write_sharded(path, 3.0)
+    assert plugin.load_checkpoint(path)["state_dict"]["x"].tolist() == [3.0] * 5000
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_command_starts_and_then_goes_on(tmp_path, capsys):

@@ -61,8 +61,8 @@ def put_in_place(partial: Path, path: Path, rest: dict[str, Any]) -> None:
 def swap(partial: Path, path: Path) -> None:
     """Give a whole file or folder its name; a checkpoint that has it stays until then."""
     old = path.with_name(f".{path.name}{OLD}")
-    _remove(old)
     if path.is_dir() or (path.exists() and partial.is_dir()):  # a file alone is replaced in one step, by a file
+        _remove(old)
         os.replace(path, old)
     os.replace(partial, path)
     flush_folder(path.parent)
