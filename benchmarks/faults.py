@@ -34,7 +34,7 @@ from lit_alignment.models.loading import Backbone
 
 KILLS, FULL_DISKS, DAMAGES = 50, 20, 20
 NUMBERS = 200_000  # in the checkpoint for which the disk is too small
-STEPS = 2400
+STEPS = 4000  # more than 50 intervals of a fast machine
 TESTS = [
     ("a node of two dies under torchrun and is started again", "tests/test_elastic.py"),
     ("a loss that is no number: stopped, or skipped, with the record", "tests/test_optimization.py -k number_stops"),
@@ -58,7 +58,6 @@ class Progress(Callback):
 
 def train(folder: Path) -> None:
     """Start, or go on, and train to the end."""
-    torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     words = "the kitchen scale does not work please reply order urgent".split()
     generator = random.Random(0)
@@ -106,6 +105,7 @@ def child(work: Callable[[], None]) -> int:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    torch.set_num_threads(1)  # the parent's other threads are not there
     try:
         work()
     except CheckpointError:
