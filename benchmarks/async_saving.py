@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoConfig, AutoTokenizer
 
 from lit_alignment import AsyncCheckpointIO, AtomicCheckpointIO, SFTDataModule, SFTModule
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.records import Source
-from lit_alignment.models.loading import Backbone
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.models.loading import BackboneConfig
 
 STEPS, EVERY = 24, 8
 SHAPE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -45,10 +45,10 @@ def run(folder: Path, plugin: AtomicCheckpointIO, saves: bool = True) -> tuple[f
     seed_everything(0, verbose=False)
     words = "the kitchen scale does not work please reply order urgent " * 4
     messages = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
-    module = SFTModule(Backbone(str(folder / "model"), weights="random"))
+    module = SFTModule(BackboneConfig(str(folder / "model"), weights="random"))
     data = SFTDataModule(
         module.tokenizer,
-        train=[Source(records=[{"id": str(n), "messages": messages} for n in range(STEPS)])],
+        train=[SourceConfig(records=[{"id": str(n), "messages": messages} for n in range(STEPS)])],
         encoding=EncodingConfig(max_length=512),
         packing=False,
         batch_size=1,

@@ -26,20 +26,20 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_alignment import AtomicCheckpointIO, SFTDataModule, SFTModule
-from lit_alignment.checkpoints import newest_checkpoint
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.records import Source
+from lit_alignment.checkpoints.newest import newest_checkpoint
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import CheckpointError
-from lit_alignment.models.loading import Backbone
+from lit_alignment.models.loading import BackboneConfig
 
 KILLS, FULL_DISKS, DAMAGES = 50, 20, 20
 NUMBERS = 200_000  # in the checkpoint for which the disk is too small
 STEPS = 4000  # more than 50 intervals of a fast machine
 TESTS = [
-    ("a node of two dies under torchrun and is started again", "tests/test_elastic.py"),
+    ("a node of two dies under torchrun and is started again", "tests/distributed/test_elastic.py"),
     ("a loss that is no number: stopped, or skipped, with the record", "tests/test_optimization.py -k number_stops"),
     ("200 damaged inputs for each of 16 readers, files and configurations", "tests/test_fuzz.py"),
-    ("kill -9 inside a save, 50 times", "tests/callbacks/test_checkpoints.py -k kill_during"),
+    ("kill -9 inside a save, 50 times", "tests/checkpoints/test_checkpoints.py -k kill_during"),
 ]
 
 
@@ -71,10 +71,10 @@ def train(folder: Path) -> None:
         }
         for n in range(64)
     ]
-    module = SFTModule(Backbone("configs/tiny", weights="random"))
+    module = SFTModule(BackboneConfig("configs/tiny", weights="random"))
     data = SFTDataModule(
         module.tokenizer,
-        train=[Source(records=records)],
+        train=[SourceConfig(records=records)],
         encoding=EncodingConfig(max_length=128),
         packing=False,
         batch_size=4,

@@ -24,14 +24,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lit_alignment import SFTDataModule, SFTModule
 from lit_alignment.callbacks.throughput import PEAK_FLOPS, peak_memory
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.messages import IGNORE_INDEX
-from lit_alignment.data.records import Source
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import base_model, head_loss, hidden_states
-from lit_alignment.models.loading import Backbone, decoder_flops_per_token
-from lit_alignment.models.scaling import attention_flops_per_token
+from lit_alignment.models.loading import BackboneConfig, decoder_flops_per_token
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.planning.scaling import attention_flops_per_token
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 4096
@@ -86,7 +86,7 @@ def build(folder: Path, shape: str, steps: int, length: int) -> tuple[SFTModule,
     AutoConfig.from_pretrained(ROOT / "configs/tiny", **settings).save_pretrained(folder)
     AutoTokenizer.from_pretrained(ROOT / "configs/tiny").save_pretrained(folder)
     module = SFTModule(
-        Backbone(str(folder), weights="random", dtype="bfloat16", gradient_checkpointing=True),
+        BackboneConfig(str(folder), weights="random", dtype="bfloat16", gradient_checkpointing=True),
         peft=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         optimizer=OPTIMIZER,
     )
@@ -94,7 +94,7 @@ def build(folder: Path, shape: str, steps: int, length: int) -> tuple[SFTModule,
     messages = [{"role": "user", "content": words[:200]}, {"role": "assistant", "content": words}]
     data = SFTDataModule(
         module.tokenizer,
-        train=[Source(records=[{"id": str(n), "messages": messages} for n in range(steps)])],
+        train=[SourceConfig(records=[{"id": str(n), "messages": messages} for n in range(steps)])],
         encoding=EncodingConfig(max_length=length, truncation="keep_start", truncation_unit="tokens"),
         cache_dir=str(folder / "cache"),
     )

@@ -20,18 +20,18 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 from lightning.pytorch import Trainer
 
 from lit_alignment import PredictionWriter, SFTDataModule, SFTModule
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.records import Source
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.generation.transformers_engine import StopRule
-from lit_alignment.generation.vllm_engine import engine_arguments, on_cpu, sampling_parameters
-from lit_alignment.models.loading import Backbone
-from lit_alignment.serving.predict import predict
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.tools.fetch import fetch
+from lit_alignment.vllm.engine import engine_arguments, on_cpu, sampling_parameters
+from lit_alignment.vllm.predict import predict
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FILES = ("configs/sft/support/train.jsonl", "configs/sft/support/test.jsonl")
-SETTINGS = GenerationSettings(max_new_tokens=32)
+SETTINGS = DecodingConfig(max_new_tokens=32)
 ENGINE = {"max_model_len": 512}
 
 
@@ -43,10 +43,10 @@ def records(number: int) -> list[dict]:
 
 def parts(number: int, folder: Path) -> tuple[SFTModule, SFTDataModule, Trainer]:
     """Module, prompts, and a Trainer that writes into a folder."""
-    module = SFTModule(Backbone(MODEL, dtype="float32"), generation={"greedy": SETTINGS})
+    module = SFTModule(BackboneConfig(MODEL, dtype="float32"), generation={"greedy": SETTINGS})
     data = SFTDataModule(
         module.tokenizer,
-        predict=[Source(records=records(number))],
+        predict=[SourceConfig(records=records(number))],
         encoding=EncodingConfig(max_length=256),
         batch_size=32,
         cache_dir=str(folder / "data"),

@@ -27,12 +27,12 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lit_alignment import SFTDataModule, SFTModule, Throughput
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.messages import IGNORE_INDEX
-from lit_alignment.data.records import Source
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import head_loss, hidden_states
-from lit_alignment.models.loading import Backbone
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
 
 ROOT = Path(__file__).parent.parent
@@ -74,8 +74,8 @@ def data_of(folder: Path, tokenizer: Any) -> SFTDataModule:
     """Packed training data."""
     return SFTDataModule(
         tokenizer,
-        train=[Source(str(folder / "train.jsonl"))],
-        val=[Source(str(folder / "val.jsonl"))],
+        train=[SourceConfig(str(folder / "train.jsonl"))],
+        val=[SourceConfig(str(folder / "val.jsonl"))],
         encoding=EncodingConfig(max_length=MAX_LENGTH),
         tokens_per_batch=TOKENS_PER_STEP,
         cache_dir=str(folder / "cache"),
@@ -91,7 +91,7 @@ class BareLoop(Callback):
 
     def __init__(self, folder: Path) -> None:
         """Load the second model."""
-        self.model = SFTModule(Backbone(str(folder))).load_model(packing=True)
+        self.model = SFTModule(BackboneConfig(str(folder))).load_model(packing=True)
         self.fit_seconds: list[float] = []
         self.bare_seconds: list[float] = []
 
@@ -125,7 +125,7 @@ class BareLoop(Callback):
 def run_ours(folder: Path) -> dict[str, dict[str, Any]]:
     """Train with the library and with the bare loop, step by step in turn."""
     seed_everything(0, verbose=False)
-    module = SFTModule(Backbone(str(folder)), optimizer=OPTIMIZER)
+    module = SFTModule(BackboneConfig(str(folder)), optimizer=OPTIMIZER)
     data, bare = data_of(folder, module.tokenizer), BareLoop(folder)
     options = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}
     options |= {"limit_val_batches": 0, "use_distributed_sampler": False, "enable_model_summary": False}

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from lit_alignment.data.collate import Sequences, pack_sequences
+from lit_alignment.data.batching.collate import Sequences, pack_sequences
 from lit_alignment.models.attention import choose_attention, document_arguments
 from lit_alignment.models.head import scores_at
 

@@ -22,12 +22,12 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig
 
 from lit_alignment import VLMDataModule, VLMModule
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.records import Source
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.modality import Modality
-from lit_alignment.models.projectors import ProjectorConfig
-from lit_alignment.models.vision import EncoderConfig
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.multimodal.modality import ModalityConfig
+from lit_alignment.models.multimodal.projectors import ProjectorConfig
+from lit_alignment.models.multimodal.vision import EncoderConfig
 from lit_alignment.tools.preprocess import main as preprocess
 
 PICTURES, STEPS, WARM_UP = 4, 6, 1
@@ -89,14 +89,14 @@ def processor(folder: Path, side: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
-def train(image: Modality, base: Path, records: list[dict], folder: Path) -> Clock:
+def train(image: ModalityConfig, base: Path, records: list[dict], folder: Path) -> Clock:
     """A few steps of the projector stage."""
     seed_everything(0, verbose=False)
-    module = VLMModule(Backbone(str(base), weights="random"), image, train_language_model=False)
+    module = VLMModule(BackboneConfig(str(base), weights="random"), image, train_language_model=False)
     data = VLMDataModule(
         module.tokenizer,
         module.media,
-        train=[Source(records=records)],
+        train=[SourceConfig(records=records)],
         encoding=EncodingConfig(max_length=1024),
         packing=False,
         batch_size=PICTURES,
@@ -137,12 +137,12 @@ def steps() -> None:
                 }
                 for path in paths
             ]
-            image = Modality([EncoderConfig(str(encoder), weights="random")], projector)
+            image = ModalityConfig([EncoderConfig(str(encoder), weights="random")], projector)
             config = folder / "config.yaml"
             config.write_text(json.dumps(configuration(base, encoder, projector)))
             made = ["--config", str(config), "--out", str(folder / "cache"), "--files", str(folder / "pictures")]
             preprocess([*made, "--batch-size", "4"])
-            cached = Modality(image.encoders, projector, cache=str(folder / "cache"))
+            cached = ModalityConfig(image.encoders, projector, cache=str(folder / "cache"))
             slow, fast = (train(each, base, records, folder) for each in (image, cached))
         medians = [sorted(clock.seconds[WARM_UP:])[(STEPS - WARM_UP) // 2] for clock in (slow, fast)]
         difference = max(abs(a - b) for a, b in zip(slow.losses, fast.losses, strict=True))

@@ -32,8 +32,8 @@ import torch
 from PIL import Image
 from transformers import MobileNetV2Config, MobileNetV2Model
 
-from lit_alignment.data.media import open_image
-from lit_alignment.models.vision import EncoderConfig, load_encoder, load_processor
+from lit_alignment.data.multimodal.media import open_image
+from lit_alignment.models.multimodal.vision import EncoderConfig, load_encoder, load_processor
 from lit_alignment.tools.fetch import fetch
 from lit_alignment.trainer_cli import build
 

@@ -4,20 +4,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_alignment.callbacks.checkpoint_io import AsyncCheckpointIO, AtomicCheckpointIO
-    from lit_alignment.callbacks.cherry_picks import CherryPicks
     from lit_alignment.callbacks.export import Export
     from lit_alignment.callbacks.predictions import PredictionWriter
     from lit_alignment.callbacks.refresh import IndexRefresh
-    from lit_alignment.callbacks.scored_picks import ScoredPicks
+    from lit_alignment.callbacks.samples.answers import CherryPicks
+    from lit_alignment.callbacks.samples.scores import ScoredPicks
     from lit_alignment.callbacks.throughput import Throughput
     from lit_alignment.callbacks.upload import Upload
+    from lit_alignment.checkpoints.background import wait_for_saves
+    from lit_alignment.checkpoints.io import AsyncCheckpointIO, AtomicCheckpointIO
     from lit_alignment.data.classification import ClassificationDataModule
     from lit_alignment.data.rag import RAGDataModule
     from lit_alignment.data.retriever import PassageDataModule, RetrieverDataModule
     from lit_alignment.data.reward import RewardDataModule
     from lit_alignment.data.sft import SFTDataModule
     from lit_alignment.data.vlm import VLMDataModule
+    from lit_alignment.distributed.deepspeed import DeepSpeedStrategy
+    from lit_alignment.distributed.fsdp2 import FSDP2Strategy
     from lit_alignment.loggers import ClearMLLogger
     from lit_alignment.modules.classification import ClassificationModule
     from lit_alignment.modules.rag import RAGModule
@@ -25,22 +28,19 @@ if TYPE_CHECKING:
     from lit_alignment.modules.reward import RewardModule
     from lit_alignment.modules.sft import SFTModule
     from lit_alignment.modules.vlm import VLMModule
-    from lit_alignment.strategies.deepspeed import DeepSpeedStrategy
-    from lit_alignment.strategies.fsdp2 import FSDP2Strategy
-    from lit_alignment.strategies.save_queue import wait_for_saves
 
 __version__ = "0.1.0"
 
 _PLACES = {
-    "AsyncCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
-    "AtomicCheckpointIO": "lit_alignment.callbacks.checkpoint_io",
-    "CherryPicks": "lit_alignment.callbacks.cherry_picks",
+    "AsyncCheckpointIO": "lit_alignment.checkpoints.io",
+    "AtomicCheckpointIO": "lit_alignment.checkpoints.io",
+    "CherryPicks": "lit_alignment.callbacks.samples.answers",
     "ClassificationDataModule": "lit_alignment.data.classification",
     "ClassificationModule": "lit_alignment.modules.classification",
     "ClearMLLogger": "lit_alignment.loggers",
-    "DeepSpeedStrategy": "lit_alignment.strategies.deepspeed",
+    "DeepSpeedStrategy": "lit_alignment.distributed.deepspeed",
     "Export": "lit_alignment.callbacks.export",
-    "FSDP2Strategy": "lit_alignment.strategies.fsdp2",
+    "FSDP2Strategy": "lit_alignment.distributed.fsdp2",
     "IndexRefresh": "lit_alignment.callbacks.refresh",
     "PassageDataModule": "lit_alignment.data.retriever",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
@@ -52,12 +52,12 @@ _PLACES = {
     "RewardModule": "lit_alignment.modules.reward",
     "SFTDataModule": "lit_alignment.data.sft",
     "SFTModule": "lit_alignment.modules.sft",
-    "ScoredPicks": "lit_alignment.callbacks.scored_picks",
+    "ScoredPicks": "lit_alignment.callbacks.samples.scores",
     "Throughput": "lit_alignment.callbacks.throughput",
     "Upload": "lit_alignment.callbacks.upload",
     "VLMDataModule": "lit_alignment.data.vlm",
     "VLMModule": "lit_alignment.modules.vlm",
-    "wait_for_saves": "lit_alignment.strategies.save_queue",
+    "wait_for_saves": "lit_alignment.checkpoints.background",
 }
 __all__ = [
     "AsyncCheckpointIO",

@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lit_alignment.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
-from lit_alignment.checkpoints import newest_checkpoint
+from lit_alignment.checkpoints.io import AtomicCheckpointIO
+from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.config_errors import explain, find_null
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
@@ -132,7 +132,7 @@ class AlignmentCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         self._fetch_checkpoint(subcommand)
         if self.uses_vllm:
-            from lit_alignment.serving.predict import predict
+            from lit_alignment.vllm.predict import predict
 
             checkpoint = self._get(self.config_init, "ckpt_path")
             predict(self.model, self.datamodule, self.trainer, self._get(self.config_init, "vllm"), checkpoint)

@@ -28,17 +28,17 @@ from lit_alignment import (
     VLMDataModule,
     VLMModule,
 )
-from lit_alignment.data.encode import Encoder, EncodingConfig, Example
-from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig, Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.encoding.responses import ResponseEncoder
+from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.data.passages import Passage, format_passage
-from lit_alignment.data.records import Source
-from lit_alignment.data.responses import ResponseEncoder
-from lit_alignment.data.templates import TemplateConfig
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.modality import Modality
-from lit_alignment.models.projectors import ProjectorConfig
-from lit_alignment.models.retriever import Retriever, load_retriever, weights_hash
-from lit_alignment.models.vision import EncoderConfig
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.models.dual_encoder import RetrieverConfig, load_retriever, weights_hash
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.multimodal.modality import ModalityConfig
+from lit_alignment.models.multimodal.projectors import ProjectorConfig
+from lit_alignment.models.multimodal.vision import EncoderConfig
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
@@ -104,17 +104,17 @@ def sft_module(lora: bool = False, **settings: Any) -> SFTModule:
     seed_everything(0, verbose=False)
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     settings.setdefault("optimizer", OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0))
-    return SFTModule(Backbone("configs/tiny", weights="random"), peft=peft, **settings)
+    return SFTModule(BackboneConfig("configs/tiny", weights="random"), peft=peft, **settings)
 
 
 def sft_data(module: SFTModule, train: list[dict[str, Any]], val=None, **settings: Any) -> SFTDataModule:
     settings.setdefault("encoding", EncodingConfig(max_length=512))
     return SFTDataModule(
         module.tokenizer,
-        train=[Source(records=train, name="train")],
-        val=[Source(records=val, name="val")] if val else None,
-        test=[Source(records=val, name="val")] if val else None,
-        predict=[Source(records=val, name="val")] if val else None,
+        train=[SourceConfig(records=train, name="train")],
+        val=[SourceConfig(records=val, name="val")] if val else None,
+        test=[SourceConfig(records=val, name="val")] if val else None,
+        predict=[SourceConfig(records=val, name="val")] if val else None,
         **settings,
     )
 
@@ -198,7 +198,7 @@ def scoring_settings(path: str, lora: bool, settings: dict[str, Any]) -> dict[st
     seed_everything(0, verbose=False)
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
-    backbone = Backbone(path, weights="random" if path == "configs/tiny" else "pretrained")
+    backbone = BackboneConfig(path, weights="random" if path == "configs/tiny" else "pretrained")
     return {"backbone": backbone, "peft": peft, "optimizer": optimizer, **settings}
 
 
@@ -212,7 +212,7 @@ def reward_model(path: str = "configs/tiny", lora: bool = False, **settings: Any
 
 def _sources(train, val) -> dict[str, Any]:
     given = {"train": train, "val": val, "test": val, "predict": val}
-    return {name: [Source(records=records, name=name)] for name, records in given.items() if records}
+    return {name: [SourceConfig(records=records, name=name)] for name, records in given.items() if records}
 
 
 def class_data(module: ClassificationModule, train=None, val=None, **settings: Any) -> ClassificationDataModule:
@@ -253,7 +253,7 @@ def knowledge_index(config: IndexConfig, embeddings: torch.Tensor) -> Path:
     return builder.finish()
 
 
-RETRIEVER = Retriever("configs/tiny", weights="random", temperature=0.1, towers="separate")
+RETRIEVER = RetrieverConfig("configs/tiny", weights="random", temperature=0.1, towers="separate")
 
 
 def knowledge(number: int, seed: int = 0) -> list[Passage]:
@@ -263,7 +263,9 @@ def knowledge(number: int, seed: int = 0) -> list[Passage]:
     return [Passage(f"p{i}", [], "", title=f"note {i}", text=text) for i, text in enumerate(texts)]
 
 
-def encoded_index(folder: Path, passages: list[Passage], retriever: Retriever = RETRIEVER, **settings) -> IndexConfig:
+def encoded_index(
+    folder: Path, passages: list[Passage], retriever: RetrieverConfig = RETRIEVER, **settings
+) -> IndexConfig:
     """An index of passages as the retriever encodes them before any training."""
     config = IndexConfig(str(folder / "index"), **settings)
     encoder = load_retriever(retriever).eval()
@@ -278,7 +280,9 @@ def encoded_index(folder: Path, passages: list[Passage], retriever: Retriever = 
     return config
 
 
-def rag_module(index: IndexConfig, lora: bool = False, retriever: Retriever = RETRIEVER, **settings: Any) -> RAGModule:
+def rag_module(
+    index: IndexConfig, lora: bool = False, retriever: RetrieverConfig = RETRIEVER, **settings: Any
+) -> RAGModule:
     return RAGModule(**scoring_settings("configs/tiny", lora, {"retriever": retriever, "index": index, **settings}))
 
 
@@ -288,7 +292,7 @@ def rag_data(module: RAGModule, train=None, val=None, **settings: Any) -> RAGDat
 
 
 VISION = EncoderConfig("configs/tiny_vision", weights="random", layer=-1)
-IMAGE = Modality([VISION], ProjectorConfig("mlp"))
+IMAGE = ModalityConfig([VISION], ProjectorConfig("mlp"))
 
 
 def picture(path: Path, seed: int) -> str:

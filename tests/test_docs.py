@@ -8,31 +8,31 @@ import re
 import pytest
 import yaml
 
-from lit_alignment.callbacks.cherry_picks import CherryPicks
 from lit_alignment.callbacks.export import Export
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.refresh import IndexRefresh
-from lit_alignment.callbacks.scored_picks import ScoredPicks
+from lit_alignment.callbacks.samples.answers import CherryPicks
+from lit_alignment.callbacks.samples.scores import ScoredPicks
 from lit_alignment.callbacks.throughput import Throughput
 from lit_alignment.callbacks.upload import Upload
 from lit_alignment.cli import TOOLS, TRAINER_COMMANDS
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.classification import ClassificationDataModule
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.rag import PassagePlacement, RAGDataModule
-from lit_alignment.data.records import Source
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.templates import TemplateConfig
+from lit_alignment.data.rag import PassagePlacementConfig, RAGDataModule
 from lit_alignment.data.reward import RewardDataModule
-from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.vlm import VLMDataModule
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.loggers import ClearMLLogger
-from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.modality import Modality
-from lit_alignment.models.projectors import ProjectorConfig
-from lit_alignment.models.retriever import Retriever
-from lit_alignment.models.tokens import NewToken, TokensConfig
-from lit_alignment.models.vision import EncoderConfig
+from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.dual_encoder import RetrieverConfig
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.multimodal.modality import ModalityConfig
+from lit_alignment.models.multimodal.projectors import ProjectorConfig
+from lit_alignment.models.multimodal.vision import EncoderConfig
+from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.modules.classification import ClassificationModule
 from lit_alignment.modules.rag import RAGModule
 from lit_alignment.modules.retriever import RetrieverModule
@@ -46,19 +46,19 @@ from tests.helpers import ROOT
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "configs/README.md").read_text()
 SETTINGS = [
-    Backbone,
-    Adapter,
+    BackboneConfig,
+    AdapterConfig,
     TokensConfig,
-    NewToken,
+    NewTokenConfig,
     OptimizerConfig,
     EncodingConfig,
     TemplateConfig,
-    Source,
-    GenerationSettings,
+    SourceConfig,
+    DecodingConfig,
 ]
 SETTINGS += [AlignmentDataModule, ClassificationDataModule, RewardDataModule, RAGDataModule]
-SETTINGS += [RAGModule, RetrieverModule, Retriever, IndexConfig, IndexRefresh]
-SETTINGS += [VLMModule, VLMDataModule, Modality, EncoderConfig, ProjectorConfig]
+SETTINGS += [RAGModule, RetrieverModule, RetrieverConfig, IndexConfig, IndexRefresh]
+SETTINGS += [VLMModule, VLMDataModule, ModalityConfig, EncoderConfig, ProjectorConfig]
 SETTINGS += [
     SFTModule,
     ClassificationModule,
@@ -125,4 +125,4 @@ def test_python_in_the_readme_compiles():
 
 
 def test_every_setting_of_the_placement_is_in_the_guide():
-    assert all(f"`placement.{field.name}`" in GUIDE for field in dataclasses.fields(PassagePlacement))
+    assert all(f"`placement.{field.name}`" in GUIDE for field in dataclasses.fields(PassagePlacementConfig))

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from lit_alignment.cli import main
 from lit_alignment.data.classification import ClassificationDataModule
-from lit_alignment.data.comparisons import read_comparison
-from lit_alignment.data.media import read_media_messages
-from lit_alignment.data.messages import read_record
+from lit_alignment.data.encoding.messages import read_record
+from lit_alignment.data.feedback import read_comparison
+from lit_alignment.data.multimodal.media import read_media_messages
 from lit_alignment.data.passages import read_passage
-from lit_alignment.data.records import Source
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import RecordError
 from tests.helpers import ROOT
 
@@ -128,7 +128,7 @@ def test_damaged_file_is_read_or_refused_with_its_name(suffix, tmp_path):
         path = tmp_path / f"f{suffix}"
         path.write_bytes(whole[:start] + junk + whole[start + length :])
         try:
-            list(Source(str(path)).read())
+            list(SourceConfig(str(path)).read())
         except RecordError as error:
             assert str(error).startswith(str(path)) and error.fix
 

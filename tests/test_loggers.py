@@ -11,9 +11,9 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lit_alignment import CherryPicks
-from lit_alignment.callbacks.tables import log_table
+from lit_alignment.callbacks.samples.loggers import log_table
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.loggers import ClearMLLogger
 from lit_alignment.trainer_cli import build
 from tests.helpers import ROOT, chats, sft_data, sft_module, trainer
@@ -21,7 +21,7 @@ from tests.helpers import ROOT, chats, sft_data, sft_module, trainer
 
 def fit(folder, logger):
     module = sft_module(lora=True)
-    picks = CherryPicks(num_samples=2, generation=GenerationSettings(max_new_tokens=3))
+    picks = CherryPicks(num_samples=2, generation=DecodingConfig(max_new_tokens=3))
     runner = trainer(folder, callbacks=[picks], logger=logger, max_epochs=2, log_every_n_steps=1)
     runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)))
     return runner

@@ -9,7 +9,7 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.retriever import PassageBatch
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.retriever import weights_hash
+from lit_alignment.models.dual_encoder import weights_hash
 from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest

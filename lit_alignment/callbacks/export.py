@@ -12,20 +12,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lit_alignment.checkpoints.background import wait_for_saves
+from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, export_form, write_folder
+from lit_alignment.checkpoints.restore import Saved, read_saved, restore, restore_towers
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.transformers_engine import generation_config
+from lit_alignment.models.dual_encoder import DualEncoder, load_retriever, save_retriever
 from lit_alignment.models.head import base_model
-from lit_alignment.models.llava import composed_writer
-from lit_alignment.models.modality import MediaTower, save_towers
-from lit_alignment.models.restoring import Saved, read_saved, restore, restore_towers
-from lit_alignment.models.retriever import DualEncoder, load_retriever, save_retriever
-from lit_alignment.models.saving import PARTIAL, Companions, Form, export_form, write_folder
+from lit_alignment.models.multimodal.llava import composed_writer
+from lit_alignment.models.multimodal.modality import MediaTower, save_towers
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.modules.retrieving import RetrievingModule
 from lit_alignment.modules.vlm import VLMModule
-from lit_alignment.strategies.save_queue import wait_for_saves
 
 
 class Export(Callback):

@@ -7,8 +7,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_alignment.data.feature_cache import UNREADABLE, CacheIndex, ShardWriter, stored, write_index
 from lit_alignment.data.features import FileBatch
+from lit_alignment.data.multimodal.feature_cache import UNREADABLE, CacheIndex, ShardWriter, stored, write_index
 
 
 class FeatureWriter(Callback):

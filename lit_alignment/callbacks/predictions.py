@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.prompts import Item, ItemBatch, PromptBatch, PromptItem
+from lit_alignment.data.encoding.prompts import Item, ItemBatch, PromptBatch, PromptItem
 from lit_alignment.data.rag import RAGItem
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.prediction_file import PredictionFile

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_alignment.data.passages import format_passage
+from lit_alignment.distributed.fsdp2 import FSDP2Strategy
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.retriever import weights_hash
+from lit_alignment.models.dual_encoder import weights_hash
 from lit_alignment.modules.retrieving import RetrievingModule
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import read_manifest
 from lit_alignment.retrieval.index import PassageIndex, make_faiss
-from lit_alignment.strategies.fsdp2 import FSDP2Strategy
 
 
 class IndexRefresh(Callback):

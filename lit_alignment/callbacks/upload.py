@@ -20,16 +20,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_alignment.callbacks.export import Export
-from lit_alignment.callbacks.remote import Item, Kind, RemoteFile, RemoteFolder, describe, reason
+from lit_alignment.checkpoints.background import save_queue
+from lit_alignment.checkpoints.remote import RemoteFile, RemoteFolder, RemoteItem, RemoteKind, describe, reason
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.strategies.save_queue import save_queue
 
 REPORTS = ("config.yaml", "data_report.json", "cherry_picks.html")
 SNAPSHOTS = ".upload-snapshots"
 
 
 @dataclass(frozen=True)
-class Job:
+class UploadJob:
     """Something on the local disk that has to be sent.
 
     Args:
@@ -41,7 +41,7 @@ class Job:
     """
 
     path: Path
-    kind: Kind
+    kind: RemoteKind
     step: int | None = None
     monitor: str | None = None
     score: float | None = None
@@ -81,7 +81,7 @@ class Upload(Callback):
         self._pool: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
         self._taken: dict[Path, tuple[int, int]] = {}
-        self._failed: dict[Path, Job] = {}
+        self._failed: dict[Path, UploadJob] = {}
         self._gone: set[Path] = set()
         self._folders: set[Path] = set()
         self._modes: dict[str, str] = {}
@@ -144,7 +144,7 @@ class Upload(Callback):
 
     # Rank 0, main thread.
 
-    def _jobs(self, trainer: Trainer) -> Iterator[Job]:
+    def _jobs(self, trainer: Trainer) -> Iterator[UploadJob]:
         """All checkpoints that are kept now, and their exports."""
         for saver in (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)):
             scores: dict[str, Tensor | None] = {saver.last_model_path: None}
@@ -156,11 +156,11 @@ class Upload(Callback):
                 step = int(number[1]) if number else trainer.global_step
                 value = None if score is None or not math.isfinite(score) else float(score)
                 if self.what != "exports":
-                    yield Job(path, "checkpoint", step, saver.monitor, value)
+                    yield UploadJob(path, "checkpoint", step, saver.monitor, value)
                 if self.what != "checkpoints" and os.path.isdir(path.with_suffix("")):
-                    yield Job(path.with_suffix(""), "export", step, saver.monitor, value)
+                    yield UploadJob(path.with_suffix(""), "export", step, saver.monitor, value)
 
-    def _take_new(self, jobs: list[Job]) -> None:
+    def _take_new(self, jobs: list[UploadJob]) -> None:
         """Start to send what is new, and with it what failed before."""
         new = []
         for job in jobs:
@@ -173,14 +173,14 @@ class Upload(Callback):
         if new:
             self._take([*new, *self._take_failed({job.path for job in new})])
 
-    def _take_failed(self, besides: set[Path]) -> list[Job]:
+    def _take_failed(self, besides: set[Path]) -> list[UploadJob]:
         """Failed jobs that can be tried again, no longer listed as failed; what is gone here stays listed."""
         again = [job for job in list(self._failed.values()) if _identity(job.path) is not None]
         for job in again:
             del self._failed[job.path]
         return [job for job in again if job.path not in besides]
 
-    def _take(self, jobs: list[Job]) -> None:
+    def _take(self, jobs: list[UploadJob]) -> None:
         """Link each job's files to a place of their own and hand them to the background thread."""
         for job in jobs:
             self._number += 1
@@ -209,7 +209,7 @@ class Upload(Callback):
         save_queue(trainer).settle()  # an error is raised when the run ends
         self._take_new(list(self._jobs(trainer)))
         self._wait()
-        reports = [Job(self._run_dir / name, "report", trainer.global_step) for name in REPORTS]
+        reports = [UploadJob(self._run_dir / name, "report", trainer.global_step) for name in REPORTS]
         reports = [job for job in reports if job.path.is_file()]
         self._take([*reports, *self._take_failed({job.path for job in reports})])
         self._wait()
@@ -236,12 +236,12 @@ class Upload(Callback):
 
     # Rank 0, background thread.
 
-    def _send(self, job: Job, folder: Path) -> None:
+    def _send(self, job: UploadJob, folder: Path) -> None:
         """Send one job; whatever fails is reported, not raised."""
         remote = self._remote
         if remote is None:
             return
-        item = Item(job.path.name, job.kind, (), "", job.step, job.monitor, job.score)
+        item = RemoteItem(job.path.name, job.kind, (), "", job.step, job.monitor, job.score)
         try:
             saved = datetime.fromtimestamp((folder / item.name).stat().st_mtime, UTC)
             item = replace(item, time=saved.isoformat(timespec="microseconds"), files=describe(folder, item.name))
@@ -261,7 +261,7 @@ class Upload(Callback):
         except Exception as error:  # as above
             rank_zero_warn(f"upload: cannot tidy {self.url} ({reason(error)}); trying again after the next upload.")
 
-    def _record_failure(self, remote: RemoteFolder, item: Item, why: str) -> None:
+    def _record_failure(self, remote: RemoteFolder, item: RemoteItem, why: str) -> None:
         note = "listed as failed there"
         try:
             remote.enter(replace(item, problem=why), attempts=1)
@@ -337,7 +337,7 @@ def fetch_checkpoint(url: str, cache: Path, storage_options: dict[str, Any] | No
     return target
 
 
-def _download(remote: RemoteFolder, name: str, item: Item | None, target: Path) -> None:
+def _download(remote: RemoteFolder, name: str, item: RemoteItem | None, target: Path) -> None:
     """Download beside the target, compare with the manifest, and rename."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
@@ -350,7 +350,7 @@ def _download(remote: RemoteFolder, name: str, item: Item | None, target: Path) 
         os.replace(Path(folder) / name, target)
 
 
-def _compare(url: str, item: Item, found: tuple[RemoteFile, ...]) -> None:
+def _compare(url: str, item: RemoteItem, found: tuple[RemoteFile, ...]) -> None:
     for want, have in zip(item.files, found, strict=True):
         if want != have:
             raise CheckpointError(

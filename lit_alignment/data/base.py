@@ -13,12 +13,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.data.cache import cached_dataset, fingerprint, source_fingerprint, tokenizer_fingerprint
-from lit_alignment.data.encode import Encoder, EncodingConfig, Example
-from lit_alignment.data.loader import PlannedLoader
-from lit_alignment.data.messages import IGNORE_INDEX, Record, read_record
-from lit_alignment.data.packing import BatchPlan, PlannedBatch
-from lit_alignment.data.prompts import (
+from lit_alignment.data.batching.loader import PlannedLoader
+from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig, Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.encoding.prompts import (
     PROMPT_FEATURES,
     Item,
     ItemBatch,
@@ -26,11 +25,12 @@ from lit_alignment.data.prompts import (
     prompt_item,
     prompt_row,
 )
-from lit_alignment.data.records import Source
-from lit_alignment.data.report import DataReport, write_reports
-from lit_alignment.data.rows import RowEncoder
-from lit_alignment.data.sampling import choose_records, mixture_repeats, repeat_records, source_generator
-from lit_alignment.data.templates import JinjaTemplate, PrefixSuffixTemplate
+from lit_alignment.data.encoding.rows import RowEncoder
+from lit_alignment.data.encoding.templates import JinjaTemplate, PrefixSuffixTemplate
+from lit_alignment.data.sources.cache import cached_dataset, fingerprint, source_fingerprint, tokenizer_fingerprint
+from lit_alignment.data.sources.choosing import choose_records, mixture_repeats, repeat_records, source_generator
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.data.sources.report import DataReport, write_reports
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.paths import cache_dir as default_cache_dir
 
@@ -68,10 +68,10 @@ class AlignmentDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        train: list[Source] | None = None,
-        val: list[Source] | None = None,
-        test: list[Source] | None = None,
-        predict: list[Source] | None = None,
+        train: list[SourceConfig] | None = None,
+        val: list[SourceConfig] | None = None,
+        test: list[SourceConfig] | None = None,
+        predict: list[SourceConfig] | None = None,
         encoding: EncodingConfig = EncodingConfig(),  # noqa: B008 - frozen
         packing: bool = True,
         tokens_per_batch: int | None = None,
@@ -85,7 +85,7 @@ class AlignmentDataModule(LightningDataModule):
         """Check the settings; files are read in `prepare_data`."""
         super().__init__()
         self.tokenizer = tokenizer
-        self.sources: dict[Split, list[Source]] = {
+        self.sources: dict[Split, list[SourceConfig]] = {
             "train": train or [],
             "val": val or [],
             "test": test or [],
@@ -128,7 +128,7 @@ class AlignmentDataModule(LightningDataModule):
         """Columns of an encoded example: ROW_FEATURES, `weight`, and the method's own."""
 
     @abstractmethod
-    def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
+    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Columns of one example, without ROW_FEATURES' own except `length`.
 
         Raises:
@@ -144,7 +144,7 @@ class AlignmentDataModule(LightningDataModule):
         """Columns of what is asked in predict: ROW_FEATURES and the method's own."""
         return PROMPT_FEATURES
 
-    def predict_row(self, record: Record, source: Source) -> dict[str, Any]:
+    def predict_row(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Columns of what a record asks in predict, without ROW_FEATURES' own except `length`.
 
         Raises:
@@ -221,7 +221,7 @@ class AlignmentDataModule(LightningDataModule):
             report.trained_tokens = int(np.sum(dataset["num_trained"]))
         return dataset, report
 
-    def _records(self, source: Source) -> datasets.Dataset:
+    def _records(self, source: SourceConfig) -> datasets.Dataset:
         """The validated records of a source."""
         name = fingerprint(self.record_type.__name__, source_fingerprint(source), source.title)
         path = self.cache_dir / f"records-{name}.arrow"
@@ -243,7 +243,7 @@ class AlignmentDataModule(LightningDataModule):
         """What decides the columns of an example besides tokenizer, template and `encoding`, for the cache's names."""
         return [type(self).__name__]
 
-    def _encoded(self, source: Source, split: Split) -> datasets.Dataset:
+    def _encoded(self, source: SourceConfig, split: Split) -> datasets.Dataset:
         """The examples, or prompts, of a source's chosen records; dropped ones carry their reason."""
         records = self._records(source)
         records = records.select(choose_records(source, len(records), self.seed))
@@ -269,12 +269,12 @@ class AlignmentDataModule(LightningDataModule):
             desc=f"Encoding {source.title}",
         )
 
-    def _row_encoder(self, source: Source, prompts: bool) -> RowEncoder:
+    def _row_encoder(self, source: SourceConfig, prompts: bool) -> RowEncoder:
         if prompts:
             return RowEncoder(source, self.record_type, self.predict_row, self.predict_features)
         return RowEncoder(source, self.record_type, self.encode_record, self.features)
 
-    def predict_items(self, sources: Sequence[Source]) -> list[Any]:
+    def predict_items(self, sources: Sequence[SourceConfig]) -> list[Any]:
         """What any sources ask in predict, in order, without a cache: for cherry picks."""
         items: list[Item] = []
         for source in sources:

@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.base import AlignmentDataModule
-from lit_alignment.data.collate import ScoreBatch, Sequences, pack_sequences, pad_sequences
-from lit_alignment.data.encode import EncodingConfig, Example
-from lit_alignment.data.messages import IGNORE_INDEX, Record
-from lit_alignment.data.packing import PlannedBatch
-from lit_alignment.data.prompts import ROW_FEATURES, ItemBatch, prompt_columns
-from lit_alignment.data.records import Source
+from lit_alignment.data.batching.collate import ScoreBatch, Sequences, pack_sequences, pad_sequences
+from lit_alignment.data.batching.packing import PlannedBatch
+from lit_alignment.data.encoding.encoder import EncodingConfig, Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
+from lit_alignment.data.encoding.prompts import ROW_FEATURES, ItemBatch, prompt_columns
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 
 Problem = Literal["single_label", "multi_label", "regression"]
@@ -53,10 +53,10 @@ class ClassificationDataModule(AlignmentDataModule):
         tokenizer: PreTrainedTokenizerBase,
         labels: list[str] | None = None,
         problem: Problem = "single_label",
-        train: list[Source] | None = None,
-        val: list[Source] | None = None,
-        test: list[Source] | None = None,
-        predict: list[Source] | None = None,
+        train: list[SourceConfig] | None = None,
+        val: list[SourceConfig] | None = None,
+        test: list[SourceConfig] | None = None,
+        predict: list[SourceConfig] | None = None,
         encoding: EncodingConfig = EncodingConfig(),  # noqa: B008 - frozen
         packing: bool = True,
         tokens_per_batch: int | None = None,
@@ -104,13 +104,13 @@ class ClassificationDataModule(AlignmentDataModule):
             }
         )
 
-    def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
+    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Ids and target of one conversation."""
         target = self.target(record)
         ids = self.encoder.encode_conversation(record, source.system_prompt).input_ids
         return {"length": len(ids), "input_ids": ids, "target": target, "weight": 1.0}
 
-    def predict_row(self, record: Record, source: Source) -> dict[str, Any]:
+    def predict_row(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Ids of a conversation, and what is known of it."""
         return prompt_columns(record, self.encoder.encode_conversation(record, source.system_prompt))
 

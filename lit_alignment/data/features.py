@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lit_alignment.data.loader import PlannedLoader
-from lit_alignment.data.media import MediaReader, UnreadableMediaError
-from lit_alignment.data.packing import PlannedBatch
+from lit_alignment.data.batching.loader import PlannedLoader
+from lit_alignment.data.batching.packing import PlannedBatch
+from lit_alignment.data.multimodal.media import MediaReader, UnreadableMediaError
 
 
 @dataclass

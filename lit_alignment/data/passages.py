@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lit_alignment.data.messages import Record, value_kind
+from lit_alignment.data.encoding.messages import Record, value_kind
 from lit_alignment.errors import ConfigError, RecordError
 
 

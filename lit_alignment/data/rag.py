@@ -10,13 +10,13 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.base import AlignmentDataModule
-from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig, Example, Prompt
-from lit_alignment.data.messages import TEMPLATE_KEYS, Message, Record, read_record, value_kind
-from lit_alignment.data.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig, Example, Prompt
+from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record, read_record, value_kind
+from lit_alignment.data.encoding.prompts import ROW_FEATURES, Item
+from lit_alignment.data.encoding.templates import JinjaTemplate
 from lit_alignment.data.passages import Passage, check_format, format_passage
-from lit_alignment.data.prompts import ROW_FEATURES, Item
-from lit_alignment.data.records import Source
-from lit_alignment.data.templates import JinjaTemplate
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError, TemplateError
 
 Query = Literal["last_user", "dialogue"]
@@ -24,7 +24,7 @@ STRING = datasets.Value("string")
 
 
 @dataclass(frozen=True)
-class PassagePlacement:
+class PassagePlacementConfig:
     """How passages stand in a conversation.
 
     Args:
@@ -71,7 +71,7 @@ class RAGEncoder(Encoder):
         if config.truncation_unit != "messages":
             raise ConfigError("encoding.truncation_unit: RAG removes whole messages and cuts passages; use messages.")
         super().__init__(tokenizer, replace(config, loss_on="last_assistant"), seed)
-        self.placement = PassagePlacement()
+        self.placement = PassagePlacementConfig()
 
     def split(self, record: Record, system_prompt: str | None = None) -> tuple[list[Message], Message]:
         """The messages up to the last response, shortened to `max_length` without passages, and that response.
@@ -273,7 +273,7 @@ class RAGDataModule(AlignmentDataModule):
         self,
         tokenizer: PreTrainedTokenizerBase,
         query: Query = "last_user",
-        placement: PassagePlacement = PassagePlacement(),
+        placement: PassagePlacementConfig = PassagePlacementConfig(),
         **settings: Any,
     ) -> None:
         """Check the settings."""
@@ -308,7 +308,7 @@ class RAGDataModule(AlignmentDataModule):
         """Also what makes the query."""
         return [*super().decides_encoding(), self.query]
 
-    def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
+    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """The question, and its answer with the number of its tokens, which no passage changes."""
         asked, answer = self.encoder.split(record, source.system_prompt)
         example = self.encoder.example(asked, answer, [], record.tools)
@@ -322,7 +322,7 @@ class RAGDataModule(AlignmentDataModule):
             "num_trained": example.num_trained,
         }
 
-    def predict_row(self, record: Record, source: Source) -> dict[str, Any]:
+    def predict_row(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """The question."""
         prompt = self.encoder.encode_prompt(record, source.system_prompt)
         if not any(message["role"] == "user" for message in prompt.messages):

@@ -8,12 +8,12 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.base import AlignmentDataModule
-from lit_alignment.data.encode import Encoder, EncodingConfig
-from lit_alignment.data.messages import Record, value_kind
-from lit_alignment.data.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
+from lit_alignment.data.encoding.messages import Record, value_kind
+from lit_alignment.data.encoding.prompts import ROW_FEATURES, Item
 from lit_alignment.data.passages import Passage, read_passage
-from lit_alignment.data.prompts import ROW_FEATURES, Item
-from lit_alignment.data.records import Source
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 
 STRING = datasets.Value("string")
@@ -48,7 +48,7 @@ class PassageBatch:
 
 
 @dataclass
-class Question(Record):
+class QuestionRecord(Record):
     """A question with a passage that answers it, and others that only look like it.
 
     Args:
@@ -104,11 +104,11 @@ class PassageDataModule(AlignmentDataModule):
         """Columns of a passage."""
         return PASSAGE_ROW
 
-    def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
+    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Refuse to train on passages alone."""
         raise ConfigError("PassageDataModule has nothing to train on; use RetrieverDataModule or RAGDataModule.")
 
-    def predict_row(self, record: Record, source: Source) -> dict[str, Any]:
+    def predict_row(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Title and text."""
         if not isinstance(record, Passage):
             raise TypeError(f"{type(record).__name__} is no passage.")
@@ -135,7 +135,7 @@ class RetrieverDataModule(AlignmentDataModule):
     others as negatives besides its own hard ones, so the batch size is a part of the loss.
     """
 
-    record_type = Question
+    record_type = QuestionRecord
     encoder_type = NoTemplate
 
     def read(self, raw: object, where: str, position: int) -> Record:
@@ -152,7 +152,7 @@ class RetrieverDataModule(AlignmentDataModule):
         if not isinstance(negatives, list):
             raise RecordError(where, "negatives", f"is {value_kind(negatives)}", "Make it a list of passages.")
         positive, *others = (read_passage(each, where, 0) for each in (raw["positive"], *negatives))
-        return Question(
+        return QuestionRecord(
             str(raw.get("id", position)),
             [],
             where,
@@ -166,9 +166,9 @@ class RetrieverDataModule(AlignmentDataModule):
         """Columns of a question."""
         return QUESTION_ROW
 
-    def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
+    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """The question and its passages."""
-        if not isinstance(record, Question):
+        if not isinstance(record, QuestionRecord):
             raise TypeError(f"{type(record).__name__} is no question.")
         passages = json.dumps([record.positive, *record.negatives])
         return {"length": len(record.query), "query": record.query, "passages": passages, "weight": 1.0}

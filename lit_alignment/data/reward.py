@@ -10,17 +10,17 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.base import AlignmentDataModule, Split
-from lit_alignment.data.collate import ScoreBatch, Sequences, pack_sequences, pad_sequences
-from lit_alignment.data.comparisons import Comparison, read_comparison
-from lit_alignment.data.encode import Dropped, EncodingConfig, Example
-from lit_alignment.data.messages import IGNORE_INDEX, Record
-from lit_alignment.data.packing import BatchPlan, PlannedBatch
-from lit_alignment.data.prompts import ROW_FEATURES, Item, ItemBatch
-from lit_alignment.data.records import Source
-from lit_alignment.data.responses import ResponseEncoder
+from lit_alignment.data.batching.collate import ScoreBatch, Sequences, pack_sequences, pad_sequences
+from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.encoding.encoder import Dropped, EncodingConfig, Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
+from lit_alignment.data.encoding.prompts import ROW_FEATURES, Item, ItemBatch
+from lit_alignment.data.encoding.responses import ResponseEncoder
+from lit_alignment.data.feedback import Comparison, read_comparison
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import RecordError
 
-Kind = Literal["preferences", "outcomes", "steps"]
+FeedbackKind = Literal["preferences", "outcomes", "steps"]
 
 SEQUENCE_FEATURES = {
     "prompt": datasets.List(datasets.Value("int32")),
@@ -84,14 +84,14 @@ class RewardDataModule(AlignmentDataModule):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        kind: Kind = "preferences",
+        kind: FeedbackKind = "preferences",
         share_prompts: bool = True,
         step_separator: str = "\n\n",
         add_labels: bool = False,
-        train: list[Source] | None = None,
-        val: list[Source] | None = None,
-        test: list[Source] | None = None,
-        predict: list[Source] | None = None,
+        train: list[SourceConfig] | None = None,
+        val: list[SourceConfig] | None = None,
+        test: list[SourceConfig] | None = None,
+        predict: list[SourceConfig] | None = None,
         encoding: EncodingConfig = EncodingConfig(),  # noqa: B008 - frozen
         packing: bool = True,
         tokens_per_batch: int | None = None,
@@ -145,7 +145,7 @@ class RewardDataModule(AlignmentDataModule):
             }
         )
 
-    def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
+    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Ids of one record's prompt and responses, and what the scores should say."""
         comparison = _comparison(record)
         targets = self._targets(comparison)
@@ -187,7 +187,7 @@ class RewardDataModule(AlignmentDataModule):
         return values
 
     def _sequences(
-        self, record: Comparison, source: Source, allow_empty: bool = False
+        self, record: Comparison, source: SourceConfig, allow_empty: bool = False
     ) -> tuple[dict[str, Any], list[list[int]]]:
         """`length` and SEQUENCE_FEATURES of a record, and the labels of its responses' tokens."""
         if record.steps:
@@ -274,7 +274,7 @@ class RewardDataModule(AlignmentDataModule):
         texts = {name: datasets.Value("string") for name in ("messages", "answers", "values", "label", "meta")}
         return datasets.Features({**ROW_FEATURES, **SEQUENCE_FEATURES, **texts})
 
-    def predict_row(self, record: Record, source: Source) -> dict[str, Any]:
+    def predict_row(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Ids of a record's prompt and responses, and the record itself."""
         comparison = _comparison(record)
         columns, _ = self._sequences(comparison, source, allow_empty=True)

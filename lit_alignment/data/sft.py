@@ -5,12 +5,12 @@ from typing import Any
 import datasets
 
 from lit_alignment.data.base import AlignmentDataModule
-from lit_alignment.data.collate import TokenBatch, collate_packed, collate_padded
-from lit_alignment.data.encode import Example
-from lit_alignment.data.messages import IGNORE_INDEX, Record
-from lit_alignment.data.packing import PlannedBatch
-from lit_alignment.data.prompts import ROW_FEATURES
-from lit_alignment.data.records import Source
+from lit_alignment.data.batching.collate import TokenBatch, collate_packed, collate_padded
+from lit_alignment.data.batching.packing import PlannedBatch
+from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
+from lit_alignment.data.encoding.prompts import ROW_FEATURES
+from lit_alignment.data.sources.records import SourceConfig
 
 
 class SFTDataModule(AlignmentDataModule):
@@ -34,7 +34,7 @@ class SFTDataModule(AlignmentDataModule):
             }
         )
 
-    def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
+    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Token ids, labels and weights of one conversation."""
         return self.columns(self.encoder.encode(record, source.system_prompt))
 

@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.data.collate import TokenBatch
-from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig, Example, Prompt
-from lit_alignment.data.media import PLURALS, MediaTokens, UnreadableMediaError, files_of, read_media_messages
-from lit_alignment.data.messages import IGNORE_INDEX, Message, Record, read_record
-from lit_alignment.data.packing import PlannedBatch
-from lit_alignment.data.prompts import PROMPT_FEATURES, PromptItem, prompt_columns, prompt_item
-from lit_alignment.data.records import Source
+from lit_alignment.data.batching.collate import TokenBatch
+from lit_alignment.data.batching.packing import PlannedBatch
+from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig, Example, Prompt
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message, Record, read_record
+from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, PromptItem, prompt_columns, prompt_item
+from lit_alignment.data.multimodal.media import (
+    PLURALS,
+    MediaTokens,
+    UnreadableMediaError,
+    files_of,
+    read_media_messages,
+)
 from lit_alignment.data.sft import SFTDataModule
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError, TemplateError
 
 MEDIA = {"media": datasets.Value("string")}  # files by modality, as JSON
@@ -191,13 +197,13 @@ class VLMDataModule(SFTDataModule):
         ]
         return [*super().decides_encoding(), placeholders, str(self.folder)]
 
-    def encode_record(self, record: Record, source: Source) -> dict[str, Any]:
+    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """Token ids, labels and weights, and the files of one conversation."""
         example = self.encoder.encode(self.resolved(record, source), source.system_prompt)
         self._check_files(record, example.media)
         return {**self.columns(example), "media": json.dumps(example.media)}
 
-    def predict_row(self, record: Record, source: Source) -> dict[str, Any]:
+    def predict_row(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """The prompt, and its files."""
         prompt = self.encoder.encode_prompt(self.resolved(record, source), source.system_prompt)
         self._check_files(record, prompt.media)
@@ -207,7 +213,7 @@ class VLMDataModule(SFTDataModule):
         """One prompt."""
         return MediaItem(**vars(prompt_item(row, index)), media=json.loads(row["media"]))
 
-    def resolved(self, record: Record, source: Source) -> Record:
+    def resolved(self, record: Record, source: SourceConfig) -> Record:
         """The record with the files' paths from where this process runs."""
         base = self.folder
         if base is None:

@@ -17,11 +17,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lit_alignment.data.collate import Sequences, pack_sequences, pad_prompts, pad_sequences
-from lit_alignment.data.encode import Example
-from lit_alignment.data.messages import IGNORE_INDEX
+from lit_alignment.data.batching.collate import Sequences, pack_sequences, pad_prompts, pad_sequences
+from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import Answer, GenerationSettings
+from lit_alignment.generation.settings import Answer, DecodingConfig
 from lit_alignment.generation.transformers_engine import StopRule, cut_answer, seeded
 from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import base_model, hidden_states, token_logps
@@ -90,7 +90,7 @@ def generate_by_token(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[Sequence[int]]],
     log_priors: Tensor,
-    settings: GenerationSettings,
+    settings: DecodingConfig,
     stop: StopRule,
 ) -> list[list[Answer]]:
     """Answers whose every token is drawn from the mixture over the passages.
@@ -157,7 +157,7 @@ def generate_by_token(
     return [answers[first : first + copies] for first in range(0, len(answers), copies)]
 
 
-def _warpers(settings: GenerationSettings) -> LogitsProcessorList:
+def _warpers(settings: DecodingConfig) -> LogitsProcessorList:
     """What sampling does to the log-probabilities."""
     chain = LogitsProcessorList()
     if settings.temperature > 0:

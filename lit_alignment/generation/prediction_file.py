@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_alignment.data.messages import Record, read_record
-from lit_alignment.data.records import READERS
+from lit_alignment.data.encoding.messages import Record, read_record
+from lit_alignment.data.sources.records import READERS
 from lit_alignment.errors import ConfigError, RecordError
 
 Key = tuple[str, str]  # (dataset, id)

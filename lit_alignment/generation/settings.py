@@ -9,7 +9,7 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
+class DecodingConfig:
     """How answers are generated.
 
     Args:

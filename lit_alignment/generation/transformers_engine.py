@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
-from lit_alignment.data.collate import pad_prompts
-from lit_alignment.generation.settings import Answer, GenerationSettings
+from lit_alignment.data.batching.collate import pad_prompts
+from lit_alignment.generation.settings import Answer, DecodingConfig
 from lit_alignment.models.adapters import is_prompt_learning, prefix_cache
 from lit_alignment.models.head import base_model
 
@@ -67,7 +67,7 @@ def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings,
+    settings: DecodingConfig,
     stop: StopRule,
     synced: bool = False,
     never: Sequence[int] = (),
@@ -161,7 +161,7 @@ def _after_prefix(attention_mask: Tensor, number: int) -> Tensor:
 
 def _generation_config(
     model: nn.Module,
-    settings: GenerationSettings,
+    settings: DecodingConfig,
     stop: StopRule,
     strings: list[str],
     pad_token_id: int,
@@ -194,7 +194,7 @@ def cut_answer(
     sequence: list[int],
     prompt: list[int],
     tokenizer: PreTrainedTokenizerBase,
-    settings: GenerationSettings,
+    settings: DecodingConfig,
     stop: StopRule,
     strings: list[str],
 ) -> Answer:
@@ -229,7 +229,7 @@ def _logprobs(
     sequences: Tensor,
     prompt_mask: Tensor,
     width: int,
-    settings: GenerationSettings,
+    settings: DecodingConfig,
     stop: StopRule,
 ) -> list[float]:
     """Summed log-probability of each answer, [B * S], from one forward pass over prompts and answers."""

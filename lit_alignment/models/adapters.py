@@ -34,7 +34,7 @@ MUTATING_INITS = ("pissa", "olora", "corda")
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterConfig:
     """An adapter that exists.
 
     Args:
@@ -113,7 +113,7 @@ def train_token_rows(model: nn.Module, config: PeftConfig, added: dict[str, int]
     config.trainable_token_indices = rows if len(wanted) == 1 else {name: rows for name in wanted}
 
 
-def load_adapter(model: nn.Module, adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+def load_adapter(model: nn.Module, adapter: AdapterConfig, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     """Wrap a model in an adapter that exists.
 
     Raises:

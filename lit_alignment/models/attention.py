@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.sequence_parallel import SequenceGroup, spread
+from lit_alignment.models.collectives import SequenceGroup, spread
 
 Attention = Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"]
 

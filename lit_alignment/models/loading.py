@@ -19,7 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lit_alignment.errors import ConfigError, require
-from lit_alignment.models.adapters import Adapter, add_adapters, is_prompt_learning, load_adapter
+from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt_learning, load_adapter
 from lit_alignment.models.attention import Attention, choose_attention
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
@@ -27,7 +27,7 @@ from lit_alignment.paths import local_path
 
 
 @dataclass(frozen=True)
-class Backbone:
+class BackboneConfig:
     """A pretrained language model and how to hold it.
 
     Args:
@@ -59,7 +59,7 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class Head:
+class HeadConfig:
     """A layer that turns the last hidden state of a sequence into scores, in place of the output embedding.
 
     Args:
@@ -89,7 +89,7 @@ class Head:
         }
 
 
-def load_tokenizer(backbone: Backbone, tokens: TokensConfig) -> tuple[PreTrainedTokenizerBase, dict[str, int]]:
+def load_tokenizer(backbone: BackboneConfig, tokens: TokensConfig) -> tuple[PreTrainedTokenizerBase, dict[str, int]]:
     """The tokenizer with its tokens and a pad token, and the ids of the tokens that were new to it.
 
     Raises:
@@ -104,14 +104,14 @@ def load_tokenizer(backbone: Backbone, tokens: TokensConfig) -> tuple[PreTrained
 
 
 def load_network(
-    backbone: Backbone,
+    backbone: BackboneConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    head: Head | None = None,
+    head: HeadConfig | None = None,
     tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
     added: dict[str, int] | None = None,
     peft: PeftConfig | None = None,
-    adapter: Adapter | None = None,
+    adapter: AdapterConfig | None = None,
     packing: bool = False,
     shared_prompts: bool = False,
     device_type: str = "cpu",
@@ -168,7 +168,7 @@ def load_network(
 
 
 def _load_base(
-    backbone: Backbone, head: Head | None, config: PretrainedConfig, options: dict[str, Any]
+    backbone: BackboneConfig, head: HeadConfig | None, config: PretrainedConfig, options: dict[str, Any]
 ) -> PreTrainedModel:
     """The language model, or its decoder under a head, with its own weights or random ones."""
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
@@ -186,7 +186,7 @@ def _load_base(
     return model
 
 
-def _load_under_head(kind: Any, backbone: Backbone, name: str, **options: Any) -> PreTrainedModel:
+def _load_under_head(kind: Any, backbone: BackboneConfig, name: str, **options: Any) -> PreTrainedModel:
     """A decoder under a head, which is new unless the weights have one.
 
     transformers reports a new head and an output embedding without use as a fault; other differences are one.
@@ -210,7 +210,7 @@ def _load_under_head(kind: Any, backbone: Backbone, name: str, **options: Any) -
     return fitted
 
 
-def _check_device(backbone: Backbone, wrapped: bool, device_type: str) -> None:
+def _check_device(backbone: BackboneConfig, wrapped: bool, device_type: str) -> None:
     """Refuse what only a GPU can do, before anything is loaded."""
     if backbone.quantization != "none":
         if not wrapped:
@@ -227,13 +227,13 @@ def _check_device(backbone: Backbone, wrapped: bool, device_type: str) -> None:
         require("liger_kernel", "liger", "backbone.liger: false")
 
 
-def stored_dtype(backbone: Backbone) -> torch.dtype | None:
+def stored_dtype(backbone: BackboneConfig) -> torch.dtype | None:
     """Precision of the weights' files, as their configuration has it."""
     found: torch.dtype | None = from_pretrained(AutoConfig, backbone, backbone.path).dtype
     return found
 
 
-def _quantized(backbone: Backbone) -> dict[str, Any]:
+def _quantized(backbone: BackboneConfig) -> dict[str, Any]:
     """Arguments that load the weights in 4 or 8 bits. Source: Dettmers et al. 2023 (arXiv:2305.14314)."""
     match backbone.quantization:
         case "none":
@@ -259,14 +259,14 @@ def _apply_liger(model: PreTrainedModel) -> None:
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def weights_dtype(backbone: Backbone, wrapped: bool, device_type: str) -> torch.dtype:
+def weights_dtype(backbone: BackboneConfig, wrapped: bool, device_type: str) -> torch.dtype:
     """Precision of the frozen weights, or of all without adapters."""
     if backbone.dtype == "auto":
         return torch.bfloat16 if wrapped and device_type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[backbone.dtype]
 
 
-def from_pretrained(loader: Any, backbone: Backbone, name: str, **options: Any) -> Any:
+def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options: Any) -> Any:
     """What one of transformers' Auto classes loads from a folder, the cache or the hub.
 
     Raises:

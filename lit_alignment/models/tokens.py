@@ -17,7 +17,7 @@ ROLES = ("bos", "eos", "pad", "unk", "sep")
 
 
 @dataclass(frozen=True)
-class NewToken:
+class NewTokenConfig:
     """How the embedding rows of a new token begin.
 
     Args:
@@ -57,7 +57,7 @@ class TokensConfig:
     pad: str | None = None
     unk: str | None = None
     sep: str | None = None
-    new: dict[str, NewToken] = field(default_factory=dict)
+    new: dict[str, NewTokenConfig] = field(default_factory=dict)
     pad_vocabulary_to: int = 1
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ def fit_vocabulary(
         model.resize_token_embeddings(rows, mean_resizing=False)
     elif not added:
         return
-    inits = {token: config.new.get(token, NewToken()) for token in added}
+    inits = {token: config.new.get(token, NewTokenConfig()) for token in added}
     for weight in _tables(model):
         table = weight[:known].float()
         mean = table.mean(0)
@@ -135,7 +135,12 @@ def _tables(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _row(
-    table: Tensor, mean: Tensor, token: str, how: NewToken, tokenizer: PreTrainedTokenizerBase, added: dict[str, int]
+    table: Tensor,
+    mean: Tensor,
+    token: str,
+    how: NewTokenConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    added: dict[str, int],
 ) -> Tensor:
     """The first value of a token's row, [D], from the known rows [V, D]."""
     match how.init:

@@ -14,22 +14,29 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from lit_alignment.checkpoints.background import start_saving
+from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, trained_names
+from lit_alignment.checkpoints.sharded import full
 from lit_alignment.data.base import data_rank, datamodule_of
-from lit_alignment.data.collate import Rows
+from lit_alignment.data.batching.collate import Rows
+from lit_alignment.distributed.deepspeed import DeepSpeedStrategy
+from lit_alignment.distributed.fsdp2 import FSDP2Strategy
+from lit_alignment.distributed.sharding import Cast
 from lit_alignment.errors import ConfigError, TrainingError
-from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
+from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.head import base_model
-from lit_alignment.models.loading import Backbone, Head, load_network, load_tokenizer, stored_dtype, weights_dtype
-from lit_alignment.models.restoring import CHECKPOINT_KEY, refuse_missing, trained_names
-from lit_alignment.models.sequence_parallel import SequenceGroup
-from lit_alignment.models.sharding import Cast
+from lit_alignment.models.loading import (
+    BackboneConfig,
+    HeadConfig,
+    load_network,
+    load_tokenizer,
+    stored_dtype,
+    weights_dtype,
+)
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
-from lit_alignment.strategies.deepspeed import DeepSpeedStrategy
-from lit_alignment.strategies.fsdp2 import FSDP2Strategy
-from lit_alignment.strategies.save_queue import start_saving
-from lit_alignment.strategies.sharded import full
 
 
 class AlignmentModule(LightningModule):
@@ -43,14 +50,14 @@ class AlignmentModule(LightningModule):
         optimizer: Optimiser and schedule.
     """
 
-    head: Head | None = None  # what scores, where the model is no language model
+    head: HeadConfig | None = None  # what scores, where the model is no language model
     shares_batches = False  # whether ranks can compute one batch together
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: BackboneConfig,
         peft: PeftConfig | None,
-        adapter: Adapter | None,
+        adapter: AdapterConfig | None,
         tokens: TokensConfig,
         optimizer: OptimizerConfig,
     ) -> None:

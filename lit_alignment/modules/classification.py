@@ -10,9 +10,9 @@ from peft import PeftConfig
 from torch import Tensor
 
 from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.classification import ClassificationDataModule
-from lit_alignment.data.collate import ScoreBatch
-from lit_alignment.data.prompts import PromptItem
+from lit_alignment.data.encoding.prompts import PromptItem
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses import balanced_class_weights, focal_loss, multi_label_loss, regression_loss
 from lit_alignment.metrics import TokenMean
@@ -24,8 +24,8 @@ from lit_alignment.metrics.classification import (
     regression_metrics,
     single_label_metrics,
 )
-from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone, Head
+from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.scoring import ScoringModule, Stage, check_positive, existing_head
 from lit_alignment.optimization import OptimizerConfig
@@ -52,11 +52,11 @@ class ClassificationModule(ScoringModule):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: BackboneConfig,
         labels: list[str] | None = None,
         problem: Literal["single_label", "multi_label", "regression"] = "single_label",
         peft: PeftConfig | None = None,
-        adapter: Adapter | None = None,
+        adapter: AdapterConfig | None = None,
         tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         class_weights: list[float] | Literal["balanced"] | None = None,
@@ -195,11 +195,11 @@ class ClassificationModule(ScoringModule):
 
 
 def classification_head(
-    backbone: Backbone,
-    adapter: Adapter | None,
+    backbone: BackboneConfig,
+    adapter: AdapterConfig | None,
     labels: list[str] | None,
     problem: Literal["single_label", "multi_label", "regression"],
-) -> Head:
+) -> HeadConfig:
     """The head with the given labels, or with those of an exported classifier.
 
     Raises:
@@ -216,4 +216,4 @@ def classification_head(
         least = "two or more" if problem == "single_label" else "one or more"
         raise ConfigError(f"model.labels is {labels}: give {least}, all different.")
     same = existing is not None and existing.labels == tuple(labels) and existing.problem == problem
-    return existing if same and existing is not None else Head(tuple(labels), problem)
+    return existing if same and existing is not None else HeadConfig(tuple(labels), problem)

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lit_alignment.data.features import FileBatch
-from lit_alignment.models.modality import MediaShape, MediaTower
-from lit_alignment.models.vision import load_encoder
+from lit_alignment.models.multimodal.modality import MediaShape, MediaTower
+from lit_alignment.models.multimodal.vision import load_encoder
 
 
 class FeatureModule(LightningModule):

@@ -7,11 +7,11 @@ from typing import Any
 from peft import PeftConfig
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.prompts import PromptBatch
-from lit_alignment.generation.settings import Answer, GenerationSettings
+from lit_alignment.data.encoding.prompts import PromptBatch
+from lit_alignment.generation.settings import Answer, DecodingConfig
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
-from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone
+from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
@@ -28,7 +28,7 @@ class Question:
     """
 
     prompts: list[list[int]]
-    settings: GenerationSettings
+    settings: DecodingConfig
     finish: Callable[[list[list[Answer]]], "Response"]
 
 
@@ -59,16 +59,16 @@ class GenerativeModule(AlignmentModule):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: BackboneConfig,
         peft: PeftConfig | None,
-        adapter: Adapter | None,
+        adapter: AdapterConfig | None,
         tokens: TokensConfig,
         optimizer: OptimizerConfig,
-        generation: dict[str, GenerationSettings] | None,
+        generation: dict[str, DecodingConfig] | None,
     ) -> None:
         """Load the tokenizer; the weights come in `configure_model`."""
         super().__init__(backbone, peft, adapter, tokens, optimizer)
-        self.generation = generation or {"greedy": GenerationSettings()}
+        self.generation = generation or {"greedy": DecodingConfig()}
         self._stop: StopRule | None = None
 
     @property
@@ -82,7 +82,7 @@ class GenerativeModule(AlignmentModule):
         """Also what ends a turn."""
         return {"stop": asdict(self.stop)}
 
-    def answer(self, prompts: list[list[int]], settings: GenerationSettings) -> list[list[Answer]]:
+    def answer(self, prompts: list[list[int]], settings: DecodingConfig) -> list[list[Answer]]:
         """Answers to prompts, given as token ids."""
         return generate(self.network, self.tokenizer, prompts, settings, self.stop, never=self.never)
 
@@ -91,11 +91,11 @@ class GenerativeModule(AlignmentModule):
         """Tokens that are never generated."""
         return []
 
-    def questions(self, items: Sequence[Any], settings: GenerationSettings) -> list[Question]:
+    def questions(self, items: Sequence[Any], settings: DecodingConfig) -> list[Question]:
         """What has to be generated for items, by any engine."""
         return [Question([item.input_ids], settings, lambda answers: Response(answers[0])) for item in items]
 
-    def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
+    def respond(self, items: Sequence[Any], settings: DecodingConfig) -> list[Response]:
         """What the model makes of items."""
         questions = self.questions(items, settings)
         prompts = [prompt for question in questions for prompt in question.prompts]

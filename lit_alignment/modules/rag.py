@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.rag import RAGBatch, RAGItem
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.losses import (
     emdr2_loss,
     leave_one_out_loss,
@@ -24,9 +24,9 @@ from lit_alignment.losses import (
 )
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.retrieval import ranking_metrics
-from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.retriever import Retriever
+from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.dual_encoder import RetrieverConfig
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.retrieving import Decoding, RetrievingModule
 from lit_alignment.optimization import OptimizerConfig
@@ -80,8 +80,8 @@ class RAGModule(RetrievingModule):
 
     def __init__(
         self,
-        backbone: Backbone,
-        retriever: Retriever,
+        backbone: BackboneConfig,
+        retriever: RetrieverConfig,
         index: IndexConfig,
         objective: Objective = "rag_sequence",
         num_passages: int = 5,
@@ -92,10 +92,10 @@ class RAGModule(RetrievingModule):
         retriever_learning_rate: float | None = None,
         target_temperature: float = 1.0,
         peft: PeftConfig | None = None,
-        adapter: Adapter | None = None,
+        adapter: AdapterConfig | None = None,
         tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
-        generation: dict[str, GenerationSettings] | None = None,
+        generation: dict[str, DecodingConfig] | None = None,
         decoding: Decoding | None = None,
     ) -> None:
         """Check the settings; weights and index come in `configure_model`."""

@@ -13,8 +13,8 @@ from lit_alignment.data.passages import format_passage
 from lit_alignment.data.retriever import PassageBatch, QuestionBatch
 from lit_alignment.losses import info_nce_loss
 from lit_alignment.metrics import TokenMean
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.retriever import DualEncoder, Retriever, load_retriever
+from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
@@ -36,12 +36,12 @@ class RetrieverModule(AlignmentModule):
 
     def __init__(
         self,
-        retriever: Retriever,
+        retriever: RetrieverConfig,
         index: IndexConfig | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5),  # noqa: B008 - frozen
     ) -> None:
         """Load the tokenizer; the weights come in `configure_model`."""
-        backbone = Backbone(retriever.path, revision=retriever.revision, weights=retriever.weights)
+        backbone = BackboneConfig(retriever.path, revision=retriever.revision, weights=retriever.weights)
         super().__init__(backbone, None, None, TokensConfig(), optimizer)
         self.retriever, self.index_config = retriever, index
         self.val_loss, self.test_loss = TokenMean(), TokenMean()

@@ -16,10 +16,10 @@ from lit_alignment.data.passages import Passage, format_passage
 from lit_alignment.data.rag import RAGDataModule, RAGItem
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.marginal import answer_token_logps, generate_by_token
-from lit_alignment.generation.settings import Answer, GenerationSettings
-from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.retriever import DualEncoder, Retriever, load_retriever, weights_hash
+from lit_alignment.generation.settings import Answer, DecodingConfig
+from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, weights_hash
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule, Question, Response
 from lit_alignment.optimization import OptimizerConfig
@@ -49,18 +49,18 @@ class RetrievingModule(GenerativeModule):
 
     def __init__(
         self,
-        backbone: Backbone,
-        retriever: Retriever,
+        backbone: BackboneConfig,
+        retriever: RetrieverConfig,
         index: IndexConfig,
         num_passages: int,
         train_retriever: Literal["none", "query", "both"],
         train_generator: bool,
         over_retrieve: int,
         peft: PeftConfig | None,
-        adapter: Adapter | None,
+        adapter: AdapterConfig | None,
         tokens: TokensConfig,
         optimizer: OptimizerConfig,
-        generation: dict[str, GenerationSettings] | None,
+        generation: dict[str, DecodingConfig] | None,
         decoding: Decoding,
     ) -> None:
         """Keep the settings; weights and index come in `configure_model`."""
@@ -252,16 +252,14 @@ class RetrievingModule(GenerativeModule):
         return {name: settings | shared for name, settings in super().prediction_settings().items()}
 
     @torch.no_grad()
-    def questions(self, items: Sequence[Any], settings: GenerationSettings) -> list[Question]:
+    def questions(self, items: Sequence[Any], settings: DecodingConfig) -> list[Question]:
         """The question with all passages, or with each by itself."""
         passages, scores = self.retrieve([item.query for item in items])
         return [
             self._question(item, own, row, settings) for item, own, row in zip(items, passages, scores, strict=True)
         ]
 
-    def _question(
-        self, item: RAGItem, passages: list[Passage], scores: Tensor, settings: GenerationSettings
-    ) -> Question:
+    def _question(self, item: RAGItem, passages: list[Passage], scores: Tensor, settings: DecodingConfig) -> Question:
         found = {"documents": [_document(each) for each in passages], "doc_scores": scores.tolist()}
         if self.decoding == "concatenate":
             together = self._prompt(item, passages)
@@ -277,7 +275,7 @@ class RetrievingModule(GenerativeModule):
         return Question(prompts, alone, finish)
 
     @torch.no_grad()
-    def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
+    def respond(self, items: Sequence[Any], settings: DecodingConfig) -> list[Response]:
         """Answers, with the passages behind them and their scores."""
         if self.decoding != "rag_token":
             return super().respond(items, settings)
@@ -299,7 +297,7 @@ class RetrievingModule(GenerativeModule):
         passages: list[Passage],
         scores: Tensor,
         answers: list[list[Answer]],
-        settings: GenerationSettings,
+        settings: DecodingConfig,
     ) -> list[Answer]:
         """The candidates that were generated after each passage, by their likelihood summed over the passages.
 

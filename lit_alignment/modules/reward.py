@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.collate import ScoreBatch
+from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.reward import ResponsesItem, RewardDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.classification import ScoresAndTargets, binary_metrics
 from lit_alignment.metrics.rewards import Moments, PairMetrics, section_accuracies
-from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone, Head
+from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.scoring import ScoringModule, Stage, check_positive, existing_head
 from lit_alignment.optimization import OptimizerConfig
 
-HEAD = Head(("reward",), "regression")
+HEAD = HeadConfig(("reward",), "regression")
 
 
 class RewardModule(ScoringModule):
@@ -48,9 +48,9 @@ class RewardModule(ScoringModule):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: BackboneConfig,
         peft: PeftConfig | None = None,
-        adapter: Adapter | None = None,
+        adapter: AdapterConfig | None = None,
         tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         use_margin: bool = True,

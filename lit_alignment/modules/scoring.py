@@ -14,16 +14,16 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, head_of, read_head
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.collate import ScoreBatch
-from lit_alignment.data.prompts import ItemBatch
+from lit_alignment.data.batching.collate import ScoreBatch
+from lit_alignment.data.encoding.prompts import ItemBatch
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import document_arguments
+from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.head import base_model, scores_at
-from lit_alignment.models.loading import Backbone, Head
-from lit_alignment.models.restoring import CHECKPOINT_KEY, head_of, read_head
-from lit_alignment.models.sequence_parallel import SequenceGroup
+from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
@@ -44,17 +44,17 @@ class ScoringModule(AlignmentModule):
         head: What the scores are of.
     """
 
-    head: Head
+    head: HeadConfig
     shares_batches = True
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: BackboneConfig,
         peft: PeftConfig | None,
-        adapter: Adapter | None,
+        adapter: AdapterConfig | None,
         tokens: TokensConfig,
         optimizer: OptimizerConfig,
-        head: Head,
+        head: HeadConfig,
     ) -> None:
         """Load the tokenizer; the weights come in `configure_model`."""
         super().__init__(backbone, peft, adapter, tokens, optimizer)
@@ -161,7 +161,7 @@ class ScoringModule(AlignmentModule):
         super().on_load_checkpoint(checkpoint)
         self.take_over(read_head(checkpoint[CHECKPOINT_KEY]["head"]))
 
-    def take_over(self, found: Head) -> None:
+    def take_over(self, found: HeadConfig) -> None:
         """Take over what was measured with a trained head.
 
         Raises:
@@ -190,7 +190,7 @@ def tell_pad_apart(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.pad_token = other
 
 
-def existing_head(backbone: Backbone, adapter: Adapter | None) -> Head | None:
+def existing_head(backbone: BackboneConfig, adapter: AdapterConfig | None) -> HeadConfig | None:
     """The head of an exported classifier that is trained on or used, or None for a plain language model.
 
     Args:

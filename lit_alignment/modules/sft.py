@@ -10,14 +10,14 @@ from peft import PeftConfig
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_alignment.data.collate import TokenBatch
-from lit_alignment.data.messages import IGNORE_INDEX
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.data.batching.collate import TokenBatch
+from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.metrics import TokenMean
-from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import base_model, check_head, head_loss, hidden_states
-from lit_alignment.models.loading import Backbone
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
@@ -47,14 +47,14 @@ class SFTModule(GenerativeModule):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: BackboneConfig,
         peft: PeftConfig | None = None,
-        adapter: Adapter | None = None,
+        adapter: AdapterConfig | None = None,
         tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         label_smoothing: float = 0.0,
         neftune_alpha: float = 0.0,
-        generation: dict[str, GenerationSettings] | None = None,
+        generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
         """Set up the metrics; the weights come in `configure_model`."""
         super().__init__(backbone, peft, adapter, tokens, optimizer, generation)

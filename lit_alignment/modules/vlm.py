@@ -12,19 +12,19 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.collate import TokenBatch
-from lit_alignment.data.media import MediaTokens
+from lit_alignment.data.batching.collate import TokenBatch
+from lit_alignment.data.multimodal.media import MediaTokens
 from lit_alignment.data.vlm import MediaBatch, MediaItem, VLMDataModule
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import GenerationSettings
-from lit_alignment.models.adapters import Adapter
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.modality import MediaShape, MediaTower, Modality, load_tower
-from lit_alignment.models.placing import Placement, placed
-from lit_alignment.models.tokens import NewToken, TokensConfig
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, ModalityConfig, load_tower
+from lit_alignment.models.multimodal.placing import Placement, placed
+from lit_alignment.models.multimodal.reading import media_tokens
+from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.modules.generative import Response
-from lit_alignment.modules.media import media_tokens
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
 
@@ -57,25 +57,25 @@ class VLMModule(SFTModule):
 
     def __init__(
         self,
-        backbone: Backbone,
-        image: Modality | None = None,
-        audio: Modality | None = None,
+        backbone: BackboneConfig,
+        image: ModalityConfig | None = None,
+        audio: ModalityConfig | None = None,
         train_language_model: bool = True,
         train_encoder: bool = False,
         projector_learning_rate: float | None = None,
         encoder_learning_rate: float | None = None,
         peft: PeftConfig | None = None,
-        adapter: Adapter | None = None,
+        adapter: AdapterConfig | None = None,
         tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         label_smoothing: float = 0.0,
-        generation: dict[str, GenerationSettings] | None = None,
+        generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
         """Find the sizes of everything; the weights come in `configure_model`."""
         given = {"image": image, "audio": audio}
         self._check(given, train_encoder, peft)
         modalities = {name: modality for name, modality in given.items() if modality is not None}
-        missing = {token: NewToken() for name, m in modalities.items() for token in m.new_tokens(name)}
+        missing = {token: NewTokenConfig() for name, m in modalities.items() for token in m.new_tokens(name)}
         tokens = replace(tokens, new=missing | tokens.new)
         super().__init__(backbone, peft, adapter, tokens, optimizer, label_smoothing, 0.0, generation)
         self.shapes = {name: MediaShape(name, modality) for name, modality in modalities.items()}
@@ -85,7 +85,7 @@ class VLMModule(SFTModule):
         self._media_tokens: dict[str, MediaTokens] | None = None
 
     @staticmethod
-    def _check(given: dict[str, Modality | None], train_encoder: bool, peft: PeftConfig | None) -> None:
+    def _check(given: dict[str, ModalityConfig | None], train_encoder: bool, peft: PeftConfig | None) -> None:
         if not any(given.values()):
             raise ConfigError("VLMModule sees nothing: set model.image or model.audio.")
         cached = next((name for name, each in given.items() if each is not None and each.cache is not None), None)
@@ -184,7 +184,7 @@ class VLMModule(SFTModule):
     # Answers.
 
     @torch.no_grad()
-    def respond(self, items: Sequence[Any], settings: GenerationSettings) -> list[Response]:
+    def respond(self, items: Sequence[Any], settings: DecodingConfig) -> list[Response]:
         """What the model makes of prompts with images."""
         training = self.network.training
         self.network.eval()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_alignment.data.passages import Passage
-from lit_alignment.data.records import Source
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, require
 from lit_alignment.retrieval.files import PASSAGES, Manifest, map_shards, read_manifest
 from lit_alignment.retrieval.search import exact_search, sharded_search
@@ -42,7 +42,7 @@ class IndexConfig:
     """
 
     path: str
-    passages: list[Source] | None = None
+    passages: list[SourceConfig] | None = None
     search: SearchKind = "exact"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rows_per_shard: int = 1_000_000

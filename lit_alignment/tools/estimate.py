@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
+from lit_alignment.distributed.tensor_parallel import layer_plan
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import decoder_flops_per_token, from_pretrained
-from lit_alignment.models.memory import StepMemory, Workload, step_memory
-from lit_alignment.models.scaling import (
+from lit_alignment.modules.retrieving import RetrievingModule
+from lit_alignment.modules.vlm import VLMModule
+from lit_alignment.planning.memory import StepMemory, Workload, step_memory
+from lit_alignment.planning.scaling import (
     Cluster,
     Sharing,
     attention_flops_per_token,
@@ -22,9 +25,6 @@ from lit_alignment.models.scaling import (
     sequence_bytes_per_token,
     tensor_bytes_per_token,
 )
-from lit_alignment.models.tensor_parallel import layer_plan
-from lit_alignment.modules.retrieving import RetrievingModule
-from lit_alignment.modules.vlm import VLMModule
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
 GIB = 2**30

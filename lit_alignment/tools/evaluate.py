@@ -12,15 +12,15 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.data.encode import Encoder, EncodingConfig
-from lit_alignment.data.messages import Record
-from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.checkpoints.restore import read_saved, restore
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
+from lit_alignment.data.encoding.messages import Record
+from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.evaluation.answers import TEXT_METRICS, AnswerMetric, build_metric
+from lit_alignment.evaluation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.generation.prediction_file import read_predictions
-from lit_alignment.generation.scoring import AnsweredPrompt, Scorer, read_documents
-from lit_alignment.metrics.answers import TEXT_METRICS, AnswerMetric, build_metric
-from lit_alignment.models.loading import Backbone, load_network, load_tokenizer
-from lit_alignment.models.restoring import read_saved, restore
+from lit_alignment.models.loading import BackboneConfig, load_network, load_tokenizer
 from lit_alignment.models.tokens import TokensConfig
 
 Line = tuple[dict[str, Any], AnsweredPrompt]
@@ -124,7 +124,7 @@ def _load(path: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         if saved.chat_template is not None:
             tokenizer.chat_template = saved.chat_template  # what it was trained with, not what its base came with
         return network, tokenizer
-    backbone = Backbone(path)
+    backbone = BackboneConfig(path)
     tokenizer, _ = load_tokenizer(backbone, TokensConfig())
     return load_network(backbone, tokenizer).eval(), tokenizer
 

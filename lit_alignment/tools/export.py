@@ -20,18 +20,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_alignment.data.encode import Dropped, Encoder, EncodingConfig
-from lit_alignment.data.messages import read_record
-from lit_alignment.data.records import Source
+from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Written, export_form, write_folder
+from lit_alignment.checkpoints.restore import Composed, Saved, read_saved, restore, restore_towers
+from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig
+from lit_alignment.data.encoding.messages import read_record
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.transformers_engine import StopRule, generation_config, stop_rule
-from lit_alignment.models.adapters import Adapter
+from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import scores_at
-from lit_alignment.models.llava import composed_writer
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.modality import MediaTower, save_towers
-from lit_alignment.models.restoring import Composed, Saved, read_saved, restore, restore_towers
-from lit_alignment.models.saving import PARTIAL, Companions, Written, export_form, write_folder
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.multimodal.llava import composed_writer
+from lit_alignment.models.multimodal.modality import MediaTower, save_towers
 from lit_alignment.paths import local_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -184,7 +184,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, file: Path | None) -> lis
             raise ConfigError(f"{tokenizer.name_or_path} has no chat template to render {file} with.")
         return [tokenizer(text)["input_ids"] for text in TEXTS]
     questions = [(f"[{i}]", {"messages": [{"role": "user", "content": text}]}) for i, text in enumerate(TEXTS)]
-    records = Source(str(file)).read() if file is not None else iter(questions)
+    records = SourceConfig(str(file)).read() if file is not None else iter(questions)
     encoder = Encoder(tokenizer, EncodingConfig())
     prompts: list[list[int]] = []
     for position, (where, raw) in enumerate(records):
@@ -232,8 +232,8 @@ def reload(folder: Path, form: str, saved: Saved, llava: bool = False) -> nn.Mod
         model: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)
         return model.eval()
     alone = Saved(
-        Backbone(saved.backbone.path, saved.backbone.revision, tokenizer=str(folder)),
-        None, Adapter(str(folder)), saved.tokens, {}, None, None, saved.head,
+        BackboneConfig(saved.backbone.path, saved.backbone.revision, tokenizer=str(folder)),
+        None, AdapterConfig(str(folder)), saved.tokens, {}, None, None, saved.head,
     )  # fmt: skip
     return restore(alone)[0]
 

@@ -13,13 +13,13 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_alignment.callbacks.embeddings import EmbeddingWriter
-from lit_alignment.data.messages import value_kind
-from lit_alignment.data.records import READERS
+from lit_alignment.checkpoints.restore import read_saved
+from lit_alignment.data.encoding.messages import value_kind
 from lit_alignment.data.retriever import PassageDataModule
+from lit_alignment.data.sources.records import READERS
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.metrics.retrieval import ranking_metrics
-from lit_alignment.models.restoring import read_saved
-from lit_alignment.models.retriever import DualEncoder, Retriever, load_retriever, load_towers, weights_hash
+from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, load_towers, weights_hash
 from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.retrieval.index import IndexConfig, PassageIndex
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
@@ -49,16 +49,16 @@ def main(arguments: list[str]) -> None:
         evaluate(retriever, index, options)
 
 
-def _settings(cli: ToolCLI) -> tuple[Retriever, IndexConfig]:
+def _settings(cli: ToolCLI) -> tuple[RetrieverConfig, IndexConfig]:
     retriever, index = getattr(cli.model, "retriever", None), getattr(cli.model, "index_config", None)
-    if not isinstance(retriever, Retriever):
+    if not isinstance(retriever, RetrieverConfig):
         raise ConfigError(f"{type(cli.model).__name__} has no retriever: give the configuration of a RAGModule.")
     if not isinstance(index, IndexConfig):
         raise ConfigError("model.index is not set: say where the index is, with path and passages.")
     return retriever, index
 
 
-def build(cli: ToolCLI, retriever: Retriever, index: IndexConfig, options: argparse.Namespace) -> None:
+def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options: argparse.Namespace) -> None:
     """Encode the passages with a Trainer on the configuration's devices, and write the index."""
     if not index.passages:
         raise ConfigError("model.index.passages is not set: give the sources of the passages.")
@@ -103,7 +103,7 @@ def _cache(cli: ToolCLI) -> str | None:
     return str(cli.datamodule.cache_dir)
 
 
-def evaluate(retriever: Retriever, index: IndexConfig, options: argparse.Namespace) -> None:
+def evaluate(retriever: RetrieverConfig, index: IndexConfig, options: argparse.Namespace) -> None:
     """Recall, reciprocal rank and nDCG over questions whose relevant passages are known."""
     if options.queries is None:
         raise ConfigError("index eval needs --queries FILE with records {query, relevant: [passage ids]}.")

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.callbacks.report import STYLE
+from lit_alignment.callbacks.samples.html import STYLE
 from lit_alignment.data.base import AlignmentDataModule, Split
-from lit_alignment.data.encode import Example
-from lit_alignment.data.messages import IGNORE_INDEX
+from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
 from lit_alignment.trainer_cli import build_for_tool
 

@@ -12,7 +12,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lit_alignment.callbacks.features import FeatureWriter
-from lit_alignment.data.feature_cache import (
+from lit_alignment.data.features import FileDataModule
+from lit_alignment.data.multimodal.feature_cache import (
     INDEX,
     UNREADABLE,
     CacheIndex,
@@ -23,14 +24,13 @@ from lit_alignment.data.feature_cache import (
     write_index,
     written_names,
 )
-from lit_alignment.data.features import FileDataModule
-from lit_alignment.data.media import MODALITIES, files_of, list_files
+from lit_alignment.data.multimodal.media import MODALITIES, files_of, list_files
 from lit_alignment.data.vlm import VLMDataModule
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.modality import MediaShape, Modality
-from lit_alignment.models.vision import EncoderConfig
+from lit_alignment.models.multimodal.modality import MediaShape, ModalityConfig
+from lit_alignment.models.multimodal.reading import cache_index, file_reader
+from lit_alignment.models.multimodal.vision import EncoderConfig
 from lit_alignment.modules.features import FeatureModule
-from lit_alignment.modules.media import cache_index, file_reader
 from lit_alignment.modules.vlm import VLMModule
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"--encoder goes with --files and without a configuration (found: {' '.join(rest)}).")
         encoder = EncoderConfig(options.encoder, options.layer, options.keep_cls)
         files = _files_below(options.files, options.modality)
-        preprocess(files, MediaShape(options.modality, Modality([encoder])), {}, options)
+        preprocess(files, MediaShape(options.modality, ModalityConfig([encoder])), {}, options)
         return
     cli = build_for_tool(rest, WithoutCache)
     if not isinstance(cli.model, VLMModule) or options.modality not in cli.model.shapes:

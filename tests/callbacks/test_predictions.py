@@ -6,15 +6,15 @@ import pytest
 from lightning.pytorch import Callback
 
 from lit_alignment import PredictionWriter, SFTDataModule
-from lit_alignment.data.records import Source
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.prediction_file import PredictionFile
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.settings import DecodingConfig
 from tests.helpers import chats, sft_module, trainer
 
 SETTINGS = {
-    "greedy": GenerationSettings(max_new_tokens=4),
-    "sampled": GenerationSettings(max_new_tokens=4, temperature=1.0, num_return_sequences=2),
+    "greedy": DecodingConfig(max_new_tokens=4),
+    "sampled": DecodingConfig(max_new_tokens=4, temperature=1.0, num_return_sequences=2),
 }
 
 
@@ -37,7 +37,7 @@ def run(folder, die_after=None, generation=SETTINGS, **options):
     original = module.answer
     module.answer = lambda prompts, settings: (asked.append(len(prompts)), original(prompts, settings))[1]
     first = [{**record, "meta": {"n": 1}, "label": "L"} for record in chats(7)]
-    sources = [Source(records=first, name="one"), Source(records=chats(5, seed=2), name="two")]
+    sources = [SourceConfig(records=first, name="one"), SourceConfig(records=chats(5, seed=2), name="two")]
     data = SFTDataModule(module.tokenizer, predict=sources, batch_size=2)
     callbacks = [PredictionWriter(str(folder / "out"), **options)]
     callbacks += [Die(die_after)] if die_after else []
@@ -86,7 +86,7 @@ def test_killed_run_goes_on_without_asking_twice_or_losing_one(tmp_path):
 
 def test_answers_of_other_settings_are_not_taken_for_these(tmp_path):
     run(tmp_path)
-    other = {"greedy": GenerationSettings(max_new_tokens=5)}
+    other = {"greedy": DecodingConfig(max_new_tokens=5)}
     with pytest.raises(ConfigError, match=r"made with other settings \(max_new_tokens: 4 there, 5 now\)"):
         run(tmp_path, generation=other)
     assert run(tmp_path, generation=other, overwrite=True) == 12

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.data.passages import format_passage
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.retriever import weights_hash
+from lit_alignment.models.dual_encoder import weights_hash
 from lit_alignment.retrieval.index import PassageIndex
 from tests.helpers import chats, encoded_index, knowledge, rag_data, rag_module, trainer
 

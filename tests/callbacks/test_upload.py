@@ -13,12 +13,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_alignment import Export
-from lit_alignment.callbacks import remote
-from lit_alignment.callbacks.remote import Item, RemoteFolder, describe, sha256
 from lit_alignment.callbacks.upload import SNAPSHOTS, Upload, fetch_checkpoint
+from lit_alignment.checkpoints import remote
+from lit_alignment.checkpoints.remote import Item, RemoteFolder, describe, sha256
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.trainer_cli import build
-from tests.callbacks.test_checkpoints import Seen
+from tests.checkpoints.test_checkpoints import Seen
 from tests.helpers import chats, sft_data, sft_module, trainer, write_jsonl
 
 

@@ -7,8 +7,8 @@ import pytest
 from lightning.pytorch import Callback
 
 from lit_alignment import SFTDataModule
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.records import Source
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 from tests.helpers import chats, sft_data, sft_module, trainer, write_jsonl
 
@@ -25,7 +25,7 @@ def test_data_are_encoded_once_and_again_only_when_something_changed(tokenizer, 
 
     def load(**settings):
         calls.clear()
-        data = module_of(tokenizer, Source(path), **settings)
+        data = module_of(tokenizer, SourceConfig(path), **settings)
         data.setup("fit")
         return len(calls)
 
@@ -43,7 +43,7 @@ def test_data_are_encoded_once_and_again_only_when_something_changed(tokenizer, 
 def test_several_processes_encode_the_same(tokenizer):
     rows = []
     for number in (1, 2):
-        data = module_of(tokenizer, Source(records=chats(20)), num_proc=number, cache_dir=None, seed=number)
+        data = module_of(tokenizer, SourceConfig(records=chats(20)), num_proc=number, cache_dir=None, seed=number)
         data.setup("fit")
         rows.append(data.examples["train"]["input_ids"][:])
     assert rows[0] == rows[1]
@@ -70,9 +70,9 @@ def test_drop_report_counts_reasons_and_is_written_beside_the_run(tmp_path):
 def test_nothing_left_and_dropped_records_can_be_errors(tokenizer):
     question = {"messages": [{"role": "user", "content": "q"}]}
     with pytest.raises(ConfigError, match="nothing to fit on. train: 0 examples from 1 records"):
-        module_of(tokenizer, Source(records=[question])).setup("fit")
+        module_of(tokenizer, SourceConfig(records=[question])).setup("fit")
     with pytest.raises(ConfigError, match=r"records were dropped. train: 2 examples .* 1 no_trained_message"):
-        module_of(tokenizer, Source(records=[*chats(2), question]), on_drop="error").setup("fit")
+        module_of(tokenizer, SourceConfig(records=[*chats(2), question]), on_drop="error").setup("fit")
     with pytest.raises(ConfigError, match="data.train is empty"):
         module_of(tokenizer).setup("fit")
 
@@ -80,15 +80,15 @@ def test_nothing_left_and_dropped_records_can_be_errors(tokenizer):
 def test_duplicate_id_names_both_lines(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{**record, "id": "same"} for record in chats(2)])
     with pytest.raises(RecordError, match=r"a.jsonl:2: field 'id' 'same' is also the id of .*a.jsonl:1"):
-        module_of(tokenizer, Source(path)).setup("fit")
+        module_of(tokenizer, SourceConfig(path)).setup("fit")
 
 
 def test_sources_are_mixed_by_repeat_and_weight(tokenizer):
     data = module_of(
         tokenizer,
-        Source(records=chats(10), name="a", weight=3.0),
-        Source(records=chats(30, seed=1), name="b", weight=1.0),
-        Source(records=chats(4, seed=2), name="c", repeat=2.0),
+        SourceConfig(records=chats(10), name="a", weight=3.0),
+        SourceConfig(records=chats(30, seed=1), name="b", weight=1.0),
+        SourceConfig(records=chats(4, seed=2), name="c", repeat=2.0),
     )
     data.setup("fit")
     names = list(data.examples["train"]["dataset"])
@@ -111,7 +111,7 @@ def test_batches_carry_the_weight_of_their_window(tmp_path):
 
 
 def test_predict_batches_are_sorted_by_length(tokenizer):
-    data = SFTDataModule(tokenizer, predict=[Source(records=chats(9))], batch_size=2)
+    data = SFTDataModule(tokenizer, predict=[SourceConfig(records=chats(9))], batch_size=2)
     data.setup("predict")
     items = [item for batch in data.predict_dataloader() for item in batch.items]
     lengths = [len(item.input_ids) for item in items]
@@ -119,7 +119,7 @@ def test_predict_batches_are_sorted_by_length(tokenizer):
 
 
 def test_system_prompt_of_a_source_reaches_its_prompts(tokenizer):
-    data = SFTDataModule(tokenizer, predict=[Source(records=chats(1), system_prompt="be short")])
+    data = SFTDataModule(tokenizer, predict=[SourceConfig(records=chats(1), system_prompt="be short")])
     data.setup("predict")
     item = next(iter(data.predict_dataloader())).items[0]
     assert item.messages[0] == {"role": "system", "content": "be short", "train": False}

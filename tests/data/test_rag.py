@@ -2,10 +2,10 @@
 
 import pytest
 
-from lit_alignment.data.encode import Dropped, EncodingConfig
+from lit_alignment.data.encoding.encoder import Dropped, EncodingConfig
+from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.data.passages import Passage, format_passage, read_passage
-from lit_alignment.data.rag import PassagePlacement, RAGEncoder, query_text
-from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.data.rag import PassagePlacementConfig, RAGEncoder, query_text
 from lit_alignment.errors import ConfigError, RecordError
 from tests.helpers import encoded_index, knowledge, rag_data, rag_module, record, table
 
@@ -14,7 +14,7 @@ PASSAGES = [Passage("a", [], "", title="scale", text="the scale is red"), Passag
 
 def rag_encoder(tokenizer, placement=None, **settings):
     made = RAGEncoder(tokenizer, EncodingConfig(**settings))
-    made.placement = placement or PassagePlacement()
+    made.placement = placement or PassagePlacementConfig()
     return made
 
 
@@ -31,10 +31,10 @@ def test_passages_stand_before_the_question(tokenizer):
 
 def test_passages_stand_after_the_question_or_in_the_system_message(tokenizer):
     after = shown(
-        tokenizer, PassagePlacement(block="{message}\n{passages}", separator=" // ", passage="{title}: {text}")
+        tokenizer, PassagePlacementConfig(block="{message}\n{passages}", separator=" // ", passage="{title}: {text}")
     )
     assert "what color?\nscale: the scale is red // order it" in after
-    system = shown(tokenizer, PassagePlacement(place="system"))
+    system = shown(tokenizer, PassagePlacementConfig(place="system"))
     assert system.index("scale\nthe scale is red\n\norder it") < system.index("what color?")
     assert "order it\n\n" not in system
 
@@ -46,7 +46,7 @@ def test_documents_go_to_a_template_that_takes_them(tokenizer):
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     own = TemplateConfig(file=None)
-    encoder = rag_encoder(tokenizer, PassagePlacement(place="documents"), template=own)
+    encoder = rag_encoder(tokenizer, PassagePlacementConfig(place="documents"), template=own)
     encoder.template.source = source
     asked, answer = encoder.split(record("what color?", "it is red"))
     text = tokenizer.decode(encoder.example(asked, answer, PASSAGES).input_ids)
@@ -80,7 +80,7 @@ def test_passages_are_cut_until_all_fits_and_the_question_never(tokenizer):
     assert 100 < len(example.input_ids) <= 120
     text = tokenizer.decode(example.input_ids)
     assert "what color?" in text and "it is red" in text and text.count("t\nthe scale") == 3
-    assert shown(tokenizer, PassagePlacement(max_tokens=2), long[:1]).count("scale") <= 1
+    assert shown(tokenizer, PassagePlacementConfig(max_tokens=2), long[:1]).count("scale") <= 1
 
 
 def test_braces_in_a_message_are_kept(tokenizer):
@@ -138,12 +138,12 @@ def test_passage_is_written_without_quotes_and_without_an_empty_title():
 @pytest.mark.parametrize("form", ["{title}", "{text} {author}", "{0}", "{"])
 def test_form_that_loses_the_text_is_refused(form):
     with pytest.raises(ConfigError, match=r"placement.passage is"):
-        PassagePlacement(passage=form)
+        PassagePlacementConfig(passage=form)
 
 
 def test_block_that_loses_something_is_refused():
     with pytest.raises(ConfigError, match="placement.block"):
-        PassagePlacement(block="{passages}")
+        PassagePlacementConfig(block="{passages}")
     with pytest.raises(ConfigError, match="truncation_unit"):
         RAGEncoder(None, EncodingConfig(truncation_unit="tokens"))
 

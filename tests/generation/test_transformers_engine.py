@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
 from tests.helpers import encoder, record, sft_module
 
@@ -31,7 +31,7 @@ def slow_greedy(model, prompt, number):
 
 
 def test_batched_greedy_answers_equal_a_slow_loop(model, tokenizer):
-    settings = GenerationSettings(max_new_tokens=12, logprobs=True, skip_special_tokens=False)
+    settings = DecodingConfig(max_new_tokens=12, logprobs=True, skip_special_tokens=False)
     found = generate(model, tokenizer, PROMPTS, settings, NEVER)
     assert model.training  # the model is left as it was
     for prompt, answers in zip(PROMPTS, found, strict=True):
@@ -42,14 +42,14 @@ def test_batched_greedy_answers_equal_a_slow_loop(model, tokenizer):
 
 
 def test_batch_composition_does_not_change_answers(model, tokenizer):
-    settings = GenerationSettings(max_new_tokens=8)
+    settings = DecodingConfig(max_new_tokens=8)
     together = generate(model, tokenizer, PROMPTS, settings, NEVER)
     alone = [generate(model, tokenizer, [prompt], settings, NEVER)[0] for prompt in PROMPTS]
     assert [a[0].content for a in together] == [a[0].content for a in alone]
 
 
 def test_several_answers_belong_to_their_prompts(model, tokenizer):
-    settings = GenerationSettings(max_new_tokens=6, temperature=1.0, num_return_sequences=3, remove_prompt=False)
+    settings = DecodingConfig(max_new_tokens=6, temperature=1.0, num_return_sequences=3, remove_prompt=False)
     found = generate(model, tokenizer, PROMPTS, settings, NEVER)
     for prompt, answers in zip(PROMPTS, found, strict=True):
         assert [answer.id for answer in answers] == ["0", "1", "2"]
@@ -59,7 +59,7 @@ def test_several_answers_belong_to_their_prompts(model, tokenizer):
 
 def test_sampling_repeats_under_its_seed_and_not_under_another(model, tokenizer):
     def sample(seed):
-        settings = GenerationSettings(max_new_tokens=8, temperature=1.0, seed=seed)
+        settings = DecodingConfig(max_new_tokens=8, temperature=1.0, seed=seed)
         return [a[0].content for a in generate(model, tokenizer, PROMPTS, settings, NEVER)]
 
     first = sample(1)
@@ -68,8 +68,8 @@ def test_sampling_repeats_under_its_seed_and_not_under_another(model, tokenizer)
 
 
 def test_beams_find_an_answer_at_least_as_likely(model, tokenizer):
-    greedy = generate(model, tokenizer, PROMPTS, GenerationSettings(max_new_tokens=6, logprobs=True), NEVER)
-    settings = GenerationSettings(max_new_tokens=6, num_beams=4, num_return_sequences=2, logprobs=True)
+    greedy = generate(model, tokenizer, PROMPTS, DecodingConfig(max_new_tokens=6, logprobs=True), NEVER)
+    settings = DecodingConfig(max_new_tokens=6, num_beams=4, num_return_sequences=2, logprobs=True)
     beams = generate(model, tokenizer, PROMPTS, settings, NEVER)
     assert all(len(answers) == 2 for answers in beams)
     total = sum(answers[0].logprob for answers in beams)
@@ -77,9 +77,9 @@ def test_beams_find_an_answer_at_least_as_likely(model, tokenizer):
 
 
 def test_stop_string_ends_an_answer_and_is_left_out(model, tokenizer):
-    plain = generate(model, tokenizer, [PROMPTS[0]], GenerationSettings(max_new_tokens=12), NEVER)[0][0]
+    plain = generate(model, tokenizer, [PROMPTS[0]], DecodingConfig(max_new_tokens=12), NEVER)[0][0]
     stop = plain.content[6:9]
-    settings = GenerationSettings(max_new_tokens=12, stop_strings=[stop])
+    settings = DecodingConfig(max_new_tokens=12, stop_strings=[stop])
     found = generate(model, tokenizer, PROMPTS, settings, NEVER)[0][0]
     assert found.content == plain.content[: plain.content.index(stop)]
     assert found.finish_reason == "stop" and found.num_tokens < plain.num_tokens
@@ -87,7 +87,7 @@ def test_stop_string_ends_an_answer_and_is_left_out(model, tokenizer):
 
 def test_repetition_penalty_lowers_repetition(model, tokenizer):
     def distinct(penalty):
-        settings = GenerationSettings(max_new_tokens=40, repetition_penalty=penalty, skip_special_tokens=False)
+        settings = DecodingConfig(max_new_tokens=40, repetition_penalty=penalty, skip_special_tokens=False)
         return len(set(tokenizer(generate(model, tokenizer, PROMPTS[:1], settings, NEVER)[0][0].content).input_ids))
 
     assert distinct(5.0) > distinct(1.0)
@@ -125,4 +125,4 @@ def test_prompt_ids_of_predict_are_those_of_training(tokenizer):
 )
 def test_impossible_settings_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
-        GenerationSettings(**settings)
+        DecodingConfig(**settings)

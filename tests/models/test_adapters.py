@@ -18,14 +18,14 @@ from peft import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_alignment import Export, SFTModule
+from lit_alignment.checkpoints.restore import trained_names
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.generation.transformers_engine import StopRule, generate
-from lit_alignment.models.adapters import Adapter, merged_state, why_merge
+from lit_alignment.models.adapters import AdapterConfig, merged_state, why_merge
 from lit_alignment.models.head import head_loss, hidden_states, token_logps
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.restoring import trained_names
-from lit_alignment.models.tokens import NewToken, TokensConfig
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import base_model_folder, chats, sft_data, trainer, weights
 
@@ -55,7 +55,7 @@ def base(tmp_path):
 
 def module_with(base, peft=None, **settings):
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
-    return SFTModule(Backbone(base), peft, optimizer=optimizer, **settings)
+    return SFTModule(BackboneConfig(base), peft, optimizer=optimizer, **settings)
 
 
 def fit(folder, module, epochs=2, resume=None, callbacks=(), **data):
@@ -149,7 +149,7 @@ def test_answers_are_those_of_a_slow_loop_with_the_training_forward(name, base):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17]]
-    settings = GenerationSettings(max_new_tokens=6, skip_special_tokens=False, logprobs=True)
+    settings = DecodingConfig(max_new_tokens=6, skip_special_tokens=False, logprobs=True)
     answers = generate(network, module.tokenizer, prompts, settings, StopRule([], []))
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         ids, logprob = list(prompt), 0.0
@@ -168,8 +168,8 @@ def test_beams_and_samples_work_with_vectors_before_the_tokens(name, base):
     module = module_with(base, PROMPTS[name])
     network = module.load_model()
     for settings in (
-        GenerationSettings(max_new_tokens=4, num_beams=3, num_return_sequences=2),
-        GenerationSettings(max_new_tokens=4, temperature=1.0, num_return_sequences=3),
+        DecodingConfig(max_new_tokens=4, num_beams=3, num_return_sequences=2),
+        DecodingConfig(max_new_tokens=4, temperature=1.0, num_return_sequences=3),
     ):
         answers = generate(network, module.tokenizer, [[5, 6], [7, 8, 9]], settings, StopRule([], []))
         assert [len(found) for found in answers] == [settings.num_return_sequences] * 2
@@ -196,11 +196,11 @@ def test_existing_adapter_goes_on_or_stays_frozen(name, base, tmp_path):
     first = module_with(base, ADAPTERS[name])
     fit(tmp_path / "first", first, callbacks=[Export(form="adapter")])
     folder = str(tmp_path / "first/ckpt/export")
-    frozen = module_with(base, adapter=Adapter(folder))
+    frozen = module_with(base, adapter=AdapterConfig(folder))
     assert torch.equal(logits(frozen.load_model()), logits(first.network))
     with pytest.raises(ConfigError, match="set model.peft, or model.adapter.trainable"):
-        fit(tmp_path / "frozen", module_with(base, adapter=Adapter(folder)), packing=False)
-    going_on = module_with(base, adapter=Adapter(folder, trainable=True))
+        fit(tmp_path / "frozen", module_with(base, adapter=AdapterConfig(folder)), packing=False)
+    going_on = module_with(base, adapter=AdapterConfig(folder, trainable=True))
     if name == "prompt":
         with pytest.raises(ConfigError, match="cannot train on. Resume from the checkpoint"):
             going_on.load_model()
@@ -215,26 +215,26 @@ def test_existing_adapter_goes_on_or_stays_frozen(name, base, tmp_path):
 def test_new_and_existing_adapters_together_are_refused(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"not both.*lit-alignment merge"):
-        module_with(base, ADAPTERS["lora"], adapter=Adapter(str(tmp_path)))
+        module_with(base, ADAPTERS["lora"], adapter=AdapterConfig(str(tmp_path)))
 
 
 def test_folder_without_an_adapter_is_refused(base):
     with pytest.raises(ConfigError, match="no adapter_config.json in this folder"):
-        Adapter(base)
+        AdapterConfig(base)
 
 
 def test_adapter_of_another_vocabulary_names_the_tokens(base, tmp_path):
-    tokens = TokensConfig(new={"<tool>": NewToken("mean"), "<end>": NewToken("mean")})
+    tokens = TokensConfig(new={"<tool>": NewTokenConfig("mean"), "<end>": NewTokenConfig("mean")})
     module = module_with(base, ADAPTERS["lora"], tokens=tokens)
     fit(tmp_path, module, epochs=1, callbacks=[Export(form="adapter")])
     folder = str(tmp_path / "ckpt/export")
     with pytest.raises(CheckpointError, match=r"it lacks '<tool>', '<end>'. Set model.backbone.tokenizer to"):
-        module_with(base, adapter=Adapter(folder)).load_model()
-    other = module_with(base, adapter=Adapter(folder), tokens=TokensConfig(new={"<end>": NewToken("mean")}))
+        module_with(base, adapter=AdapterConfig(folder)).load_model()
+    other = module_with(base, adapter=AdapterConfig(folder), tokens=TokensConfig(new={"<end>": NewTokenConfig("mean")}))
     with pytest.raises(CheckpointError, match=r"it lacks '<tool>'; '<end>' stand at other ids"):
         other.load_model()
-    same = module_with(base, adapter=Adapter(folder))
-    same = SFTModule(Backbone(base, tokenizer=folder), adapter=Adapter(folder))
+    same = module_with(base, adapter=AdapterConfig(folder))
+    same = SFTModule(BackboneConfig(base, tokenizer=folder), adapter=AdapterConfig(folder))
     assert torch.equal(logits(same.load_model()), logits(module.network))
 
 
@@ -246,7 +246,9 @@ def test_adapter_of_another_model_is_refused(base, tmp_path):
     wide.mkdir()
     (wide / "config.json").write_text(json.dumps(config))
     AutoTokenizer.from_pretrained(base).save_pretrained(wide)
-    narrow = SFTModule(Backbone(str(wide), weights="random"), adapter=Adapter(str(tmp_path / "ckpt/export")))
+    narrow = SFTModule(
+        BackboneConfig(str(wide), weights="random"), adapter=AdapterConfig(str(tmp_path / "ckpt/export"))
+    )
     with pytest.raises(CheckpointError, match="does not fit the backbone"):
         narrow.load_model()
 
@@ -259,14 +261,14 @@ def test_adapter_of_another_model_is_refused(base, tmp_path):
     ],
 )
 def test_what_needs_a_gpu_says_so(settings, message, base):
-    module = SFTModule(Backbone(base, **settings), ADAPTERS["lora"])
+    module = SFTModule(BackboneConfig(base, **settings), ADAPTERS["lora"])
     with pytest.raises(ConfigError, match=message):
         module.load_model("cpu")
 
 
 def test_quantised_weights_without_adapters_are_refused(base):
     with pytest.raises(ConfigError, match="quantised weights cannot train"):
-        SFTModule(Backbone(base, quantization="nf4")).load_model("cuda")
+        SFTModule(BackboneConfig(base, quantization="nf4")).load_model("cuda")
 
 
 @pytest.mark.gpu
@@ -280,7 +282,7 @@ def test_qlora_trains_and_saves_its_adapter_only(base, tmp_path):
 @pytest.mark.gpu
 def test_liger_kernels_leave_the_loss_as_it_is(base):
     plain = module_with(base).load_model("cuda").cuda()
-    fused = SFTModule(Backbone(base, liger=True)).load_model("cuda").cuda()
+    fused = SFTModule(BackboneConfig(base, liger=True)).load_model("cuda").cuda()
     ids = torch.arange(3, 40, device="cuda")[None]
     torch.testing.assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-3, atol=1e-3)
 
@@ -291,7 +293,7 @@ def test_adapters_switched_off_give_the_base_also_in_the_head(kind, base):
     if kind == "whole layer":
         module = module_with(base, LoraConfig(**LORA, modules_to_save=["lm_head"]))
     else:
-        module = module_with(base, LoraConfig(**LORA), tokens=TokensConfig(new={"<a>": NewToken("mean")}))
+        module = module_with(base, LoraConfig(**LORA), tokens=TokensConfig(new={"<a>": NewTokenConfig("mean")}))
     network = module.load_model().eval()
     ids = torch.arange(3, 40)[None]
 

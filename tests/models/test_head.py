@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from lit_alignment.data.collate import Sequences, pack_sequences, pad_sequences
+from lit_alignment.data.batching.collate import Sequences, pack_sequences, pad_sequences
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.attention import choose_attention, document_arguments
 from lit_alignment.models.head import scores_at

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from lit_alignment import Export, SFTModule
+from lit_alignment.checkpoints.restore import trained_names
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.restoring import trained_names
-from lit_alignment.models.tokens import NewToken, TokensConfig, add_tokens, fit_vocabulary, vocabulary_difference
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.tokens import NewTokenConfig, TokensConfig, add_tokens, fit_vocabulary, vocabulary_difference
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import ROOT, base_model_folder, chats, sft_data, trainer
 
@@ -37,10 +37,10 @@ CONFIGS = {
     "gpt2": GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=768),
 }
 NEW = {
-    "<copy>": NewToken("copy", "<|im_start|>"),
-    "<best>": NewToken("text", "the order kitchen"),
-    "<mean>": NewToken("mean"),
-    "<drawn>": NewToken("normal"),
+    "<copy>": NewTokenConfig("copy", "<|im_start|>"),
+    "<best>": NewTokenConfig("text", "the order kitchen"),
+    "<mean>": NewTokenConfig("mean"),
+    "<drawn>": NewTokenConfig("normal"),
 }
 
 
@@ -92,7 +92,7 @@ def test_tying_is_kept_and_other_tokens_answer_as_before(name, tokenizer):
 
 def test_normal_rows_have_the_mean_and_covariance_of_all_rows(tokenizer):
     """4000 tokens drawn from the fit have its moments; each draw depends on its token's name alone."""
-    tokens = TokensConfig(new={f"<n{i}>": NewToken("normal") for i in range(4000)})
+    tokens = TokensConfig(new={f"<n{i}>": NewTokenConfig("normal") for i in range(4000)})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_SIZES))
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_special_tokens_are_set_where_missing_and_never_replaced(tokenizer):
 
 
 def test_new_token_is_one_id_anywhere_in_a_text(tokenizer):
-    added = add_tokens(tokenizer, TokensConfig(new={"<tool>": NewToken()}))
+    added = add_tokens(tokenizer, TokensConfig(new={"<tool>": NewTokenConfig()}))
     ids = tokenizer("call<tool>now")["input_ids"]
     assert ids.count(added["<tool>"]) == 1 and tokenizer.decode(ids) == "call<tool>now"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "callnow"
@@ -140,12 +140,15 @@ def test_new_token_is_one_id_anywhere_in_a_text(tokenizer):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (lambda: TokensConfig(new={"<x>": NewToken("copy")}), "init 'copy' needs 'of'"),
-        (lambda: TokensConfig(new={"<x>": NewToken("mean", "y")}), "init 'mean' takes no 'of'"),
-        (lambda: TokensConfig(new={"": NewToken()}), "holds an empty token"),
+        (lambda: TokensConfig(new={"<x>": NewTokenConfig("copy")}), "init 'copy' needs 'of'"),
+        (lambda: TokensConfig(new={"<x>": NewTokenConfig("mean", "y")}), "init 'mean' takes no 'of'"),
+        (lambda: TokensConfig(new={"": NewTokenConfig()}), "holds an empty token"),
         (lambda: TokensConfig(pad_vocabulary_to=0), "pad_vocabulary_to is 0; use 1 or more"),
-        (lambda: TokensConfig(new={"<x>": NewToken("copy", "<nowhere>")}), "'<nowhere>', is not in the vocabulary"),
-        (lambda: TokensConfig(new={"<x>": NewToken("text", "")}), "the text '' has no known token"),
+        (
+            lambda: TokensConfig(new={"<x>": NewTokenConfig("copy", "<nowhere>")}),
+            "'<nowhere>', is not in the vocabulary",
+        ),
+        (lambda: TokensConfig(new={"<x>": NewTokenConfig("text", "")}), "the text '' has no known token"),
     ],
 )
 def test_impossible_tokens_are_refused(tokens, message, tokenizer):
@@ -156,10 +159,10 @@ def test_impossible_tokens_are_refused(tokens, message, tokenizer):
 def test_difference_of_vocabularies_names_tokens(tokenizer):
     other = AutoTokenizer.from_pretrained(ROOT / "configs/tiny")
     assert vocabulary_difference(tokenizer, other) == ""
-    add_tokens(other, TokensConfig(new={f"<{i}>": NewToken() for i in range(10)}))
+    add_tokens(other, TokensConfig(new={f"<{i}>": NewTokenConfig() for i in range(10)}))
     assert vocabulary_difference(tokenizer, other).startswith("it lacks '<0>', '<1>'")
     assert vocabulary_difference(tokenizer, other).endswith("and 2 more")
-    add_tokens(tokenizer, TokensConfig(new={f"<{i}>": NewToken() for i in (1, 0, *range(2, 10))}))
+    add_tokens(tokenizer, TokensConfig(new={f"<{i}>": NewTokenConfig() for i in (1, 0, *range(2, 10))}))
     assert vocabulary_difference(tokenizer, other) == "'<0>', '<1>' stand at other ids"
 
 
@@ -177,7 +180,7 @@ def lora_fit(base, folder, **export):
     for entry in records:
         entry["messages"][-1]["content"] += "<best>"
     module = SFTModule(
-        Backbone(base),
+        BackboneConfig(base),
         LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
         tokens=TokensConfig(new=NEW),
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0),
@@ -199,7 +202,7 @@ def rows_of(model, ids):
 
 def test_only_new_rows_train_beside_lora(base, tmp_path):
     module, _ = lora_fit(base, tmp_path)
-    fresh = SFTModule(Backbone(base), module.peft_config, tokens=TokensConfig(new=NEW))
+    fresh = SFTModule(BackboneConfig(base), module.peft_config, tokens=TokensConfig(new=NEW))
     start = rows_of(fresh.load_model(), list(range(len(module.tokenizer))))
     ids = sorted(module.added_tokens.values())
     for before, after in zip(start, rows_of(module.network, list(range(len(module.tokenizer)))), strict=True):
@@ -216,7 +219,7 @@ def test_new_rows_are_equal_to_the_bit_after_saving_and_loading(base, tmp_path):
     module, checkpoint = lora_fit(base, tmp_path, form="adapter")
     ids = sorted(module.added_tokens.values())
     trained = rows_of(module.network, ids)
-    again = SFTModule(Backbone(base), module.peft_config, tokens=TokensConfig(new=NEW))
+    again = SFTModule(BackboneConfig(base), module.peft_config, tokens=TokensConfig(new=NEW))
     again.load_model()
     again.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=False)
     exported = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ckpt/export")
@@ -242,7 +245,7 @@ def test_export_merges_new_rows_by_itself_and_says_so(base, tmp_path, caplog):
 
 
 def test_full_training_with_new_tokens_exports_all_rows(base, tmp_path):
-    module = SFTModule(Backbone(base), tokens=TokensConfig(new=NEW, pad_vocabulary_to=64))
+    module = SFTModule(BackboneConfig(base), tokens=TokensConfig(new=NEW, pad_vocabulary_to=64))
     saver = ModelCheckpoint(tmp_path / "ckpt")
     trainer(tmp_path, callbacks=[Export(), saver], enable_checkpointing=True).fit(module, sft_data(module, chats(4)))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ckpt/export")

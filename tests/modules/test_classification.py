@@ -11,12 +11,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_alignment import ClassificationModule, Export, PredictionWriter, ScoredPicks
 from lit_alignment.callbacks.export import export_checkpoint
-from lit_alignment.data.encode import EncodingConfig
+from lit_alignment.checkpoints.restore import read_saved, restore
+from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.errors import CheckpointError, ConfigError, RecordError
 from lit_alignment.losses import focal_loss
-from lit_alignment.models.adapters import Adapter
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.restoring import read_saved, restore
+from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.modules.scoring import tell_pad_apart
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import (
@@ -145,9 +145,9 @@ def test_head_is_saved_with_the_adapters_and_scores_stay(form, tmp_path):
         loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         assert loaded.config.id2label == dict(enumerate(LABELS))
         assert loaded.config.calibration_temperature == model.temperature
-        exported = ClassificationModule(Backbone(str(folder)))
+        exported = ClassificationModule(BackboneConfig(str(folder)))
     else:
-        exported = ClassificationModule(Backbone(base), adapter=Adapter(str(folder)))
+        exported = ClassificationModule(BackboneConfig(base), adapter=AdapterConfig(str(folder)))
     assert exported.labels == LABELS and exported.temperature == model.temperature
     exported.load_model().eval()
     with torch.no_grad():

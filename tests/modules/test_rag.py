@@ -10,10 +10,10 @@ import torch
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.data.passages import format_passage
-from lit_alignment.data.rag import PassagePlacement
+from lit_alignment.data.rag import PassagePlacementConfig
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import GenerationSettings
-from lit_alignment.models.retriever import DualEncoder
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.models.dual_encoder import DualEncoder
 from lit_alignment.modules.rag import RAGModule
 from lit_alignment.tools.evaluate import main as evaluate
 from tests.helpers import (
@@ -246,7 +246,7 @@ def test_prompt_prefix_is_computed_once(tmp_path):
             {"messages": [{"role": "system", "content": " ".join(["be brief"] * 20)}, *chat["messages"]]}
             for chat in chats(3)
         ]
-        data = rag_data(module, long, placement=PassagePlacement(block=block))
+        data = rag_data(module, long, placement=PassagePlacementConfig(block=block))
         trainer(tmp_path, max_steps=0).fit(module, data)
         seen = []
         forward = module.network.forward
@@ -281,7 +281,7 @@ def likelihood(module, data, item, content, passages, scores) -> float:
 
 def test_thorough_decoding_takes_the_candidate_that_all_passages_make_likely(tmp_path):
     module, data, items = answering(tmp_path, "rag_sequence")
-    settings = GenerationSettings(max_new_tokens=4, num_beams=2, num_return_sequences=2, logprobs=True)
+    settings = DecodingConfig(max_new_tokens=4, num_beams=2, num_return_sequences=2, logprobs=True)
     responses = module.respond(items, settings)
     passages, scores = module.retrieve([item.query for item in items])
     for item, response, own, row in zip(items, responses, passages, scores, strict=True):
@@ -297,14 +297,14 @@ def test_thorough_decoding_takes_the_candidate_that_all_passages_make_likely(tmp
 def test_fast_decoding_asks_only_where_a_candidate_came_from(tmp_path):
     module, _, items = answering(tmp_path, "rag_sequence_fast")
     module.token_logps = None  # no second pass
-    responses = module.respond(items, GenerationSettings(max_new_tokens=4, logprobs=True))
+    responses = module.respond(items, DecodingConfig(max_new_tokens=4, logprobs=True))
     assert all(len(response.answers) == 1 and response.answers[0].logprob < 0 for response in responses)
 
 
 def test_token_decoding_takes_the_likeliest_token_of_the_mixture(tmp_path):
     """Against full forward passes without a cache, passage by passage, under prompts of unequal lengths."""
     module, data, items = answering(tmp_path, "rag_token")
-    responses = module.respond(items, GenerationSettings(max_new_tokens=5, logprobs=True, skip_special_tokens=False))
+    responses = module.respond(items, DecodingConfig(max_new_tokens=5, logprobs=True, skip_special_tokens=False))
     passages, scores = module.retrieve([item.query for item in items])
     for item, response, own, row in zip(items, responses, passages, scores, strict=True):
         prompts = [data.encoder.prompt(item.messages, [p], item.tools).input_ids for p in own]
@@ -325,7 +325,7 @@ def test_token_decoding_takes_the_likeliest_token_of_the_mixture(tmp_path):
 def test_token_decoding_knows_no_beams(tmp_path):
     module, _, items = answering(tmp_path, "rag_token")
     with pytest.raises(ConfigError, match="neither num_beams"):
-        module.respond(items, GenerationSettings(num_beams=2))
+        module.respond(items, DecodingConfig(num_beams=2))
 
 
 def test_decoding_is_that_of_training_by_default(tmp_path):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lit_alignment import RetrieverDataModule, RetrieverModule
-from lit_alignment.data.records import Source
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
-from lit_alignment.models.retriever import Retriever, load_retriever, pool
+from lit_alignment.models.dual_encoder import RetrieverConfig, load_retriever, pool
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import RETRIEVER, knowledge, trainer
 
@@ -47,9 +47,9 @@ def test_long_query_keeps_its_prefix_and_end_and_a_passage_its_start():
 
 def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match="temperature is 0"):
-        Retriever("x", temperature=0)
+        RetrieverConfig("x", temperature=0)
     with pytest.raises(ConfigError, match="set retriever.towers to separate"):
-        Retriever("x", passage_path="y")
+        RetrieverConfig("x", passage_path="y")
 
 
 def questions(number):
@@ -59,7 +59,7 @@ def questions(number):
 def warm_up(folder, records, **options):
     optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup=0)
     module = RetrieverModule(replace(RETRIEVER, towers="separate"), optimizer=optimizer)
-    sources = [Source(records=records, name="questions")]
+    sources = [SourceConfig(records=records, name="questions")]
     data = RetrieverDataModule(module.tokenizer, train=sources, val=sources, batch_size=8, packing=False)
     runner = trainer(folder, **options)
     runner.fit(module, data)

@@ -10,13 +10,13 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_alignment import CherryPicks, PredictionWriter, RewardModule, ScoredPicks
 from lit_alignment.callbacks.export import export_checkpoint
-from lit_alignment.data.encode import EncodingConfig
+from lit_alignment.checkpoints.restore import read_saved, restore
+from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.errors import ConfigError, RecordError
-from lit_alignment.generation.scoring import RewardScorer
+from lit_alignment.evaluation.scoring import RewardScorer
 from lit_alignment.losses import bradley_terry_loss, outcome_loss, plackett_luce_loss
 from lit_alignment.models.head import base_model, output_head
-from lit_alignment.models.loading import Backbone
-from lit_alignment.models.restoring import read_saved, restore
+from lit_alignment.models.loading import BackboneConfig
 from tests.helpers import (
     assert_same_gradients,
     base_model_folder,
@@ -186,7 +186,7 @@ def test_head_is_saved_with_the_adapters_and_scores_stay(form, tmp_path):
         again.model, _ = restore(read_saved(tmp_path / "ckpt/x.ckpt"))
         torch.testing.assert_close(again.scores(batch), before, rtol=1e-5, atol=1e-5)
         folder = export_checkpoint(model, tmp_path / "ckpt/x.ckpt", tmp_path / form, form)
-        exported = RewardModule(Backbone(str(folder))) if form == "merged" else restored(folder)
+        exported = RewardModule(BackboneConfig(str(folder))) if form == "merged" else restored(folder)
         if form == "merged":
             exported.load_model(packing=True, shared_prompts=True).eval()
         torch.testing.assert_close(exported.scores(batch), before, rtol=1e-5, atol=1e-5)
@@ -216,7 +216,7 @@ def test_learned_vectors_before_the_tokens_score_the_same_in_any_batch_and_after
 @pytest.mark.parametrize("lora", [False, True])
 def test_head_is_in_float32_over_a_decoder_in_bfloat16(lora, tmp_path):
     path = base_model_folder(tmp_path / "base")
-    model = reward_model(path, lora, backbone=Backbone(path, dtype="bfloat16"))
+    model = reward_model(path, lora, backbone=BackboneConfig(path, dtype="bfloat16"))
     network = model.load_model(packing=True).eval()
     assert base_model(network).get_input_embeddings().weight.dtype == torch.bfloat16
     assert {p.dtype for p in output_head(network).parameters()} == {torch.float32}

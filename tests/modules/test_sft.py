@@ -4,10 +4,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lit_alignment.data.collate import collate_packed
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.messages import IGNORE_INDEX
-from lit_alignment.models.loading import Backbone
+from lit_alignment.data.batching.collate import collate_packed
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.modules.sft import neftune_noise
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import chats, encoder, record, sft_data, sft_module, trainer
@@ -156,7 +156,7 @@ def test_tiny_model_overfits_eight_conversations(tmp_path):
     [
         {"label_smoothing": 0.1},
         {"neftune_alpha": 5.0},
-        {"backbone": Backbone("configs/tiny", weights="random", gradient_checkpointing=True)},
+        {"backbone": BackboneConfig("configs/tiny", weights="random", gradient_checkpointing=True)},
     ],
     ids=["smoothing", "neftune", "gradient-checkpointing"],
 )
@@ -170,7 +170,7 @@ def test_training_options_learn_too(tmp_path, settings):
 def test_gradient_checkpointing_does_not_change_gradients(tmp_path):
     plain = run(tmp_path, chats(4), **ONE_BATCH)
     module = sft_module()
-    module.backbone = Backbone("configs/tiny", weights="random", gradient_checkpointing=True)
+    module.backbone = BackboneConfig("configs/tiny", weights="random", gradient_checkpointing=True)
     saved = run(tmp_path, chats(4), module=module, **ONE_BATCH)
     assert module.network.is_gradient_checkpointing and module.network.training
     assert_equal_gradients(plain.gradients[0], saved.gradients[0])
@@ -180,7 +180,7 @@ def test_gradient_checkpointing_does_not_change_gradients(tmp_path):
 def test_compiled_decoder_gives_the_same_gradients(tmp_path):
     plain = run(tmp_path, chats(4), **ONE_BATCH)
     module = sft_module()
-    module.backbone = Backbone("configs/tiny", weights="random", compile=True)
+    module.backbone = BackboneConfig("configs/tiny", weights="random", compile=True)
     compiled = run(tmp_path, chats(4), module=module, **ONE_BATCH)
     assert_equal_gradients(plain.gradients[0], compiled.gradients[0])
 

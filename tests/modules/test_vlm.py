@@ -10,12 +10,12 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from lit_alignment.callbacks.export import Export
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.media import open_image
-from lit_alignment.data.prompts import PromptBatch
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.prompts import PromptBatch
+from lit_alignment.data.multimodal.media import open_image
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import GenerationSettings
-from lit_alignment.models.projectors import ProjectorConfig
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.models.multimodal.projectors import ProjectorConfig
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.tools.export import main as export
 from tests.helpers import (
@@ -162,7 +162,7 @@ def answers(module, data, items, settings):
 @pytest.fixture
 def asked(tmp_path):
     """A module with prompts, some of which have images."""
-    module = vlm_module(generation={"greedy": GenerationSettings(max_new_tokens=6)})
+    module = vlm_module(generation={"greedy": DecodingConfig(max_new_tokens=6)})
     data = vlm_data(module, seen(tmp_path, 6), seen(tmp_path, 6))
     runner = trainer(tmp_path)
     runner.fit(module, data)
@@ -174,7 +174,7 @@ def asked(tmp_path):
 @pytest.mark.parametrize("beams", [1, 3])
 def test_answers_in_a_batch_are_those_of_each_alone(asked, beams):
     module, _, items = asked
-    settings = GenerationSettings(max_new_tokens=6, num_beams=beams, num_return_sequences=beams, logprobs=True)
+    settings = DecodingConfig(max_new_tokens=6, num_beams=beams, num_return_sequences=beams, logprobs=True)
     together = module.respond(items, settings)
     for item, response in zip(items, together, strict=True):
         alone = module.respond([item], settings)[0]
@@ -186,7 +186,7 @@ def test_answers_in_a_batch_are_those_of_each_alone(asked, beams):
 def test_answer_depends_on_the_image(asked, tmp_path):
     module, data, items = asked
     item = next(item for item in items if item.media["image"])
-    settings = GenerationSettings(max_new_tokens=4, logprobs=True)
+    settings = DecodingConfig(max_new_tokens=4, logprobs=True)
     paths = [picture(tmp_path / f"other{i}.png", 1000 + i) for i, _ in enumerate(item.media["image"])]
     other = replace(item, media={"image": paths})
     first, second = (module.respond([each], settings)[0].answers[0] for each in (item, other))
@@ -198,7 +198,7 @@ def test_placeholder_is_never_generated(asked):
     token = module.media["image"].token_id
     with torch.no_grad():  # the model would say nothing else
         module.network.lm_head.weight[token] = 100 * module.network.lm_head.weight.abs().max()
-    settings = GenerationSettings(max_new_tokens=8, skip_special_tokens=False, temperature=1.0)
+    settings = DecodingConfig(max_new_tokens=8, skip_special_tokens=False, temperature=1.0)
     for response in module.respond(items, settings):
         assert "<image>" not in response.answers[0].content
 
@@ -266,12 +266,12 @@ def test_answers_that_depend_on_the_image_alone_are_learned(tmp_path):
         for i, name in enumerate(names)
     ]
     falling = OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=0)  # so that the last steps settle
-    module = vlm_module(generation={"greedy": GenerationSettings(max_new_tokens=8)}, optimizer=falling)
+    module = vlm_module(generation={"greedy": DecodingConfig(max_new_tokens=8)}, optimizer=falling)
     data = vlm_data(module, records, records, encoding=EncodingConfig(max_length=64))
     trainer(tmp_path, max_epochs=150).fit(module, data)
     data.setup("predict")
     items = [data.predict_item(data.examples["predict"][i], i) for i in range(8)]
-    found = [response.answers[0].content for response in module.respond(items, GenerationSettings(max_new_tokens=8))]
+    found = [response.answers[0].content for response in module.respond(items, DecodingConfig(max_new_tokens=8))]
     assert found == names
 
 

@@ -4,7 +4,7 @@ import pytest
 from jsonargparse import Namespace
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.memory import StepMemory
+from lit_alignment.planning.memory import StepMemory
 from lit_alignment.tools.estimate import GIB, Sharding, main, per_device, sharding_of
 
 TINY = "configs/sft/tiny.yaml"

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lit_alignment.data.encode import EncodingConfig
-from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.tools.evaluate import main
 from tests.helpers import chats, command, sft_data, sft_module, trainer, write_jsonl
@@ -40,10 +40,10 @@ def test_text_metrics_of_each_data_set(file, tmp_path, capsys):
 def test_model_metrics_of_what_predict_wrote(tmp_path, capsys):
     """Perplexity under the model that answered, from its own files."""
     from lit_alignment import PredictionWriter
-    from lit_alignment.generation.settings import GenerationSettings
+    from lit_alignment.generation.settings import DecodingConfig
     from tests.callbacks.test_export import Export, ModelCheckpoint
 
-    module = sft_module(generation={"greedy": GenerationSettings(max_new_tokens=5, logprobs=True)})
+    module = sft_module(generation={"greedy": DecodingConfig(max_new_tokens=5, logprobs=True)})
     saver = ModelCheckpoint(tmp_path / "ckpt")
     writer = PredictionWriter(str(tmp_path / "out"))
     run = trainer(tmp_path, callbacks=[saver, Export(), writer], enable_checkpointing=True)

@@ -10,11 +10,12 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_alignment import Export
+from lit_alignment.checkpoints.restore import read_saved, restore
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.models.restoring import read_saved, restore
-from lit_alignment.models.tokens import NewToken, TokensConfig
+from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.tools import export, merge
 from lit_alignment.tools.export import Difference, compare
+from tests.distributed.test_distributed import launch
 from tests.helpers import (
     base_model_folder,
     chats,
@@ -27,7 +28,6 @@ from tests.helpers import (
     write_jsonl,
 )
 from tests.models.test_adapters import ADAPTERS, PROMPTS, WEIGHTS, fit, logits, module_with
-from tests.modules.test_distributed import launch
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_adapter_folder_merges_over_the_base_that_it_names_or_is_given(base, tmp
 
 
 def test_new_tokens_are_merged_by_export_and_their_rows_kept(base, tmp_path, capsys):
-    tokens = TokensConfig(new={"<best>": NewToken("text", "order kitchen")}, pad_vocabulary_to=64)
+    tokens = TokensConfig(new={"<best>": NewTokenConfig("text", "order kitchen")}, pad_vocabulary_to=64)
     module = module_with(base, WEIGHTS["lora"], tokens=tokens)
     last = fit(tmp_path, module)
     export.main([last, "--out", str(tmp_path / "out"), "--dtype", "float32"])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_alignment.data.encode import Encoder, EncodingConfig
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
 from lit_alignment.errors import AlignmentError
-from lit_alignment.generation.settings import GenerationSettings
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.generation.transformers_engine import generate, stop_rule
-from lit_alignment.models.loading import Backbone
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.paths import local_path
 from lit_alignment.tools import fetch
@@ -29,11 +29,11 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_packaged_model_loads_and_answers(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = SFTModule(Backbone(str(folder))).load_model(packing=True)
+    model = SFTModule(BackboneConfig(str(folder))).load_model(packing=True)
     encoder = Encoder(tokenizer, EncodingConfig())
     prompt = encoder.encode_prompt(record("What is the capital of France?")).input_ids
     rule = stop_rule(tokenizer, encoder.end_of_turn())
-    answer = generate(model, tokenizer, [prompt], GenerationSettings(max_new_tokens=24), rule)[0][0]
+    answer = generate(model, tokenizer, [prompt], DecodingConfig(max_new_tokens=24), rule)[0][0]
     assert "Paris" in answer.content and answer.finish_reason == "stop"
 
 
@@ -56,7 +56,7 @@ def test_real_template_gives_exact_spans_and_prompt_ids(folder):
 @pytest.mark.slow
 def test_packed_loss_of_the_real_model_equals_separate_conversations(folder):
     """The unpacked side is transformers' own model and loss."""
-    from lit_alignment.data.collate import collate_packed
+    from lit_alignment.data.batching.collate import collate_packed
     from lit_alignment.models.attention import document_arguments
     from lit_alignment.models.head import head_loss, hidden_states
 
@@ -65,7 +65,7 @@ def test_packed_loss_of_the_real_model_equals_separate_conversations(folder):
         encoder.encode(record("Hi", "Hello there.")),
         encoder.encode(record("1 + 1?", "It is 2.", "Yes?", "No.")),
     ]
-    model = SFTModule(Backbone(str(folder))).load_model(packing=True).eval()
+    model = SFTModule(BackboneConfig(str(folder))).load_model(packing=True).eval()
     batch = collate_packed(examples)
     arguments = document_arguments(model.config._attn_implementation, batch.document_lengths, torch.device("cpu"))
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from lit_alignment.errors import ConfigError, RecordError
-from lit_alignment.models.retriever import load_retriever
+from lit_alignment.models.dual_encoder import load_retriever
 from lit_alignment.retrieval.index import PassageIndex
 from lit_alignment.tools import index
 from tests.helpers import RETRIEVER, ROOT, base_model_folder, chats, command, write_jsonl

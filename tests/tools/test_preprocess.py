@@ -11,12 +11,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
-from lit_alignment.data.feature_cache import FeatureCache, ShardWriter, read_index, shards_of, written_names
+from lit_alignment.data.multimodal.feature_cache import FeatureCache, ShardWriter, read_index, shards_of, written_names
 from lit_alignment.errors import ConfigError
-from lit_alignment.models import modality
-from lit_alignment.models.modality import MediaShape, Modality
-from lit_alignment.models.vision import EncoderConfig
-from lit_alignment.modules.media import cache_index
+from lit_alignment.models.multimodal import modality
+from lit_alignment.models.multimodal.modality import MediaShape, ModalityConfig
+from lit_alignment.models.multimodal.reading import cache_index
+from lit_alignment.models.multimodal.vision import EncoderConfig
 from lit_alignment.tools.preprocess import main
 from tests.helpers import (
     IMAGE,
@@ -164,7 +164,7 @@ def test_an_encoder_alone_needs_no_configuration(config, tmp_path):
     out = tmp_path / "cache"
     main(["--encoder", str(tmp_path / "clip"), "--files", str(tmp_path / "pictures"), "--out", str(out)])
     assert len(written_names(out)) == 7
-    wanted = Modality([EncoderConfig(str(tmp_path / "clip"))])
+    wanted = ModalityConfig([EncoderConfig(str(tmp_path / "clip"))])
     assert len(FeatureCache(out, cache_index(MediaShape("image", wanted)))) == 7
 
 

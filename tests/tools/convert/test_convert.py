@@ -10,7 +10,7 @@ import yaml
 
 from lit_alignment.cli import _guarded
 from lit_alignment.errors import ConfigError
-from lit_alignment.metrics.answers import build_metric
+from lit_alignment.evaluation.answers import build_metric
 from lit_alignment.tools.convert import (
     chat,
     classification,

@@ -3,10 +3,10 @@
 import pytest
 
 from lit_alignment import SFTDataModule
-from lit_alignment.data.encode import EncodingConfig, Example
-from lit_alignment.data.messages import read_record
-from lit_alignment.data.records import Source
-from lit_alignment.data.templates import TemplateConfig
+from lit_alignment.data.encoding.encoder import EncodingConfig, Example
+from lit_alignment.data.encoding.messages import read_record
+from lit_alignment.data.encoding.templates import TemplateConfig
+from lit_alignment.data.sources.records import SourceConfig
 from tests.helpers import encoder, table, write_jsonl
 
 TEMPLATE = TemplateConfig(
@@ -71,7 +71,7 @@ def test_the_data_module_trains_what_was_trained_there(tokenizer, tmp_path):
         {"role": "bot", "content": "billing", "disable_loss": False},
     ]
     path = write_jsonl(tmp_path / "old.jsonl", [{"id": 7, "messages": messages, "source": "a", "label": None}])
-    data = SFTDataModule(tokenizer, train=[Source(path)], encoding=EncodingConfig(TEMPLATE), packing=False)
+    data = SFTDataModule(tokenizer, train=[SourceConfig(path)], encoding=EncodingConfig(TEMPLATE), packing=False)
     data.setup("fit")
     row = data.examples["train"][0]
     assert table(tokenizer, Example(row["input_ids"], row["labels"], row["weights"])) == (

@@ -1,0 +1,1 @@
+"""Fixed records, answered or scored at each validation, in one report."""

@@ -1,0 +1,71 @@
+"""Find the newest checkpoint of a run that can be read."""
+
+import zipfile
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from lit_alignment.checkpoints.restore import is_deepspeed
+from lit_alignment.checkpoints.sharded import is_sharded, read_rest
+from lit_alignment.errors import CheckpointError
+
+SUFFIX = "*.ckpt"
+
+
+def newest_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest readable checkpoint where this run, or an earlier one of the same name, keeps them; None without any.
+
+    Damaged ones are passed over, which is said.
+
+    Args:
+        trainer: Its callbacks and loggers say where.
+    """
+    # A link can point to nothing: the run was killed between a removal and the next link.
+    found = [path for folder in folders(trainer) for path in folder.glob(SUFFIX) if path.exists()]
+    for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):
+        try:
+            check(path)
+        except (CheckpointError, OSError) as error:
+            print(f"warning: passed over: {error}", flush=True)
+        else:
+            return path
+    return None
+
+
+def folders(trainer: Trainer) -> list[Path]:
+    """Where checkpoints of this run and of earlier ones stand."""
+    given = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    if given:
+        return [Path(folder) for folder in given]
+    places = [Path(logger.save_dir) / str(logger.name) for logger in trainer.loggers if logger.save_dir]
+    runs = [run for place in places for run in sorted(place.glob("*")) if (run / "checkpoints").is_dir()]
+    return [run / "checkpoints" for run in runs] or [Path(trainer.default_root_dir) / "checkpoints"]
+
+
+def check(path: Path) -> None:
+    """See that a checkpoint has its checksums, or all of its shards.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    if not is_sharded(path):
+        if is_deepspeed(path):  # appears under its name when it is whole
+            return
+        if path.is_dir():
+            raise CheckpointError(f"{path}: no whole checkpoint: the run ended while it was written.")
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums that it writes
+                broken = archive.testzip()
+        except zipfile.BadZipFile as error:
+            raise CheckpointError(f"{path}: cannot read the checkpoint ({error}).") from error
+        if broken is not None:
+            raise CheckpointError(f"{path}: cannot read the checkpoint (wrong checksum of {broken}).")
+        return
+    read_rest(path)
+    for place in FileSystemReader(path).read_metadata().storage_data.values():
+        shard = path / place.relative_path
+        size = shard.stat().st_size if shard.is_file() else 0
+        if size < place.offset + place.length:
+            raise CheckpointError(f"{shard}: has {size} bytes, and {place.offset + place.length} are needed.")

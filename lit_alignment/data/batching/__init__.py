@@ -1,0 +1,1 @@
+"""From examples to batches that know the weight of their optimizer step."""

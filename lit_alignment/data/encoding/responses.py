@@ -1,0 +1,115 @@
+"""Several responses to one prompt, and responses made of steps, as token ids."""
+
+from bisect import bisect_left
+from collections.abc import Callable
+from itertools import accumulate
+from typing import TypeVar
+
+from lit_alignment.data.encoding.encoder import Dropped, Encoder, Example
+from lit_alignment.data.encoding.messages import Message, Record
+from lit_alignment.data.encoding.truncation import shorten_messages
+from lit_alignment.errors import ConfigError, TemplateError
+
+Encoded = TypeVar("Encoded")
+
+
+class ResponseEncoder(Encoder):
+    """Encodes prompts with their responses."""
+
+    def encode_responses(
+        self, record: Record, responses: list[Message], system_prompt: str | None = None, allow_empty: bool = False
+    ) -> list[Example]:
+        """Examples of several responses to one prompt, which begin with the same prompt ids and train their response.
+
+        The prompt is shortened once, by whole messages, so that the longest response fits behind it. Under
+        `keep_start` a record that is too long is dropped: without its last message the prompt would be another
+        question.
+
+        Args:
+            record: The conversation up to the responses.
+            responses: What could follow.
+            system_prompt: Replaces the system message.
+            allow_empty: Also take a response without text, which can be scored, though nothing is learned from it.
+
+        Raises:
+            Dropped: With the reason, if a response is empty or nothing of the prompt would be left.
+            RecordError: If it is too long and the policy says `error`.
+        """
+        if not allow_empty and not all(
+            message["content"].strip() or message.get("tool_calls") for message in responses
+        ):
+            raise Dropped("empty_response")
+        trained = [{**message, "train": True} for message in responses]
+
+        def encode(prompt: list[Message]) -> list[Example]:
+            return [self._encode_messages([*prompt, response], record.tools) for response in trained]
+
+        def longest(examples: list[Example]) -> int:
+            return max(len(example.input_ids) for example in examples)
+
+        examples = self._behind_prompt(record, system_prompt, encode, longest)
+        if not allow_empty and any(example.num_trained == 0 for example in examples):
+            raise Dropped("no_trained_token")
+        return examples
+
+    def encode_steps(
+        self, record: Record, steps: list[str], separator: str, system_prompt: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a response made of steps, and the places where each step's separator ends.
+
+        Args:
+            record: The conversation up to the response.
+            steps: Texts of the steps.
+            separator: What closes each step, the last one too.
+            system_prompt: Replaces the system message.
+
+        Raises:
+            Dropped: With the reason, if a step is empty or nothing of the prompt would be left.
+            ConfigError: If the template changes the response, so that its separators cannot be found.
+            RecordError: If it is too long and the policy says `error`.
+        """
+        if not steps or not all(step.strip() for step in steps):
+            raise Dropped("empty_response")
+        content = "".join(step + separator for step in steps)
+        response: Message = {"role": "assistant", "content": content, "train": True}
+        ends = list(accumulate(len(step) + len(separator) for step in steps))
+
+        def encode(prompt: list[Message]) -> tuple[list[int], list[int]]:
+            text, turns = self.template.turns([*prompt, response], record.tools, [len(prompt)])
+            start = text.find(content, turns[len(prompt)].start)
+            if start < 0:
+                raise ConfigError(
+                    f"data.step_separator {separator!r}: the template changes it at the end of a response. "
+                    "Use one that is not white space, such as a token of model.tokens.new."
+                )
+            stops = [start + end for end in ends]
+            ids, offsets = self._tokenize(text, [start, *stops])
+            begins = [begin for begin, _ in offsets]
+            return ids, [bisect_left(begins, stop) - 1 for stop in stops]
+
+        return self._behind_prompt(record, system_prompt, encode, lambda found: len(found[0]))
+
+    def _behind_prompt(
+        self,
+        record: Record,
+        system_prompt: str | None,
+        encode: Callable[[list[Message]], Encoded],
+        length: Callable[[Encoded], int],
+    ) -> Encoded:
+        """What `encode` makes of the prompt, or of the longest end of it behind which the responses fit."""
+        prompt = [{**message, "train": False} for message in self._with_system_prompt(record.messages, system_prompt)]
+        try:
+            encoded = encode(prompt)
+            if length(encoded) > self.config.max_length:
+                shorter = shorten_messages(
+                    prompt,
+                    self._policy(record, length(encoded)),
+                    fits=lambda candidate: length(encode(candidate)) <= self.config.max_length,
+                    ends=lambda message: message is prompt[-1],
+                )
+                if shorter is None:
+                    raise Dropped("too_long")
+                encoded = encode(shorter)
+        except TemplateError as error:
+            raise Dropped("template_error", f"{record.where}: {error}") from error
+        return encoded

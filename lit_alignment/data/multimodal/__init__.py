@@ -1,0 +1,1 @@
+"""Files of images and sounds, and their cached features."""

@@ -1,0 +1,1 @@
+"""Records from files and data sets: read, choose, mix, cache, report."""

@@ -1,0 +1,1 @@
+"""Strategies: FSDP2, DeepSpeed, sequence and tensor parallelism."""

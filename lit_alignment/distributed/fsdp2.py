@@ -1,0 +1,239 @@
+"""Fully sharded training: FSDP2 under Lightning's ModelParallelStrategy, with checkpoints of what was trained."""
+
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import ProcessGroup, new_group
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lit_alignment.checkpoints.background import Queued, SaveQueue
+from lit_alignment.checkpoints.restore import refuse_missing, trained_names
+from lit_alignment.checkpoints.sharded import (
+    OPTIMIZER,
+    by_name,
+    by_number,
+    cannot_save,
+    found_path,
+    full,
+    is_sharded,
+    new_partial,
+    on_first,
+    put_in_place,
+    read_into,
+    read_rest,
+    split_checkpoint,
+    stored_names,
+)
+from lit_alignment.distributed.sharding import Cast, shard_layers
+from lit_alignment.distributed.tensor_parallel import split_layers
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.models.collectives import SequenceGroup
+
+
+class FSDP2Strategy(ModelParallelStrategy, Queued):
+    """Shard weights, gradients and optimiser state over all devices, each decoder layer on its own.
+
+    Under `precision: bf16-mixed` weights are gathered in bfloat16, and gradients are summed in float32. Checkpoints
+    hold what was trained, in shards or whole, and resume on any number of devices.
+
+    Args:
+        save_distributed_checkpoint: Each process writes its shards into a folder; false gathers them into one file.
+        cpu_offload: Keep shards, and run the optimiser, in the memory of the host.
+        sequence_parallel_size: Neighbouring processes that share each packed row, for rows that are too long for one.
+        tensor_parallel_size: Neighbouring processes that share each decoder layer's matrices.
+        async_save: Write checkpoints in a thread while training goes on; each process holds a copy of its shards.
+        process_group_backend: By default NCCL on GPUs, gloo on CPUs.
+        timeout: How long a process waits for the others.
+
+    Source: Zhao et al. 2023, PyTorch FSDP (arXiv:2304.11277).
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = True,
+        cpu_offload: bool = False,
+        sequence_parallel_size: int = 1,
+        tensor_parallel_size: int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        async_save: bool = False,
+    ) -> None:
+        """Nothing is started yet."""
+        super().__init__("auto", tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
+        self.cpu_offload = cpu_offload
+        self.sequence_parallel_size, self.tensor_parallel_size = sequence_parallel_size, tensor_parallel_size
+        self.sequence: SequenceGroup | None = None  # the ranks that share this one's rows
+        self.saves = SaveQueue(async_save)
+        self._group: ProcessGroup | None = None  # of the thread that saves
+        # The queue copies to the host itself.
+        self._copy_state = not (async_save and save_distributed_checkpoint)
+
+    @override
+    def _setup_distributed(self) -> None:
+        super()._setup_distributed()
+        sequence, tensor = self.sequence_parallel_size, self.tensor_parallel_size
+        if sequence > 1 and tensor > 1:
+            raise ConfigError("trainer.strategy: sequence_parallel_size and tensor_parallel_size: raise one of them.")
+        for name, size in (("sequence", sequence), ("tensor", tensor)):
+            if self.world_size % size:
+                raise ConfigError(
+                    f"trainer.strategy.{name}_parallel_size is {size}, by which {self.world_size} processes cannot be "
+                    "divided. Use a divisor."
+                )
+        self._data_parallel_size = self.world_size // tensor
+        if sequence > 1:
+            group, _ = dist.new_subgroups(sequence)  # type: ignore[no-untyped-call]
+            self.sequence = SequenceGroup(group, self.global_rank % sequence, sequence)
+        if self.saves.background and self._group is None:
+            self._group = new_group(backend="gloo", timeout=self._timeout)
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks that share rows or matrices have the same batches."""
+        size = self.sequence_parallel_size * self.tensor_parallel_size
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
+
+    # Sharding.
+
+    def shard(self, module: nn.Module, layered: bool = False, cast: Cast | None = None) -> None:
+        """Shard a module as one group, or a language model layer by layer, changing its precision on the way."""
+        half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision_plugin.precision))
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+        options: dict[str, Any] = {
+            "mesh": self.device_mesh["data_parallel"],
+            "mp_policy": policy,
+            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+        }
+        if self.tensor_parallel_size > 1:
+            split_layers(module, self.device_mesh["tensor_parallel"])
+        if layered:
+            shard_layers(module, cast, **options)
+        else:
+            fully_shard(module, **options)
+
+    # Checkpoints.
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint, whole or not at all.
+
+        Raises:
+            CheckpointError: If the disk is full or the folder cannot be written; what was there before stays.
+        """
+        path = Path(self.broadcast(filepath))
+        write = self._write_shards if self._save_distributed_checkpoint else self._write_whole
+        self.saves.save(checkpoint, path, partial(write, path))
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        """Remove a checkpoint once those that were saved before are whole."""
+        if self.is_global_zero:
+            self.saves.remove(Path(filepath), partial(self.checkpoint_io.remove_checkpoint, filepath))
+
+    def _write_whole(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        on_first(path, partial(self.checkpoint_io.save_checkpoint, checkpoint, path), self._group)
+
+    def _write_shards(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        folder = new_partial(path, self._group)
+        shards, rest = split_checkpoint(checkpoint)
+        try:
+            # A thread begins on the first GPU, whatever its process uses.
+            with torch.cuda.device(self.root_device) if self.root_device.type == "cuda" else nullcontext():
+                save(shards, checkpoint_id=folder, process_group=self._group)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise CheckpointError(cannot_save(path, error)) from error
+        on_first(path, partial(put_in_place, folder, path, rest), self._group)
+
+    @override
+    def teardown(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            CheckpointError: If it could not be written; what was there before stays.
+        """
+        try:
+            self.saves.close()
+        finally:
+            super().teardown()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of what was trained, which any number of processes has written, in shards or whole.
+
+        Raises:
+            CheckpointError: If it is damaged or lacks a trained weight.
+        """
+        self.saves.wait()
+        path = found_path(Path(self.broadcast(checkpoint_path)))
+        assert self.lightning_module is not None and self.model is not None
+        names = trained_names(self.lightning_module)
+        own = {name: value for name, value in get_model_state_dict(self.model).items() if name in names}
+        whole = None if is_sharded(path) else dict(self.checkpoint_io.load_checkpoint(path))
+        found = set(whole["state_dict"]) if whole is not None else stored_names(path)
+        refuse_missing(names, found, "Check model.peft and model.backbone.")
+        if whole is None:
+            read_into(path, {"state_dict": own})
+            self.model.load_state_dict(own, strict=False)
+        else:
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            given = {name: whole["state_dict"][name] for name in sorted(names)}  # all processes in one order
+            set_model_state_dict(self.model, given, options=options)
+        for number, optimizer in enumerate(self.optimizers):  # none, but in fit
+            state = get_optimizer_state_dict(self.model, optimizer)
+            if whole is None:
+                kept = {f"{OPTIMIZER}{number}": state}
+                read_into(path, kept)
+                state = kept[f"{OPTIMIZER}{number}"]
+            else:
+                state = by_name(whole["optimizer_states"][number], state["param_groups"])  # type: ignore[arg-type]
+            options = StateDictOptions(full_state_dict=whole is not None)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
+        return (read_rest(path) if whole is None else whole) | {"state_dict": own}
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What was trained; whole, on the first process alone, if it goes into one file."""
+        self.saves.wait()  # so that one copy at most is in memory
+        assert self.lightning_module is not None and self.model is not None
+        names = trained_names(self.lightning_module)
+        sharded = get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=self._copy_state))
+        chosen = {name: value for name, value in sharded.items() if name in names}
+        if self._save_distributed_checkpoint:
+            return chosen
+        gathered = {name: full(value) for name, value in chosen.items()}
+        return gathered if self.is_global_zero else {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimiser's state by names in shards, or as torch has it, on the first process alone."""
+        assert self.model is not None
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        whole = not self._save_distributed_checkpoint
+        options = StateDictOptions(full_state_dict=whole, cpu_offload=self._copy_state)
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, inner, options=options)
+        if self._save_distributed_checkpoint:
+            return state
+        return by_number(state) if self.is_global_zero else {}

@@ -1,0 +1,233 @@
+"""What models say about answers: log-probabilities, rewards, and the use of documents.
+
+N answer tokens, V vocabulary
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_alignment.data.batching.collate import collate_padded
+from lit_alignment.data.encoding.encoder import Dropped, Encoder, Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, TEMPLATE_KEYS, Message, Record, value_kind
+from lit_alignment.data.passages import format_passage, read_passage
+from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.evaluation.answers import Answered
+from lit_alignment.models.head import hidden_states, token_logps
+from lit_alignment.paths import local_path
+
+NO_LIMIT = 1 << 30
+
+
+@dataclass
+class AnsweredPrompt:
+    """A prompt, its answers, and what a predictions line says of them.
+
+    Args:
+        messages: The conversation up to the answer.
+        answers: Texts.
+        finished: Whether each answer ended by itself, so that its end-of-turn token is one of its tokens.
+        reference: What was wanted.
+        num_tokens: Tokens of each answer, if known.
+        documents: Retrieved texts.
+    """
+
+    messages: list[Message]
+    answers: list[str]
+    finished: list[bool]
+    reference: str | None = None
+    num_tokens: list[int] | None = None
+    documents: Sequence[str] = ()
+
+
+class Scorer:
+    """Adds to answers what the asked metrics need of models.
+
+    Args:
+        metrics: Names of metrics.
+        encoder: How conversations become ids, as in training.
+        network: The model; needed by perplexity, kl and retrieval_utility.
+        base: The model before training; None uses `network` with its adapters switched off.
+        reward: Folder of a sequence classifier with one label.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        encoder: Encoder | None = None,
+        network: nn.Module | None = None,
+        base: nn.Module | None = None,
+        reward: str | None = None,
+    ) -> None:
+        """Check that each metric has what it needs."""
+        self.metrics, self.network, self.base = set(metrics), network, base
+        if self.metrics & {"perplexity", "kl", "retrieval_utility"} and (network is None or encoder is None):
+            raise ConfigError("perplexity, kl and retrieval_utility need a model: give --model.")
+        if "kl" in self.metrics and base is None and not isinstance(network, PeftModel):
+            raise ConfigError("kl needs the base model: give --base, or a model with adapters.")
+        if "reward" in self.metrics and reward is None:
+            raise ConfigError("reward needs a reward model: give --reward, or CherryPicks' reward_model.")
+        if encoder is not None:
+            # A prompt's messages are what was asked: its system message is the one that stood there then.
+            config = replace(
+                encoder.config,
+                loss_on="last_assistant",
+                max_length=NO_LIMIT,
+                random_cut=False,
+                end_of_turn="turn",
+                ignore_system_prompt=False,
+            )
+            self.encoders = {
+                True: Encoder(encoder.tokenizer, config),
+                False: Encoder(encoder.tokenizer, replace(config, end_of_turn="none")),
+            }
+        self.reward = RewardScorer(reward) if "reward" in self.metrics and reward is not None else None
+
+    def score(self, prompts: Sequence[AnsweredPrompt]) -> list[Answered]:
+        """What the metrics need, for each prompt; all answers go through a model together, in batches."""
+        found = [Answered(prompt.answers, prompt.reference, prompt.num_tokens) for prompt in prompts]
+        if self.network is not None and self.metrics & {"perplexity", "kl"}:
+            for item, ours in zip(found, self._logps(self.network, prompts), strict=True):
+                item.logps = ours
+        if self.network is not None and "kl" in self.metrics:
+            with _without_adapters(self.network) if self.base is None else nullcontext():
+                for item, theirs in zip(found, self._logps(self.base or self.network, prompts), strict=True):
+                    item.base_logps = theirs
+        for item, prompt in zip(found, prompts, strict=True):
+            if self.reward is not None:
+                conversations = [[*prompt.messages, {"role": "assistant", "content": text}] for text in prompt.answers]
+                item.rewards = [self.reward(conversation) for conversation in conversations]
+            if "retrieval_utility" in self.metrics and prompt.documents:
+                item.document_utilities = self._utilities(prompt)
+        return found
+
+    def _logps(self, network: nn.Module, prompts: Sequence[AnsweredPrompt]) -> list[list[list[float]]]:
+        """Log-probability of each token of each answer of each prompt; none for an answer without tokens."""
+        encoded = [
+            self._encoded(prompt.messages, text, done)
+            for prompt in prompts
+            for text, done in zip(prompt.answers, prompt.finished, strict=True)
+        ]
+        flat = iter(answer_logps(network, encoded))
+        return [[next(flat) for _ in prompt.answers] for prompt in prompts]
+
+    def _encoded(self, messages: list[Message], text: str, finished: bool) -> tuple[list[int], list[int]]:
+        # What earlier messages say of the loss is about training; here the answer alone counts.
+        asked: list[Message] = [{k: m[k] for k in TEMPLATE_KEYS if k in m} | {"train": False} for m in messages]
+        answer = {"role": "assistant", "content": text, "train": True}
+        try:
+            example = self.encoders[finished].encode(Record("", [*asked, answer], "answer"))
+        except Dropped:
+            return [], []
+        return example.input_ids, example.labels
+
+    def _utilities(self, prompt: AnsweredPrompt) -> list[list[float]]:
+        """For each answer: CE without documents minus CE with each of them, and with all, in nats a token."""
+        questions = [i for i, message in enumerate(prompt.messages) if message["role"] == "user"]
+        if not questions or self.network is None:
+            return []
+        contexts = ["", *prompt.documents, "\n\n".join(prompt.documents)]
+        asked = []
+        for context in contexts:
+            messages = list(prompt.messages)
+            question = messages[questions[-1]]
+            if context:
+                messages[questions[-1]] = {**question, "content": f"{context}\n\n{question['content']}"}
+            asked.append(replace(prompt, messages=messages))
+        by_answer = zip(*self._logps(self.network, asked), strict=True)  # each in all contexts
+        rows = [[-sum(logps) / len(logps) for logps in contexts] for contexts in by_answer if all(contexts)]
+        return [[plain - entropy for entropy in others] for plain, *others in rows]
+
+
+def read_documents(value: Any, where: str) -> list[str]:
+    """The texts of a prompt's documents, with their titles above; none if the field is missing.
+
+    Args:
+        value: What the record has in `documents`: texts, or `{title?, text}` as `predict` writes them.
+        where: The record's place, for the message.
+
+    Raises:
+        RecordError: If it is no list of passages.
+    """
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise RecordError(where, "documents", f"is {value_kind(value)}", 'Write ["first document", "second document"].')
+    passages = [read_passage(each, f"{where}: documents", place) for place, each in enumerate(value)]
+    return [format_passage("{title}\n{text}", passage.title, passage.text) for passage in passages]
+
+
+@torch.no_grad()
+def answer_logps(
+    network: nn.Module, encoded: Sequence[tuple[list[int], list[int]]], batch_size: int = 8
+) -> list[list[float]]:
+    """Log-probabilities of labelled tokens, one list a sequence; rows are padded on the right, which changes nothing.
+
+    Args:
+        network: A causal language model.
+        encoded: Token ids and labels of each sequence; labels are IGNORE_INDEX where nothing is asked.
+        batch_size: Sequences in a forward pass.
+    """
+    training = network.training
+    network.eval()
+    device = next(network.parameters()).device
+    order = sorted((i for i, (ids, _) in enumerate(encoded) if ids), key=lambda i: -len(encoded[i][0]))
+    found: list[list[float]] = [[] for _ in encoded]
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = collate_padded([Example(*encoded[i], weights=[1.0] * len(encoded[i][0])) for i in part], pad_token_id=0)
+        labels = batch.labels[:, 1:].to(device)
+        # No mask: the padding stands on the right, where causal attention does not look.
+        hidden = hidden_states(network, input_ids=batch.input_ids.to(device))[:, :-1]
+        asked = labels != IGNORE_INDEX
+        logps = token_logps(network, hidden[asked], labels[asked])
+        pieces = torch.split(logps, asked.sum(1).tolist())
+        for i, piece in zip(part, pieces, strict=True):
+            found[i] = piece.tolist()
+    network.train(training)
+    return found
+
+
+def _without_adapters(network: nn.Module) -> AbstractContextManager[Any]:
+    if not isinstance(network, PeftModel):
+        raise ConfigError("kl needs the base model: give --base, or a model with adapters.")
+    switched_off: AbstractContextManager[Any] = network.disable_adapter()
+    return switched_off
+
+
+class RewardScorer:
+    """Raw scores of conversations from a sequence classifier with one label.
+
+    Args:
+        path: Its folder, or a name on the hub.
+
+    Raises:
+        ConfigError: If it cannot be loaded, has no chat template, or has not one label.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Load it."""
+        folder = local_path(path)
+        try:
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            self.model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot load this reward model ({str(error).splitlines()[0]}).") from error
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(f"{path}: this reward model has no chat template. Save one with its tokenizer.")
+        if self.model.config.num_labels != 1:
+            raise ConfigError(f"{path}: a reward model has one label, this one {self.model.config.num_labels}.")
+
+    @torch.no_grad()
+    def __call__(self, messages: list[Message]) -> float:
+        """The score of a conversation, alone in its batch, so that no padding is involved."""
+        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+        ids = self.tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+        tensor = torch.tensor([ids])
+        return float(self.model(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits[0, 0])

@@ -1,0 +1,1 @@
+"""Encoders and projectors: images and sounds as embeddings of a language model."""

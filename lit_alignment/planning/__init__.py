@@ -1,0 +1,1 @@
+"""Memory, bytes and time on paper, before a launch."""

@@ -1,0 +1,273 @@
+"""Memory of a training step, from a simulated one: tensors with shapes and no data.
+
+B rows, T tokens, N trained positions
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, PromptTuningInit
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedTokenizerBase
+
+from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning
+from lit_alignment.models.attention import Attention, document_arguments
+from lit_alignment.models.head import base_model, head_loss, hidden_states, scores_at
+from lit_alignment.models.loading import BackboneConfig, HeadConfig, load_network
+from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
+
+# Bytes a weight; nf4 has 4 bits and, with double quantisation, 0.127 bits of scales (arXiv:2305.14314, section 3).
+QUANTISED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One micro-batch.
+
+    Args:
+        document_lengths: Lengths of the documents of a packed row; empty for a padded batch.
+        rows: Rows of a padded batch.
+        width: Tokens of a padded row.
+        trained: Share of the tokens that the loss applies to.
+        autocast: Precision of the computation, where it is not that of the weights.
+    """
+
+    document_lengths: list[int]
+    rows: int = 1
+    width: int = 0
+    trained: float = 1.0
+    autocast: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a training step holds at its peak, by part.
+
+    Args:
+        parameters: Number of parameters.
+        trainable: Number of trainable parameters.
+        weights: Weights and buffers.
+        gradients: Gradients; Lightning keeps those of the last step through the forward pass.
+        optimizer: The two moments of AdamW.
+        activations: What the forward pass keeps for the backward pass, up to the last hidden states.
+        loss: What the loss adds: chunks of logits, and the gradients that it makes at once.
+        temporary: What the backward pass needs beyond these, if its peak is the higher one.
+        largest_layer: Weights of the largest decoder layer, which sharding gathers.
+        outside_layers: Weights outside of the decoder layers, which sharding keeps gathered.
+    """
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    temporary: int
+    largest_layer: int
+    outside_layers: int
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak on one device that holds everything."""
+        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.loss, self.temporary)
+        return sum(parts)
+
+
+class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that exist, and the most there were."""
+
+    def __init__(self) -> None:
+        """Nothing is seen yet."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.current = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.see, out)
+        return out
+
+    def see(self, tensor: Tensor) -> None:
+        """Count a tensor's storage until it is freed."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(key)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.current -= size
+
+    @contextmanager
+    def highest(self) -> Iterator[list[int]]:
+        """The highest level inside the block, as the one element of the list after it."""
+        found: list[int] = []
+        before, self.peak = self.peak, self.current
+        yield found
+        found.append(self.peak)
+        self.peak = max(before, self.peak)
+
+
+def step_memory(
+    backbone: BackboneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    workload: Workload,
+    *,
+    head: HeadConfig | None = None,
+    tokens: TokensConfig,
+    added: dict[str, int],
+    peft: PeftConfig | None,
+    adapter: AdapterConfig | None,
+    dtype: torch.dtype | None = None,
+    device_type: str = "cpu",
+) -> StepMemory:
+    """Memory of the second training step, when gradients and optimiser states exist.
+
+    Args:
+        backbone: The model; only its configuration is read.
+        tokenizer: Its tokenizer.
+        workload: The micro-batch.
+        head: What scores, if it is no language model.
+        tokens: New tokens.
+        added: Ids of new tokens.
+        peft: New adapters.
+        adapter: An existing adapter, whose configuration stands for its weights.
+        dtype: Precision of all weights, where the Trainer's precision sets it.
+        device_type: Where it is to run, which decides what `auto` settings mean.
+    """
+    if adapter is not None:
+        peft = PeftConfig.from_pretrained(adapter.path)
+    attention: Attention = "eager" if backbone.attention == "eager" else "sdpa"  # all others keep as little
+    with torch.device("meta"):
+        network = load_network(
+            replace(backbone, weights="random", attention=attention, quantization="none", liger=False, compile=False),
+            tokenizer,
+            head=head,
+            tokens=replace(tokens, new={token: NewTokenConfig() for token in tokens.new}),
+            added=added,
+            peft=None if peft is None else _without_data(peft),
+            packing=bool(workload.document_lengths),
+            device_type=device_type,
+        )
+    if dtype is not None:
+        network.to(dtype)
+    if isinstance(network, PeftModel) and is_prompt_learning(network):  # indices that are no buffer
+        network.prompt_tokens = {name: torch.arange(len(t)) for name, t in network.prompt_tokens.items()}
+    # Kernels are chosen by device: on `meta` attention would be the one that stores its matrix.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network.to_empty(device="cpu")
+        base_model(network).tie_weights()
+        memory = _simulate(network, workload)
+    return memory if backbone.quantization == "none" else _quantised(memory, network, backbone)
+
+
+def _without_data(peft: PeftConfig) -> PeftConfig:
+    """The same adapters with a start that needs no weights or texts."""
+    changed = peft.to_dict()
+    if isinstance(peft, LoraConfig):
+        changed["init_lora_weights"] = True
+    if isinstance(peft, PromptTuningConfig):
+        changed["prompt_tuning_init"] = PromptTuningInit.RANDOM
+    return PeftConfig.from_peft_type(**changed)
+
+
+def _simulate(network: nn.Module, workload: Workload) -> StepMemory:
+    memory = LiveMemory()
+    parameters = list(network.parameters())
+    for tensor in [*parameters, *network.buffers()]:
+        memory.see(tensor)
+    weights = memory.current
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    for parameter in parameters:  # of the step before
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        if parameter.grad is not None:
+            memory.see(parameter.grad)
+    with memory:
+        with memory.highest() as forward_peak:
+            loss, activations, logits = _forward(network, workload, memory)
+        network.zero_grad()
+        with memory.highest() as backward_peak:
+            _backward(loss)
+        del loss
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in _layers(network)]
+    return StepMemory(
+        parameters=sum(p.numel() for p in parameters),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        weights=weights,
+        gradients=gradients,
+        optimizer=2 * gradients,
+        activations=activations - weights - gradients,
+        loss=logits,
+        temporary=max(0, max(forward_peak[0], backward_peak[0]) - activations - logits),
+        largest_layer=max(layers),
+        outside_layers=weights - sum(layers),
+    )
+
+
+def _quantised(memory: StepMemory, network: nn.Module, backbone: BackboneConfig) -> StepMemory:
+    """The same with the frozen linear weights of the decoder layers held in 4 or 8 bits."""
+    layers = _layers(network)
+    frozen = [
+        module.weight
+        for layer in layers
+        for module in layer.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+    ]
+    saved = sum(weight.numel() * (weight.element_size() - QUANTISED_BYTES[backbone.quantization]) for weight in frozen)
+    layer = memory.largest_layer - int(saved / len(layers))
+    return replace(memory, weights=memory.weights - int(saved), largest_layer=layer)
+
+
+def _layers(network: nn.Module) -> list[nn.Module]:
+    return list(base_model(network).get_decoder().layers)
+
+
+def _forward(network: nn.Module, workload: Workload, memory: LiveMemory) -> tuple[Tensor, int, int]:
+    """Loss of a micro-batch, bytes that exist before the loss, and the most that the loss adds."""
+    inputs = _inputs(network, workload)
+    num_trained = max(1, math.floor(workload.trained * inputs["input_ids"].numel()))
+    context = nullcontext() if workload.autocast is None else torch.autocast("cpu", workload.autocast)
+    with context:
+        if base_model(network).get_output_embeddings() is None:
+            scores = scores_at(network, torch.zeros(num_trained, dtype=torch.long), **inputs)
+            return scores.sum(), memory.current, 0
+        hidden = hidden_states(network, **inputs)
+        trained = hidden.flatten(0, 1)[:num_trained].clone()
+        before = memory.current
+        targets, ones = torch.zeros(num_trained, dtype=torch.long), torch.ones(num_trained)
+        with memory.highest() as peak:
+            loss, _ = head_loss(network, trained, targets, ones)
+    return loss, before, peak[0] - before
+
+
+def _backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _inputs(network: nn.Module, workload: Workload) -> dict[str, Any]:
+    lengths = workload.document_lengths
+    if lengths:
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        arguments = document_arguments(base_model(network).config._attn_implementation, lengths, positions.device)
+        return {"input_ids": torch.zeros(1, sum(lengths), dtype=torch.long), "position_ids": positions, **arguments}
+    shape = (workload.rows, workload.width)
+    inputs = {"input_ids": torch.zeros(shape, dtype=torch.long), "attention_mask": torch.ones(shape, dtype=torch.long)}
+    if not is_prompt_learning(network):
+        inputs["position_ids"] = torch.arange(workload.width).expand(shape)
+    return inputs

@@ -1,1 +1,0 @@
-"""Trained models behind vLLM: the predict loop and the server."""

@@ -1,1 +1,0 @@
-"""Strategies of our own, and checkpoints in shards."""

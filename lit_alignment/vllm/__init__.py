@@ -1,0 +1,1 @@
+"""The vLLM engine, offline predict with it, and its server."""

@@ -1,0 +1,189 @@
+import csv
+import json
+import math
+import shutil
+import subprocess
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from lit_alignment import CherryPicks, Throughput
+from lit_alignment.callbacks.samples.html import CherryPick, curve_svg, render_report
+from lit_alignment.callbacks.samples.loggers import log_table, markdown_table
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.generation.settings import DecodingConfig
+from tests.helpers import chats, run_on_ranks, sft_data, sft_module, trainer
+
+SHORT = DecodingConfig(max_new_tokens=5)
+
+
+def fit(folder, callback, **options):
+    module = sft_module()
+    logger = TensorBoardLogger(folder, name="tb")
+    runner = trainer(folder, callbacks=[callback, *options.pop("more", [])], logger=logger, max_epochs=2, **options)
+    runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)))
+    return runner
+
+
+def test_same_prompts_are_answered_before_and_at_each_validation(tmp_path):
+    callback = CherryPicks(num_samples=2, generation=DecodingConfig(max_new_tokens=5))
+    runner = fit(tmp_path, callback)
+    lines = [json.loads(line) for line in open(f"{runner.log_dir}/cherry_picks.jsonl")]
+    steps = sorted({line["step"] for line in lines})
+    assert len(steps) == 3 and steps[0] == 0
+    for step in steps:
+        assert [line["id"] for line in lines if line["step"] == step] == ["r0", "r1"]
+    assert lines[0]["reference"] == chats(5, seed=1)[0]["messages"][-1]["content"]
+    page = open(f"{runner.log_dir}/cherry_picks.html").read()
+    assert all(f"step {step}" in page for step in steps) and "val/loss" in page
+    assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
+
+
+def test_table_reaches_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runner = fit(tmp_path, CherryPicks(num_samples=1, generation=DecodingConfig(max_new_tokens=3)))
+    events = EventAccumulator(runner.log_dir)
+    events.Reload()
+    entries = events.Tensors("cherry_picks/text_summary")
+    assert len(entries) == 3 and b"| prompt | reference | answer |" in entries[0].tensor_proto.string_val[0]
+
+
+def test_table_reaches_wandb_offline(tmp_path):
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="p")
+    log_table([logger], "cherry_picks", ["prompt", "answer"], [["q", "a"]], 1)
+    logger.experiment.finish()
+    stored = [json.loads(path.read_text()) for path in tmp_path.rglob("*.table.json")]
+    assert {"columns": ["prompt", "answer"], "data": [["q", "a"]]}.items() <= stored[0].items()
+
+
+def test_report_goes_on_after_a_resume(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
+    fit(tmp_path, CherryPicks(num_samples=1, generation=SHORT), more=[saver], enable_checkpointing=True)
+    callback = CherryPicks(num_samples=1, generation=SHORT)
+    module = sft_module()
+    runner = trainer(tmp_path, callbacks=[callback], max_epochs=3)
+    runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)), ckpt_path=tmp_path / "ckpt/x.ckpt")
+    assert len(callback.picks[0].answers) == 4 and len(callback.curves["val/loss"]) == 3
+
+
+def test_resume_with_other_prompts_starts_a_new_table(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="x")
+    fit(tmp_path, CherryPicks(num_samples=1, generation=SHORT), more=[saver], enable_checkpointing=True)
+    callback = CherryPicks(num_samples=3, generation=SHORT)
+    module = sft_module()
+    runner = trainer(tmp_path, callbacks=[callback], max_epochs=3)
+    runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)), ckpt_path=tmp_path / "ckpt/x.ckpt")
+    assert [len(pick.answers) for pick in callback.picks] == [1, 1, 1]
+
+
+def test_own_prompts_and_missing_prompts(tmp_path):
+    source = SourceConfig(records=[{"messages": [{"role": "user", "content": "mine"}]}], name="own")
+    own = CherryPicks([source], generation=SHORT)
+    fit(tmp_path, own)
+    assert own.picks[0].messages[-1]["content"] == "mine" and own.picks[0].known == {"reference": None}
+    module = sft_module()
+    with pytest.raises(ConfigError, match="CherryPicks has no prompts"):
+        trainer(tmp_path, callbacks=[CherryPicks()]).fit(module, sft_data(module, chats(2)))
+
+
+def test_report_escapes_and_counts_exact_matches():
+    pick = CherryPick(
+        "d",
+        "1",
+        [{"role": "user", "content": "<b>&"}],
+        {"reference": "yes"},
+        {0: "no", 5: " yes "},
+        {0: False, 5: True},
+    )
+    page = render_report("run", {"train/loss": [(1, 2.0), (5, 0.5)]}, [pick])
+    assert "&lt;b&gt;&amp;" in page and "<b>" not in page
+    assert "<th>0 of 1</th><th>1 of 1</th>" in page and page.count("class=match") == 1
+
+
+def test_curve_picture_spans_its_points():
+    picture = curve_svg({"a": [(0, 4.0), (10, 1.0)]}, width=640, height=240)
+    assert 'points="56.0,12.0 628.0,' in picture
+    assert curve_svg({}) == ""
+
+
+def test_markdown_cells_keep_to_one_line():
+    assert markdown_table(["a"], [["x|y\nz"]]).splitlines()[-1] == "| x\\|y<br>z |"
+
+
+def test_throughput_counts_tokens_and_padding(tmp_path):
+    callback = Throughput(every_n_steps=1)
+    module = sft_module()
+    runner = trainer(tmp_path, callbacks=[callback])
+    data = sft_data(module, chats(9), packing=False, batch_size=3)
+    runner.fit(module, data)
+    assert callback.total_tokens == data.reports["train"].tokens
+    metrics = runner.callback_metrics
+    assert 0 < float(metrics["train/padding_share"]) < 1
+    assert 0 < float(metrics["train/trained_tokens_per_second"]) < float(metrics["train/tokens_per_second"])
+    assert 0.1 < float(metrics["train/peak_memory_gib"]) < 64
+    packed = trainer(tmp_path, callbacks=[Throughput(every_n_steps=1)])
+    packed.fit(sft_module(), sft_data(module, chats(9)))
+    assert float(packed.callback_metrics["train/padding_share"]) == 0
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser on this machine")
+def test_report_opens_in_a_browser(tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(
+        render_report(
+            "run", {"val/loss": [(1, 1.0)]}, [CherryPick("d", "1", [], {"reference": "r"}, {1: "r"}, {1: True})]
+        )
+    )
+    arguments = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    shown = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False).stdout
+    assert 'class="match"' in shown
+
+
+def test_metrics_of_the_answers_reach_loggers_table_and_report(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    generation = DecodingConfig(max_new_tokens=5, temperature=1.0, num_return_sequences=3)
+    names = ["exact_match", "length", "self_bleu", "perplexity"]
+    runner = fit(tmp_path, CherryPicks(num_samples=2, generation=generation, metrics=names))
+    events = EventAccumulator(runner.log_dir)
+    events.Reload()
+    for name in ("exact_match", "length_tokens", "self_bleu", "perplexity"):
+        points = events.Scalars(f"cherry_picks/{name}")
+        assert len(points) == 3 and points[0].step == 0
+    assert events.Scalars("cherry_picks/perplexity")[0].value > 100  # a random model over 768 tokens
+    lines = [json.loads(line) for line in open(f"{runner.log_dir}/cherry_picks.jsonl")]
+    assert {"exact_match", "length_words", "self_bleu"} <= set(lines[0]["scores"])
+    page = open(f"{runner.log_dir}/cherry_picks.html").read()
+    assert "self_bleu, mean" in page and "perplexity, mean" in page
+
+
+def test_impossible_metric_is_refused_before_training(tmp_path):
+    with pytest.raises(ConfigError, match="unknown metric 'exact'. Did you mean 'exact_match'"):
+        CherryPicks(metrics=["exact"])
+    callback = CherryPicks(metrics=["kl"], before_training=False)
+    with pytest.raises(ConfigError, match="kl needs the base model"):
+        fit(tmp_path, callback)
+    assert callback.picks == [] and callback.curves == {}
+    asked = {"id": "q", "messages": [{"role": "user", "content": "mine"}], "meta": {"documents": "one text"}}
+    callback = CherryPicks([SourceConfig(records=[asked], name="own")], metrics=["retrieval_utility"])
+    with pytest.raises(RecordError, match="own, record q: field 'documents' is a string"):
+        fit(tmp_path, callback)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_ranks_score_the_same_answers_and_gather_what_each_has(kind, tmp_path):
+    run_on_ranks("callbacks.samples.cherry_picks_script", kind, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first["scores"] == second["scores"] and len(first["scores"][0]) == 2  # before, and after an epoch
+    assert first["scores"][0][0]["kl"] == pytest.approx(0, abs=1e-6)
+    # Three tokens: -1, -4 and -4.
+    assert first["gathered"] == second["gathered"] == pytest.approx({"perplexity": math.exp(3)})
+    assert first["own"] == pytest.approx({"perplexity": math.e})
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = [row["cherry_picks/length_tokens"] for row in csv.DictReader(file)]
+    assert len([value for value in logged if value]) == 2

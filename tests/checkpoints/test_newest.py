@@ -1,0 +1,109 @@
+"""`--ckpt_path newest`: go on where a run stopped, past checkpoints that are damaged."""
+
+import os
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from lit_alignment import AtomicCheckpointIO
+from lit_alignment.checkpoints.newest import newest_checkpoint
+from lit_alignment.checkpoints.sharded import partial_path, put_in_place, read_whole
+from lit_alignment.errors import CheckpointError
+from lit_alignment.trainer_cli import build
+from tests.helpers import trainer
+
+
+def runner(folder):
+    saver = ModelCheckpoint(folder, save_top_k=-1)
+    return trainer(folder, callbacks=[saver], enable_checkpointing=True)
+
+
+def write(path, age):
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"x": torch.arange(5000.0)}}, path)
+    os.utime(path, (1_000_000 - age, 1_000_000 - age))
+
+
+def write_sharded(path, value=1.0):
+    partial = partial_path(path)
+    groups = [{"params": ["x"], "lr": 0.1}]
+    optimizer = {"state": {"x": {"exp_avg": torch.ones(5000)}}, "param_groups": groups}
+    save(
+        {"state_dict": {"x": torch.full((5000,), value)}, "optimizer_0": optimizer}, checkpoint_id=partial, no_dist=True
+    )
+    put_in_place(partial, path, {"global_step": 3})
+
+
+def test_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, capsys):
+    assert newest_checkpoint(runner(tmp_path)) is None
+    for age in (1, 2, 3):
+        write(tmp_path / f"{age}.ckpt", age)
+    assert newest_checkpoint(runner(tmp_path)) == tmp_path / "1.ckpt"
+    content = (tmp_path / "1.ckpt").read_bytes()
+    (tmp_path / "1.ckpt").write_bytes(content[: len(content) // 2])
+    os.utime(tmp_path / "1.ckpt", (1_000_000, 1_000_000))
+    assert newest_checkpoint(runner(tmp_path)) == tmp_path / "2.ckpt"
+    assert "warning: passed over:" in (said := capsys.readouterr().out) and "1.ckpt: cannot read the checkpoint" in said
+    flipped = bytearray((tmp_path / "2.ckpt").read_bytes())
+    flipped[len(flipped) // 2] ^= 255  # a bit that went wrong on the disk
+    (tmp_path / "2.ckpt").write_bytes(flipped)
+    os.utime(tmp_path / "2.ckpt", (999_999, 999_999))
+    assert newest_checkpoint(runner(tmp_path)) == tmp_path / "3.ckpt"
+
+
+def test_checkpoint_in_shards_that_lacks_one_is_passed_over(tmp_path, capsys):
+    write(tmp_path / "old.ckpt", 1)
+    write_sharded(tmp_path / "new.ckpt")
+    assert newest_checkpoint(runner(tmp_path)) == tmp_path / "new.ckpt"
+    found = read_whole(tmp_path / "new.ckpt")
+    assert found["global_step"] == 3 and found["state_dict"]["x"].tolist() == [1.0] * 5000
+    (state,) = found["optimizer_states"]
+    assert state["param_groups"][0]["params"] == [0] and state["state"][0]["exp_avg"].sum() == 5000
+    shard = next((tmp_path / "new.ckpt").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert newest_checkpoint(runner(tmp_path)) == tmp_path / "old.ckpt"
+    assert "are needed" in capsys.readouterr().out
+
+
+def test_checkpoint_in_shards_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for value in (1.0, 2.0):
+        write_sharded(path, value)
+        assert AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["x"].tolist() == [value] * 5000
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+    # Killed between its two renames, the earlier one stands under another name, and is found.
+    os.replace(path, tmp_path / ".last.ckpt.old")
+    assert AtomicCheckpointIO().load_checkpoint(path)["state_dict"]["x"].tolist() == [2.0] * 5000
+
+
+def test_file_takes_the_place_of_a_folder_and_the_other_way_round(tmp_path, monkeypatch):
+    """Until the new one has its name the earlier one is there, and is found."""
+    path, plugin = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    renamed = os.replace
+
+    def killed(source, target):
+        if target == path:
+            raise OSError("killed")
+        renamed(source, target)
+
+    write_sharded(path, 1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(CheckpointError, match="killed"):
+            plugin.save_checkpoint({"state_dict": {"x": torch.full((3,), 2.0)}}, path)
+    assert plugin.load_checkpoint(path)["state_dict"]["x"].tolist() == [1.0] * 5000
+    plugin.save_checkpoint({"state_dict": {"x": torch.full((3,), 2.0)}}, path)
+    assert path.is_file() and plugin.load_checkpoint(path)["state_dict"]["x"].tolist() == [2.0] * 3
+    write_sharded(path, 3.0)
+    assert plugin.load_checkpoint(path)["state_dict"]["x"].tolist() == [3.0] * 5000
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_command_starts_and_then_goes_on(tmp_path, capsys):
+    places = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
+    for epochs, said in ((1, "no checkpoint yet: starting"), (2, "going on from")):
+        options = [*places, f"--trainer.max_epochs={epochs}", "--trainer.callbacks=null", "--ckpt_path=newest"]
+        run = build(["fit", "--config", "configs/sft/tiny.yaml", *options], run=True)
+        assert said in capsys.readouterr().out
+        assert run.trainer.current_epoch == epochs

@@ -1,0 +1,119 @@
+import numpy as np
+import pytest
+import torch
+
+from lit_alignment.data.batching.collate import collate_packed, collate_padded, pad_prompts
+from lit_alignment.data.batching.loader import PlannedLoader
+from lit_alignment.data.batching.packing import BatchPlan, pack
+from lit_alignment.data.encoding.encoder import Example
+
+
+def plan(number=101, tokens=256, **settings):
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(2, 200, number)
+    options = {"batch_size": 4, "shuffle": True, "seed": 3, "tokens_per_batch": tokens}
+    return BatchPlan(lengths, lengths / 2.0, **(options | settings))
+
+
+def test_best_fit_worked_by_hand():
+    """Capacity 10, lengths 7 5 4 3 1: 7 opens a row, 5 another; 4 fits best behind 5, 3 behind 7, 1 behind 5 + 4."""
+    assert pack([7, 5, 4, 3, 1], 10) == [[0, 3], [1, 2, 4]]
+
+
+def test_example_longer_than_a_row_is_refused():
+    with pytest.raises(ValueError, match="11 tokens, but a row holds 10"):
+        pack([11], 10)
+
+
+def test_every_example_stands_once_in_each_epoch_and_rows_fit():
+    planned = plan()
+    for epoch in range(3):
+        groups = planned.groups(epoch)
+        assert sorted(i for group in groups for i in group) == list(range(101))
+        assert all(planned.lengths[group].sum() <= 256 for group in groups)
+        assert len(groups) == len(planned.groups(0))
+    assert planned.groups(0) != planned.groups(1)
+    assert planned.groups(1) == plan().groups(1)
+
+
+def test_packing_wastes_little():
+    planned = plan(number=2000, tokens=1024)
+    filled = planned.lengths.sum() / (len(planned.groups(0)) * 1024)
+    assert filled > 0.98
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("tokens", [None, 256])
+def test_window_weight_is_what_its_batches_on_all_ranks_hold(world_size, accumulate, tokens):
+    planned = plan(tokens=tokens)
+    ranks = [planned.batches(1, rank, world_size, accumulate) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    seen = []
+    for start in range(0, len(ranks[0]), accumulate):
+        window = [b for batches in ranks for b in batches[start : start + accumulate]]
+        real = [b for b in window if not b.filler]
+        weight = sum(planned.weights[b.indices].sum() for b in real)
+        assert {round(b.window_weight, 6) for b in window} == {round(weight, 6)}
+        seen += [i for b in real for i in b.indices]
+    assert sorted(seen) == list(range(101))
+
+
+def test_limit_cuts_the_last_window_and_its_weight():
+    planned = plan()
+    batches = planned.batches(0, accumulate=4, limit=6)
+    assert len(batches) == 6
+    assert batches[-1].window_weight == pytest.approx(sum(planned.weights[b.indices].sum() for b in batches[4:]))
+
+
+EXAMPLES = [Example([1, 2, 3], [-100, 2, 3], [0.0, 1.0, 1.0]), Example([4, 5], [4, 5], [0.5, 0.5])]
+
+
+def test_packed_row():
+    batch = collate_packed(EXAMPLES, 7.0)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5]]
+    # The first token of the second document has no prediction: 3 stands before it, in another document.
+    assert batch.labels.tolist() == [[-100, 2, 3, -100, 5]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.document_lengths == [3, 2] and batch.attention_mask is None
+    assert batch.num_tokens == 5 and batch.window_weight == 7.0
+
+
+def test_padded_rows_are_masked_by_position():
+    batch = collate_padded(EXAMPLES, pad_token_id=3)  # 3 is also a trained token
+    assert batch.input_ids.shape == (2, 8)
+    assert batch.labels.tolist() == [[-100, 2, 3] + [-100] * 5, [-100, 5] + [-100] * 6]
+    assert batch.attention_mask.sum(1).tolist() == [3, 2] and batch.num_tokens == 5
+
+
+def test_prompts_are_padded_on_the_left():
+    ids, mask = pad_prompts([[1, 2, 3], [4]], 0)
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_continues_where_it_was_stopped(workers):
+    planned = plan(tokens=None)
+
+    def loader():
+        return PlannedLoader(
+            lambda epoch: planned.batches(epoch), _indices, len(planned.groups(0)), num_workers=workers
+        )
+
+    whole = loader()
+    whole.set_epoch(1)
+    expected = [batch.tolist() for batch in whole]
+    stopped = loader()
+    stopped.set_epoch(1)
+    iterator = iter(stopped)
+    head = [next(iterator).tolist() for _ in range(5)]
+    resumed = loader()
+    resumed.resume(stopped.position())
+    resumed.set_epoch(1)
+    assert head + [batch.tolist() for batch in resumed] == expected
+    resumed.set_epoch(2)  # the stored place belongs to its epoch only
+    assert len(list(resumed)) == len(planned.groups(2))
+
+
+def _indices(planned):
+    return torch.tensor(planned.indices)
