@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_alignment import Export
 from lit_alignment.callbacks.upload import SNAPSHOTS, Upload, fetch_checkpoint
 from lit_alignment.checkpoints import remote
-from lit_alignment.checkpoints.remote import Item, RemoteFolder, describe, sha256
+from lit_alignment.checkpoints.remote import RemoteItem, RemoteFolder, describe, sha256
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.trainer_cli import build
 from tests.checkpoints.test_checkpoints import Seen
@@ -77,7 +77,7 @@ def put(folder, remote_folder, step, score=None, text=None):
     path = folder / f"step={step}.ckpt"
     path.write_text(text or f"weights {step}")
     files = describe(folder, path.name)
-    item = Item(path.name, "checkpoint", files, f"2026-01-01T00:00:{step:02}", step, "val/loss", score)
+    item = RemoteItem(path.name, "checkpoint", files, f"2026-01-01T00:00:{step:02}", step, "val/loss", score)
     return remote_folder.store(item, folder)
 
 
@@ -237,7 +237,7 @@ def test_upload_killed_in_the_middle_is_not_in_the_manifest(tmp_path):
     there.fs.put_file = killed
     try:
         with pytest.raises(KeyboardInterrupt):
-            there.store(Item("step=2", "export", describe(tmp_path, "step=2"), "t"), tmp_path)
+            there.store(RemoteItem("step=2", "export", describe(tmp_path, "step=2"), "t"), tmp_path)
     finally:
         del there.fs.put_file
     assert "step=2/a" in names("memory://run") and set(manifest("memory://run")) == {"step=1.ckpt"}
@@ -327,7 +327,7 @@ def test_damaged_missing_and_unfinished_checkpoints_are_refused(tmp_path):
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     with pytest.raises(CheckpointError, match=r"no such checkpoint. The manifest beside it lists: step=1.ckpt, step=2"):
         fetch_checkpoint("memory://run/step=3.ckpt", tmp_path / "cache")
-    there.enter(Item("step=2.ckpt", "checkpoint", (), "t", problem="ConnectionError"))
+    there.enter(RemoteItem("step=2.ckpt", "checkpoint", (), "t", problem="ConnectionError"))
     with pytest.raises(CheckpointError, match=r"it is not whole \(ConnectionError\)"):
         fetch_checkpoint("memory://run/step=2.ckpt", tmp_path / "cache")
 
