@@ -17,11 +17,11 @@ from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, expor
 from lit_alignment.checkpoints.restore import Saved, read_saved, restore, restore_towers
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.transformers_engine import generation_config
 from lit_alignment.models.dual_encoder import DualEncoder, load_retriever, save_retriever
 from lit_alignment.models.head import base_model
 from lit_alignment.models.multimodal.llava import composed_writer
 from lit_alignment.models.multimodal.modality import MediaTower, save_towers
+from lit_alignment.models.stop_rule import generation_config
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.modules.retrieving import RetrievingModule

@@ -44,6 +44,7 @@ from lit_alignment.checkpoints.sharded import (
     split_checkpoint,
     stored_names,
 )
+from lit_alignment.data.batching.collate import ScoreBatch, TargetBatch, local_positions
 from lit_alignment.distributed.sharding import Cast, shard_layers
 from lit_alignment.distributed.tensor_parallel import split_layers
 from lit_alignment.errors import CheckpointError, ConfigError
@@ -113,6 +114,13 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
         """Ranks that share rows or matrices have the same batches."""
         size = self.sequence_parallel_size * self.tensor_parallel_size
         return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """A batch on the device, in which this rank's positions of a shared row are found before: on the host."""
+        if self.sequence is not None and isinstance(batch, TargetBatch | ScoreBatch):
+            batch.local = local_positions(batch.read_at, self.sequence.own(batch.input_ids.shape[1]))
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     # Sharding.
 

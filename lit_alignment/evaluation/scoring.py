@@ -15,11 +15,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from lit_alignment.data.batching.collate import collate_padded
 from lit_alignment.data.encoding.encoder import Dropped, Encoder, Example
-from lit_alignment.data.encoding.messages import IGNORE_INDEX, TEMPLATE_KEYS, Message, Record, value_kind
+from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record, value_kind
 from lit_alignment.data.passages import format_passage, read_passage
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.evaluation.answers import Answered
-from lit_alignment.models.head import hidden_states, token_logps
+from lit_alignment.models.logprobs import target_logps
 from lit_alignment.paths import local_path
 
 NO_LIMIT = 1 << 30
@@ -176,20 +176,13 @@ def answer_logps(
     """
     training = network.training
     network.eval()
-    device = next(network.parameters()).device
     order = sorted((i for i, (ids, _) in enumerate(encoded) if ids), key=lambda i: -len(encoded[i][0]))
     found: list[list[float]] = [[] for _ in encoded]
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = collate_padded([Example(*encoded[i], weights=[1.0] * len(encoded[i][0])) for i in part], pad_token_id=0)
-        labels = batch.labels[:, 1:].to(device)
-        # No mask: the padding stands on the right, where causal attention does not look.
-        hidden = hidden_states(network, input_ids=batch.input_ids.to(device))[:, :-1]
-        asked = labels != IGNORE_INDEX
-        logps = token_logps(network, hidden[asked], labels[asked])
-        pieces = torch.split(logps, asked.sum(1).tolist())
-        for i, piece in zip(part, pieces, strict=True):
-            found[i] = piece.tolist()
+        for i, logps in zip(part, torch.split(target_logps(network, batch), batch.lengths), strict=True):
+            found[i] = logps.tolist()
     network.train(training)
     return found
 

@@ -17,14 +17,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lit_alignment.data.batching.collate import Sequences, pack_sequences, pad_prompts, pad_sequences
+from lit_alignment.data.batching.collate import collate_responses, pad_prompts
 from lit_alignment.data.encoding.encoder import Example
-from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import Answer, DecodingConfig
-from lit_alignment.generation.transformers_engine import StopRule, cut_answer, seeded
-from lit_alignment.models.attention import document_arguments
-from lit_alignment.models.head import base_model, hidden_states, token_logps
+from lit_alignment.generation.transformers_engine import cut_answer, seeded
+from lit_alignment.models.logprobs import target_logps
+from lit_alignment.models.stop_rule import StopRule
 
 
 def answer_token_logps(
@@ -36,52 +35,17 @@ def answer_token_logps(
         network: A causal language model.
         examples: For each question the same answer after C contexts.
         pad_token_id: For padding.
-        packing: Put all sequences into one row without padding, those of a question going on from a common beginning.
+        packing: Put all sequences into one row without padding, those of a question continuing from a common beginning.
     """
-    sequences = [common_start(own) for own in examples]
-    rows, begins = pack_sequences(sequences, share=True) if packing else pad_sequences(sequences, pad_token_id)
-    places, targets, counts = [], [], []
-    starts = iter(begins)
-    for own, shared in zip(examples, sequences, strict=True):
-        for example in own:
-            begin = next(starts) - len(shared.prompt)
-            trained = trained_places(example)
-            places += [begin + t - 1 for t in trained]  # position t is predicted from t - 1
-            targets += [example.labels[t] for t in trained]
-            counts.append(len(trained))
-    device = next(network.parameters()).device
-    implementation = base_model(network).config._attn_implementation
-    hidden = hidden_states(
-        network,
-        input_ids=rows.input_ids.to(device),
-        attention_mask=None if rows.attention_mask is None else rows.attention_mask.to(device),
-        position_ids=rows.position_ids.to(device),
-        **document_arguments(implementation, rows.document_lengths, device, rows.document_parents),
-    ).flatten(0, 1)
-    flat = token_logps(network, hidden[places], torch.tensor(targets, device=device))
-    padded = pad_sequence(list(torch.split(flat, counts)), batch_first=True)  # [B * C, T]
-    weights = [torch.tensor([own[0].weights[t] for t in trained_places(own[0])]) for own in examples]
+    batch = collate_responses(examples, None if packing else pad_token_id, share=packing)
+    logps = torch.split(target_logps(network, batch), batch.lengths)
+    weights = torch.split(batch.weights.to(logps[0].device), batch.lengths)
+    padded = pad_sequence(list(logps), batch_first=True)  # [B * C, T]
+    num_contexts = batch.groups[0]
     return (
-        padded.view(len(examples), -1, padded.shape[1]),
-        pad_sequence(weights, batch_first=True).to(device),
+        padded.view(len(examples), num_contexts, padded.shape[1]),
+        pad_sequence(list(weights[::num_contexts]), batch_first=True),
     )
-
-
-def trained_places(example: Example) -> list[int]:
-    """Places of the labels that count."""
-    return [t for t, label in enumerate(example.labels) if label != IGNORE_INDEX and t > 0]
-
-
-def common_start(examples: Sequence[Example]) -> Sequences:
-    """The ids of a question's sequences, with what all begin with apart, so that it is computed once."""
-    ids = [example.input_ids for example in examples]
-    # The state before the first answer token must be the sequence's own.
-    limit = min(trained_places(example)[0] for example in examples) - 1
-    shared = 0
-    if len(ids) > 1:
-        while shared < limit and len({own[shared] for own in ids}) == 1:
-            shared += 1
-    return Sequences(ids[0][:shared], [own[shared:] for own in ids])
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ from peft import PeftConfig
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.prompts import PromptBatch
 from lit_alignment.generation.settings import Answer, DecodingConfig
-from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
+from lit_alignment.generation.transformers_engine import generate
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.stop_rule import StopRule, stop_rule
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig

@@ -16,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, head_of, read_head
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.batching.collate import ScoreBatch
+from lit_alignment.data.batching.collate import ScoreBatch, local_positions
 from lit_alignment.data.encoding.prompts import ItemBatch
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.collectives import SequenceGroup
-from lit_alignment.models.head import base_model, scores_at
+from lit_alignment.models.head import scores_at
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
+from lit_alignment.models.logprobs import row_inputs
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
@@ -72,33 +72,21 @@ class ScoringModule(AlignmentModule):
             )
 
     def scores(self, batch: ScoreBatch, sequence: SequenceGroup | None = None) -> Tensor:
-        """Scores at the batch's places, fp32, [N, K].
+        """Scores at the batch's positions, fp32, [N, K].
 
         Args:
             batch: Whole rows.
             sequence: Ranks that have the same batch, and compute a part of its tokens each.
         """
-        implementation = base_model(self.network).config._attn_implementation
-        arguments = document_arguments(
-            implementation, batch.document_lengths, batch.input_ids.device, batch.document_parents, sequence
-        )
-        total = batch.input_ids.shape[1]
-        tokens = slice(0, total) if sequence is None else sequence.own(total)
-        # Only packed rows are shared, which stand alone: a place is then a position.
-        own = slice(None) if sequence is None else (batch.read_at >= tokens.start) & (batch.read_at < tokens.stop)
-        found = scores_at(
-            self.network,
-            batch.read_at[own] - tokens.start,
-            input_ids=batch.input_ids[:, tokens],
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids[:, tokens],
-            **arguments,
-        )
+        inputs = row_inputs(self.network, batch, sequence)
         if sequence is None:
-            return found
+            return scores_at(self.network, batch.read_at, **inputs)
+        # Only packed rows are shared, which stand alone: a place counted through the rows is then a position.
+        tokens = sequence.own(batch.input_ids.shape[1])
+        local = local_positions(batch.read_at, tokens) if batch.local is None else batch.local
+        found = scores_at(self.network, batch.read_at.index_select(0, local) - tokens.start, **inputs)
         scores = found.new_zeros(len(batch.read_at), found.shape[1])
-        scores[own] = found
-        return sequence.sum(scores)
+        return sequence.sum(scores.index_copy(0, local, found))
 
     def training_step(self, batch: ScoreBatch, batch_idx: int) -> Tensor:
         """The batch's share of the optimiser step's loss."""

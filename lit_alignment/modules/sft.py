@@ -8,16 +8,14 @@ from typing import Literal
 import torch
 from peft import PeftConfig
 from torch import Tensor
-from torch.nn.functional import pad
 
-from lit_alignment.data.batching.collate import TokenBatch
-from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.metrics import TokenMean
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.attention import document_arguments
-from lit_alignment.models.head import base_model, check_head, head_loss, hidden_states
+from lit_alignment.models.head import base_model, check_head, head_loss
 from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.logprobs import hidden_at_targets, of_this_rank
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
@@ -64,19 +62,19 @@ class SFTModule(GenerativeModule):
         self.test_loss, self.test_accuracy = TokenMean(), TokenMean()
         self._head_checked = False
 
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TargetBatch, batch_idx: int) -> Tensor:
         """The batch's share of the optimiser step's loss."""
         return self._shared_step(batch, "train")
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: TargetBatch, batch_idx: int) -> None:
         """Add the batch to the validation metrics."""
         self._shared_step(batch, "val")
 
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
+    def test_step(self, batch: TargetBatch, batch_idx: int) -> None:
         """Add the batch to the test metrics."""
         self._shared_step(batch, "test")
 
-    def _shared_step(self, batch: TokenBatch, stage: Stage) -> Tensor:
+    def _shared_step(self, batch: TargetBatch, stage: Stage) -> Tensor:
         loss_sum, hits, weights = self._summed_loss(batch, self.label_smoothing if stage == "train" else 0.0)
         if stage == "train":
             return self.step_loss(loss_sum, batch.window_weight)
@@ -85,41 +83,32 @@ class SFTModule(GenerativeModule):
         mean_accuracy.update(hits, torch.tensor(len(weights), device=weights.device))
         return loss_sum
 
-    def _summed_loss(self, batch: TokenBatch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _summed_loss(self, batch: TargetBatch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sum of the trained tokens' losses, number of hits, and the weight of each, [N]; all of this rank."""
         if not self._head_checked:
             check_head(self.network, batch.input_ids[:1, :8])
             self._head_checked = True
-        implementation = base_model(self.network).config._attn_implementation
-        hidden = self._hidden_states(batch, implementation)
-        own = self.own_tokens(batch)
-        labels = pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)[:, own]  # position t is predicted from t - 1
-        trained = labels != IGNORE_INDEX
-        weights = pad(batch.weights[:, 1:], (0, 1))[:, own][trained]
-        loss_sum, hits = head_loss(self.network, hidden[trained], labels[trained], weights, label_smoothing)
+        hidden = self._hidden_states(batch)
+        targets, weights = (of_this_rank(each, batch, self.sequence) for each in (batch.targets, batch.weights))
+        loss_sum, hits = head_loss(self.network, hidden, targets, weights, label_smoothing)
         return loss_sum, hits, weights
 
-    def _hidden_states(self, batch: TokenBatch, implementation: str) -> Tensor:
-        """Last hidden states of this rank's tokens, [B, t, D], with noise on the embeddings in training."""
-        own, device = self.own_tokens(batch), batch.input_ids.device
-        arguments = document_arguments(implementation, batch.document_lengths, device, sequence=self.sequence)
-        hook = None
-        if self.training and self.neftune_alpha > 0:
-            embedding = base_model(self.network).get_input_embeddings()
-            hook = embedding.register_forward_hook(
+    def _hidden_states(self, batch: TargetBatch) -> Tensor:
+        """Hidden states that predict this rank's targets, [N, D], with noise on the embeddings in training."""
+        if not self.training or self.neftune_alpha == 0:
+            return hidden_at_targets(self.network, batch, self.sequence)
+        own = self.own_tokens(batch)
+        hook = (
+            base_model(self.network)
+            .get_input_embeddings()
+            .register_forward_hook(
                 lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha, own)
             )
+        )
         try:
-            return hidden_states(
-                self.network,
-                input_ids=batch.input_ids[:, own],
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids[:, own],
-                **arguments,
-            )
+            return hidden_at_targets(self.network, batch, self.sequence)
         finally:
-            if hook is not None:
-                hook.remove()
+            hook.remove()
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -144,7 +133,7 @@ class SFTModule(GenerativeModule):
         return self.val_loss, self.val_accuracy
 
 
-def neftune_noise(embedded: Tensor, batch: TokenBatch, alpha: float, own: slice = slice(None)) -> Tensor:
+def neftune_noise(embedded: Tensor, batch: TargetBatch, alpha: float, own: slice = slice(None)) -> Tensor:
     """Uniform noise in [-1, 1] * alpha / sqrt(L * D), where L is the length of a token's own document.
 
     Args:

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.batching.collate import TokenBatch
+from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.multimodal.media import MediaTokens
 from lit_alignment.data.vlm import MediaBatch, MediaItem, VLMDataModule
 from lit_alignment.errors import ConfigError
@@ -154,11 +154,11 @@ class VLMModule(SFTModule):
 
     # Training.
 
-    def _hidden_states(self, batch: TokenBatch, implementation: str) -> Tensor:
-        """Last hidden states, [B, T, D], with embeddings of the media at their placeholders."""
+    def _hidden_states(self, batch: TargetBatch) -> Tensor:
+        """Hidden states that predict the targets, [N, D], with embeddings of the media at their placeholders."""
         media = batch.media if isinstance(batch, MediaBatch) else {}
         with placed(self.network, self._placements(media)):
-            return super()._hidden_states(batch, implementation)
+            return super()._hidden_states(batch)
 
     def _placements(
         self, media: dict[str, list[Tensor]], counts: dict[str, list[int]] | None = None

@@ -26,12 +26,12 @@ from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig
 from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.generation.transformers_engine import StopRule, generation_config, stop_rule
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import scores_at
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.multimodal.llava import composed_writer
 from lit_alignment.models.multimodal.modality import MediaTower, save_towers
+from lit_alignment.models.stop_rule import StopRule, generation_config, stop_rule
 from lit_alignment.paths import local_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

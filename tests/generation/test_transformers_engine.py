@@ -3,7 +3,8 @@ import torch
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import DecodingConfig
-from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
+from lit_alignment.generation.transformers_engine import generate
+from lit_alignment.models.stop_rule import StopRule, stop_rule
 from tests.helpers import encoder, record, sft_module
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15], [16, 17]]
