@@ -22,9 +22,10 @@ from lit_alignment.data.encoding.encoder import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import Answer, DecodingConfig
-from lit_alignment.generation.transformers_engine import StopRule, cut_answer, seeded
+from lit_alignment.generation.transformers_engine import cut_answer, seeded
 from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import base_model, hidden_states, token_logps
+from lit_alignment.models.stop_rule import StopRule
 
 
 def answer_token_logps(

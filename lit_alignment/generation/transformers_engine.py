@@ -6,7 +6,6 @@ B prompts, S answers to each, T tokens, V vocabulary
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,48 +17,7 @@ from lit_alignment.data.batching.collate import pad_prompts
 from lit_alignment.generation.settings import Answer, DecodingConfig
 from lit_alignment.models.adapters import is_prompt_learning, prefix_cache
 from lit_alignment.models.head import base_model
-
-
-@dataclass(frozen=True)
-class StopRule:
-    """What ends a turn besides the user's stop strings.
-
-    Args:
-        token_ids: Tokens that end it.
-        strings: Texts that end it, where the template closes a turn with plain text.
-    """
-
-    token_ids: list[int]
-    strings: list[str]
-
-
-def stop_rule(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[int]) -> StopRule:
-    """The stop rule that belongs to what was trained as the end of a turn.
-
-    Args:
-        tokenizer: Knows EOS and which tokens are special.
-        end_of_turn: Ids that close a response in training.
-    """
-    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    closing = [i for i in end_of_turn if i in special]
-    if closing:
-        ids += [closing[0]] if closing[0] not in ids else []
-        plain = list(end_of_turn[: list(end_of_turn).index(closing[0])])
-    else:
-        plain = list(end_of_turn)
-    text = tokenizer.decode(plain).strip() if plain else ""
-    return StopRule(ids, [text] if text else [])
-
-
-def generation_config(tokenizer: PreTrainedTokenizerBase, stop: StopRule) -> GenerationConfig:
-    """Generation settings under which a loaded model stops where it was trained to."""
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop.token_ids or None,
-        pad_token_id=tokenizer.pad_token_id,
-        stop_strings=stop.strings or None,
-    )
+from lit_alignment.models.stop_rule import StopRule
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import Answer, DecodingConfig
-from lit_alignment.generation.transformers_engine import StopRule, cut_answer, prompt_seed
+from lit_alignment.generation.transformers_engine import cut_answer, prompt_seed
+from lit_alignment.models.stop_rule import StopRule
 
 if TYPE_CHECKING:
     from vllm import EngineArgs

@@ -21,10 +21,11 @@ from lit_alignment import Export, SFTModule
 from lit_alignment.checkpoints.restore import trained_names
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.settings import DecodingConfig
-from lit_alignment.generation.transformers_engine import StopRule, generate
+from lit_alignment.generation.transformers_engine import generate
 from lit_alignment.models.adapters import AdapterConfig, merged_state, why_merge
 from lit_alignment.models.head import head_loss, hidden_states, token_logps
 from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.stop_rule import StopRule
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import base_model_folder, chats, sft_data, trainer, weights

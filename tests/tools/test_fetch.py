@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
 from lit_alignment.errors import AlignmentError
 from lit_alignment.generation.settings import DecodingConfig
-from lit_alignment.generation.transformers_engine import generate, stop_rule
+from lit_alignment.generation.transformers_engine import generate
 from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.stop_rule import stop_rule
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.paths import local_path
 from lit_alignment.tools import fetch
