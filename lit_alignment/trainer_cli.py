@@ -169,15 +169,17 @@ def _tokenizer(model: AlignmentModule) -> Any:
 
 
 def _labels(model: AlignmentModule) -> list[str] | None:
-    return None if model.head is None else list(model.head.labels)
+    labels: list[str] | None = model.data_arguments().get("labels")
+    return labels
 
 
 def _problem(model: AlignmentModule) -> str | None:
-    return None if model.head is None else model.head.problem
+    problem: str | None = model.data_arguments().get("problem")
+    return problem
 
 
 def _media(model: AlignmentModule) -> Any:
-    return getattr(model, "media", None)
+    return model.data_arguments().get("media")
 
 
 def main(arguments: list[str]) -> None:

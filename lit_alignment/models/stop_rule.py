@@ -1,4 +1,4 @@
-"""What ends a turn, and the generation configuration that says so to other programs."""
+"""What ends a turn: the tokens and strings that were trained as its end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,18 +1,22 @@
 """What modules share whose model answers prompts."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig
+from torch import nn
 
+from lit_alignment.checkpoints.export import ExportParts
+from lit_alignment.checkpoints.hf_folder import Form
+from lit_alignment.checkpoints.restore import Saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.prompts import PromptBatch
 from lit_alignment.generation.settings import Answer, DecodingConfig
 from lit_alignment.generation.transformers_engine import generate
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig
-from lit_alignment.models.stop_rule import StopRule, stop_rule
+from lit_alignment.models.stop_rule import StopRule, generation_config, stop_rule
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
@@ -54,7 +58,7 @@ class GenerativeModule(AlignmentModule):
         peft: New adapters from the peft library; without these and `adapter` all weights train.
         adapter: An adapter that exists, frozen or to go on with.
         tokens: Special and new tokens; with LoRA only the rows of new ones train.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         generation: Named ways to answer in `predict`; each writes a file of its own.
     """
 
@@ -79,9 +83,14 @@ class GenerativeModule(AlignmentModule):
             self._stop = stop_rule(self.tokenizer, datamodule_of(self.trainer).encoder.end_of_turn())
         return self._stop
 
-    def about(self) -> dict[str, Any]:
-        """Also what ends a turn."""
-        return {"stop": asdict(self.stop)}
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """What ends a turn."""
+        return {**super().checkpoint_metadata(), "stop": asdict(self.stop)}
+
+    def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
+        """A generation config that stops where a turn ends."""
+        parts = super().export_parts(saved, network, form)
+        return replace(parts, generation_config=generation_config(self.tokenizer, self.stop))
 
     def answer(self, prompts: list[list[int]], settings: DecodingConfig) -> list[list[Answer]]:
         """Answers to prompts, given as token ids."""

@@ -4,11 +4,12 @@ B questions, K passages of a question, T answer tokens, D width
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.rag import RAGBatch, RAGItem
@@ -28,11 +29,11 @@ from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.dual_encoder import RetrieverConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.base import Stage
 from lit_alignment.modules.retrieving import Decoding, RetrievingModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
 
-Stage = Literal["train", "val", "test"]
 Objective = Literal[
     "language_modeling",
     "rag_sequence",
@@ -53,7 +54,7 @@ class RAGModule(RetrievingModule):
     sequence of its own. The others train the generator on the answer after all passages together, and the retriever on
     what the generator, without gradient, makes of single passages; `language_modeling` trains the generator alone.
 
-    loss of an optimiser step = sum of the answers' losses / number of trained tokens, plus, for the others,
+    loss of an optimizer step = sum of the answers' losses / number of trained tokens, plus, for the others,
     retriever_weight * mean over questions of the retriever's loss; both over all micro-batches and ranks
 
     Args:
@@ -72,11 +73,13 @@ class RAGModule(RetrievingModule):
         peft: New adapters of the generator; without these and `adapter` all its weights train.
         adapter: An adapter that exists, frozen or to go on with.
         tokens: Special and new tokens of the generator.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         generation: Named ways to answer in `predict`.
         decoding: How passages take part: all in one prompt (`concatenate`), or one in each and summed over, by whole
             answers (`rag_sequence`, `rag_sequence_fast`) or by tokens (`rag_token`). By default as in training.
     """
+
+    progress_bar = ("loss", *(f"recall@{k}" for k in RECALL_AT))
 
     def __init__(
         self,
@@ -120,9 +123,6 @@ class RAGModule(RetrievingModule):
         self.objective, self.retriever_weight = objective, retriever_weight
         self.retriever_learning_rate, self.target_temperature = retriever_learning_rate, target_temperature
         self._check_settings()
-        self.val_loss, self.test_loss = TokenMean(), TokenMean()
-        self.val_means = nn.ModuleDict({name: TokenMean() for name in self._names()})
-        self.test_means = nn.ModuleDict({name: TokenMean() for name in self._names()})
 
     def _check_settings(self) -> None:
         """Refuse what would train nothing, or something else than it says."""
@@ -154,19 +154,12 @@ class RAGModule(RetrievingModule):
 
     # Loss.
 
-    def training_step(self, batch: RAGBatch, batch_idx: int) -> Tensor:
-        """The batch's share of the optimiser step's loss."""
-        return self._shared_step(batch, "train")
+    def stage_metrics(self) -> dict[str, Metric]:
+        """Means over trained tokens (`loss`) and over questions."""
+        return {name: TokenMean() for name in ("loss", *self._names())}
 
-    def validation_step(self, batch: RAGBatch, batch_idx: int) -> None:
-        """Add the batch to the validation metrics."""
-        self._shared_step(batch, "val")
-
-    def test_step(self, batch: RAGBatch, batch_idx: int) -> None:
-        """Add the batch to the test metrics."""
-        self._shared_step(batch, "test")
-
-    def _shared_step(self, batch: RAGBatch, stage: Stage) -> Tensor:
+    def step(self, batch: RAGBatch, stage: Stage) -> Tensor:
+        """Loss of the answers and of the retriever."""
         passages, scores = self.retrieve([item.query for item in batch.items])
         answer_losses, retriever_losses, tokens = self.losses(batch.items, passages, scores)
         counted = scores.new_tensor(batch.weights)  # [B]
@@ -181,12 +174,12 @@ class RAGModule(RetrievingModule):
                 return loss
             own = self.retriever_weight * (retriever_losses * counted).sum()
             return loss + self.step_loss(own, batch.window_examples)
-        mean_loss, others = self._means(stage)
-        mean_loss.update(answers, (tokens * counted).sum())
+        metrics = self.metrics_of(stage)
+        metrics["loss"].update(answers, (tokens * counted).sum())
         if retriever_losses is not None:
             means["retriever_loss"] = (retriever_losses * counted).sum(), counted.sum()
         for name, (total, weight) in means.items():
-            others[name].update(total, weight)
+            metrics[name].update(total, weight)
         return answers
 
     def losses(
@@ -259,29 +252,14 @@ class RAGModule(RetrievingModule):
             sums[name] = scores.new_tensor(sum(metrics[name] for metrics in judged)), number
         return sums
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
-        self._log_means("val")
+    def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
+        """Also the perplexity; no recall where no relevant passage is known."""
+        metrics = self.metrics_of(stage)
+        loss = metrics.pop("loss").compute()
+        known = {name: metric.compute() for name, metric in metrics.items() if metric.update_called}
+        return {"loss": loss, "perplexity": loss.exp(), **{n: v for n, v in known.items() if v.isfinite()}}
 
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
-        self._log_means("test")
-
-    def _log_means(self, stage: Stage) -> None:
-        mean_loss, others = self._means(stage)
-        loss = mean_loss.compute()
-        self.log(f"{stage}/loss", loss, prog_bar=True)
-        self.log(f"{stage}/perplexity", loss.exp())
-        mean_loss.reset()
-        for name, metric in others.items():
-            if metric.update_called and (value := metric.compute()).isfinite():  # no relevant passage may be known
-                self.log(f"{stage}/{name}", value, prog_bar=name.startswith("recall"))
-            metric.reset()
-
-    def _means(self, stage: Stage) -> tuple[TokenMean, Any]:
-        return (self.test_loss, self.test_means) if stage == "test" else (self.val_loss, self.val_means)
-
-    # Optimiser.
+    # Optimizer.
 
     def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         """That of the retriever."""

@@ -5,12 +5,16 @@ B questions, C contexts, K passages of a question, T answer tokens, D width
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_alignment.checkpoints.export import ExportParts
+from lit_alignment.checkpoints.hf_folder import Form
+from lit_alignment.checkpoints.restore import Saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.passages import Passage, format_passage
 from lit_alignment.data.rag import RAGDataModule, RAGItem
@@ -18,7 +22,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.generation.marginal import answer_token_logps, generate_by_token
 from lit_alignment.generation.settings import Answer, DecodingConfig
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, weights_hash
+from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, save_retriever, weights_hash
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule, Question, Response
@@ -42,7 +46,7 @@ class RetrievingModule(GenerativeModule):
         peft: New adapters of the generator; without these and `adapter` all its weights train.
         adapter: An adapter that exists, frozen or to go on with.
         tokens: Special and new tokens of the generator.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         generation: Named ways to answer in `predict`.
         decoding: How passages take part in an answer.
     """
@@ -90,16 +94,25 @@ class RetrievingModule(GenerativeModule):
 
     # Models and index.
 
-    def configure_model(self) -> None:
-        """Load generator, retriever and index, once."""
-        if self.dual is not None:
-            return
-        super().configure_model()
+    def load_extra_networks(self, device_type: str = "cpu") -> None:
+        """Load retriever and index."""
         self.load_retriever()
         if not self.train_generator:
             self.network.requires_grad_(False)
-        for tower in {self.encoder.query_tower, self.encoder.passage_tower}:
-            self.shard(tower)
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        """The towers of the retriever, which may be one."""
+        query, passage = self.encoder.query_tower, self.encoder.passage_tower
+        return {"retriever": query} if query is passage else {"query tower": query, "passage tower": passage}
+
+    def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
+        """Also the retriever, in `retriever/`."""
+        encoder = load_retriever(self.retriever) if self.is_sharded else self.encoder
+
+        def write(folder: Path) -> None:
+            save_retriever(encoder, folder / "retriever", saved.retriever)
+
+        return replace(super().export_parts(saved, network, form), beside=write)
 
     def load_retriever(self) -> None:
         """Load the towers, and the index that they fit, without a Trainer.
@@ -218,6 +231,7 @@ class RetrievingModule(GenerativeModule):
 
     def on_predict_start(self) -> None:
         """Refuse a stale index."""
+        super().on_predict_start()
         self.check_index()
 
     # Answers.
@@ -238,9 +252,13 @@ class RetrievingModule(GenerativeModule):
         ]
         return answer_token_logps(self.network, examples, int(self.tokenizer.pad_token_id), data.packing)
 
-    def about(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         """Also the retriever's settings, and whether the generator stays as it is."""
-        return {**super().about(), "retriever": asdict(self.retriever), "frozen": not self.train_generator}
+        return {
+            **super().checkpoint_metadata(),
+            "retriever": asdict(self.retriever),
+            "frozen": not self.train_generator,
+        }
 
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
         """The generation settings by name, with what decides the passages."""

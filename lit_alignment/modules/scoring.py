@@ -6,7 +6,7 @@ B rows, T tokens, N scores, K labels
 from abc import abstractmethod
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,27 +25,26 @@ from lit_alignment.models.head import scores_at
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.logprobs import row_inputs
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.modules.base import AlignmentModule, Stage
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.paths import local_path
 
-Stage = Literal["train", "val", "test"]
-
 
 class ScoringModule(AlignmentModule):
-    """A decoder with a layer of scores, read at given tokens, in place of its output embedding.
+    """A decoder with a scalar or classification head, read at given tokens, in place of its output embedding.
 
     Args:
         backbone: The pretrained model.
         peft: New adapters from the peft library, beside which the head trains; without these and `adapter` all train.
-        adapter: An adapter that exists, frozen or to go on with, with its head.
+        adapter: An existing adapter, frozen or to be trained further, with its head.
         tokens: Special and new tokens.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         head: What the scores are of.
     """
 
     head: HeadConfig
     shares_batches = True
+    progress_bar = ("loss", "accuracy")
 
     def __init__(
         self,
@@ -88,21 +87,10 @@ class ScoringModule(AlignmentModule):
         scores = found.new_zeros(len(batch.read_at), found.shape[1])
         return sequence.sum(scores.index_copy(0, local, found))
 
-    def training_step(self, batch: ScoreBatch, batch_idx: int) -> Tensor:
-        """The batch's share of the optimiser step's loss."""
-        return self._step(batch, "train")
-
-    def validation_step(self, batch: ScoreBatch, batch_idx: int) -> None:
-        """Add the batch to the validation metrics."""
-        self._step(batch, "val")
-
-    def test_step(self, batch: ScoreBatch, batch_idx: int) -> None:
-        """Add the batch to the test metrics."""
-        self._step(batch, "test")
-
-    def _step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
+    def step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
+        """Scores of the whole batch on every rank that shares it, of which one counts."""
         scores = self.scores(batch, self.sequence)
-        if self.sequence is not None and self.sequence.rank > 0:  # all have all scores, which count once
+        if self.sequence is not None and self.sequence.rank > 0:
             batch = replace(batch, weights=torch.zeros_like(batch.weights))
         return self.scored_step(scores, batch, stage)
 
@@ -140,9 +128,13 @@ class ScoringModule(AlignmentModule):
         """Keep what was measured with the model beside it."""
         self.head = replace(self.head, measured={**self.head.measured, **values})
 
-    def about(self) -> dict[str, Any]:
-        """Also the head: its labels, and what was measured."""
-        return {"head": asdict(self.head) | {"labels": list(self.head.labels)}}
+    def data_arguments(self) -> dict[str, Any]:
+        """Labels, and what they are of."""
+        return {"labels": list(self.head.labels), "problem": self.head.problem}
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """The head: its labels, and what was measured."""
+        return {**super().checkpoint_metadata(), "head": asdict(self.head) | {"labels": list(self.head.labels)}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what was measured, and refuse a head with other labels."""

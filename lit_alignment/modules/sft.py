@@ -3,11 +3,10 @@
 B rows, T tokens, N trained positions, D width
 """
 
-from typing import Literal
-
 import torch
 from peft import PeftConfig
 from torch import Tensor
+from torchmetrics import Metric
 
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.generation.settings import DecodingConfig
@@ -17,31 +16,31 @@ from lit_alignment.models.head import base_model, check_head, head_loss
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.logprobs import hidden_at_targets, of_this_rank
 from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.base import Stage
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
-
-Stage = Literal["train", "val", "test"]
 
 
 class SFTModule(GenerativeModule):
     """A causal language model trained to produce the responses of conversations.
 
-    loss of an optimiser step = sum of the trained tokens' losses / number of trained tokens, both over all
+    loss of an optimizer step = sum of the trained tokens' losses / number of trained tokens, both over all
     micro-batches of the accumulation window and all ranks.
 
     Args:
         backbone: The pretrained model.
         peft: New adapters from the peft library; without these and `adapter` all weights train.
-        adapter: An adapter that exists, frozen or to go on with.
+        adapter: An existing adapter, frozen or to be trained further.
         tokens: Special and new tokens; with LoRA only the rows of new ones train.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         label_smoothing: Probability spread evenly over the vocabulary, in training only.
         neftune_alpha: Strength of uniform noise on the embeddings in training; 0 is none (Jain et al. 2023,
             arXiv:2310.05914; the paper uses 5).
-        generation: Named ways to answer in `predict`.
+        generation: Decoding configurations of `predict`, by name.
     """
 
     shares_batches = True
+    progress_bar = ("loss", "token_accuracy")
 
     def __init__(
         self,
@@ -54,34 +53,30 @@ class SFTModule(GenerativeModule):
         neftune_alpha: float = 0.0,
         generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
-        """Set up the metrics; the weights come in `configure_model`."""
+        """Keep the settings; the weights come in `configure_model`."""
         super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
         self.label_smoothing = label_smoothing
         self.neftune_alpha = neftune_alpha
-        self.val_loss, self.val_accuracy = TokenMean(), TokenMean()
-        self.test_loss, self.test_accuracy = TokenMean(), TokenMean()
         self._head_checked = False
 
-    def training_step(self, batch: TargetBatch, batch_idx: int) -> Tensor:
-        """The batch's share of the optimiser step's loss."""
-        return self._shared_step(batch, "train")
+    def stage_metrics(self) -> dict[str, Metric]:
+        """Means over trained tokens."""
+        return {"loss": TokenMean(), "token_accuracy": TokenMean()}
 
-    def validation_step(self, batch: TargetBatch, batch_idx: int) -> None:
-        """Add the batch to the validation metrics."""
-        self._shared_step(batch, "val")
-
-    def test_step(self, batch: TargetBatch, batch_idx: int) -> None:
-        """Add the batch to the test metrics."""
-        self._shared_step(batch, "test")
-
-    def _shared_step(self, batch: TargetBatch, stage: Stage) -> Tensor:
+    def step(self, batch: TargetBatch, stage: Stage) -> Tensor:
+        """Summed cross-entropy of the trained tokens, and their accuracy."""
         loss_sum, hits, weights = self._summed_loss(batch, self.label_smoothing if stage == "train" else 0.0)
         if stage == "train":
             return self.step_loss(loss_sum, batch.window_weight)
-        mean_loss, mean_accuracy = self._means(stage)
-        mean_loss.update(loss_sum, weights.sum())
-        mean_accuracy.update(hits, torch.tensor(len(weights), device=weights.device))
+        metrics = self.metrics_of(stage)
+        metrics["loss"].update(loss_sum, weights.sum())
+        metrics["token_accuracy"].update(hits, torch.tensor(len(weights), device=weights.device))
         return loss_sum
+
+    def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
+        """Also the perplexity."""
+        values = super().stage_values(stage)
+        return {**values, "perplexity": torch.as_tensor(values["loss"]).exp()}
 
     def _summed_loss(self, batch: TargetBatch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sum of the trained tokens' losses, number of hits, and the weight of each, [N]; all of this rank."""
@@ -97,40 +92,15 @@ class SFTModule(GenerativeModule):
         """Hidden states that predict this rank's targets, [N, D], with noise on the embeddings in training."""
         if not self.training or self.neftune_alpha == 0:
             return hidden_at_targets(self.network, batch, self.sequence)
-        own = self.own_tokens(batch)
-        hook = (
-            base_model(self.network)
-            .get_input_embeddings()
-            .register_forward_hook(
-                lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha, own)
-            )
+        local = self.local_tokens(batch)
+        embedding = base_model(self.network).get_input_embeddings()
+        hook = embedding.register_forward_hook(
+            lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha, local)
         )
         try:
             return hidden_at_targets(self.network, batch, self.sequence)
         finally:
             hook.remove()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
-        self._log_means("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
-        self._log_means("test")
-
-    def _log_means(self, stage: Stage) -> None:
-        mean_loss, mean_accuracy = self._means(stage)
-        loss = mean_loss.compute()
-        self.log(f"{stage}/loss", loss, prog_bar=True)
-        self.log(f"{stage}/perplexity", loss.exp())
-        self.log(f"{stage}/token_accuracy", mean_accuracy.compute(), prog_bar=True)
-        mean_loss.reset()
-        mean_accuracy.reset()
-
-    def _means(self, stage: Stage) -> tuple[TokenMean, TokenMean]:
-        if stage == "test":
-            return self.test_loss, self.test_accuracy
-        return self.val_loss, self.val_accuracy
 
 
 def neftune_noise(embedded: Tensor, batch: TargetBatch, alpha: float, own: slice = slice(None)) -> Tensor:

@@ -11,6 +11,9 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from lit_alignment.checkpoints.export import ExportParts, media_parts
+from lit_alignment.checkpoints.hf_folder import Form
+from lit_alignment.checkpoints.restore import Saved, restore_towers
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.multimodal.media import MediaTokens
@@ -44,11 +47,11 @@ class VLMModule(SFTModule):
         projector_learning_rate: Highest learning rate of the projectors; that of `optimizer` by default.
         encoder_learning_rate: Likewise of the encoders.
         peft: New adapters of the language model.
-        adapter: An adapter that exists, frozen or to go on with.
+        adapter: An existing adapter, frozen or to be trained further.
         tokens: Special and new tokens; the placeholders are added.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         label_smoothing: Probability spread evenly over the vocabulary, in training only.
-        generation: Named ways to answer in `predict`.
+        generation: Decoding configurations of `predict`, by name.
 
     Source: Liu et al. 2023, LLaVA (arXiv:2304.08485).
     """
@@ -95,8 +98,8 @@ class VLMModule(SFTModule):
             )
         if peft is not None and peft.is_prompt_learning:
             raise ConfigError(
-                f"model.peft: {type(peft).__name__} puts vectors before the tokens, beside which images have no place. "
-                "Use LoRA."
+                f"model.peft: {type(peft).__name__} puts virtual tokens before the prompt, beside which images have no "
+                "position. Use LoRA."
             )
 
     @property
@@ -118,20 +121,38 @@ class VLMModule(SFTModule):
             raise ConfigError(f"VLMModule needs a VLMDataModule, not {type(data).__name__}.")
         return data
 
+    def data_arguments(self) -> dict[str, Any]:
+        """Placeholders and readers of the media."""
+        return {**super().data_arguments(), "media": self.media}
+
+    def media_shapes(self) -> dict[str, MediaShape]:
+        """The modalities."""
+        return self.shapes
+
     # Models.
 
-    def configure_model(self) -> None:
-        """Load language model, encoders and projectors, once."""
-        if self.towers is not None:
-            return
+    def setup(self, stage: str) -> None:
+        """Refuse a data module with other placeholders."""
+        super().setup(stage)
         if self.data.media.keys() != self.shapes.keys():
             raise ConfigError("the data module has placeholders of another model: give it this module's `media`.")
-        super().configure_model()
+
+    def load_extra_networks(self, device_type: str = "cpu") -> None:
+        """Load encoders and projectors."""
         if not self.train_language_model:
             self.network.requires_grad_(False)
-        self.load_towers(self.trainer.strategy.root_device.type)
-        for tower in self.loaded_towers.values():
-            self.shard(tower)
+        self.load_towers(device_type)
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        """Encoders and projector of each modality."""
+        return dict(self.loaded_towers)
+
+    def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
+        """A LLaVA if this is one, else the projectors beside the language model."""
+        towers = restore_towers(saved, network).towers if self.is_sharded else self.loaded_towers
+        template = datamodule_of(self.trainer).chat_template()
+        parts = media_parts(self.shapes, towers, saved.towers, network, self.tokenizer, template, form)
+        return replace(parts, generation_config=super().export_parts(saved, network, form).generation_config)
 
     def load_towers(self, device_type: str = "cpu") -> nn.ModuleDict:
         """Load encoders and projectors without a Trainer, after the language model."""
@@ -205,7 +226,7 @@ class VLMModule(SFTModule):
         """Placeholders."""
         return [each.token_id for each in self.media.values()]
 
-    # Optimiser and checkpoint.
+    # Optimizer and checkpoint.
 
     def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         """Those of the projectors and of the encoders."""
@@ -216,7 +237,7 @@ class VLMModule(SFTModule):
             found.append((list(tower.encoders.parameters()), self.encoder_learning_rate or rate))
         return found
 
-    def about(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         """Also how media enter, and their sizes."""
         modalities = {name: asdict(shape.modality) for name, shape in self.shapes.items()}
-        return {**super().about(), "modalities": modalities, "frozen": not self.train_language_model}
+        return {**super().checkpoint_metadata(), "modalities": modalities, "frozen": not self.train_language_model}
