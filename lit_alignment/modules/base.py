@@ -3,8 +3,10 @@
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,8 @@ from lit_alignment.data.batching.collate import Rows
 from lit_alignment.distributed.features import StrategyFeatures, features_of
 from lit_alignment.distributed.sharding import Cast
 from lit_alignment.errors import ConfigError, TrainingError
+from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Response
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
 from lit_alignment.models.collectives import SequenceGroup
@@ -40,6 +44,7 @@ from lit_alignment.models.loading import (
 from lit_alignment.models.multimodal.modality import MediaShape
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.retrieval.passage_retriever import PassageRetriever
 
 Stage = Literal["train", "val", "test"]
 
@@ -137,6 +142,50 @@ class AlignmentModule(LightningModule):
     def media_shapes(self) -> dict[str, MediaShape]:
         """How images and sounds enter, by modality."""
         return {}
+
+    @property
+    def passage_retriever(self) -> PassageRetriever | None:
+        """What retrieves passages, in a method that does."""
+        return None
+
+    def respond(self, items: Sequence[Any], decoding: DecodingConfig) -> list[Response]:
+        """What the model makes of prompts.
+
+        Args:
+            items: The prompts; where there are none, the call says only whether the method answers prompts.
+            decoding: How to generate.
+
+        Raises:
+            ConfigError: If the method answers no prompts.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} answers no prompts, so there are none to show. Use lit_alignment.ScoredPicks for a "
+            "module that scores."
+        )
+
+    def predict_requests(self, items: Sequence[Any], name: str) -> list[ItemRequests]:
+        """What another engine than `predict_step` is asked for items.
+
+        Args:
+            items: Of the data module.
+            name: The file of predictions that is written, of which `finish` makes an item's prediction.
+
+        Raises:
+            ConfigError: If other engines have nothing to compute for the method.
+        """
+        raise ConfigError(f"{type(self).__name__} has nothing for vLLM to compute. Use engine: transformers.")
+
+    def prepare_for_engine(self, saved: Saved | None, folder: Path) -> EngineNeeds:
+        """Load what another engine does not run, without a Trainer's strategy, and say what the engine must do.
+
+        Args:
+            saved: The trained weights; None before training.
+            folder: What the engine loads: a full model, or an adapter.
+
+        Raises:
+            ConfigError: If another engine cannot run the method.
+        """
+        raise ConfigError(f"{type(self).__name__} has nothing for vLLM to compute. Use engine: transformers.")
 
     # Model.
 
