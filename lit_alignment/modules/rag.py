@@ -15,6 +15,7 @@ from lit_alignment.data.passages import Passage
 from lit_alignment.data.rag import RAGBatch, RAGItem
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.hooks import Stage
 from lit_alignment.losses import (
     emdr2_loss,
     leave_one_out_loss,
@@ -29,7 +30,8 @@ from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.dual_encoder import RetrieverConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.base import Stage
+from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.modules.retrieving import Decoding, RetrievingModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
@@ -79,6 +81,7 @@ class RAGModule(RetrievingModule):
             answers (`rag_sequence`, `rag_sequence_fast`) or by tokens (`rag_token`). By default as in training.
     """
 
+    beside = "retriever and index"
     progress_bar = ("loss", *(f"recall@{k}" for k in RECALL_AT))
 
     def __init__(
@@ -258,6 +261,16 @@ class RAGModule(RetrievingModule):
         loss = metrics.pop("loss").compute()
         known = {name: metric.compute() for name, metric in metrics.items() if metric.update_called}
         return {"loss": loss, "perplexity": loss.exp(), **{n: v for n, v in known.items() if v.isfinite()}}
+
+    # The index.
+
+    def retrieval_config(self) -> tuple[RetrieverConfig, IndexConfig]:
+        """The retriever and the index."""
+        return self.retriever, self.index_config
+
+    def passage_encoder(self) -> AlignmentModule:
+        """The retriever alone."""
+        return RetrieverModule(self.retriever, self.index_config)
 
     # Optimizer.
 
