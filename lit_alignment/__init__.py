@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lit_alignment import moved
+
 if TYPE_CHECKING:
     from lit_alignment.callbacks.export import Export
     from lit_alignment.callbacks.predictions import PredictionWriter
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from lit_alignment.modules.sft import SFTModule
     from lit_alignment.modules.vlm import VLMModule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+
+moved.install()
 
 _PLACES = {
     "AsyncCheckpointIO": "lit_alignment.checkpoints.io",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.moved import renamed
 
 FinishReason = Literal["stop", "length"]
 
@@ -78,3 +79,7 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """As written to a predictions file; what was not asked for is left out."""
         return {key: value for key, value in vars(self).items() if value is not None}
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)
