@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from lit_alignment.tools.convert.document import Document
-from lit_alignment.tools.convert.fit import Method, training_document
-from lit_alignment.tools.convert.inference import scored_documents
-from lit_alignment.tools.convert.model import labels
+from lit_alignment.errors import ConfigError
+from lit_alignment.tools.convert.document import Document, Method
+from lit_alignment.tools.convert.fit import training_documents
+from lit_alignment.tools.convert.inference import predictions
 from lit_alignment.tools.convert.settings import Settings
 from lit_alignment.tools.convert.trainer import section
 
@@ -23,32 +23,41 @@ AUROC = "roc_auc was that of the logits of class 1 there; here it is a mean over
 
 def convert(top: Settings) -> list[Document]:
     """Our configuration for `fit`."""
-    notes, old = top.notes, section(top).part("loss_settings")
-    module: dict[str, Any] = {"labels": labels(top.part("model_settings"))}
+    old = section(top).part("loss_settings")
+    module: dict[str, Any] = {"labels": _labels(top.part("model_settings.model_kwargs"))}
     alpha, gamma = old.raw("alpha"), old.take("gamma", 0.0)
     if alpha == "auto":
         module["class_weights"] = "balanced"
-        notes.warn(f"{old.path_of('alpha')} -> model.class_weights", BALANCED)
+        old.warn(BALANCED, "alpha", "model.class_weights")
     elif isinstance(alpha, list) and all(isinstance(a, int | float) and not isinstance(a, bool) for a in alpha):
         module["class_weights"] = [float(weight) for weight in alpha]
     elif alpha is not None:
-        notes.leave_out(old.path_of("alpha"), "turbo-alignment takes 'auto', a list of numbers or null there")
+        old.leave_out("turbo-alignment takes 'auto', a list of numbers or null there", "alpha")
     if gamma:
         module["focal_gamma"] = gamma
         if "class_weights" in module:
-            notes.warn(f"{old.path_of('gamma')} -> model.focal_gamma", FOCAL)
-    for name in ("train_dataset_settings", "val_dataset_settings"):
-        top.part(name).leave_out("labels of tokens play no part", "add_labels")
-    notes.warn("train_dataset_settings", SINGLE)
-    method = Method("Classification", "classification", scores=True, module=module, remarks=(METRICS, AUROC))
-    return [training_document(top, method)]
+            old.warn(FOCAL, "gamma", "model.focal_gamma")
+    top.warn(SINGLE, "train_dataset_settings")
+    return training_documents(top, Method("Classification", "classification", True, module, remarks=(METRICS, AUROC)))
 
 
 def convert_inference(top: Settings) -> list[Document]:
     """Our configurations for `predict`, one a model."""
 
-    def module(model: Settings) -> dict[str, Any]:
-        named = {"num_labels", "id2label"} & model.part("model_kwargs").values.keys()
-        return {"labels": labels(model)} if named else {}  # else those of the exported classifier
+    def further(old: Settings, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        given = old.part("model_settings.model_kwargs")
+        named = "num_labels" in given or "id2label" in given
+        return {"labels": _labels(given)} if named else {}, {}  # else those of the exported classifier
 
-    return scored_documents(top, "Classification", "classes of conversations", module)
+    return predictions(top, Method("Classification", "classes of conversations", True), further)
+
+
+def _labels(old: Settings) -> list[str]:
+    """Names of a classifier's labels: those of id2label, else numbers; two where nothing is said, as there."""
+    names: dict[str, Any] = old.maybe("id2label", dict) or {}
+    if names and all(isinstance(name, str) for name in names.values()):
+        return [names[key] for key in sorted(names, key=lambda key: (len(key), key))]
+    number = old.take("num_labels", 2)
+    if number < 2:
+        raise ConfigError(f"{old.path_of('num_labels')} is {number}; a classifier has two or more.")
+    return [str(index) for index in range(number)]
