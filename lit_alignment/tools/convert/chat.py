@@ -11,36 +11,22 @@ DRAW = "drawn from the global generator there, so it depended on what ran before
 RATE = "kept by a generator of the data set there; here by one of data.seed and the source, so other records are kept"
 UPSAMPLE = "a rate above 1 counted as 1 there, and so it does here; repeat: 2.0 shows each record twice an epoch"
 JSONL = "read as JSON lines there; here the ending tells the format, so rename the file to .jsonl"
-EXACT = (
-    "a conversation that filled the limit exactly was dropped there, and BOS and EOS were counted differently with "
-    "each setting; here one of max_length tokens, BOS and EOS included, is kept"
-)
-TOO_LONG = (
-    "a record whose single messages are too long vanished there without a word; here data_report.json counts it as "
-    "too_long, and truncation_unit: tokens keeps a part of it"
-)
-KEEP_END = (
-    "there trailing messages that were left out still used up the limit, and a record's own system message was cut "
-    "off first; here the limit counts what is kept, and a system message stays"
-)
-REATTACH = (
-    "there the first kept message took the place of the source's system prompt when a conversation was cut at the "
-    "start; here the system prompt itself stays in front"
-)
-LAST_REPLICA = (
-    "after such a cut the last response was counted one off there, and nothing at all was trained; here the last "
-    "response is trained"
-)
-PREFIX_SEARCH = (
-    "everything before the first token of a bot's prefix was cut off there, so with prefixes that begin with the role "
-    "the first question was never seen; here nothing is cut"
-)
+EXACT = """a conversation that filled the limit exactly was dropped there, and BOS and EOS were counted differently \
+with each setting; here one of max_length tokens, BOS and EOS included, is kept"""
+TOO_LONG = """a record whose single messages are too long vanished there without a word; here data_report.json counts \
+it as too_long, and truncation_unit: tokens keeps a part of it"""
+KEEP_END = """there trailing messages that were left out still used up the limit, and a record's own system message \
+was cut off first; here the limit counts what is kept, and a system message stays"""
+REATTACH = """there the first kept message took the place of the source's system prompt when a conversation was cut at \
+the start; here the system prompt itself stays in front"""
+LAST_REPLICA = """after such a cut the last response was counted one off there, and nothing at all was trained; here \
+the last response is trained"""
+PREFIX_SEARCH = """everything before the first token of a bot's prefix was cut off there, so with prefixes that begin \
+with the role the first question was never seen; here nothing is cut"""
 NULL_LENGTH = "null stopped the run there; here encoding.max_length is left at its default of 2048"
 RANDOM_CUT = "had no effect there; here each prompt is cut before a random response, chosen by data.seed and its id"
-EOS = (
-    "with single_eos false the closing EOS was not trained there, so only the suffix taught the model to stop; here "
-    "append_eos trains it"
-)
+EOS = """with single_eos false the closing EOS was not trained there, so only the suffix taught the model to stop; \
+here append_eos trains it"""
 NO_EOS = "no suffix closes a message, so nothing taught the model to stop there; here append_eos adds a trained EOS"
 READ_WHOLE = "whole conversations are read, and their last token is scored"
 NO_LABELS = "labels of tokens play no part"
@@ -100,28 +86,18 @@ def _source(old: Settings) -> dict[str, Any]:
     return source
 
 
-def encoding(
-    method: Method, dataset: Settings, others: list[Settings], prompts: Settings | None = None
-) -> dict[str, Any]:
-    """Our `data.encoding`.
-
-    Args:
-        method: What it is for; of those that score, the chat settings stand one level below.
-        dataset: The data set whose settings hold.
-        others: Further data sets; where they say something else, that is noted.
-        prompts: The one of all these that is answered, if any: the only one that random_cut concerns.
-    """
+def encoding(method: Method, dataset: Settings, others: list[Settings], prompts: Settings) -> dict[str, Any]:
+    """Our `data.encoding`, as `dataset` says it; what `others` say otherwise is noted. Only `prompts` are answered."""
     if not dataset.values:
         return {}
-    whole = [dataset, *others]
-    if method.scores:
-        whole = [_chat_settings(each) for each in whole]
-    first, *rest = whole
+    first, *rest = whole = [_chat_settings(each) if method.scores else each for each in (dataset, *others)]
     for other in rest:
-        _note_differences(first, other)
+        for key, default in SHARED.items():
+            if (value := other.raw(key)) not in (None, first.values.get(key, default)):
+                text = f"{shorten(value)}; here one encoding serves all, that of {first.path}"
+                other.notes.left_out[text].append(other.path_of(key))
     for each in whole:
-        kind = each.take("dataset_type", "chat")
-        if kind not in ("chat", "multimodal"):
+        if (kind := each.take("dataset_type", "chat")) not in ("chat", "multimodal"):
             each.leave_out(f"'{kind}' is read as chat", "dataset_type")
         carry(each, UNUSED)
         if each.take("random_cut", False) and (method.scores or each is not prompts):
@@ -136,15 +112,16 @@ def encoding(
             first.warn(REATTACH, "keep_end")
             if ours["loss_on"] == "last_assistant":
                 first.warn(LAST_REPLICA, "only_last_replica_loss")
+    if method.name == "Reward":  # both responses to a prompt were cut at their start, whatever was set
+        ours["truncation"] = "keep_end"
     if method.scores:
         del ours["loss_on"]
         for each in whole:
             each.leave_out(READ_WHOLE, "only_answer_loss", "only_last_replica_loss")
-    elif prompts is not None and prompts.take("random_cut", False):
+    elif prompts.take("random_cut", False):
         ours["random_cut"] = True
         prompts.warn(RANDOM_CUT, "random_cut", "data.encoding.random_cut")
-    # Conversations of pairs were cut at their start whatever was set.
-    return ours | ({"truncation": "keep_end"} if method.name == "Reward" else {})
+    return ours
 
 
 def _chat_settings(dataset: Settings) -> Settings:
@@ -152,14 +129,6 @@ def _chat_settings(dataset: Settings) -> Settings:
     dataset.take("dataset_type", "")
     dataset.leave_out(NO_LABELS, "add_labels")
     return next((dataset.part(name) for name in ("chat_settings", "chat_dataset") if name in dataset), dataset)
-
-
-def _note_differences(first: Settings, other: Settings) -> None:
-    for key, default in SHARED.items():
-        value = other.raw(key)
-        if value is not None and value != first.values.get(key, default):
-            text = f"{shorten(value)}; here one encoding serves all, that of {first.path}"
-            other.notes.left_out[text].append(other.path_of(key))
 
 
 def _template(dataset: Settings) -> dict[str, Any]:

@@ -10,14 +10,11 @@ from lit_alignment.tools.convert.settings import Settings
 from lit_alignment.tools.convert.trainer import section
 
 SINGLE = "records of one message were dropped there; here they are kept"
-FOCAL = (
-    "there the focal factor came from the weighted loss, which is another power of the probability; here it comes from "
-    "the probability of the true class"
-)
+FOCAL = """there the focal factor came from the weighted loss, which is another power of the probability; here it \
+comes from the probability of the true class"""
 BALANCED = "a class that did not occur in the training data shifted the weights there; here its weight is 1"
-METRICS = (
-    "f1, precision and recall were weighted by class there; val/weighted_f1 is, val/precision and val/recall are means"
-)
+METRICS = """f1, precision and recall were weighted by class there; val/weighted_f1 is, val/precision and val/recall \
+are means"""
 AUROC = "roc_auc was that of the logits of class 1 there; here it is a mean over each class against the rest"
 
 

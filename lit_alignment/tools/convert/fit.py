@@ -11,30 +11,22 @@ from lit_alignment.tools.convert.model import (
     adapter_kind,
     adapters,
     backbone,
+    saves_modules,
     tokens,
-    trained_dtype,
 )
 from lit_alignment.tools.convert.settings import Settings
 from lit_alignment.tools.convert.trainer import logger, section, training, upload
 
-PACKING = (
-    "packing: false keeps the old step of batch_size conversations. Packed rows train the same loss faster: remove "
-    "packing, and set tokens_per_batch."
-)
-PADDING = (
-    "packing: false also since eager attention, and vectors before the tokens, cannot keep the conversations of a "
-    "packed row apart."
-)
+PACKING = """packing: false keeps the old step of batch_size conversations. Packed rows train the same loss faster: \
+remove packing, and set tokens_per_batch."""
+PADDING = """packing: false also since eager attention, and vectors before the tokens, cannot keep the conversations \
+of a packed row apart."""
 NO_CHECKPOINTING = "prefix tuning hands over a cache of keys and values, which it cannot recompute"
 LOSS = "The loss is a mean over all trained tokens of a step, whatever micro-batch they stand in."
-LAST = (
-    "last.ckpt is written at each epoch's end, for the model that was saved at the end there; a run shorter than its "
-    "steps between validations has no other. lit-alignment export makes a folder of it."
-)
-HALF = (
-    "The weights themselves train in {dtype}, as there, and lose small updates; dtype: float32 with precision: "
-    "bf16-mixed keeps them, in twice the memory."
-)
+LAST = """last.ckpt is written at each epoch's end, for the model that was saved at the end there; a run shorter than \
+its steps between validations has no other. lit-alignment export makes a folder of it."""
+HALF = """The weights themselves train in {dtype}, as there, and lose small updates; dtype: float32 with precision: \
+bf16-mixed keeps them, in twice the memory."""
 NO_EOS = "append_eos: false, as EOS had no part in the loss there; the suffix ends a turn, and is trained."
 NOISE = "noise on the embeddings is there for supervised fine-tuning only"
 SMOOTHING = "there is no label smoothing of preferences, nor of likelihoods that are summed over passages"
@@ -61,7 +53,8 @@ def training_documents(top: Settings, method: Method) -> list[Document]:
     prompts = picks.part("dataset_settings")
     found = adapters(model, training=True)
     base = backbone(model, top.part("tokenizer_settings"), method.scores)
-    ours = training(top, trained_dtype(model, base, found))
+    # Adapters are float32, and whole layers beside them are as the base.
+    ours = training(top, base["dtype"] if not found or saves_modules(model) else "float32")
     base |= ours["backbone"]
     _leave_out_of(ours, base, top, model, method)
     callbacks: list[dict[str, Any]] = [

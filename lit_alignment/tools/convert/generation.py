@@ -12,6 +12,7 @@ METRICS |= {
     name: name
     for name in ("length", "diversity", "self_bleu", "rouge", "perplexity", "kl", "reward", "retrieval_utility")
 }
+EVERY = 1_000_000  # records: more than there are
 FIRST_TOKEN = "the first token of an answer was never scored there; here it is"
 METRIC_FAULTS = {
     "accuracy": "failed there where the tokenizer had no pad token; here texts are compared",
@@ -23,14 +24,10 @@ METRIC_FAULTS = {
 }
 TABLES = "each evaluation logged a table of another name there; here all are in one report, cherry_picks.html"
 EVERY_RECORD = "all records are answered at each validation, as there; lower num_samples to answer fewer"
-PIECES = (
-    "under vLLM a stop string was split into tokens there, and each of them alone ended an answer; here the whole "
-    "string does"
-)
-MISASSIGNED = (
-    "with a batch above 1 and several answers to a prompt, answers went to the wrong prompts or were lost there; here "
-    "each prompt has its own"
-)
+PIECES = """under vLLM a stop string was split into tokens there, and each of them alone ended an answer; here the \
+whole string does"""
+MISASSIGNED = """with a batch above 1 and several answers to a prompt, answers went to the wrong prompts or were lost \
+there; here each prompt has its own"""
 BEST_OF = "it was ignored there"
 META = "under vLLM a record's meta was lost there; here it is in the predictions"
 OLDER_EOS = "the oldest configurations name the end of turn so; it is among the stop strings"
@@ -53,20 +50,13 @@ CUSTOM: Table = {
 
 
 def generation(old: Settings, custom: Settings, sampled: bool = True) -> dict[str, Any]:
-    """Our generation settings.
-
-    Args:
-        old: The generator's settings, of transformers or vLLM, which differ in the names of two keys.
-        custom: What was set beside them.
-        sampled: Whether answers are sampled unless do_sample says otherwise.
-    """
+    """Our generation settings; answers are `sampled` unless do_sample says otherwise."""
+    # vLLM's names of two keys
     old.defaults |= {"max_new_tokens": old.take("max_tokens", 15), "num_return_sequences": old.take("n", 1)}
-    ours: dict[str, Any] = {"max_new_tokens": old.take("max_new_tokens", 15)}
+    ours: dict[str, Any] = {"max_new_tokens": old.take("max_new_tokens", 15), "temperature": 0.0}
     temperature, top_p, top_k = old.take("temperature", 1.0), old.take("top_p", 1.0), old.take("top_k", 50)
     if old.take("do_sample", sampled) and temperature > 0:
         ours |= {"temperature": temperature, "top_p": top_p, "top_k": max(0, top_k)}  # -1 is no limit under vLLM
-    else:
-        ours["temperature"] = 0.0
     stops = old.texts("stop_strings") if "stop_strings" in old else ["</s>"]
     if (closing := custom.maybe("generation_eos_token", str)) is not None:
         custom.warn(OLDER_EOS, "generation_eos_token")
@@ -75,54 +65,39 @@ def generation(old: Settings, custom: Settings, sampled: bool = True) -> dict[st
     return ours | ({"logprobs": True} if old.raw("logprobs") else {})
 
 
-def cherry_picks(old: Settings, method: Method, adapters: bool) -> dict[str, Any]:
-    """Our callback for the old cherry_pick_settings.
+def warn_of_batches(old: Settings, batch: int, ours: dict[str, Any]) -> None:
+    """Say that answers were mixed up where they were."""
+    if batch > 1 and ours.get("num_return_sequences", 1) > 1:
+        old.warn(MISASSIGNED, "batch")
 
-    Args:
-        old: The old settings.
-        method: What trains; of those that score, nothing is generated.
-        adapters: Whether adapters train, so that the model before training is at hand.
-    """
+
+def cherry_picks(old: Settings, method: Method, adapters: bool) -> dict[str, Any]:
+    """Our callback for the old cherry_pick_settings; with `adapters`, the model before training is at hand."""
     name = "ScoredPicks" if method.scores else "CherryPicks"
-    generator, custom = "generator_transformers_settings", "custom_generation_settings"
-    found = sources(old.part("dataset_settings"))
-    number = _num_records(found)
-    if number is None:
+    generator, beside = "generator_transformers_settings", "custom_generation_settings"
+    ours: dict[str, Any] = {"sources": sources(old.part("dataset_settings")), "num_samples": 0}
+    for source in ours["sources"]:
+        limits = [source[key] for key in ("num_samples", "num_rows") if key in source]
+        limits += [len(source["records"])] if "records" in source else []
+        ours["num_samples"] += min(limits, default=EVERY)
+    if ours["num_samples"] >= EVERY:
+        ours["num_samples"] = EVERY
         old.warn(EVERY_RECORD, "dataset_settings", f"{name}.num_samples")
-    ours: dict[str, Any] = {"sources": found, "num_samples": 1_000_000 if number is None else number}
     if method.scores:
         old.leave_out("all metrics are always there, of the whole validation data", "metric_settings")
-        old.leave_out(NOT_GENERATED, generator, custom, "generation_config")
+        old.leave_out(NOT_GENERATED, generator, beside, "generation_config")
         ours["before_training"] = False
     else:
         # The newer form was transformers' own class, which is greedy unless told otherwise.
-        newer = "generation_config" in old
-        settings = generation(old.part("generation_config" if newer else generator), old.part(custom), not newer)
+        newer, custom = "generation_config" in old, old.part(beside)
+        settings = generation(old.part("generation_config" if newer else generator), custom, sampled=not newer)
         ours |= {"generation": settings, "before_training": False}
-        if f"{custom}.batch" in old:
-            ours["batch_size"] = old.take(f"{custom}.batch", 1)
-            warn_of_batches(old, f"{custom}.batch", ours["batch_size"], settings)
+        if "batch" in custom:
+            ours["batch_size"] = custom.take("batch", 1)
+            warn_of_batches(custom, ours["batch_size"], settings)
         ours |= _metrics(old, adapters)
     old.warn(TABLES)
     return {"class_path": f"lit_alignment.{name}", "init_args": ours}
-
-
-def warn_of_batches(old: Settings, key: str, batch: int, ours: dict[str, Any]) -> None:
-    """Say that answers were mixed up where they were."""
-    if batch > 1 and ours.get("num_return_sequences", 1) > 1:
-        old.warn(MISASSIGNED, key)
-
-
-def _num_records(found: list[dict[str, Any]]) -> int | None:
-    """The number of records that our sources give at most, or None where the settings do not tell it."""
-    total = 0
-    for source in found:
-        limits = [source[key] for key in ("num_samples", "num_rows") if key in source]
-        limits += [len(source["records"])] if "records" in source else []
-        if not limits:
-            return None
-        total += min(limits)
-    return total
 
 
 def _metrics(old: Settings, adapters: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What all inferences share, and inference_chat: answers or scores of one or several models, for `predict`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lit_alignment.tools.convert.chat import encoding, sources
@@ -23,19 +24,19 @@ VLLM: Table = {
     "max_logprobs": Row(int),
     "enable_lora, max_lora_rank": FOLLOWS,
 }
-# Further settings of the module and of the data module, for the settings of a model and the folder of its answers.
+# Further settings of the module and of the data module, for an old model and the folder of its answers.
 Further = Callable[[Settings, str], tuple[dict[str, Any], dict[str, Any]]]
 
 
 def convert(top: Settings) -> list[Document]:
     """Our configurations for answers to prompts."""
-    return predictions(top, Method("SFT", "answers to prompts"), lambda old, folder: ({}, {}))
+    return predictions(top, Method("SFT", "answers to prompts"))
 
 
-def predictions(top: Settings, method: Method, further: Further) -> list[Document]:
+def predictions(top: Settings, method: Method, further: Further = lambda old, folder: ({}, {})) -> list[Document]:
     """Our configurations for `predict`, one a model."""
-    seed, folder, dataset = top.take("seed", 42), top.need("save_path"), top.part("dataset_settings")
     top.notes.missing += [key for key in ("inference_settings", "dataset_settings") if not top.values.get(key)]
+    seed, folder, dataset = top.take("seed", 42), top.need("save_path"), top.part("dataset_settings")
     read = {"predict": sources(dataset), "encoding": encoding(method, dataset, [], dataset), "packing": False}
     models, documents, number = top.parts("inference_settings"), [], 0
     if len(models) > 1:
@@ -45,53 +46,37 @@ def predictions(top: Settings, method: Method, further: Further) -> list[Documen
     for index, old in enumerate(models):
         old.require("model_settings")
         where = folder if len(models) == 1 else f"{folder}/{index}"
-        batch, answers = old.take("batch", 1), dict[str, Any]()
+        module, data = further(old, where)
         if method.scores:
+            batch = old.take("batch", 1)
             old.leave_out("batch_size records are scored at a time", "micro_batch")
             old.leave_out(NOT_GENERATED, "generation_settings")
         else:
             old.leave_out("batch_size prompts are answered at a time", "micro_batch")
-            batch, answers = _generations(old, batch, number, seed)
-            number += len(answers)  # the old files are numbered through all models
-        module, data = further(old, where)
-        module |= {"generation": answers} if answers else {}
-        document = prediction(
-            method,
-            old.part(method.model),
-            old.part("tokenizer_settings"),
-            seed,
-            where if method.scores else folder,
-            module,
-            {**read, "batch_size": batch, **data},
-            _engine(old),
-        )
-        documents.append(document)
+            batch, module["generation"] = _generations(old, number, seed)
+            number += len(module["generation"])  # the old files are numbered through all models
+        whole = replace(method, module=module, data={**read, "batch_size": batch, **data})
+        documents.append(prediction(whole, old, seed, where if method.scores else folder, **_engine(old)))
     return documents
 
 
-def prediction(
-    method: Method,
-    model: Settings,
-    tokenizer: Settings,
-    seed: int,
-    folder: str,
-    module: dict[str, Any],
-    data: dict[str, Any],
-    engine: dict[str, Any],
-) -> Document:
-    """Our configuration for `predict` of one model."""
+def prediction(method: Method, old: Settings, seed: int, folder: str, **engine: Any) -> Document:
+    """Our configuration for `predict` of the model whose settings `old` holds."""
+    model = old.part(method.model)
     model.leave_out("the tokenizer has its tokens, and nothing is trained", "embeddings_initialization_strategy")
-    module = {"backbone": backbone(model, tokenizer, method.scores), **adapters(model, training=False), **module}
+    module = {"backbone": backbone(model, old.part("tokenizer_settings"), method.scores)}
+    module |= {**adapters(model, training=False), **method.module}
     writer = {"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": folder}}
-    content = method.configuration(seed, folder, {"logger": False, "callbacks": [writer]}, module, data)
+    trainer = {"logger": False, "callbacks": [writer]}
+    content = method.configuration(seed, folder, trainer, module, method.data) | engine
     remark = SCORED.format(file=SCORED_FILES[method.name]) if method.scores else FILES
-    return Document("predict", method.purpose, content | engine, [remark, *method.remarks])
+    return Document("predict", method.purpose, content, [remark, *method.remarks])
 
 
-def _generations(old: Settings, batch: int, number: int, seed: int) -> tuple[int, dict[str, Any]]:
-    """Our batch size, and our generation settings by the names of the old files."""
+def _generations(old: Settings, number: int, seed: int) -> tuple[int, dict[str, Any]]:
+    """Our batch size, and our generation settings by the names of the old files, which begin with a number."""
     ours: dict[str, Any] = {}
-    vllm, largest = old.values.get("use_vllm") is True, batch
+    batches, vllm = [old.take("batch", 1)], old.values.get("use_vllm") is True
     for settings in old.parts("generation_settings"):
         settings.require("transformers_settings")
         if vllm:
@@ -99,15 +84,14 @@ def _generations(old: Settings, batch: int, number: int, seed: int) -> tuple[int
         custom = settings.part("custom_settings")
         answers = generation(settings.part("transformers_settings"), custom) | {"seed": seed}
         ours[f"single_inference_{number + len(ours)}"] = answers
+        batches.append(max(batches[0], custom.take("batch", 1)))
         owner = custom if custom.take("batch", 1) > 1 else old
-        own = max(batch, custom.take("batch", 1))
-        warn_of_batches(owner, "batch", own, answers)
-        if own > 1 and not vllm and (answers.get("num_beams", 1) > 1 or answers.get("num_return_sequences", 1) > 1):
+        warn_of_batches(owner, batches[-1], answers)
+        if batches[-1] > 1 and not vllm and {"num_beams", "num_return_sequences"} & answers.keys():
             owner.warn(ONE_ANSWER, "batch")
-        largest = max(largest, own)
     if not ours:
         old.notes.missing.append(old.path_of("generation_settings"))
-    return largest, ours
+    return max(batches), ours
 
 
 def _engine(old: Settings) -> dict[str, Any]:

@@ -4,10 +4,8 @@ from lit_alignment.tools.convert.document import Document, script
 from lit_alignment.tools.convert.model import backbone
 from lit_alignment.tools.convert.settings import Settings
 
-LAYER = (
-    "the check looked at the first layer's q_proj only and failed for models or adapters without one; here the logits "
-    "before and after are compared"
-)
+LAYER = """the check looked at the first layer's q_proj only and failed for models or adapters without one; here the \
+logits before and after are compared"""
 WITH_ADAPTER = "the tokenizer beside the adapter is taken, else that of the base"
 AS_BASE = "merged in float32, and stored as the base's files are; set --dtype otherwise"
 

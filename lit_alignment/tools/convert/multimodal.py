@@ -9,26 +9,19 @@ from lit_alignment.tools.convert.settings import Settings
 
 BGR = "pictures were read with blue in the place of red there; here they are RGB, so a model from there sees otherwise"
 CUT = "images of a cut conversation could be taken for each other there; here whole messages go, with their images"
-COMPRESS = (
-    "the number of embeddings had to be that of the patches there; here c_abstractor makes any square number of them"
-)
+COMPRESS = """the number of embeddings had to be that of the patches there; here c_abstractor makes any square number \
+of them"""
 NUMBER = "it follows from encoder and projector; a wrong number is an error that names the right one"
-PICKLE = (
-    "features were read there from the first file in the folder of the pictures; here model.{name}.cache names the "
-    "file or folder of features, and lit-alignment preprocess makes it"
-)
-PICKLED = (
-    "a pickled file is not loaded; save its projector as safetensors, with the names of ours, and give "
-    "projector.weights"
-)
+PICKLE = """features were read there from the first file in the folder of the pictures; here model.{name}.cache names \
+the file or folder of features, and lit-alignment preprocess makes it"""
+PICKLED = """a pickled file is not loaded; save its projector as safetensors, with the names of ours, and give \
+projector.weights"""
 ONE_VECTOR = "it could not be loaded there; here it is one vector an image, where its package is installed"
 FRAMES = "sounds were one mean vector there, and could not be loaded; here they are up to 64 vectors over time"
 MEASURED = "predict writes the answers; lit-alignment evaluate measures them"
 READER = "the processor beside the encoder reads files"
-STREAMED = (
-    "one unreadable picture stopped the run there, and all pictures and features stood in memory; here they stream, in "
-    "folders below as well, a killed run goes on, and unreadable files are listed"
-)
+STREAMED = """one unreadable picture stopped the run there, and all pictures and features stood in memory; here they \
+stream, in folders below as well, a killed run goes on, and unreadable files are listed"""
 ALONE = "train_language_model: false trains the projector alone, which there was done by training with no adapter."
 ENCODERS, PROJECTORS = "modality_encoder_settings_mapping", "modality_projector_mapping"
 START, END, TOKENS = "start_modality_token", "end_modality_token", "modality_token_mapping"
@@ -58,13 +51,7 @@ def convert_inference(top: Settings) -> list[Document]:
 
 
 def _modalities(owner: Settings, dataset: Settings, others: list[Settings]) -> dict[str, Any]:
-    """Our settings of images and sounds.
-
-    Args:
-        owner: Where encoders and projectors stand.
-        dataset: The data set whose placeholders hold.
-        others: Further data sets.
-    """
+    """Our settings of images and sounds; `owner` has encoders and projectors, `dataset` the placeholders that hold."""
     owner.require(ENCODERS)
     number = dataset.maybe("n_modality_embeddings", int) or owner.maybe("n_modality_embeddings", int)
     for each in (dataset, *others):

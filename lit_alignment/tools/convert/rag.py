@@ -7,25 +7,16 @@ from lit_alignment.tools.convert.fit import training_documents
 from lit_alignment.tools.convert.inference import predictions
 from lit_alignment.tools.convert.settings import Row, Settings, Table, carry
 
-LEAK = (
-    "the query is the dialogue up to the answer; there the answer itself stood in it, so that the retriever was asked "
-    "with what it should find"
-)
-ONE = (
-    "with one passage the retriever got no gradient there, nor would it here, so train_retriever is none; to train it, "
-    "set num_passages to 2 or more, train_retriever to query, and retriever.towers to separate"
-)
-SEVERAL = (
-    "all passages stand in one prompt; there it crashed with several. model.decoding has the ways that weigh the "
-    "answers of each passage"
-)
-SHIFT = (
-    "the loss there asked each token for itself instead of the next one; here the answer is predicted, so nothing that "
-    "was trained there compares"
-)
-TEMPERATURE = (
-    "scores are divided by retriever.temperature, 0.01; cosines without one, as there, make all passages nearly equal"
-)
+LEAK = """the query is the dialogue up to the answer; there the answer itself stood in it, so that the retriever was \
+asked with what it should find"""
+ONE = """with one passage the retriever got no gradient there, nor would it here, so train_retriever is none; to train \
+it, set num_passages to 2 or more, train_retriever to query, and retriever.towers to separate"""
+SEVERAL = """all passages stand in one prompt; there it crashed with several. model.decoding has the ways that weigh \
+the answers of each passage"""
+SHIFT = """the loss there asked each token for itself instead of the next one; here the answer is predicted, so \
+nothing that was trained there compares"""
+TEMPERATURE = """scores are divided by retriever.temperature, 0.01; cosines without one, as there, make all passages \
+nearly equal"""
 PLACE = "passages stand in the last user message, with `placement`; there they stood before the beginning-of-text token"
 REBUILT = "the index is built from the passages with the encoder itself, since nothing in the old one says what made it"
 FOLLOWS = "it follows from the encoder"

@@ -6,15 +6,11 @@ from lit_alignment.tools.convert.inference import predictions
 from lit_alignment.tools.convert.settings import Settings
 
 MARGIN = "use_margin: false, as margins of the records (precomputed_margin) had no effect there; true takes them in."
-WINDOWS = (
-    "each response was cut with a prompt of its own there, so the two could see different ones; here the prompt is "
-    "shortened once for both"
-)
+WINDOWS = """each response was cut with a prompt of its own there, so the two could see different ones; here the \
+prompt is shortened once for both"""
 REJECTED = "rejected_reward and reward_difference were wrong there; val/rejected_reward and val/margin are not"
-SHARED = (
-    "packing: true with tokens_per_batch, instead of batch_size, reads a prompt once for both responses, and trains "
-    "the same loss faster."
-)
+SHARED = """packing: true with tokens_per_batch, instead of batch_size, reads a prompt once for both responses, and \
+trains the same loss faster."""
 
 
 def convert(top: Settings) -> list[Document]:
@@ -28,4 +24,4 @@ def convert(top: Settings) -> list[Document]:
 
 def convert_inference(top: Settings) -> list[Document]:
     """Our configurations for `predict`, one a model."""
-    return predictions(top, Method("Reward", "rewards of responses", True), lambda old, folder: ({}, {}))
+    return predictions(top, Method("Reward", "rewards of responses", True))

@@ -7,10 +7,8 @@ from lit_alignment.tools.convert.settings import Settings, Table, carry
 
 UNSEEDED = "drawn from the global generator there; here from --seed and each record's id"
 ONE_SOURCE = "only the first source was read there; here all are"
-RSO = (
-    "accepted answers stayed in the pool and rejected ones left it there, so fewer than N different answers came out; "
-    "here accepted ones leave it, rejected ones stay, and N are N different ones"
-)
+RSO = """accepted answers stayed in the pool and rejected ones left it there, so fewer than N different answers came \
+out; here accepted ones leave it, rejected ones stay, and N are N different ones"""
 ALL_KEPT = "N had no effect there, all answers were kept; here the second step keeps the best N"
 TWO_STEPS = "Two steps: the first scores, the second chooses. Run this file after the YAML of the same name."
 LINES = "the slices and shares of a source are not taken here; the whole file is read"
@@ -39,10 +37,10 @@ def convert(top: Settings) -> list[Document]:
         of_tokens = ("chat_dataset", "chat_settings", "prompt_template", "max_tokens_count")
         dataset.leave_out("nothing is turned into tokens", *of_tokens)
         return [script("random answers", "sample", *files, "--strategy", "random", *rest)]
-    method = Method("Reward", "rewards of answers", scores=True)
-    data = {"predict": sources(dataset), "encoding": encoding(method, dataset, []), "packing": False}
-    data["batch_size"] = top.take("rm_batch_size", 1)
-    scoring = prediction(method, top.part("rm"), top.part("tokenizer_settings"), seed, folder, {}, data, {})
+    method = Method("Reward", "rewards of answers", scores=True, model="rm")
+    method.data.update(predict=sources(dataset), encoding=encoding(method, dataset, [], dataset))
+    method.data.update(packing=False, batch_size=top.take("rm_batch_size", 1))
+    scoring = prediction(method, top, seed, folder)
     if "beta" in top:
         top.warn(RSO, "beta")
         strategy = ["rso", "--beta", str(top.take("beta", 1.0))]

@@ -12,14 +12,8 @@ from typing import Any, TypeVar
 from lit_alignment.errors import ConfigError
 
 Value = TypeVar("Value")
-NAMES = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-}
+NAMES: dict[type[Any], str] = {dict: "an object", list: "a list", str: "a string"}
+NAMES |= {bool: "true or false", int: "an integer", float: "a number"}
 LONGEST_VALUE = 100
 
 
@@ -149,7 +143,7 @@ class Row:
     """What becomes of one old key."""
 
     old: Any  # the type of a value that is written where it is given, or the old default, which is written out
-    ours: str = ""  # our key; "" where it is the old one
+    ours: str = ""  # our key, as a.b where it stands deeper; "" where it is the old one
     changed: bool = False  # whether only what differs from the old default is written
     make: Callable[[Any], Any] | None = None  # our value for the old one; None is not written
     notes: tuple[str, ...] = ()  # what works otherwise here, told where the key is given
@@ -170,13 +164,14 @@ def carry(old: Settings, table: Table) -> dict[str, Any]:
         if isinstance(row, str):
             old.leave_out(row, *key.split(", "))
             continue
-        value = old.maybe(key, type(row.old) if row.default is not None else row.old)
+        value = old.maybe(key, row.old if row.default is None else type(row.old))
         for note in row.notes if value is not None else ():
             old.warn(note, key)
         value = row.default if value is None else value
         value = value if row.make is None else row.make(value)
         if value is not None and not (row.changed and value == row.default):
-            ours[row.ours or key.rpartition(".")[2]] = value
+            section, _, name = (row.ours or key).rpartition(".")
+            (ours.setdefault(section, {}) if section else ours)[name] = value
     return ours
 
 

@@ -5,57 +5,37 @@ from typing import Any
 
 from lit_alignment.tools.convert.settings import Row, Settings, Table, carry
 
-SHARDING = (
-    "set trainer.devices, and trainer.strategy to ddp or to lit_alignment.FSDP2Strategy, which takes bf16-mixed but "
-    "not 16-mixed; configs/trainer/ has both, and DeepSpeed"
-)
-FP16_BFLOAT16 = (
-    "fp16 was on there unless it was switched off, and it cannot scale the gradients of weights in bfloat16; here the "
-    "precision is bf16-mixed"
-)
+SHARDING = """set trainer.devices, and trainer.strategy to ddp or to lit_alignment.FSDP2Strategy, which takes \
+bf16-mixed but not 16-mixed; configs/trainer/ has both, and DeepSpeed"""
+FP16_BFLOAT16 = """fp16 was on there unless it was switched off, and it cannot scale the gradients of weights in \
+bfloat16; here the precision is bf16-mixed"""
 FP16_FLOAT16 = "fp16 cannot scale the gradients of weights in float16, which ended the run there; here they are float32"
 FP16_CPU = "the CPU has no fp16; the precision is 32-true"
 SAVED_AT_VALIDATION = "checkpoints are compared by val/loss, so they are saved at each validation"
-RESUME = (
-    "a run resumed by itself there if the folder /checkpoints existed, whoever had written it; here with --ckpt_path "
-    "and the path of a checkpoint"
-)
-UPLOAD = (
-    "every rank uploaded there, a failure ended the run, and removing checkpoint-1 also removed checkpoint-10; here "
-    "rank 0 does, a failure is a warning, and each file is removed by its own name"
-)
+RESUME = """a run resumed by itself there if the folder /checkpoints existed, whoever had written it; here with \
+--ckpt_path and the path of a checkpoint"""
+UPLOAD = """every rank uploaded there, a failure ended the run, and removing checkpoint-1 also removed checkpoint-10; \
+here rank 0 does, a failure is a warning, and each file is removed by its own name"""
 
 # Defaults of `trainer_settings`, the older name of the section, where they are not transformers'.
-OLDER_DEFAULTS: dict[str, Any] = {
+OLDER: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 32,
-    "learning_rate": 3e-4,
-    "lr_scheduler_type": "cosine",
-    "eval_strategy": "steps",
-    "eval_steps": 150,
-    "save_steps": 150,
-    "save_total_limit": 1,
-    "load_best_model_at_end": True,
-    "logging_steps": 5,
-    "fp16": True,
     "dataloader_num_workers": 8,
 }
-TRAINER: Table = {
-    "gradient_accumulation_steps": Row(1, "accumulate_grad_batches"),
-    "max_grad_norm": Row(1.0, "gradient_clip_val", make=lambda norm: norm if norm > 0 else None),
-    "logging_steps": Row(500.0, "log_every_n_steps", make=lambda steps: max(1, int(steps))),
-}
-MODULE: Table = {
-    "neftune_noise_alpha": Row(0.0, "neftune_alpha", changed=True),
-    "label_smoothing_factor": Row(0.0, "label_smoothing", changed=True),
-}
-BACKBONE: Table = {
-    "gradient_checkpointing": Row(False, changed=True),
-    "torch_compile": Row(False, "compile", changed=True),
-}
-DATA: Table = {
-    "per_device_train_batch_size": Row(8, "batch_size"),
-    "dataloader_num_workers": Row(0, "num_workers", changed=True),
+OLDER |= {"learning_rate": 3e-4, "lr_scheduler_type": "cosine", "fp16": True, "logging_steps": 5}
+OLDER |= {"eval_strategy": "steps", "eval_steps": 150, "load_best_model_at_end": True}
+OLDER |= {"save_steps": 150, "save_total_limit": 1}
+TRAINING: Table = {
+    "gradient_accumulation_steps": Row(1, "trainer.accumulate_grad_batches"),
+    "max_grad_norm": Row(1.0, "trainer.gradient_clip_val", make=lambda norm: norm if norm > 0 else None),
+    "logging_steps": Row(500.0, "trainer.log_every_n_steps", make=lambda steps: max(1, int(steps))),
+    "per_device_train_batch_size": Row(8, "data.batch_size"),
+    "dataloader_num_workers": Row(0, "data.num_workers", changed=True),
+    "neftune_noise_alpha": Row(0.0, "module.neftune_alpha", changed=True),
+    "label_smoothing_factor": Row(0.0, "module.label_smoothing", changed=True),
+    "gradient_checkpointing": Row(False, "backbone.gradient_checkpointing", changed=True),
+    "torch_compile": Row(False, "backbone.compile", changed=True),
 }
 UNUSED: Table = {
     "dataloader_prefetch_factor, dataloader_persistent_workers, dataloader_pin_memory": (
@@ -81,54 +61,50 @@ WANDB_MORE: Table = {"entity": Row(str), "notes": Row(str)}
 def section(top: Settings) -> Settings:
     """The settings of the old trainer."""
     newer = "training_arguments" in top
-    return top.part("training_arguments") if newer else top.part("trainer_settings", OLDER_DEFAULTS)
+    return top.part("training_arguments") if newer else top.part("trainer_settings", OLDER)
 
 
 def training(top: Settings, dtype: str) -> dict[str, dict[str, Any]]:
-    """Our keys of `trainer`, its `checkpoint` callback, and the module's `optimizer`, `backbone` and further arguments.
-
-    Args:
-        top: The whole configuration.
-        dtype: Of the weights that train.
-    """
+    """Our keys of `trainer`, `checkpoint` (its callback), `data`, `module`, its `backbone` and its `optimizer`."""
     old = section(top)
-    trainer: dict[str, Any] = {}
-    if old.take("no_cuda", False) | old.take("use_cpu", False):
-        trainer["accelerator"] = "cpu"
-    if precision := _precision(old, "accelerator" in trainer, dtype):
-        trainer["precision"] = precision
-    backbone = carry(old, BACKBONE)
-    if precision == "16-mixed" and dtype == "float16":
+    ours: dict[str, dict[str, Any]] = {"backbone": {}, "module": {}, **carry(old, TRAINING)}
+    accumulate, batch = ours["trainer"]["accumulate_grad_batches"], ours["data"]["batch_size"]
+    steps = old.take("eval_steps", 0.0) or old.take("logging_steps", 500.0)
+    match old.take("evaluation_strategy", old.take("eval_strategy", "no")):
+        case "no":
+            ours["trainer"]["limit_val_batches"] = 0
+        case "steps" if steps < 1:
+            old.leave_out("a share of the run; validation is at each epoch's end", "eval_steps")
+        case "steps":
+            # Lightning counts batches and, with null, across epochs.
+            ours["trainer"] |= {"val_check_interval": int(steps) * accumulate, "check_val_every_n_epoch": None}
+    precision = _precision(old, dtype)
+    if precision.get("precision") == "16-mixed" and dtype == "float16":
         old.warn(FP16_FLOAT16, "fp16", "model.backbone.dtype")
-        backbone["dtype"] = "float32"
-    trainer |= {**_length(old), **carry(old, TRAINER), **_validation(old)}
-    ours = {
-        "trainer": trainer,
-        "checkpoint": _checkpoint(old, validated="limit_val_batches" not in trainer),
-        "optimizer": _optimizer(old),
-        "backbone": backbone,
-        "module": carry(old, MODULE),
-        "data": {"packing": False, **carry(old, DATA)},
-    }
-    evaluated = old.maybe("per_device_eval_batch_size", int)
-    if evaluated not in (None, ours["data"]["batch_size"]):
+        ours["backbone"]["dtype"] = "float32"
+    ours["trainer"] = {**precision, **_length(old), **ours["trainer"]}
+    ours["checkpoint"] = _checkpoint(old, validated="limit_val_batches" not in ours["trainer"])
+    ours["optimizer"] = _optimizer(old)
+    ours["data"] = {"packing": False, **ours["data"]}
+    if (evaluated := old.take("per_device_eval_batch_size", batch)) != batch:
         old.leave_out(f"{evaluated}; one batch_size serves all splits", "per_device_eval_batch_size")
     carry(old, UNUSED)
     top.warn(RESUME, "resuming")
     return ours
 
 
-def _precision(old: Settings, cpu: bool, dtype: str) -> str:
-    bf16, fp16 = old.take("bf16", False), old.take("fp16", False)
-    if bf16 or not fp16:
-        return "bf16-mixed" if bf16 else ""
-    if cpu:
+def _precision(old: Settings, dtype: str) -> dict[str, Any]:
+    bf16, fp16, cpu = (old.take(key, False) for key in ("bf16", "fp16", "no_cuda"))
+    cpu |= old.take("use_cpu", False)
+    ours = {"accelerator": "cpu"} if cpu else {}
+    if not (bf16 or fp16):
+        return ours
+    if cpu and not bf16:
         old.leave_out(FP16_CPU, "fp16")
-        return "32-true"
-    if dtype == "bfloat16":
+        return ours | {"precision": "32-true"}
+    if dtype == "bfloat16" and not bf16:
         old.warn(FP16_BFLOAT16, "fp16", "trainer.precision")
-        return "bf16-mixed"
-    return "16-mixed"
+    return ours | {"precision": "bf16-mixed" if bf16 or dtype == "bfloat16" else "16-mixed"}
 
 
 def _length(old: Settings) -> dict[str, Any]:
@@ -140,18 +116,6 @@ def _length(old: Settings) -> dict[str, Any]:
     if whole != epochs:
         old.leave_out(f"{epochs}; a run ends with an epoch, here the {whole}th", "num_train_epochs")
     return {"max_epochs": whole}
-
-
-def _validation(old: Settings) -> dict[str, Any]:
-    strategy = old.take("evaluation_strategy", old.take("eval_strategy", "no"))
-    steps = old.take("eval_steps", 0.0) or old.take("logging_steps", 500.0)
-    if strategy == "steps" and steps >= 1:
-        # Lightning counts batches and, with null, across epochs.
-        interval = int(steps) * old.take("gradient_accumulation_steps", 1)
-        return {"val_check_interval": interval, "check_val_every_n_epoch": None}
-    if strategy == "steps":
-        old.leave_out("a share of the run; validation is at each epoch's end", "eval_steps")
-    return {"limit_val_batches": 0} if strategy == "no" else {}
 
 
 def _checkpoint(old: Settings, validated: bool) -> dict[str, Any]:
