@@ -1,6 +1,5 @@
 """Sources, and how conversations become tokens."""
 
-from pathlib import PurePath
 from typing import Any
 
 from lit_alignment.tools.convert.document import Method
@@ -38,7 +37,7 @@ SOURCE: Table = {
     "n_rows": Row(int, "num_rows"),
     "num_samples": Row(int, notes=(DRAW,)),
 }
-CHAT = {
+CHAT: Table = {
     "max_tokens_count": Row(int, "max_length", notes=(EXACT, TOO_LONG)),
     "keep_end": Row(False, "truncation", make=lambda end: "keep_end" if end else "keep_start"),
     "only_answer_loss": Row(True, "loss_on", make=lambda only: "assistant" if only else "all"),
@@ -46,7 +45,8 @@ CHAT = {
     "ignore_system_prompt": Row(False, changed=True),
 }
 # Settings that stand here once, for all splits, with their defaults there.
-SHARED = {"prompt_template": None, **{key: row.default for key, row in CHAT.items()}, "single_eos": True}
+SHARED = {"prompt_template": None, "max_tokens_count": None, "keep_end": False, "only_answer_loss": True}
+SHARED |= {"only_last_replica_loss": False, "ignore_system_prompt": False, "single_eos": True}
 UNUSED: Table = {
     "use_trl_tokenization": "there is one way to tokenise here",
     "random_cut_seed": "the seed of all choices is data.seed",
@@ -61,29 +61,21 @@ def sources(dataset: Settings) -> list[dict[str, Any]]:
 
 def _source(old: Settings) -> dict[str, Any]:
     """Our source for an old one, or nothing where it keeps no record."""
-    source: dict[str, Any] = {}
     path, records = old.maybe("records_path", str), old.maybe("records_data", list)
-    if records is not None:
-        source["records"] = records
-        old.leave_out("records_data goes first, as there", "records_path")
-    elif path is not None:
-        source["path"] = path
-        old.warn(IDS, "id")
-        if PurePath(path).suffix != ".jsonl":
-            old.warn(JSONL, "records_path")
-    else:
+    source: dict[str, Any] = {"path": path} if records is None else {"records": records}
+    old.leave_out("records_data goes first, as there", "records_path", when=records is not None)
+    old.warn(IDS, "id", when=records is None)
+    old.warn(JSONL, "records_path", when=records is None and not str(path).endswith(".jsonl"))
+    if path is None and records is None:
         old.notes.missing.append(f"{old.path_of('records_path')} or records_data")
     source |= carry(old, SOURCE)
     rate = old.take("sample_rate", 1.0)
     if rate <= 0:
         old.notes.left_out["its sample_rate keeps no record"].append(old.path)
         return {}
-    if rate > 1:
-        old.warn(UPSAMPLE, "sample_rate")
-    if rate < 1:
-        old.warn(RATE, "sample_rate")
-        source["sample_rate"] = rate
-    return source
+    old.warn(UPSAMPLE, "sample_rate", when=rate > 1)
+    old.warn(RATE, "sample_rate", when=rate < 1)
+    return source | ({"sample_rate": rate} if rate < 1 else {})
 
 
 def encoding(method: Method, dataset: Settings, others: list[Settings], prompts: Settings) -> dict[str, Any]:
@@ -97,21 +89,19 @@ def encoding(method: Method, dataset: Settings, others: list[Settings], prompts:
                 text = f"{shorten(value)}; here one encoding serves all, that of {first.path}"
                 other.notes.left_out[text].append(other.path_of(key))
     for each in whole:
-        if (kind := each.take("dataset_type", "chat")) not in ("chat", "multimodal"):
-            each.leave_out(f"'{kind}' is read as chat", "dataset_type")
+        kind = each.take("dataset_type", "chat")
+        each.leave_out(f"'{kind}' is read as chat", "dataset_type", when=kind not in ("chat", "multimodal"))
         carry(each, UNUSED)
-        if each.take("random_cut", False) and (method.scores or each is not prompts):
-            each.leave_out("it cuts prompts, and these are training examples", "random_cut")
+        cut = each.take("random_cut", False) and (method.scores or each is not prompts)
+        each.leave_out("it cuts prompts, and these are training examples", "random_cut", when=cut)
     ours = {"template": _template(first), **carry(first, CHAT)}
     first.require("max_tokens_count")
-    if "max_tokens_count" in first and "max_length" not in ours:
-        first.warn(NULL_LENGTH, "max_tokens_count")
-    if ours["truncation"] == "keep_end":
-        first.warn(KEEP_END, "keep_end", "data.encoding.truncation")
-        if any(source.values.get("system_prompt") for each in whole for source in each.parts("sources")):
-            first.warn(REATTACH, "keep_end")
-            if ours["loss_on"] == "last_assistant":
-                first.warn(LAST_REPLICA, "only_last_replica_loss")
+    first.warn(NULL_LENGTH, "max_tokens_count", when="max_tokens_count" in first and "max_length" not in ours)
+    cut = ours["truncation"] == "keep_end"
+    first.warn(KEEP_END, "keep_end", "data.encoding.truncation", when=cut)
+    cut = cut and any(source.values.get("system_prompt") for each in whole for source in each.parts("sources"))
+    first.warn(REATTACH, "keep_end", when=cut)
+    first.warn(LAST_REPLICA, "only_last_replica_loss", when=cut and ours["loss_on"] == "last_assistant")
     if method.name == "Reward":  # both responses to a prompt were cut at their start, whatever was set
         ours["truncation"] = "keep_end"
     if method.scores:
@@ -137,12 +127,9 @@ def _template(dataset: Settings) -> dict[str, Any]:
     if "prompt_template" not in dataset:
         return {}
     prefix, suffix = old.need("prefix_template"), old.need("suffix_template")
-    append_eos = not dataset.take("single_eos", True)
-    if append_eos:
-        dataset.warn(EOS, "single_eos", "data.encoding.template.append_eos")
-    elif not suffix:
-        old.warn(NO_EOS, "suffix_template", "data.encoding.template.append_eos")
-    if "{role}" in prefix and not prefix.partition("{role}")[0].strip():
-        old.warn(PREFIX_SEARCH, "prefix_template")
+    append_eos, ours = not dataset.take("single_eos", True), "data.encoding.template.append_eos"
+    dataset.warn(EOS, "single_eos", ours, when=append_eos)
+    old.warn(NO_EOS, "suffix_template", ours, when=not append_eos and not suffix)
+    old.warn(PREFIX_SEARCH, "prefix_template", when=prefix.strip().startswith("{role}"))
     names: dict[str, Any] = old.maybe("role_tag_mapping", dict) or {}
     return {"prefix": prefix, "suffix": suffix, "role_names": names, "append_eos": append_eos or not suffix}

@@ -3,10 +3,7 @@
 from typing import Any
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.tools.convert.document import Document, Method
-from lit_alignment.tools.convert.fit import training_documents
-from lit_alignment.tools.convert.inference import predictions
-from lit_alignment.tools.convert.settings import Settings
+from lit_alignment.tools.convert.settings import Extras, Settings
 from lit_alignment.tools.convert.trainer import section
 
 SINGLE = "records of one message were dropped there; here they are kept"
@@ -16,10 +13,11 @@ BALANCED = "a class that did not occur in the training data shifted the weights 
 METRICS = """f1, precision and recall were weighted by class there; val/weighted_f1 is, val/precision and val/recall \
 are means"""
 AUROC = "roc_auc was that of the logits of class 1 there; here it is a mean over each class against the rest"
+REMARKS = (METRICS, AUROC)
 
 
-def convert(top: Settings) -> list[Document]:
-    """Our configuration for `fit`."""
+def loss(top: Settings, old: Settings, folder: str) -> Extras:
+    """Further settings of a classifier that trains: its labels and its loss."""
     old = section(top).part("loss_settings")
     module: dict[str, Any] = {"labels": _labels(top.part("model_settings.model_kwargs"))}
     alpha, gamma = old.raw("alpha"), old.take("gamma", 0.0)
@@ -32,21 +30,15 @@ def convert(top: Settings) -> list[Document]:
         old.leave_out("turbo-alignment takes 'auto', a list of numbers or null there", "alpha")
     if gamma:
         module["focal_gamma"] = gamma
-        if "class_weights" in module:
-            old.warn(FOCAL, "gamma", "model.focal_gamma")
+        old.warn(FOCAL, "gamma", "model.focal_gamma", when="class_weights" in module)
     top.warn(SINGLE, "train_dataset_settings")
-    return training_documents(top, Method("Classification", "classification", True, module, remarks=(METRICS, AUROC)))
+    return module, {}
 
 
-def convert_inference(top: Settings) -> list[Document]:
-    """Our configurations for `predict`, one a model."""
-
-    def further(old: Settings, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        given = old.part("model_settings.model_kwargs")
-        named = "num_labels" in given or "id2label" in given
-        return {"labels": _labels(given)} if named else {}, {}  # else those of the exported classifier
-
-    return predictions(top, Method("Classification", "classes of conversations", True), further)
+def named_labels(top: Settings, old: Settings, folder: str) -> Extras:
+    """Further settings of a classifier that predicts: its labels, or those of the exported classifier."""
+    given = old.part("model_settings.model_kwargs")
+    return {"labels": _labels(given)} if "num_labels" in given or "id2label" in given else {}, {}
 
 
 def _labels(old: Settings) -> list[str]:

@@ -2,14 +2,14 @@
 
 import shlex
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lit_alignment.tools.convert.settings import Notes
+from lit_alignment.tools.convert.settings import Extras, Notes, Settings
 
 WIDTH = 120
 TITLES = ("Remarks", "Works otherwise than there", "Not carried over", "Unknown keys, not carried over")
@@ -22,8 +22,8 @@ class Method:
     name: str  # of our classes, before Module and DataModule
     purpose: str
     scores: bool = False  # whether sequences are scored, instead of tokens trained and prompts answered
-    module: dict[str, Any] = field(default_factory=dict)  # further settings of the module
-    data: dict[str, Any] = field(default_factory=dict)  # further settings of the data module
+    # What no other method has: for the whole old configuration, its part about one model, and the run's folder.
+    further: Callable[[Settings, Settings, str], Extras] = lambda top, old, folder: ({}, {})
     remarks: tuple[str, ...] = ()  # what to know besides the notes
     model: str = "model_settings"  # where the language model's settings stand
 

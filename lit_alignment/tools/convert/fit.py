@@ -1,19 +1,11 @@
-"""What all trainings share, and train_sft: from an old configuration of training to one of ours for `fit`."""
+"""The trainings: from an old configuration of one to ours for `fit`."""
 
 from typing import Any
 
 from lit_alignment.tools.convert.chat import encoding, sources
 from lit_alignment.tools.convert.document import Document, Method
 from lit_alignment.tools.convert.generation import cherry_picks
-from lit_alignment.tools.convert.model import (
-    ON_CPU,
-    PROMPT_LEARNING,
-    adapter_kind,
-    adapters,
-    backbone,
-    saves_modules,
-    tokens,
-)
+from lit_alignment.tools.convert.model import adapter_kind, adapters, backbone, leave_gpu, saves_modules, tokens
 from lit_alignment.tools.convert.settings import Settings
 from lit_alignment.tools.convert.trainer import logger, section, training, upload
 
@@ -31,26 +23,17 @@ NO_EOS = "append_eos: false, as EOS had no part in the loss there; the suffix en
 NOISE = "noise on the embeddings is there for supervised fine-tuning only"
 SMOOTHING = "there is no label smoothing of preferences, nor of likelihoods that are summed over passages"
 SAVER = "lightning.pytorch.callbacks.ModelCheckpoint"
-GPU_ONLY = {
-    "liger": "liger_kernels_settings",
-    "quantization": "transformers_settings.load_in_8bit",
-    "attention": "model_kwargs.attn_implementation",
-}
 LAST_EPOCH = {"save_top_k": 0, "save_last": True, "save_on_train_epoch_end": True}
 
 
-def convert(top: Settings) -> list[Document]:
-    """Our configuration for supervised fine-tuning."""
-    return training_documents(top, Method("SFT", "supervised fine-tuning"))
-
-
-def training_documents(top: Settings, method: Method) -> list[Document]:
+def training_documents(method: Method, top: Settings) -> list[Document]:
     """Our configuration for `fit`."""
     top.require("train_dataset_settings", "val_dataset_settings", "model_settings")
     seed, folder = top.take("seed", 42), top.take("log_path", "train_output")
     model, picks = top.part(method.model), top.part("cherry_pick_settings")
     train, val = top.part("train_dataset_settings"), top.part("val_dataset_settings")
     prompts = picks.part("dataset_settings")
+    further, further_data = method.further(top, top, folder)
     found = adapters(model, training=True)
     base = backbone(model, top.part("tokenizer_settings"), method.scores)
     # Adapters are float32, and whole layers beside them are as the base.
@@ -64,7 +47,7 @@ def training_documents(top: Settings, method: Method) -> list[Document]:
         *({"class_path": f"lit_alignment.{name}"} for name in ("Export", "Throughput")),
         *upload(top),
     ]
-    module = {"backbone": base, **method.module, **found}
+    module = {"backbone": base, **further, **found}
     if new := tokens(top.part("special_tokens_settings"), model):
         module["tokens"] = new
     module |= {"optimizer": ours["optimizer"], **ours["module"]}
@@ -72,11 +55,11 @@ def training_documents(top: Settings, method: Method) -> list[Document]:
         "train": sources(train),
         "val": sources(val),
         "encoding": encoding(method, train, [each for each in (val, prompts) if each.values], prompts),
-        **method.data,
+        **further_data,
         **ours["data"],
     }
     trainer = ours["trainer"] | {"logger": logger(top, folder), "callbacks": callbacks}
-    padded = adapter_kind(model) in PROMPT_LEARNING or base.get("attention") == "eager"
+    padded = adapter_kind(model) not in ("", "LORA") or base.get("attention") == "eager"
     remarks = [PADDING if padded else PACKING, *method.remarks, *([] if method.scores else [LOSS]), LAST]
     if not found and base["dtype"] in ("bfloat16", "float16"):
         remarks.append(HALF.format(dtype=base["dtype"]))
@@ -95,8 +78,4 @@ def _leave_out_of(ours: dict[str, Any], base: dict[str, Any], top: Settings, mod
     if method.name in ("Reward", "RAG") and ours["module"].pop("label_smoothing", None) is not None:
         old.leave_out(SMOOTHING, "label_smoothing_factor")
     if ours["trainer"].get("accelerator") == "cpu":
-        for name, key in GPU_ONLY.items():
-            if base.get(name) not in (None, "sdpa", "eager"):
-                shown = f" '{base[name]}'" if name == "attention" else ""
-                model.leave_out(ON_CPU, key, shown=shown)
-                del base[name]
+        leave_gpu(model, base)

@@ -65,12 +65,6 @@ def generation(old: Settings, custom: Settings, sampled: bool = True) -> dict[st
     return ours | ({"logprobs": True} if old.raw("logprobs") else {})
 
 
-def warn_of_batches(old: Settings, batch: int, ours: dict[str, Any]) -> None:
-    """Say that answers were mixed up where they were."""
-    if batch > 1 and ours.get("num_return_sequences", 1) > 1:
-        old.warn(MISASSIGNED, "batch")
-
-
 def cherry_picks(old: Settings, method: Method, adapters: bool) -> dict[str, Any]:
     """Our callback for the old cherry_pick_settings; with `adapters`, the model before training is at hand."""
     name = "ScoredPicks" if method.scores else "CherryPicks"
@@ -80,9 +74,8 @@ def cherry_picks(old: Settings, method: Method, adapters: bool) -> dict[str, Any
         limits = [source[key] for key in ("num_samples", "num_rows") if key in source]
         limits += [len(source["records"])] if "records" in source else []
         ours["num_samples"] += min(limits, default=EVERY)
-    if ours["num_samples"] >= EVERY:
-        ours["num_samples"] = EVERY
-        old.warn(EVERY_RECORD, "dataset_settings", f"{name}.num_samples")
+    ours["num_samples"] = min(ours["num_samples"], EVERY)
+    old.warn(EVERY_RECORD, "dataset_settings", f"{name}.num_samples", when=ours["num_samples"] == EVERY)
     if method.scores:
         old.leave_out("all metrics are always there, of the whole validation data", "metric_settings")
         old.leave_out(NOT_GENERATED, generator, beside, "generation_config")
@@ -94,7 +87,7 @@ def cherry_picks(old: Settings, method: Method, adapters: bool) -> dict[str, Any
         ours |= {"generation": settings, "before_training": False}
         if "batch" in custom:
             ours["batch_size"] = custom.take("batch", 1)
-            warn_of_batches(custom, ours["batch_size"], settings)
+            custom.warn(MISASSIGNED, "batch", when=ours["batch_size"] > 1 and "num_return_sequences" in settings)
         ours |= _metrics(old, adapters)
     old.warn(TABLES)
     return {"class_path": f"lit_alignment.{name}", "init_args": ours}

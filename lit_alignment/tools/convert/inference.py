@@ -1,12 +1,10 @@
-"""What all inferences share, and inference_chat: answers or scores of one or several models, for `predict`."""
+"""The inferences: answers or scores of one or several models, for `predict`."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from lit_alignment.tools.convert.chat import encoding, sources
 from lit_alignment.tools.convert.document import Document, Method
-from lit_alignment.tools.convert.generation import META, NOT_GENERATED, PIECES, generation, warn_of_batches
+from lit_alignment.tools.convert.generation import META, MISASSIGNED, NOT_GENERATED, PIECES, generation
 from lit_alignment.tools.convert.model import adapters, backbone
 from lit_alignment.tools.convert.settings import Row, Settings, Table, carry
 
@@ -24,29 +22,20 @@ VLLM: Table = {
     "max_logprobs": Row(int),
     "enable_lora, max_lora_rank": FOLLOWS,
 }
-# Further settings of the module and of the data module, for an old model and the folder of its answers.
-Further = Callable[[Settings, str], tuple[dict[str, Any], dict[str, Any]]]
 
 
-def convert(top: Settings) -> list[Document]:
-    """Our configurations for answers to prompts."""
-    return predictions(top, Method("SFT", "answers to prompts"))
-
-
-def predictions(top: Settings, method: Method, further: Further = lambda old, folder: ({}, {})) -> list[Document]:
+def predictions(method: Method, top: Settings) -> list[Document]:
     """Our configurations for `predict`, one a model."""
     top.notes.missing += [key for key in ("inference_settings", "dataset_settings") if not top.values.get(key)]
     seed, folder, dataset = top.take("seed", 42), top.need("save_path"), top.part("dataset_settings")
     read = {"predict": sources(dataset), "encoding": encoding(method, dataset, [], dataset), "packing": False}
     models, documents, number = top.parts("inference_settings"), [], 0
-    if len(models) > 1:
-        top.warn(MANY_MODELS, "inference_settings")
-        if method.scores:
-            top.warn(OVERWRITTEN, "save_path")
+    top.warn(MANY_MODELS, "inference_settings", when=len(models) > 1)
+    top.warn(OVERWRITTEN, "save_path", when=len(models) > 1 and method.scores)
     for index, old in enumerate(models):
         old.require("model_settings")
         where = folder if len(models) == 1 else f"{folder}/{index}"
-        module, data = further(old, where)
+        module, data = method.further(top, old, where)
         if method.scores:
             batch = old.take("batch", 1)
             old.leave_out("batch_size records are scored at a time", "micro_batch")
@@ -55,20 +44,23 @@ def predictions(top: Settings, method: Method, further: Further = lambda old, fo
             old.leave_out("batch_size prompts are answered at a time", "micro_batch")
             batch, module["generation"] = _generations(old, number, seed)
             number += len(module["generation"])  # the old files are numbered through all models
-        whole = replace(method, module=module, data={**read, "batch_size": batch, **data})
-        documents.append(prediction(whole, old, seed, where if method.scores else folder, **_engine(old)))
+        data = {**read, "batch_size": batch, **data}
+        target = where if method.scores else folder
+        documents.append(prediction(method, old, seed, target, module, data, **_engine(old)))
     return documents
 
 
-def prediction(method: Method, old: Settings, seed: int, folder: str, **engine: Any) -> Document:
+def prediction(
+    method: Method, old: Settings, seed: int, folder: str, module: dict[str, Any], data: dict[str, Any], **engine: Any
+) -> Document:
     """Our configuration for `predict` of the model whose settings `old` holds."""
     model = old.part(method.model)
     model.leave_out("the tokenizer has its tokens, and nothing is trained", "embeddings_initialization_strategy")
-    module = {"backbone": backbone(model, old.part("tokenizer_settings"), method.scores)}
-    module |= {**adapters(model, training=False), **method.module}
+    base = backbone(model, old.part("tokenizer_settings"), method.scores)
+    module = {"backbone": base, **adapters(model, training=False), **module}
     writer = {"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": folder}}
     trainer = {"logger": False, "callbacks": [writer]}
-    content = method.configuration(seed, folder, trainer, module, method.data) | engine
+    content = method.configuration(seed, folder, trainer, module, data) | engine
     remark = SCORED.format(file=SCORED_FILES[method.name]) if method.scores else FILES
     return Document("predict", method.purpose, content, [remark, *method.remarks])
 
@@ -79,16 +71,15 @@ def _generations(old: Settings, number: int, seed: int) -> tuple[int, dict[str, 
     batches, vllm = [old.take("batch", 1)], old.values.get("use_vllm") is True
     for settings in old.parts("generation_settings"):
         settings.require("transformers_settings")
-        if vllm:
-            settings.warn(PIECES, "transformers_settings.stop_strings")
+        settings.warn(PIECES, "transformers_settings.stop_strings", when=vllm)
         custom = settings.part("custom_settings")
         answers = generation(settings.part("transformers_settings"), custom) | {"seed": seed}
         ours[f"single_inference_{number + len(ours)}"] = answers
         batches.append(max(batches[0], custom.take("batch", 1)))
         owner = custom if custom.take("batch", 1) > 1 else old
-        warn_of_batches(owner, batches[-1], answers)
-        if batches[-1] > 1 and not vllm and {"num_beams", "num_return_sequences"} & answers.keys():
-            owner.warn(ONE_ANSWER, "batch")
+        together, several = batches[-1] > 1, "num_return_sequences" in answers
+        owner.warn(MISASSIGNED, "batch", when=together and several)
+        owner.warn(ONE_ANSWER, "batch", when=together and not vllm and (several or "num_beams" in answers))
     if not ours:
         old.notes.missing.append(old.path_of("generation_settings"))
     return max(batches), ours

@@ -1,28 +1,35 @@
 """Which command of turbo-alignment a configuration is for, and what converts it."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.tools.convert import classification, fit, inference, merge, multimodal, rag, reward, sampling
-from lit_alignment.tools.convert.document import Document
+from lit_alignment.tools.convert import classification, merge, multimodal, rag, reward, sampling
+from lit_alignment.tools.convert.document import Document, Method
+from lit_alignment.tools.convert.fit import training_documents
+from lit_alignment.tools.convert.inference import predictions
 from lit_alignment.tools.convert.settings import Settings
 
+TRAINED = {
+    "sft": Method("SFT", "supervised fine-tuning"),
+    "rm": Method("Reward", "a reward model of pairs", True, reward.pairs, reward.REMARKS),
+    "classification": Method("Classification", "classification", True, classification.loss, classification.REMARKS),
+    "multimodal": Method("VLM", "a language model that sees images", False, multimodal.trained, multimodal.REMARKS),
+    "rag": Method("RAG", "a retriever and a generator", False, rag.trained, rag.REMARKS, rag.GENERATOR),
+}
+ANSWERING = {
+    "chat": Method("SFT", "answers to prompts"),
+    "rm": Method("Reward", "rewards of responses", True),
+    "classification": Method("Classification", "classes of conversations", True, classification.named_labels),
+    "multimodal": Method("VLM", "answers about images", False, multimodal.answering),
+    "rag": Method("RAG", "answers with passages", False, rag.answering, rag.REMARKS, rag.GENERATOR),
+}
 CONVERTERS: dict[str, Callable[[Settings], list[Document]]] = {
-    "train_sft": fit.convert,
-    "train_rm": reward.convert,
-    "train_classification": classification.convert,
-    "train_multimodal": multimodal.convert,
-    "train_rag": rag.convert,
-    "inference_chat": inference.convert,
-    "inference_rm": reward.convert_inference,
-    "inference_classification": classification.convert_inference,
-    "inference_multimodal": multimodal.convert_inference,
-    "inference_rag": rag.convert_inference,
-    "random_sample": sampling.convert,
-    "rm_sample": sampling.convert,
-    "rso_sample": sampling.convert,
+    **{f"train_{name}": partial(training_documents, method) for name, method in TRAINED.items()},
+    **{f"inference_{name}": partial(predictions, method) for name, method in ANSWERING.items()},
+    **dict.fromkeys(("random_sample", "rm_sample", "rso_sample"), sampling.convert),
     "merge_adapters_to_base": merge.convert,
     "preprocess_multimodal_dataset": multimodal.convert_preprocess,
 }

@@ -12,7 +12,6 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 SPECIAL = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 LIGER_LOSSES = ("use_cross_entropy", "use_fused_linear_cross_entropy")
 LIGER_FLAGS = ("use_rope", "use_mlp", "use_rms_norm", *LIGER_LOSSES)
-PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")  # virtual tokens before the prompt
 
 FIRST_PIECE = """a reference of several tokens gave only its first one there; here a new token begins as the mean of \
 them all"""
@@ -44,6 +43,8 @@ KEYWORDS: Table = {
     "use_cache, return_dict, device_map": "set by the module itself",
     "num_labels, problem_type, id2label, label2id": "the module's labels tell them",
 }
+GPU_ONLY = {"liger": "liger_kernels_settings", "quantization": "transformers_settings.load_in_8bit"}
+GPU_ONLY |= {"attention": "model_kwargs.attn_implementation"}
 TOKENS: Table = {f"{role}_token": Row(str, role) for role in ("bos", "eos", "pad", "unk", "sep")}
 LORA: Table = {"r": Row(16), "lora_alpha": Row(16), "lora_dropout": Row(0.05), "bias": Row("none")}
 VIRTUAL = {"num_virtual_tokens": Row(32)}
@@ -63,11 +64,10 @@ def backbone(model: Settings, tokenizer: Settings, scores: bool = False) -> dict
     ours: dict[str, Any] = {"path": model.need("model_path")}
     kind = model.take("model_type", "seq_cls" if scores else "causal")
     base = kind.removesuffix("_with_ulysses")
-    if kind != base:
-        model.leave_out("sequence parallelism is not there yet", "model_type")
-    if scores and not base.startswith("seq_cls"):
-        model.leave_out("a layer of scores is put on any decoder", "model_type", shown=f" '{kind}'")
-    elif not scores and base not in ("causal", "gemma", "qwen", "qwen3"):
+    model.leave_out("sequence parallelism is not there yet", "model_type", when=kind != base)
+    other = scores and not base.startswith("seq_cls")
+    model.leave_out("a layer of scores is put on any decoder", "model_type", when=other, shown=f" '{kind}'")
+    if not scores and base not in ("causal", "gemma", "qwen", "qwen3"):
         raise ConfigError(f"{model.path_of('model_type')} is '{kind}': only causal models can be converted here.")
     if (path := tokenizer.take("tokenizer_path", ours["path"])) != ours["path"]:
         ours["tokenizer"] = path
@@ -78,11 +78,10 @@ def backbone(model: Settings, tokenizer: Settings, scores: bool = False) -> dict
         raise ConfigError(f"{how.path_of('torch_dtype')} is '{ours['dtype']}'; ours are {', '.join(DTYPES)}.")
     if how.take("trust_remote_code", False) | tokenizer.take("trust_remote_code", False):
         ours["trust_remote_code"] = True
-    if how.take("load_in_8bit", False):
-        if "peft_settings" in model or "adapter_path" in model:
-            ours["quantization"] = "int8"
-        else:
-            how.leave_out(NO_ADAPTER, "load_in_8bit")
+    trained = "peft_settings" in model or "adapter_path" in model
+    if how.take("load_in_8bit", False) and trained:
+        ours["quantization"] = "int8"
+    how.leave_out(NO_ADAPTER, "load_in_8bit", when=how.take("load_in_8bit", False) and not trained)
     carry(model, MODEL)
     if (attention := keywords.maybe("attn_implementation", str)) in ATTENTION:
         ours["attention"] = attention
@@ -98,15 +97,22 @@ def backbone(model: Settings, tokenizer: Settings, scores: bool = False) -> dict
     return ours
 
 
+def leave_gpu(model: Settings, base: dict[str, Any]) -> None:
+    """Take out of a backbone what only a GPU has."""
+    for name, key in GPU_ONLY.items():
+        if base.get(name) not in (None, "sdpa", "eager"):
+            model.leave_out(ON_CPU, key, shown=f" '{base[name]}'" if name == "attention" else "")
+            del base[name]
+
+
 def adapters(model: Settings, training: bool) -> dict[str, Any]:
     """Our `peft` or `adapter`, or nothing where all weights train."""
     path = model.maybe("adapter_path", str)
     if path is None:
         return {"peft": _peft(model)} if "peft_settings" in model else {}
-    if not training:
-        model.leave_out("nothing is trained", "is_trainable")
-    elif not model.take("is_trainable", False):
-        model.warn(FROZEN, "is_trainable", "model.adapter.trainable")
+    model.leave_out("nothing is trained", "is_trainable", when=not training)
+    frozen = training and not model.take("is_trainable", False)
+    model.warn(FROZEN, "is_trainable", "model.adapter.trainable", when=frozen)
     return {"adapter": {"path": path, "trainable": training}}
 
 
@@ -133,10 +139,10 @@ def _peft(model: Settings) -> dict[str, Any]:
     if kind == "LORA":
         ours |= carry(old, {"target_modules": Row(object), "modules_to_save": Row(object)})
         ours |= {} if nested or ours.get("target_modules") else {"target_modules": ["q_proj", "v_proj"]}
-    if kind == "PREFIX_TUNING" and "num_virtual_tokens" not in old:
-        old.warn(NO_LENGTH, ours="model.peft.num_virtual_tokens")
-    if kind == "P_TUNING" and "encoder_hidden_size" not in old:
-        old.warn(NO_WIDTH, ours="model.peft.encoder_hidden_size")
+    unset = kind == "PREFIX_TUNING" and "num_virtual_tokens" not in old
+    old.warn(NO_LENGTH, ours="model.peft.num_virtual_tokens", when=unset)
+    unset = kind == "P_TUNING" and "encoder_hidden_size" not in old
+    old.warn(NO_WIDTH, ours="model.peft.encoder_hidden_size", when=unset)
     if kind == "PROMPT_TUNING" and (text := old.maybe("prompt_tuning_init_text", str)) is not None:
         ours |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
         ours["tokenizer_name_or_path"] = model.need("model_path")
@@ -157,7 +163,7 @@ def tokens(special: Settings, model: Settings) -> dict[str, Any]:
     key = "embeddings_initialization_strategy"
     references: dict[str, Any] = model.maybe(key, dict) or {}
     kind = adapter_kind(model)
-    if kind in PROMPT_LEARNING:
+    if kind not in ("", "LORA"):
         model.leave_out(NO_ROWS, key)
         return ours
     new = {}
@@ -166,11 +172,9 @@ def tokens(special: Settings, model: Settings) -> dict[str, Any]:
             raise ConfigError(f"{model.path_of(key)}: the reference of '{token}' is {reference!r}; give a text.")
         copied = SPECIAL.fullmatch(reference) is not None
         new[token] = {"init": "copy" if copied else "text", "of": reference}
-        if not copied:
-            model.warn(FIRST_PIECE, f"{key}.{token}", "model.tokens.new")
-    if new:
-        ours["new"] = new
-        model.warn(BOTH_TABLES, key, "model.tokens.new")
-        if kind == "LORA" and not saves_modules(model):
-            model.warn(ROWS_TRAIN, key, "model.tokens.new")
-    return ours
+        model.warn(FIRST_PIECE, f"{key}.{token}", "model.tokens.new", when=not copied)
+    if not new:
+        return ours
+    model.warn(BOTH_TABLES, key, "model.tokens.new")
+    model.warn(ROWS_TRAIN, key, "model.tokens.new", when=kind == "LORA" and not saves_modules(model))
+    return ours | {"new": new}

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from lit_alignment.tools.convert.document import Document, Method, script
-from lit_alignment.tools.convert.fit import training_documents
-from lit_alignment.tools.convert.inference import predictions
-from lit_alignment.tools.convert.settings import Settings
+from lit_alignment.tools.convert.document import Document, script
+from lit_alignment.tools.convert.settings import Extras, Settings
 
 BGR = "pictures were read with blue in the place of red there; here they are RGB, so a model from there sees otherwise"
 CUT = "images of a cut conversation could be taken for each other there; here whole messages go, with their images"
@@ -23,31 +21,25 @@ READER = "the processor beside the encoder reads files"
 STREAMED = """one unreadable picture stopped the run there, and all pictures and features stood in memory; here they \
 stream, in folders below as well, a killed run goes on, and unreadable files are listed"""
 ALONE = "train_language_model: false trains the projector alone, which there was done by training with no adapter."
+REMARKS = (ALONE,)
 ENCODERS, PROJECTORS = "modality_encoder_settings_mapping", "modality_projector_mapping"
 START, END, TOKENS = "start_modality_token", "end_modality_token", "modality_token_mapping"
 
 
-def convert(top: Settings) -> list[Document]:
-    """Our configuration for `fit`."""
-    dataset = top.part("train_dataset_settings")
-    others = [top.part("val_dataset_settings"), top.part("cherry_pick_settings.dataset_settings")]
-    module = _modalities(top, dataset, others)
-    purpose = "a language model that sees images"
-    return training_documents(top, Method("VLM", purpose, False, module, {"folder": "."}, (ALONE,)))
+def trained(top: Settings, old: Settings, folder: str) -> Extras:
+    """Further settings of a training."""
+    dataset, picks = top.part("train_dataset_settings"), top.part("cherry_pick_settings.dataset_settings")
+    return _modalities(top, dataset, [top.part("val_dataset_settings"), picks]), {"folder": "."}
 
 
-def convert_inference(top: Settings) -> list[Document]:
-    """Our configurations for `predict`, one a model."""
-
-    def further(old: Settings, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        model = old.part("model_settings")
-        model.leave_out(NUMBER, "n_modality_embeddings")
-        model.leave_out(PICKLED, "projections_path")
-        old.leave_out(MEASURED, "metric_settings")
-        # Encoders and projectors stand beside the model's settings, in some files among them.
-        return _modalities(old if ENCODERS in old else model, top.part("dataset_settings"), []), {"folder": "."}
-
-    return predictions(top, Method("VLM", "answers about images"), further)
+def answering(top: Settings, old: Settings, folder: str) -> Extras:
+    """Further settings of an inference."""
+    model = old.part("model_settings")
+    model.leave_out(NUMBER, "n_modality_embeddings")
+    model.leave_out(PICKLED, "projections_path")
+    old.leave_out(MEASURED, "metric_settings")
+    # Encoders and projectors stand beside the model's settings, in some files among them.
+    return _modalities(old if ENCODERS in old else model, top.part("dataset_settings"), []), {"folder": "."}
 
 
 def _modalities(owner: Settings, dataset: Settings, others: list[Settings]) -> dict[str, Any]:
@@ -57,10 +49,9 @@ def _modalities(owner: Settings, dataset: Settings, others: list[Settings]) -> d
     for each in (dataset, *others):
         each.leave_out(READER, "modality_reader_settings_mapping")
         each.leave_out(NUMBER, "n_modality_embeddings")
-        if each.take("truncate_top", False):
-            each.warn(CUT, "truncate_top")
-        if each is not dataset:
-            each.leave_out("the placeholders of the training data hold", TOKENS, START, END)
+        each.warn(CUT, "truncate_top", when=each.take("truncate_top", False))
+        held = "the placeholders of the training data hold"
+        each.leave_out(held, TOKENS, START, END, when=each is not dataset)
     found: dict[str, Any] = {}
     for name in ("image", "audio"):
         marks = {"token": f"{TOKENS}.{name}", "start": START, "end": END}

@@ -2,10 +2,7 @@
 
 from typing import Any
 
-from lit_alignment.tools.convert.document import Document, Method
-from lit_alignment.tools.convert.fit import training_documents
-from lit_alignment.tools.convert.inference import predictions
-from lit_alignment.tools.convert.settings import Row, Settings, Table, carry
+from lit_alignment.tools.convert.settings import Extras, Row, Settings, Table, carry
 
 LEAK = """the query is the dialogue up to the answer; there the answer itself stood in it, so that the retriever was \
 asked with what it should find"""
@@ -21,7 +18,7 @@ PLACE = "passages stand in the last user message, with `placement`; there they s
 REBUILT = "the index is built from the passages with the encoder itself, since nothing in the old one says what made it"
 FOLLOWS = "it follows from the encoder"
 SEARCHED = "all queries of a batch are searched at once"
-BUILD = "Build the index first: lit-alignment index build --config FILE."
+REMARKS = ("Build the index first: lit-alignment index build --config FILE.",)
 GENERATOR = "model_settings.generator_settings"
 PARTS = ("generator_settings", "question_encoder_settings", "index_settings", "retrieval_settings")
 PLACEMENT: Table = {
@@ -33,22 +30,18 @@ PLACEMENT: Table = {
 }
 
 
-def convert(top: Settings) -> list[Document]:
-    """Our configuration for `fit`."""
+def trained(top: Settings, old: Settings, folder: str) -> Extras:
+    """Further settings of a training."""
     top.warn(SHIFT, "model_settings")
-    module, data = _retrieval(top.part("model_settings"), top.take("log_path", "train_output"), training=True)
-    module["objective"] = "rag_sequence"
-    method = Method("RAG", "a retriever and a generator", False, module, data, (BUILD,), GENERATOR)
-    return training_documents(top, method)
+    return _retrieval(top.part("model_settings"), folder, training=True)
 
 
-def convert_inference(top: Settings) -> list[Document]:
-    """Our configurations for `predict`, one a model."""
-    method = Method("RAG", "answers with passages", remarks=(BUILD,), model=GENERATOR)
-    return predictions(top, method, lambda old, folder: _retrieval(old.part("model_settings"), folder, training=False))
+def answering(top: Settings, old: Settings, folder: str) -> Extras:
+    """Further settings of an inference."""
+    return _retrieval(old.part("model_settings"), folder, training=False)
 
 
-def _retrieval(model: Settings, folder: str, training: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _retrieval(model: Settings, folder: str, training: bool) -> Extras:
     """Our settings of the retriever and of its index in the run's folder, and of how passages stand in a prompt."""
     model.require(*PARTS)
     asked, index, old = (model.part(name) for name in PARTS[1:])
@@ -73,10 +66,9 @@ def _retrieval(model: Settings, folder: str, training: bool) -> tuple[dict[str, 
         old.leave_out("nothing is trained", "encoder_learning_rate")
         module["decoding"] = "concatenate"
     index.leave_out(REBUILT, "index_path")
-    if training and number == 1:
-        old.warn(ONE, "n_docs")
-    if not training and number > 1:
-        old.warn(SEVERAL, "n_docs")
+    old.warn(ONE, "n_docs", when=training and number == 1)
+    old.warn(SEVERAL, "n_docs", when=not training and number > 1)
     for text, ours in ((LEAK, "data.query"), (TEMPERATURE, "model.retriever.temperature"), (PLACE, "data.placement")):
         old.warn(text, ours=ours)
+    module |= {"objective": "rag_sequence"} if training else {}
     return module, {"query": "dialogue", "placement": carry(old, PLACEMENT)}

@@ -24,8 +24,7 @@ def convert(top: Settings) -> list[Document]:
     top.require("N", "dataset_settings")
     folder, seed, dataset = top.need("save_path"), top.take("seed", 42), top.part("dataset_settings")
     dataset.take("dataset_type", "sampling")
-    if len(dataset.parts("sources")) > 1:
-        dataset.warn(ONE_SOURCE, "sources")
+    dataset.warn(ONE_SOURCE, "sources", when=len(dataset.parts("sources")) > 1)
     rest = ["--number", str(top.take("N", 0)), "--seed", str(seed), "--form", "records"]
     rest += ["--out", f"{folder}/sampled.jsonl"]
     if "rm" not in top:
@@ -38,9 +37,9 @@ def convert(top: Settings) -> list[Document]:
         dataset.leave_out("nothing is turned into tokens", *of_tokens)
         return [script("random answers", "sample", *files, "--strategy", "random", *rest)]
     method = Method("Reward", "rewards of answers", scores=True, model="rm")
-    method.data.update(predict=sources(dataset), encoding=encoding(method, dataset, [], dataset))
-    method.data.update(packing=False, batch_size=top.take("rm_batch_size", 1))
-    scoring = prediction(method, top, seed, folder)
+    data = {"predict": sources(dataset), "encoding": encoding(method, dataset, [], dataset), "packing": False}
+    data["batch_size"] = top.take("rm_batch_size", 1)
+    scoring = prediction(method, top, seed, folder, {}, data)
     if "beta" in top:
         top.warn(RSO, "beta")
         strategy = ["rso", "--beta", str(top.take("beta", 1.0))]

@@ -14,7 +14,7 @@ from lit_alignment.errors import ConfigError
 Value = TypeVar("Value")
 NAMES: dict[type[Any], str] = {dict: "an object", list: "a list", str: "a string"}
 NAMES |= {bool: "true or false", int: "an integer", float: "a number"}
-LONGEST_VALUE = 100
+Extras = tuple[dict[str, Any], dict[str, Any]]  # further settings of a module, and of its data module
 
 
 @dataclass
@@ -113,13 +113,14 @@ class Settings:
             self._parts[key] = [Settings(_checked(each, dict, path), path, self.notes) for path, each in paths.items()]
         return self._parts[key]
 
-    def warn(self, text: str, key: str = "", ours: str = "") -> None:
-        """Say that what a key did there works otherwise here, in our key `ours` if that says more."""
-        self.notes.changed[text].append(self.path_of(key) + (f" -> {ours}" if ours else ""))
+    def warn(self, text: str, key: str = "", ours: str = "", *, when: bool = True) -> None:
+        """Say, if `when`, that what a key did there works otherwise here, in our key `ours` if that says more."""
+        if when:
+            self.notes.changed[text].append(self.path_of(key) + (f" -> {ours}" if ours else ""))
 
-    def leave_out(self, reason: str, *keys: str, shown: str = "") -> None:
-        """Note those of the keys that hold something as not carried over, with their values where they are objects."""
-        for key in keys:
+    def leave_out(self, reason: str, *keys: str, when: bool = True, shown: str = "") -> None:
+        """Note, if `when`, the given ones of the keys as not carried over, with their values where they are objects."""
+        for key in keys if when else ():
             value = self.raw(key)
             if key in self or value is not None:
                 own = f" {shorten(value)}" if isinstance(value, dict) and value else ""
@@ -145,13 +146,8 @@ class Row:
     old: Any  # the type of a value that is written where it is given, or the old default, which is written out
     ours: str = ""  # our key, as a.b where it stands deeper; "" where it is the old one
     changed: bool = False  # whether only what differs from the old default is written
-    make: Callable[[Any], Any] | None = None  # our value for the old one; None is not written
+    make: Callable[[Any], Any] = lambda value: value  # our value for the old one; None is not written
     notes: tuple[str, ...] = ()  # what works otherwise here, told where the key is given
-
-    @property
-    def default(self) -> Any:
-        """The old default, or None."""
-        return None if isinstance(self.old, type) else self.old
 
 
 Table = Mapping[str, Row | str]  # a text says why the key, or the keys between its commas, have no counterpart
@@ -164,12 +160,12 @@ def carry(old: Settings, table: Table) -> dict[str, Any]:
         if isinstance(row, str):
             old.leave_out(row, *key.split(", "))
             continue
-        value = old.maybe(key, row.old if row.default is None else type(row.old))
-        for note in row.notes if value is not None else ():
-            old.warn(note, key)
-        value = row.default if value is None else value
-        value = value if row.make is None else row.make(value)
-        if value is not None and not (row.changed and value == row.default):
+        kind, default = (row.old, None) if isinstance(row.old, type) else (type(row.old), row.old)
+        value = old.maybe(key, kind)
+        for note in row.notes:
+            old.warn(note, key, when=value is not None)
+        value = row.make(default if value is None else value)
+        if value is not None and not (row.changed and value == default):
             section, _, name = (row.ours or key).rpartition(".")
             (ours.setdefault(section, {}) if section else ours)[name] = value
     return ours
@@ -178,7 +174,7 @@ def carry(old: Settings, table: Table) -> dict[str, Any]:
 def shorten(value: Any) -> str:
     """A value as JSON, cut where it gets long."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _checked(value: Any, kind: type[Value], path: str) -> Value:
@@ -196,12 +192,10 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(f"{path}: no such file.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}).") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: not a configuration, it is nested too deep.") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a configuration ({error}).") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the file holds no object; a turbo-alignment configuration is one.")
     return values

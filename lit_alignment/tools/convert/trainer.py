@@ -86,8 +86,9 @@ def training(top: Settings, dtype: str) -> dict[str, dict[str, Any]]:
     ours["checkpoint"] = _checkpoint(old, validated="limit_val_batches" not in ours["trainer"])
     ours["optimizer"] = _optimizer(old)
     ours["data"] = {"packing": False, **ours["data"]}
-    if (evaluated := old.take("per_device_eval_batch_size", batch)) != batch:
-        old.leave_out(f"{evaluated}; one batch_size serves all splits", "per_device_eval_batch_size")
+    evaluated = old.take("per_device_eval_batch_size", batch)
+    serves = f"{evaluated}; one batch_size serves all splits"
+    old.leave_out(serves, "per_device_eval_batch_size", when=evaluated != batch)
     carry(old, UNUSED)
     top.warn(RESUME, "resuming")
     return ours
@@ -109,20 +110,18 @@ def _precision(old: Settings, dtype: str) -> dict[str, Any]:
 
 def _length(old: Settings) -> dict[str, Any]:
     steps, epochs = old.take("max_steps", -1), old.take("num_train_epochs", 3.0)
-    if steps > 0:
-        old.leave_out("max_steps goes first, as there", "num_train_epochs")
-        return {"max_steps": steps}
     whole = -int(-epochs // 1)
-    if whole != epochs:
-        old.leave_out(f"{epochs}; a run ends with an epoch, here the {whole}th", "num_train_epochs")
-    return {"max_epochs": whole}
+    old.leave_out("max_steps goes first, as there", "num_train_epochs", when=steps > 0)
+    reason = f"{epochs}; a run ends with an epoch, here the {whole}th"
+    old.leave_out(reason, "num_train_epochs", when=steps <= 0 and whole != epochs)
+    return {"max_steps": steps} if steps > 0 else {"max_epochs": whole}
 
 
 def _checkpoint(old: Settings, validated: bool) -> dict[str, Any]:
     """Arguments of ModelCheckpoint."""
     best, metric = old.take("load_best_model_at_end", False), old.maybe("metric_for_best_model", str)
-    if metric not in (None, "loss", "eval_loss"):
-        old.leave_out(f"'{metric}'; val/loss tells the best", "metric_for_best_model")
+    other = metric not in (None, "loss", "eval_loss")
+    old.leave_out(f"'{metric}'; val/loss tells the best", "metric_for_best_model", when=other)
     old.leave_out("val/loss tells the best, the lower the better", "greater_is_better")
     strategy, steps = old.take("save_strategy", "steps"), old.take("save_steps", 500.0)
     kept = {"save_top_k": old.take("save_total_limit", 0) or -1}
@@ -136,8 +135,8 @@ def _checkpoint(old: Settings, validated: bool) -> dict[str, Any]:
 
 
 def _optimizer(old: Settings) -> dict[str, Any]:
-    if (name := old.take("optim", "adamw_torch")) not in ADAMW:
-        old.leave_out(f"'{name}'; the optimiser is AdamW", "optim")
+    name = old.take("optim", "adamw_torch")
+    old.leave_out(f"'{name}'; the optimiser is AdamW", "optim", when=name not in ADAMW)
     kind = old.take("lr_scheduler_type", "linear")
     schedule = SCHEDULES.get(kind, kind)
     if schedule not in ("cosine", "linear", "constant", "wsd"):
