@@ -34,18 +34,13 @@ def main(arguments: list[str]) -> None:
         except OSError as error:
             raise ConfigError(f"{target} cannot be written ({error.strerror}). Choose another --out.") from error
     for title, lines in zip(("warning", "not carried over", "unknown key"), notes.groups(), strict=True):
-        for line in lines:
-            print(f"{title}: {line}", file=sys.stderr)
+        sys.stderr.writelines(f"{title}: {line}\n" for line in lines)
     for document, target in zip(documents, targets, strict=True):
         print(f"{target} is written. Run: {document.how_to_run(target)}")
 
 
 def convert(top: Settings, kind: str) -> list[Document]:
-    """Our documents for an old configuration that the old command `kind` takes; the notes of `top` are filled.
-
-    Raises:
-        ConfigError: If this kind is not converted.
-    """
+    """Our documents for an old configuration that the old command `kind` takes; the notes of `top` are filled."""
     if kind in PREFERENCES:
         raise ConfigError(f"{kind}: preference training is not there yet, so this cannot be converted.")
     return CONVERTERS[kind](top)
@@ -69,8 +64,6 @@ def _parser() -> argparse.ArgumentParser:
 def _targets(first: Path, documents: list[Document]) -> list[Path]:
     """Where to write: one file, files that differ in their endings, or files with a number each."""
     endings = [document.suffix for document in documents]
-    if len(endings) == 1:
-        return [first]
-    if len(set(endings)) == len(endings):
-        return [first.with_suffix(ending) for ending in endings]
-    return [first.with_suffix(f".{index}{ending}") for index, ending in enumerate(endings)]
+    numbered = len(set(endings)) < len(endings)
+    several = [first.with_suffix(f".{index}{each}" if numbered else each) for index, each in enumerate(endings)]
+    return several if len(endings) > 1 else [first]

@@ -117,7 +117,6 @@ def encoding(method: Method, dataset: Settings, others: list[Settings], prompts:
 def _chat_settings(dataset: Settings) -> Settings:
     """Where a data set of sequences to score says how conversations become tokens."""
     dataset.take("dataset_type", "")
-    dataset.leave_out(NO_LABELS, "add_labels")
     return next((dataset.part(name) for name in ("chat_settings", "chat_dataset") if name in dataset), dataset)
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_alignment.tools.convert.chat import encoding, sources
+from lit_alignment.tools.convert.chat import NO_LABELS, encoding, sources
 from lit_alignment.tools.convert.document import Document, Method
 from lit_alignment.tools.convert.generation import cherry_picks
 from lit_alignment.tools.convert.model import adapter_kind, adapters, backbone, leave_gpu, saves_modules, tokens
@@ -33,6 +33,8 @@ def training_documents(method: Method, top: Settings) -> list[Document]:
     model, picks = top.part(method.model), top.part("cherry_pick_settings")
     train, val = top.part("train_dataset_settings"), top.part("val_dataset_settings")
     prompts = picks.part("dataset_settings")
+    for each in (train, val, prompts):
+        each.leave_out(NO_LABELS, "add_labels", when=method.scores)
     further, further_data = method.further(top, top, folder)
     found = adapters(model, training=True)
     base = backbone(model, top.part("tokenizer_settings"), method.scores)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_alignment.tools.convert.chat import encoding, sources
+from lit_alignment.tools.convert.chat import NO_LABELS, encoding, sources
 from lit_alignment.tools.convert.document import Document, Method
 from lit_alignment.tools.convert.generation import META, MISASSIGNED, NOT_GENERATED, PIECES, generation
 from lit_alignment.tools.convert.model import adapters, backbone
@@ -28,6 +28,7 @@ def predictions(method: Method, top: Settings) -> list[Document]:
     """Our configurations for `predict`, one a model."""
     top.notes.missing += [key for key in ("inference_settings", "dataset_settings") if not top.values.get(key)]
     seed, folder, dataset = top.take("seed", 42), top.need("save_path"), top.part("dataset_settings")
+    dataset.leave_out(NO_LABELS, "add_labels", when=method.scores)
     read = {"predict": sources(dataset), "encoding": encoding(method, dataset, [], dataset), "packing": False}
     models, documents, number = top.parts("inference_settings"), [], 0
     top.warn(MANY_MODELS, "inference_settings", when=len(models) > 1)
@@ -35,18 +36,16 @@ def predictions(method: Method, top: Settings) -> list[Document]:
     for index, old in enumerate(models):
         old.require("model_settings")
         where = folder if len(models) == 1 else f"{folder}/{index}"
+        batch, answers = (old.take("batch", 1), {}) if method.scores else _generations(old, number, seed)
+        number += len(answers)  # the old files are numbered through all models
+        engine, done = _engine(old), "records are scored" if method.scores else "prompts are answered"
+        old.leave_out(f"batch_size {done} at a time", "micro_batch")
+        old.leave_out(NOT_GENERATED, "generation_settings", when=method.scores)
         module, data = method.further(top, old, where)
-        if method.scores:
-            batch = old.take("batch", 1)
-            old.leave_out("batch_size records are scored at a time", "micro_batch")
-            old.leave_out(NOT_GENERATED, "generation_settings")
-        else:
-            old.leave_out("batch_size prompts are answered at a time", "micro_batch")
-            batch, module["generation"] = _generations(old, number, seed)
-            number += len(module["generation"])  # the old files are numbered through all models
+        module |= {} if method.scores else {"generation": answers}
         data = {**read, "batch_size": batch, **data}
         target = where if method.scores else folder
-        documents.append(prediction(method, old, seed, target, module, data, **_engine(old)))
+        documents.append(prediction(method, old, seed, target, module, data, **engine))
     return documents
 
 

@@ -36,10 +36,11 @@ def answering(top: Settings, old: Settings, folder: str) -> Extras:
     """Further settings of an inference."""
     model = old.part("model_settings")
     model.leave_out(NUMBER, "n_modality_embeddings")
+    # Encoders and projectors stand beside the model's settings, in some files among them.
+    module = _modalities(old if ENCODERS in old else model, top.part("dataset_settings"), [])
     model.leave_out(PICKLED, "projections_path")
     old.leave_out(MEASURED, "metric_settings")
-    # Encoders and projectors stand beside the model's settings, in some files among them.
-    return _modalities(old if ENCODERS in old else model, top.part("dataset_settings"), []), {"folder": "."}
+    return module, {"folder": "."}
 
 
 def _modalities(owner: Settings, dataset: Settings, others: list[Settings]) -> dict[str, Any]:
@@ -60,11 +61,13 @@ def _modalities(owner: Settings, dataset: Settings, others: list[Settings]) -> d
         kind = owner.take(f"{PROJECTORS}.{name}", "llava")
         if owner.raw(f"{ENCODERS}.{name}") is None:
             continue
+        encoder = _encoder(owner.part(f"{ENCODERS}.{name}"), name)
         projector: dict[str, Any] = {"kind": "mlp"}
         if kind == "c_abstractor":
             projector = {"kind": kind} | ({"num_tokens": number} if number else {})
             owner.warn(COMPRESS, f"{PROJECTORS}.{name}")
-        encoder = _encoder(owner.part(f"{ENCODERS}.{name}"), name)
+        pickled = f"{ENCODERS}.{name}.is_pickle"
+        owner.warn(PICKLE.format(name=name), pickled, when=owner.take(pickled, False))
         if weights is not None and weights.endswith(".safetensors"):
             projector["weights"] = weights
         elif weights is not None:
@@ -75,8 +78,6 @@ def _modalities(owner: Settings, dataset: Settings, others: list[Settings]) -> d
 
 def _encoder(old: Settings, name: str) -> dict[str, Any]:
     kind, path = old.take("modality_encoder_type", "clip"), old.need("encoder_path")
-    if old.take("is_pickle", False):
-        old.warn(PICKLE.format(name=name), "is_pickle")
     if kind.startswith("imagebind"):
         old.warn(ONE_VECTOR, "modality_encoder_type")
         return {"path": "imagebind"}

@@ -32,8 +32,9 @@ PLACEMENT: Table = {
 
 def trained(top: Settings, old: Settings, folder: str) -> Extras:
     """Further settings of a training."""
+    extras = _retrieval(top.part("model_settings"), folder, training=True)
     top.warn(SHIFT, "model_settings")
-    return _retrieval(top.part("model_settings"), folder, training=True)
+    return extras
 
 
 def answering(top: Settings, old: Settings, folder: str) -> Extras:

@@ -12,6 +12,7 @@ out; here accepted ones leave it, rejected ones stay, and N are N different ones
 ALL_KEPT = "N had no effect there, all answers were kept; here the second step keeps the best N"
 TWO_STEPS = "Two steps: the first scores, the second chooses. Run this file after the YAML of the same name."
 LINES = "the slices and shares of a source are not taken here; the whole file is read"
+TOKENS_UNUSED = {"chat_dataset, chat_settings, prompt_template, max_tokens_count": "nothing is turned into tokens"}
 SOURCE_UNUSED: Table = {
     "offset, n_rows, num_samples, sample_rate, system_prompt": LINES,
     "name": "a file of the same name gives its name",
@@ -33,18 +34,14 @@ def convert(top: Settings) -> list[Document]:
         files = [old.need("records_path") for old in dataset.parts("sources")]
         for old in dataset.parts("sources"):
             carry(old, SOURCE_UNUSED)
-        of_tokens = ("chat_dataset", "chat_settings", "prompt_template", "max_tokens_count")
-        dataset.leave_out("nothing is turned into tokens", *of_tokens)
+        carry(dataset, TOKENS_UNUSED)
         return [script("random answers", "sample", *files, "--strategy", "random", *rest)]
     method = Method("Reward", "rewards of answers", scores=True, model="rm")
     data = {"predict": sources(dataset), "encoding": encoding(method, dataset, [], dataset), "packing": False}
     data["batch_size"] = top.take("rm_batch_size", 1)
     scoring = prediction(method, top, seed, folder, {}, data)
-    if "beta" in top:
-        top.warn(RSO, "beta")
-        strategy = ["rso", "--beta", str(top.take("beta", 1.0))]
-    else:
-        top.warn(ALL_KEPT, "N")
-        strategy = ["best_of_n"]
+    top.warn(RSO, "beta", when="beta" in top)
+    top.warn(ALL_KEPT, "N", when="beta" not in top)
+    strategy = ["rso", "--beta", str(top.take("beta", 1.0))] if "beta" in top else ["best_of_n"]
     command = ["sample", f"{folder}/rewards.jsonl", "--strategy", *strategy, *rest]
     return [scoring, script("the choice among scored answers", *command, remarks=[TWO_STEPS])]
