@@ -5,7 +5,7 @@ from typing import Any
 from lit_alignment.tools.convert.chat import NO_LABELS, encoding, sources
 from lit_alignment.tools.convert.document import Document, Method
 from lit_alignment.tools.convert.generation import cherry_picks
-from lit_alignment.tools.convert.model import adapter_kind, adapters, backbone, leave_gpu, saves_modules, tokens
+from lit_alignment.tools.convert.model import adapters, backbone, leave_gpu, tokens
 from lit_alignment.tools.convert.settings import Settings
 from lit_alignment.tools.convert.trainer import logger, section, training, upload
 
@@ -38,10 +38,20 @@ def training_documents(method: Method, top: Settings) -> list[Document]:
     further, further_data = method.further(top, top, folder)
     found = adapters(model, training=True)
     base = backbone(model, top.part("tokenizer_settings"), method.scores)
+    peft = found.get("peft", {})
     # Adapters are float32, and whole layers beside them are as the base.
-    ours = training(top, base["dtype"] if not found or saves_modules(model) else "float32")
+    whole = not found or peft.get("init_args", {}).get("modules_to_save")
+    ours = training(top, base["dtype"] if whole else "float32")
     base |= ours["backbone"]
-    _leave_out_of(ours, base, top, model, method)
+    old = section(top)
+    if peft.get("class_path") == "peft.PrefixTuningConfig" and base.pop("gradient_checkpointing", False):
+        old.leave_out(NO_CHECKPOINTING, "gradient_checkpointing")
+    if method.name != "SFT" and ours["module"].pop("neftune_alpha", None) is not None:
+        old.leave_out(NOISE, "neftune_noise_alpha")
+    if method.name in ("Reward", "RAG") and ours["module"].pop("label_smoothing", None) is not None:
+        old.leave_out(SMOOTHING, "label_smoothing_factor")
+    if ours["trainer"].get("accelerator") == "cpu":
+        leave_gpu(model, base)
     callbacks: list[dict[str, Any]] = [
         {"class_path": SAVER, "init_args": ours["checkpoint"]},
         {"class_path": SAVER, "init_args": LAST_EPOCH},
@@ -50,7 +60,7 @@ def training_documents(method: Method, top: Settings) -> list[Document]:
         *upload(top),
     ]
     module = {"backbone": base, **further, **found}
-    if new := tokens(top.part("special_tokens_settings"), model):
+    if new := tokens(top.part("special_tokens_settings"), model, peft):
         module["tokens"] = new
     module |= {"optimizer": ours["optimizer"], **ours["module"]}
     data = {
@@ -61,23 +71,10 @@ def training_documents(method: Method, top: Settings) -> list[Document]:
         **ours["data"],
     }
     trainer = ours["trainer"] | {"logger": logger(top, folder), "callbacks": callbacks}
-    padded = adapter_kind(model) not in ("", "LORA") or base.get("attention") == "eager"
+    padded = peft.get("class_path", "peft.LoraConfig") != "peft.LoraConfig" or base.get("attention") == "eager"
     remarks = [PADDING if padded else PACKING, *method.remarks, *([] if method.scores else [LOSS]), LAST]
     if not found and base["dtype"] in ("bfloat16", "float16"):
         remarks.append(HALF.format(dtype=base["dtype"]))
     if not method.scores and data["encoding"].get("template", {}).get("append_eos") is False:
         remarks.append(NO_EOS)
     return [Document("fit", method.purpose, method.configuration(seed, folder, trainer, module, data), remarks)]
-
-
-def _leave_out_of(ours: dict[str, Any], base: dict[str, Any], top: Settings, model: Settings, method: Method) -> None:
-    """Take out of our settings and backbone what does not go with the adapters, the device or the method."""
-    old = section(top)
-    if adapter_kind(model) == "PREFIX_TUNING" and base.pop("gradient_checkpointing", False):
-        old.leave_out(NO_CHECKPOINTING, "gradient_checkpointing")
-    if method.name != "SFT" and ours["module"].pop("neftune_alpha", None) is not None:
-        old.leave_out(NOISE, "neftune_noise_alpha")
-    if method.name in ("Reward", "RAG") and ours["module"].pop("label_smoothing", None) is not None:
-        old.leave_out(SMOOTHING, "label_smoothing_factor")
-    if ours["trainer"].get("accelerator") == "cpu":
-        leave_gpu(model, base)

@@ -57,7 +57,8 @@ def generation(old: Settings, custom: Settings, sampled: bool = True) -> dict[st
     temperature, top_p, top_k = old.take("temperature", 1.0), old.take("top_p", 1.0), old.take("top_k", 50)
     if old.take("do_sample", sampled) and temperature > 0:
         ours |= {"temperature": temperature, "top_p": top_p, "top_k": max(0, top_k)}  # -1 is no limit under vLLM
-    stops = old.texts("stop_strings") if "stop_strings" in old else ["</s>"]
+    listed = isinstance(old.raw("stop_strings"), list)
+    stops = [*old.take("stop_strings", [])] if listed else [old.take("stop_strings", "</s>")]
     if (closing := custom.maybe("generation_eos_token", str)) is not None:
         custom.warn(OLDER_EOS, "generation_eos_token")
         stops += [closing] if closing not in stops else []

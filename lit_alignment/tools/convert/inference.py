@@ -6,7 +6,7 @@ from lit_alignment.tools.convert.chat import NO_LABELS, encoding, sources
 from lit_alignment.tools.convert.document import Document, Method
 from lit_alignment.tools.convert.generation import META, MISASSIGNED, NOT_GENERATED, PIECES, generation
 from lit_alignment.tools.convert.model import adapters, backbone
-from lit_alignment.tools.convert.settings import Row, Settings, Table, carry
+from lit_alignment.tools.convert.settings import Row, Settings, Table, carry, shorten
 
 MANY_MODELS = "each model has a configuration of its own here; run them one after the other"
 ONE_ANSWER = "with a batch above 1 there was one answer to a prompt there, and no beams; here both are as asked"
@@ -87,7 +87,9 @@ def _generations(old: Settings, number: int, seed: int) -> tuple[int, dict[str, 
 def _engine(old: Settings) -> dict[str, Any]:
     """Our engine, with what vLLM was told."""
     if not old.take("use_vllm", False):
-        old.leave_out("use_vllm is off", "vllm_engine_settings", "tensor_parallel_size")
+        for key in ("vllm_engine_settings", "tensor_parallel_size"):
+            value = old.raw(key)
+            old.leave_out("use_vllm is off", key, shown=f" {shorten(value)}", when=value is not None)
         return {}
     old.warn(META, "use_vllm")
     given = old.part("vllm_engine_settings")

@@ -16,15 +16,15 @@ TRAINED = {
     "sft": Method("SFT", "supervised fine-tuning"),
     "rm": Method("Reward", "a reward model of pairs", True, reward.pairs, reward.REMARKS),
     "classification": Method("Classification", "classification", True, classification.loss, classification.REMARKS),
-    "multimodal": Method("VLM", "a language model that sees images", False, multimodal.trained, multimodal.REMARKS),
-    "rag": Method("RAG", "a retriever and a generator", False, rag.trained, rag.REMARKS, rag.GENERATOR),
+    "multimodal": Method("VLM", "a language model that sees images", False, multimodal.media, multimodal.REMARKS),
+    "rag": Method("RAG", "a retriever and a generator", False, rag.retrieval, rag.REMARKS, rag.GENERATOR),
 }
 ANSWERING = {
     "chat": Method("SFT", "answers to prompts"),
     "rm": Method("Reward", "rewards of responses", True),
     "classification": Method("Classification", "classes of conversations", True, classification.named_labels),
-    "multimodal": Method("VLM", "answers about images", False, multimodal.answering),
-    "rag": Method("RAG", "answers with passages", False, rag.answering, rag.REMARKS, rag.GENERATOR),
+    "multimodal": Method("VLM", "answers about images", False, multimodal.media),
+    "rag": Method("RAG", "answers with passages", False, rag.retrieval, rag.REMARKS, rag.GENERATOR),
 }
 CONVERTERS: dict[str, Callable[[Settings], list[Document]]] = {
     **{f"train_{name}": partial(training_documents, method) for name, method in TRAINED.items()},

@@ -116,20 +116,9 @@ def adapters(model: Settings, training: bool) -> dict[str, Any]:
     return {"adapter": {"path": path, "trainable": training}}
 
 
-def adapter_kind(model: Settings) -> str:
-    """The old name of the adapters to add, or "" where there are none."""
-    guess = "PROMPT_TUNING" if "peft_settings.num_virtual_tokens" in model else "LORA"
-    return model.take("peft_settings.name", guess).upper() if "peft_settings" in model else ""
-
-
-def saves_modules(model: Settings) -> bool:
-    """Whether whole layers train beside the adapters."""
-    keys = ("peft_settings.modules_to_save", "peft_settings.config.modules_to_save")
-    return "peft_settings" in model and any(model.raw(key) for key in keys)
-
-
 def _peft(model: Settings) -> dict[str, Any]:
-    kind, old = adapter_kind(model), model.part("peft_settings")
+    old = model.part("peft_settings")
+    kind = old.take("name", "PROMPT_TUNING" if "num_virtual_tokens" in old else "LORA").upper()
     if kind not in ADAPTERS:
         raise ConfigError(f"{old.path_of('name')} is '{kind}'; turbo-alignment has {', '.join(ADAPTERS)}.")
     nested = "config" in old  # the newest form, which hands everything to peft's own class, with its defaults
@@ -157,13 +146,12 @@ def _peft(model: Settings) -> dict[str, Any]:
     return {"class_path": f"peft.{name}", "init_args": ours | task}
 
 
-def tokens(special: Settings, model: Settings) -> dict[str, Any]:
+def tokens(special: Settings, model: Settings, peft: dict[str, Any]) -> dict[str, Any]:
     """Our `model.tokens`; a reference like `<s>` or `[SEP]` is copied, the tokens' rows of any other are averaged."""
-    ours = carry(special, TOKENS)
-    key = "embeddings_initialization_strategy"
+    ours, key = carry(special, TOKENS), "embeddings_initialization_strategy"
     references: dict[str, Any] = model.maybe(key, dict) or {}
-    kind = adapter_kind(model)
-    if kind not in ("", "LORA"):
+    lora = peft.get("class_path") == "peft.LoraConfig"
+    if peft and not lora:
         model.leave_out(NO_ROWS, key)
         return ours
     new = {}
@@ -176,5 +164,5 @@ def tokens(special: Settings, model: Settings) -> dict[str, Any]:
     if not new:
         return ours
     model.warn(BOTH_TABLES, key, "model.tokens.new")
-    model.warn(ROWS_TRAIN, key, "model.tokens.new", when=kind == "LORA" and not saves_modules(model))
+    model.warn(ROWS_TRAIN, key, "model.tokens.new", when=lora and not peft["init_args"].get("modules_to_save"))
     return ours | {"new": new}

@@ -20,20 +20,16 @@ MEASURED = "predict writes the answers; lit-alignment evaluate measures them"
 READER = "the processor beside the encoder reads files"
 STREAMED = """one unreadable picture stopped the run there, and all pictures and features stood in memory; here they \
 stream, in folders below as well, a killed run goes on, and unreadable files are listed"""
-ALONE = "train_language_model: false trains the projector alone, which there was done by training with no adapter."
-REMARKS = (ALONE,)
+REMARKS = ("train_language_model: false trains the projector alone, which there was done by training with no adapter.",)
 ENCODERS, PROJECTORS = "modality_encoder_settings_mapping", "modality_projector_mapping"
 START, END, TOKENS = "start_modality_token", "end_modality_token", "modality_token_mapping"
 
 
-def trained(top: Settings, old: Settings, folder: str) -> Extras:
-    """Further settings of a training."""
-    dataset, picks = top.part("train_dataset_settings"), top.part("cherry_pick_settings.dataset_settings")
-    return _modalities(top, dataset, [top.part("val_dataset_settings"), picks]), {"folder": "."}
-
-
-def answering(top: Settings, old: Settings, folder: str) -> Extras:
-    """Further settings of an inference."""
+def media(top: Settings, old: Settings, folder: str) -> Extras:
+    """Settings of images and sounds."""
+    if old is top:
+        train, val = top.part("train_dataset_settings"), top.part("val_dataset_settings")
+        return _modalities(top, train, [val, top.part("cherry_pick_settings.dataset_settings")]), {"folder": "."}
     model = old.part("model_settings")
     model.leave_out(NUMBER, "n_modality_embeddings")
     # Encoders and projectors stand beside the model's settings, in some files among them.

@@ -30,20 +30,9 @@ PLACEMENT: Table = {
 }
 
 
-def trained(top: Settings, old: Settings, folder: str) -> Extras:
-    """Further settings of a training."""
-    extras = _retrieval(top.part("model_settings"), folder, training=True)
-    top.warn(SHIFT, "model_settings")
-    return extras
-
-
-def answering(top: Settings, old: Settings, folder: str) -> Extras:
-    """Further settings of an inference."""
-    return _retrieval(old.part("model_settings"), folder, training=False)
-
-
-def _retrieval(model: Settings, folder: str, training: bool) -> Extras:
-    """Our settings of the retriever and of its index in the run's folder, and of how passages stand in a prompt."""
+def retrieval(top: Settings, old: Settings, folder: str) -> Extras:
+    """Settings of the retriever and of its index in the run's folder, and of how passages stand in a prompt."""
+    training, model = old is top, old.part("model_settings")
     model.require(*PARTS)
     asked, index, old = (model.part(name) for name in PARTS[1:])
     asked.take("model_type", "encoder")
@@ -61,15 +50,18 @@ def _retrieval(model: Settings, folder: str, training: bool) -> Extras:
         "num_passages": number,
         "train_retriever": "query" if learns else "none",
     }
+    old.leave_out("nothing is trained", "encoder_learning_rate", when=not training)
     if training:
-        module |= carry(old, {"encoder_learning_rate": Row(float, "retriever_learning_rate")})
+        module |= {
+            **carry(old, {"encoder_learning_rate": Row(float, "retriever_learning_rate")}),
+            "objective": "rag_sequence",
+        }
     else:
-        old.leave_out("nothing is trained", "encoder_learning_rate")
         module["decoding"] = "concatenate"
     index.leave_out(REBUILT, "index_path")
     old.warn(ONE, "n_docs", when=training and number == 1)
     old.warn(SEVERAL, "n_docs", when=not training and number > 1)
     for text, ours in ((LEAK, "data.query"), (TEMPERATURE, "model.retriever.temperature"), (PLACE, "data.placement")):
         old.warn(text, ours=ours)
-    module |= {"objective": "rag_sequence"} if training else {}
+    top.warn(SHIFT, "model_settings", when=training)
     return module, {"query": "dialogue", "placement": carry(old, PLACEMENT)}

@@ -86,24 +86,17 @@ class Settings:
             self.notes.missing.append(self.path_of(key))
         return value or ""
 
-    def texts(self, key: str) -> list[str]:
-        """A list of texts, or one text as a list; empty where it is missing."""
-        value = self.raw(key)
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        return [_checked(each, str, self.path_of(key)) for each in values]
-
     def require(self, *keys: str) -> None:
         """Note those of the keys that are not given as missing."""
         self.notes.missing += [self.path_of(key) for key in keys if key not in self]
 
-    def part(self, key: str, defaults: dict[str, Any] | None = None) -> "Settings":
+    def part(self, key: str) -> "Settings":
         """An object below this one; an empty one where it is missing."""
         first, _, rest = key.partition(".")
         if rest:
             return self.part(first).part(rest)
         if key not in self._parts:
-            values: dict[str, Any] = self.maybe(key, dict) or {}
-            self._parts[key] = [Settings(values, self.path_of(key), self.notes, defaults or {})]
+            self._parts[key] = [Settings(self.maybe(key, dict) or {}, self.path_of(key), self.notes)]
         return self._parts[key][0]
 
     def parts(self, key: str) -> list["Settings"]:

@@ -61,7 +61,9 @@ WANDB_MORE: Table = {"entity": Row(str), "notes": Row(str)}
 def section(top: Settings) -> Settings:
     """The settings of the old trainer."""
     newer = "training_arguments" in top
-    return top.part("training_arguments") if newer else top.part("trainer_settings", OLDER)
+    old = top.part("training_arguments" if newer else "trainer_settings")
+    old.defaults |= {} if newer else OLDER
+    return old
 
 
 def training(top: Settings, dtype: str) -> dict[str, dict[str, Any]]:
@@ -69,20 +71,26 @@ def training(top: Settings, dtype: str) -> dict[str, dict[str, Any]]:
     old = section(top)
     ours: dict[str, dict[str, Any]] = {"backbone": {}, "module": {}, **carry(old, TRAINING)}
     accumulate, batch = ours["trainer"]["accumulate_grad_batches"], ours["data"]["batch_size"]
-    steps = old.take("eval_steps", 0.0) or old.take("logging_steps", 500.0)
+    interval = old.take("eval_steps", 0.0) or old.take("logging_steps", 500.0)
     match old.take("evaluation_strategy", old.take("eval_strategy", "no")):
         case "no":
             ours["trainer"]["limit_val_batches"] = 0
-        case "steps" if steps < 1:
+        case "steps" if interval < 1:
             old.leave_out("a share of the run; validation is at each epoch's end", "eval_steps")
         case "steps":
             # Lightning counts batches and, with null, across epochs.
-            ours["trainer"] |= {"val_check_interval": int(steps) * accumulate, "check_val_every_n_epoch": None}
+            ours["trainer"] |= {"val_check_interval": int(interval) * accumulate, "check_val_every_n_epoch": None}
     precision = _precision(old, dtype)
     if precision.get("precision") == "16-mixed" and dtype == "float16":
         old.warn(FP16_FLOAT16, "fp16", "model.backbone.dtype")
         ours["backbone"]["dtype"] = "float32"
-    ours["trainer"] = {**precision, **_length(old), **ours["trainer"]}
+    steps, epochs = old.take("max_steps", -1), old.take("num_train_epochs", 3.0)
+    whole = -int(-epochs // 1)
+    old.leave_out("max_steps goes first, as there", "num_train_epochs", when=steps > 0)
+    reason = f"{epochs}; a run ends with an epoch, here the {whole}th"
+    old.leave_out(reason, "num_train_epochs", when=steps <= 0 and whole != epochs)
+    length = {"max_steps": steps} if steps > 0 else {"max_epochs": whole}
+    ours["trainer"] = {**precision, **length, **ours["trainer"]}
     ours["checkpoint"] = _checkpoint(old, validated="limit_val_batches" not in ours["trainer"])
     ours["optimizer"] = _optimizer(old)
     ours["data"] = {"packing": False, **ours["data"]}
@@ -106,15 +114,6 @@ def _precision(old: Settings, dtype: str) -> dict[str, Any]:
     if dtype == "bfloat16" and not bf16:
         old.warn(FP16_BFLOAT16, "fp16", "trainer.precision")
     return ours | {"precision": "bf16-mixed" if bf16 or dtype == "bfloat16" else "16-mixed"}
-
-
-def _length(old: Settings) -> dict[str, Any]:
-    steps, epochs = old.take("max_steps", -1), old.take("num_train_epochs", 3.0)
-    whole = -int(-epochs // 1)
-    old.leave_out("max_steps goes first, as there", "num_train_epochs", when=steps > 0)
-    reason = f"{epochs}; a run ends with an epoch, here the {whole}th"
-    old.leave_out(reason, "num_train_epochs", when=steps <= 0 and whole != epochs)
-    return {"max_steps": steps} if steps > 0 else {"max_epochs": whole}
 
 
 def _checkpoint(old: Settings, validated: bool) -> dict[str, Any]:
@@ -170,7 +169,7 @@ def logger(top: Settings, folder: str) -> Any:
     top.leave_out(f"{named[0]} goes first", *named[1:])
     old = top.part(named[0])
     kind = old.take("logging_type", "clearml" if "task_name" in old else "wandb")
-    tags = {"tags": found} if (found := old.texts("tags")) else {}
+    tags = carry(old, {"tags": Row(list, make=lambda tags: tags or None)})
     if named[0] == "clearml_settings" or kind == "clearml":
         names = {key: old.need(key) for key in ("project_name", "task_name")}
         return {"class_path": "lit_alignment.ClearMLLogger", "init_args": {**names, **tags, "save_dir": folder}}
