@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from pydoc import locate
 from typing import Any, Literal, TypeVar
 
 from jsonargparse import ArgumentError, Namespace
@@ -90,7 +91,7 @@ class AlignmentCLI(LightningCLI):
             ("model", AlignmentModule, "SFTModule"),
             ("data", AlignmentDataModule, "SFTDataModule"),
         ):
-            if str(config[part].class_path).rpartition(".")[2] == kind.__name__:  # what the parser takes without one
+            if locate(str(config[part].class_path)) is kind:  # what the parser takes without one
                 raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
             if (key := find_null(config[part], kind, part)) is not None:
                 raise ConfigError(f"{key} is null. Give a value, or leave it out for the default.")

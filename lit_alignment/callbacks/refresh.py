@@ -18,7 +18,7 @@ from lit_alignment.data.passages import format_passage
 from lit_alignment.distributed.fsdp2 import FSDP2Strategy
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.dual_encoder import weights_hash
-from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.modules.base import alignment_module
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import read_manifest
 from lit_alignment.retrieval.index import PassageIndex, make_faiss
@@ -159,7 +159,7 @@ class IndexRefresh(Callback):
 
 
 def _retriever(module: LightningModule) -> PassageRetriever | None:
-    return module.passage_retriever if isinstance(module, AlignmentModule) else None
+    return alignment_module(module).passage_retriever
 
 
 class _Encoding:

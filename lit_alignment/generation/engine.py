@@ -101,8 +101,8 @@ class Completion:
         Args:
             number: Its place among the completions of its prompt, from 0.
         """
-        line = {"id": str(number), "content": self.text, "finish_reason": self.finish_reason}
-        line |= {"num_tokens": self.num_tokens}
+        line: dict[str, Any] = {"id": str(number), "content": self.text, "finish_reason": self.finish_reason}
+        line["num_tokens"] = self.num_tokens
         return line if self.logp is None else line | {"logprob": self.logp}
 
 

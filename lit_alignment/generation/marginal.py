@@ -81,7 +81,7 @@ def generate_by_token(
     owners = [own[0] for own in requests for _ in range(copies)]
     prompts = [list(request.token_ids) for own in requests for _ in range(copies) for request in own]
     device = next(model.parameters()).device
-    padded = pad_prompts(prompts, int(tokenizer.pad_token_id or 0))
+    input_ids, mask = (each.to(device) for each in pad_prompts(prompts, int(tokenizer.pad_token_id or 0)))
     priors = log_priors.to(device).repeat_interleave(copies, 0)[..., None]  # [B, K, 1]
     training = model.training
     model.eval()
@@ -89,7 +89,7 @@ def generate_by_token(
     logps: list[list[float]] = [[] for _ in owners]
     done = [False] * len(owners)
     with seeded(first.seed, prompts, device):
-        for drawn, gained in _mixture(model, *(each.to(device) for each in padded), priors, decoding):
+        for drawn, gained in _mixture(model, input_ids, mask, priors, decoding):
             for row, (token, logp) in enumerate(zip(drawn, gained, strict=True)):
                 if not done[row]:
                     tokens[row].append(token)

@@ -1,8 +1,10 @@
 """How to generate."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.moved import renamed
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,7 @@ class DecodingConfig:
             )
         if any(not stop for stop in self.stop_strings):
             raise ConfigError("generation.stop_strings holds an empty string.")
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

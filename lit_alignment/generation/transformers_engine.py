@@ -100,7 +100,7 @@ class TransformersEngine(Engine):
         return int(self.tokenizer.pad_token_id or 0)
 
     def _with_logps(self, completions: list[Completion], owners: list[Request]) -> list[Completion]:
-        """The completions with the log-probability of each token, from one forward pass over prompts and completions."""
+        """Completions with the log-probability of each token, from one forward pass over prompts and completions."""
         examples = []
         for completion, request in zip(completions, owners, strict=True):
             prompt, tokens = list(request.token_ids), completion.token_ids

@@ -2,12 +2,9 @@
 
 import math
 import warnings
-from abc import abstractmethod
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,46 +12,36 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchmetrics import Metric
 
 from lit_alignment.checkpoints.background import start_saving
-from lit_alignment.checkpoints.export import ExportParts
-from lit_alignment.checkpoints.hf_folder import Form
-from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, Saved, refuse_missing, trained_names
+from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, trained_names
 from lit_alignment.checkpoints.sharded import full
 from lit_alignment.data.base import data_rank, datamodule_of
 from lit_alignment.data.batching.collate import Rows
 from lit_alignment.distributed.features import StrategyFeatures, features_of
 from lit_alignment.distributed.sharding import Cast
 from lit_alignment.errors import ConfigError, TrainingError
-from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Response
-from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.hooks import MethodHooks, Stage
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
 from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import (
     BackboneConfig,
-    HeadConfig,
     load_network,
     load_tokenizer,
     stored_dtype,
     weights_dtype,
 )
-from lit_alignment.models.multimodal.modality import MediaShape
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
-from lit_alignment.retrieval.passage_retriever import PassageRetriever
-
-Stage = Literal["train", "val", "test"]
 
 
-class AlignmentModule(LightningModule):
+class AlignmentModule(MethodHooks, LightningModule):
     """A language model with a tokenizer, trained in part or whole.
 
     A method adds `step`, `stage_metrics` and its predictions. What it has beside a language model (further networks,
-    what an export holds, what the data module must agree on) it declares by the hooks below; nothing outside of
-    `modules/` asks which method runs.
+    what an export holds, what the data module must agree on) it declares by the hooks of `MethodHooks`.
 
     Args:
         backbone: The pretrained model.
@@ -63,10 +50,6 @@ class AlignmentModule(LightningModule):
         tokens: Special and new tokens; with LoRA only the rows of new ones train.
         optimizer: Optimizer and schedule.
     """
-
-    head: HeadConfig | None = None  # what scores, where the model is no language model
-    shares_batches = False  # whether ranks can compute one batch together
-    progress_bar: tuple[str, ...] = ("loss",)  # what of `stage_values` the progress bar shows
 
     def __init__(
         self,
@@ -93,99 +76,6 @@ class AlignmentModule(LightningModule):
         self._window: list[tuple[list[str], Tensor]] = []  # ids and loss of each micro-batch of the step
         self._ids: list[str] = []
         self._gathered = ExitStack()
-
-    # Hooks: what a method declares.
-
-    @abstractmethod
-    def step(self, batch: Any, stage: Stage) -> Tensor:
-        """In training the batch's share of the optimizer step's loss (`step_loss`); else update the stage's metrics.
-
-        Args:
-            batch: Of the data module.
-            stage: What it is for; `metrics_of(stage)` has the metrics.
-        """
-
-    @abstractmethod
-    def stage_metrics(self) -> dict[str, Metric]:
-        """New metrics of one stage, by name; validation and test have their own."""
-
-    def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
-        """What is logged at the end of a stage, by name: the values of its metrics, unless a method says more."""
-        return {name: metric.compute() for name, metric in self.metrics_of(stage).items()}
-
-    def load_extra_networks(self, device_type: str = "cpu") -> None:
-        """Load what a method has beside the language model, after it, and freeze what does not train."""
-        return
-
-    def extra_networks(self) -> dict[str, nn.Module]:
-        """The loaded networks beside the language model, by what they are called in messages; each is sharded alone."""
-        return {}
-
-    def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
-        """What the folder of a checkpoint holds besides the language model.
-
-        Args:
-            saved: The checkpoint.
-            network: The language model that is written, whole on this process.
-            form: What was asked for.
-        """
-        return ExportParts()
-
-    def checkpoint_metadata(self) -> dict[str, Any]:
-        """What a checkpoint says of the model besides, as plain values."""
-        return {}
-
-    def data_arguments(self) -> dict[str, Any]:
-        """Arguments of the data module that follow from the model, by name."""
-        return {}
-
-    def media_shapes(self) -> dict[str, MediaShape]:
-        """How images and sounds enter, by modality."""
-        return {}
-
-    @property
-    def passage_retriever(self) -> PassageRetriever | None:
-        """What retrieves passages, in a method that does."""
-        return None
-
-    def respond(self, items: Sequence[Any], decoding: DecodingConfig) -> list[Response]:
-        """What the model makes of prompts.
-
-        Args:
-            items: The prompts; where there are none, the call says only whether the method answers prompts.
-            decoding: How to generate.
-
-        Raises:
-            ConfigError: If the method answers no prompts.
-        """
-        raise ConfigError(
-            f"{type(self).__name__} answers no prompts, so there are none to show. Use lit_alignment.ScoredPicks for a "
-            "module that scores."
-        )
-
-    def predict_requests(self, items: Sequence[Any], name: str) -> list[ItemRequests]:
-        """What another engine than `predict_step` is asked for items.
-
-        Args:
-            items: Of the data module.
-            name: The file of predictions that is written, of which `finish` makes an item's prediction.
-
-        Raises:
-            ConfigError: If other engines have nothing to compute for the method.
-        """
-        raise ConfigError(f"{type(self).__name__} has nothing for vLLM to compute. Use engine: transformers.")
-
-    def prepare_for_engine(self, saved: Saved | None, folder: Path) -> EngineNeeds:
-        """Load what another engine does not run, without a Trainer's strategy, and say what the engine must do.
-
-        Args:
-            saved: The trained weights; None before training.
-            folder: What the engine loads: a full model, or an adapter.
-
-        Raises:
-            ConfigError: If another engine cannot run the method.
-        """
-        raise ConfigError(f"{type(self).__name__} has nothing for vLLM to compute. Use engine: transformers.")
 
     # Model.
 
@@ -431,14 +321,6 @@ class AlignmentModule(LightningModule):
         """Shard again what was gathered."""
         self._gathered.close()
 
-    @abstractmethod
-    def prediction_settings(self) -> dict[str, dict[str, Any]]:
-        """What decides the predictions of each file that `predict` writes, by the file's name."""
-
-    @abstractmethod
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
-        """For each file, what it says of each item of the batch, in order."""
-
 
 def _recount(progress: dict[str, Any], factor: float) -> None:
     """Make the number of batches that each process has seen that of another number of processes.
@@ -456,6 +338,17 @@ def world_scale(module: AlignmentModule) -> float:
     """What undoes the averaging over ranks and over accumulated batches that strategies and Lightning do."""
     different = module.trainer.world_size // module.features.identical_ranks
     return float(different * module.trainer.accumulate_grad_batches)
+
+
+def alignment_module(module: LightningModule) -> AlignmentModule:
+    """A Trainer's module as one of ours.
+
+    Raises:
+        ConfigError: If it is another.
+    """
+    if not isinstance(module, AlignmentModule):
+        raise ConfigError(f"a module of lit_alignment is needed here, not {type(module).__name__}.")
+    return module
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,8 @@ from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.classification import ClassificationDataModule
 from lit_alignment.data.encoding.prompts import PromptItem
 from lit_alignment.errors import ConfigError
+from lit_alignment.evaluation.samples import Confusion, ScoredSample
+from lit_alignment.hooks import Stage
 from lit_alignment.losses import balanced_class_weights, focal_loss, multi_label_loss, regression_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.classification import (
@@ -28,7 +30,6 @@ from lit_alignment.metrics.classification import (
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.base import Stage
 from lit_alignment.modules.scoring import ScoringModule, check_positive, existing_head
 from lit_alignment.optimization import OptimizerConfig
 
@@ -171,6 +172,23 @@ class ClassificationModule(ScoringModule):
                 values = logits.tolist()
                 return {"prediction": values[0] if len(values) == 1 else values}
         return {"prediction": prediction, "probabilities": dict(zip(self.labels, probabilities, strict=True))}
+
+    def scored_sample(self, item: PromptItem, predicted: dict[str, Any]) -> ScoredSample:
+        """The predicted classes with their probabilities, or numbers."""
+        given = predicted["prediction"]
+        prediction = given if isinstance(given, list) else [given]
+        probabilities = predicted.get("probabilities", {})
+        shown = [(name, probabilities.get(name)) for name in prediction]
+        text = "\n".join(f"{name:.3g}" if p is None else f"{name} {p:.1%}" for name, p in shown)
+        if item.label is None or self.problem == "regression":
+            return ScoredSample(text, {"prediction": text})
+        names = self.names(item.label)
+        scores = {"probability of the label": probabilities[names[0]]} if self.problem == "single_label" else {}
+        return ScoredSample(text, {"prediction": text}, scores, names == prediction)
+
+    def last_confusion(self) -> Confusion | None:
+        """That of the classes, for a single label."""
+        return None if self.confusion is None else Confusion(self.confusion.tolist(), self.labels)
 
     def names(self, label: Any) -> list[str]:
         """A record's label, a name or number or a list of these, as names in the order of the labels."""

@@ -28,6 +28,7 @@ from lit_alignment.generation.marginal import (
     retrieved_passages,
 )
 from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.hooks import Stage
 from lit_alignment.losses import rag_sequence_loss, rag_token_loss, retriever_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.retrieval import retrieval_sums
@@ -35,8 +36,9 @@ from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, save_retriever
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.base import Stage
+from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.modules.generative import GenerativeModule
+from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
 from lit_alignment.retrieval.passage_retriever import PassageRetriever, TrainedTowers
@@ -87,6 +89,7 @@ class RAGModule(GenerativeModule):
             answers (`rag_sequence`, `rag_sequence_fast`) or by tokens (`rag_token`). By default as in training.
     """
 
+    beside = "retriever and index"
     progress_bar = ("loss", *(f"recall@{k}" for k in RECALL_AT))
 
     def __init__(
@@ -359,6 +362,16 @@ class RAGModule(GenerativeModule):
         self.dual.eval()
         self.passage_retriever.check_index()
         return EngineNeeds()
+
+    # The index.
+
+    def retrieval_config(self) -> tuple[RetrieverConfig, IndexConfig]:
+        """The retriever and the index."""
+        return self._retriever.config, self._retriever.index_config
+
+    def passage_encoder(self) -> AlignmentModule:
+        """The retriever alone."""
+        return RetrieverModule(*self.retrieval_config())
 
     # Optimizer.
 

@@ -12,12 +12,14 @@ from torchmetrics import Metric
 
 from lit_alignment.data.passages import format_passage
 from lit_alignment.data.retriever import PassageBatch, QuestionBatch
+from lit_alignment.errors import ConfigError
+from lit_alignment.hooks import Stage
 from lit_alignment.losses import info_nce_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.base import AlignmentModule, Stage
+from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
 
@@ -87,6 +89,16 @@ class RetrieverModule(AlignmentModule):
 
     def _written(self, title: str, text: str) -> str:
         return format_passage(self.retriever.passage_format, title, text)
+
+    def retrieval_config(self) -> tuple[RetrieverConfig, IndexConfig]:
+        """The encoder, and the index."""
+        if self.index_config is None:
+            raise ConfigError("model.index is not set: say where the index is, with path and passages.")
+        return self.retriever, self.index_config
+
+    def passage_encoder(self) -> AlignmentModule:
+        """This module itself."""
+        return self
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """The retriever's settings."""

@@ -15,6 +15,8 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.reward import ResponsesItem, RewardDataModule
 from lit_alignment.errors import ConfigError
+from lit_alignment.evaluation.samples import ScoredSample
+from lit_alignment.hooks import Stage
 from lit_alignment.losses import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.classification import ScoresAndTargets, binary_metrics
@@ -22,7 +24,6 @@ from lit_alignment.metrics.rewards import Moments, PairMetrics, section_accuraci
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.base import Stage
 from lit_alignment.modules.scoring import ScoringModule, check_positive, existing_head
 from lit_alignment.optimization import OptimizerConfig
 
@@ -180,6 +181,17 @@ class RewardModule(ScoringModule):
         """
         return _prediction(item, self._normalized(scores[:, 0]))
 
+    def scored_sample(self, item: ResponsesItem, predicted: dict[str, Any]) -> ScoredSample:
+        """The rewards, and whether the best response has the highest one."""
+        rewards: dict[str, float] = predicted["rewards"]
+        text = "\n".join(f"{name} {reward:.3f}" for name, reward in rewards.items())
+        right = best_is_best(item.values, list(rewards.values()))
+        if rewards.keys() == {"chosen", "rejected"}:
+            columns: dict[str, Any] = {f"{name}_reward": reward for name, reward in rewards.items()}
+        else:
+            columns = {"rewards": text}
+        return ScoredSample(text, {**columns, "score": right}, rewards, right)
+
     def rewards(self, batch: ScoreBatch) -> list[Tensor]:
         """Rewards of each record's responses or steps, raw or normalised."""
         return list(torch.split(self._normalized(self.scores(batch)[:, 0]), batch.groups))
@@ -206,6 +218,19 @@ def _prediction(item: ResponsesItem, rewards: Tensor) -> dict[str, Any]:
         return {"answers": item.answers, "rewards": {answer["id"]: reward for answer, reward in named}}
     whole = float(logsigmoid(rewards).sum())
     return {"answers": item.answers, "rewards": {item.answers[0]["id"]: whole}, "step_rewards": rewards.tolist()}
+
+
+def best_is_best(values: list[float | None], rewards: list[float]) -> bool | None:
+    """Whether a response of the best rank has the highest reward; None if the ranks are not known.
+
+    Args:
+        values: Rank of each response, 1 for the best.
+        rewards: Their rewards.
+    """
+    known = [value for value in values if value is not None]
+    if len(known) < 2 or len(known) != len(rewards):
+        return None
+    return known[max(range(len(rewards)), key=rewards.__getitem__)] == min(known)
 
 
 def ordered_pairs(batch: ScoreBatch) -> tuple[list[int], list[int], list[int]]:

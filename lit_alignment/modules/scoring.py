@@ -22,13 +22,14 @@ from lit_alignment.data.batching.collate import ScoreBatch, local_positions
 from lit_alignment.data.encoding.prompts import ItemBatch
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request
+from lit_alignment.hooks import Stage
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.head import scores_at
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.logprobs import row_inputs
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.base import AlignmentModule, Stage
+from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.paths import local_path
 
@@ -108,6 +109,10 @@ class ScoringModule(AlignmentModule):
         """
 
     # Predictions.
+
+    def check_scores(self) -> None:
+        """Tables of scored records are welcome."""
+        return
 
     def predict_step(self, batch: ItemBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
         """What the scores of each item say, in the one file of `prediction_settings`."""

@@ -10,13 +10,13 @@ from torchmetrics import Metric
 
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.hooks import Stage
 from lit_alignment.metrics import TokenMean
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model, check_head, head_loss
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.logprobs import hidden_at_targets, of_this_rank
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.base import Stage
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
 

@@ -60,6 +60,7 @@ class VLMModule(SFTModule):
     """
 
     shares_batches = False
+    beside = "encoders and projectors"
 
     def __init__(
         self,

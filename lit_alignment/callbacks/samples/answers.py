@@ -8,13 +8,12 @@ from lit_alignment.callbacks.samples.base import PickReport
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.prompts import PromptItem
 from lit_alignment.data.sources.records import SourceConfig
-from lit_alignment.errors import ConfigError
 from lit_alignment.evaluation.answers import build_metric
 from lit_alignment.evaluation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.generation.engine import Completion
 from lit_alignment.generation.reward_scorer import RewardScorer
 from lit_alignment.generation.settings import DecodingConfig
-from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.modules.base import alignment_module
 
 
 class CherryPicks(PickReport):
@@ -58,9 +57,7 @@ class CherryPicks(PickReport):
 
     def check(self, module: LightningModule) -> None:
         """Refuse a module that answers no prompts."""
-        if not isinstance(module, AlignmentModule):
-            raise ConfigError(f"CherryPicks needs a module of lit_alignment, not {type(module).__name__}.")
-        module.respond([], self.generation)
+        alignment_module(module).respond([], self.generation)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Encode the prompts."""
@@ -73,16 +70,18 @@ class CherryPicks(PickReport):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a metric that this model cannot have, before any training."""
-        if isinstance(pl_module, AlignmentModule):
-            reward = None if self.reward_model is None else RewardScorer(self.reward_model)
-            self._scorer = Scorer(self.metrics, datamodule_of(trainer).encoder, pl_module.network, None, reward)
+        path = self.reward_model if "reward" in self.metrics else None
+        reward = None if path is None else RewardScorer(path)
+        network = alignment_module(pl_module).network
+        self._scorer = Scorer(self.metrics, datamodule_of(trainer).encoder, network, None, reward)
 
     def show(self, trainer: Trainer, module: LightningModule, step: int) -> tuple[list[str], list[list[Any]]]:
         """Answer the prompts."""
-        if not isinstance(module, AlignmentModule) or self._scorer is None:
+        if self._scorer is None:
             return [], []
+        asked = alignment_module(module)
         batches = [self.items[start : start + self.batch_size] for start in range(0, len(self.items), self.batch_size)]
-        responses = [response for batch in batches for response in module.respond(batch, self.generation)]
+        responses = [response for batch in batches for response in asked.respond(batch, self.generation)]
         answers = [response.completions for response in responses]
         scores = self._score(self._scorer, answers)
         for pick, response, values in zip(self.picks, responses, scores, strict=True):
