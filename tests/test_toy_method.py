@@ -1,4 +1,4 @@
-"""A method is a loss, a data module, a module and a YAML: with no other file it trains, resumes, exports and predicts."""
+"""A method is a loss, a data module, a module and a YAML: with these alone it trains, resumes, exports and predicts."""
 
 import json
 from pathlib import Path
