@@ -146,14 +146,7 @@ def load_network(
     }
     model = _load_base(backbone, head, config, options)
     fit_vocabulary(model, tokenizer, added or {}, tokens)
-    if backbone.liger:
-        _apply_liger(model)
-    if backbone.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if wrapped:
-            model.enable_input_require_grads()
-    if backbone.compile:
-        model.get_decoder().compile(dynamic=True)
+    _speed_up(model, backbone, wrapped)
     network: nn.Module = model
     if peft is not None:
         network = add_adapters(model, peft, added or {}, train_head=head is not None)
@@ -166,6 +159,18 @@ def load_network(
         )
     # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
     return network.train()
+
+
+def _speed_up(model: PreTrainedModel, backbone: BackboneConfig, wrapped: bool) -> None:
+    """Liger's kernels, gradient checkpointing and compilation, as the backbone asks."""
+    if backbone.liger:
+        _apply_liger(model)
+    if backbone.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if wrapped:
+            model.enable_input_require_grads()
+    if backbone.compile:
+        model.get_decoder().compile(dynamic=True)
 
 
 def _load_base(
