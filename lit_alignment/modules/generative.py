@@ -6,8 +6,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.encoding.prompts import PromptBatch
+from lit_alignment.data.batching.items import PromptBatch
+from lit_alignment.data.conversation import conversations_of
 from lit_alignment.generation.settings import Answer, DecodingConfig
 from lit_alignment.generation.transformers_engine import StopRule, generate, stop_rule
 from lit_alignment.models.adapters import AdapterConfig
@@ -75,7 +75,7 @@ class GenerativeModule(AlignmentModule):
     def stop(self) -> StopRule:
         """What ends a turn: EOS, and what the data module trains as the end of a response."""
         if self._stop is None:
-            self._stop = stop_rule(self.tokenizer, datamodule_of(self.trainer).encoder.end_of_turn())
+            self._stop = stop_rule(self.tokenizer, conversations_of(self.trainer).encoder.end_of_turn())
         return self._stop
 
     def about(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.checkpoints.restore import Saved, restore
-from lit_alignment.data.encoding.prompts import Item, ItemBatch, PromptBatch
+from lit_alignment.data.batching.items import ItemBatch, PromptBatch
+from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.multimodal.media import open_image
 from lit_alignment.data.vlm import MediaItem
 from lit_alignment.errors import ConfigError

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_alignment.callbacks.samples.base import PickReport
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.conversation import conversations_of
 from lit_alignment.data.encoding.prompts import PromptItem
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
@@ -74,7 +74,7 @@ class CherryPicks(PickReport):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a metric that this model cannot have, before any training."""
         if isinstance(pl_module, GenerativeModule):
-            encoder = datamodule_of(trainer).encoder
+            encoder = conversations_of(trainer).encoder
             self._scorer = Scorer(self.metrics, encoder, pl_module.network, None, self.reward_model)
 
     def show(self, trainer: Trainer, module: LightningModule, step: int) -> tuple[list[str], list[list[Any]]]:

@@ -102,7 +102,7 @@ class ScoredPicks(PickReport):
             rewards = predicted["rewards"]
             pick.answers[step] = "\n".join(f"{name} {reward:.3f}" for name, reward in rewards.items())
             pick.scores[step] = rewards
-            right = best_is_best(item.values, list(rewards.values()))
+            right = best_is_best(item.scores, list(rewards.values()))
             if right is not None:
                 pick.right[step] = right
             values = list(rewards.values()) if pairs else [pick.answers[step]]
@@ -119,17 +119,17 @@ class ScoredPicks(PickReport):
         return {"Confusion matrix of the validation data": picture}
 
 
-def best_is_best(values: list[float | None], rewards: list[float]) -> bool | None:
-    """Whether a response of the best rank has the highest reward; None if the ranks are not known.
+def best_is_best(scores: list[float | None], rewards: list[float]) -> bool | None:
+    """Whether a response of the best score has the highest reward; None if the scores are not known.
 
     Args:
-        values: Rank of each response, 1 for the best.
+        scores: What is known of each response, higher is better.
         rewards: Their rewards.
     """
-    known = [value for value in values if value is not None]
+    known = [score for score in scores if score is not None]
     if len(known) < 2 or len(known) != len(rewards):
         return None
-    return known[max(range(len(rewards)), key=rewards.__getitem__)] == min(known)
+    return known[max(range(len(rewards)), key=rewards.__getitem__)] == max(known)
 
 
 def _as_list(prediction: Any) -> list[Any]:
