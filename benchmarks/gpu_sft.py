@@ -25,7 +25,6 @@ from transformers import AutoConfig, AutoTokenizer
 from lit_alignment import SFTDataModule, SFTModule
 from lit_alignment.callbacks.throughput import PEAK_FLOPS, peak_memory
 from lit_alignment.data.encoding.encoder import EncodingConfig
-from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.head import base_model, head_loss, hidden_states
@@ -128,12 +127,13 @@ def run_bare(module: SFTModule, data: SFTDataModule, device: torch.device) -> li
     for batch in data.train_dataloader():
         implementation = base_model(model).config._attn_implementation
         arguments = document_arguments(implementation, batch.document_lengths, device)
-        ids, positions, labels = (each.to(device) for each in (batch.input_ids, batch.position_ids, batch.labels))
+        ids, positions, read_at, targets = (
+            each.to(device) for each in (batch.input_ids, batch.position_ids, batch.read_at, batch.targets)
+        )
         with torch.autocast(device.type, torch.bfloat16):
             hidden = hidden_states(model, input_ids=ids, position_ids=positions, **arguments)
-            trained = labels[:, 1:] != IGNORE_INDEX
-            loss, _ = head_loss(model, hidden[:, :-1][trained], labels[:, 1:][trained], None)
-        (loss / trained.sum()).backward()
+            loss, _ = head_loss(model, hidden.flatten(0, 1).index_select(0, read_at), targets, None)
+        (loss / len(targets)).backward()
         optimizer.step()
         optimizer.zero_grad()
         ends.append(now(device))

@@ -23,8 +23,8 @@ from lit_alignment import PredictionWriter, SFTDataModule, SFTModule
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.generation.settings import DecodingConfig
-from lit_alignment.generation.transformers_engine import StopRule
 from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.stop_rule import StopRule
 from lit_alignment.tools.fetch import fetch
 from lit_alignment.vllm.engine import engine_arguments, on_cpu, sampling_parameters
 from lit_alignment.vllm.predict import predict

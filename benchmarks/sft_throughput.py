@@ -114,10 +114,8 @@ class BareLoop(Callback):
         model = self.model
         arguments = document_arguments(model.config._attn_implementation, batch.document_lengths, torch.device("cpu"))
         hidden = hidden_states(model, input_ids=batch.input_ids, position_ids=batch.position_ids, **arguments)
-        trained = batch.labels[:, 1:] != IGNORE_INDEX
-        targets = batch.labels[:, 1:][trained]
-        loss, _ = head_loss(model, hidden[:, :-1][trained], targets, None)
-        (loss / len(targets)).backward()
+        loss, _ = head_loss(model, hidden.flatten(0, 1).index_select(0, batch.read_at), batch.targets, None)
+        (loss / len(batch.targets)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lit_alignment import moved
+
 if TYPE_CHECKING:
     from lit_alignment.callbacks.export import Export
     from lit_alignment.callbacks.predictions import PredictionWriter
@@ -14,38 +16,60 @@ if TYPE_CHECKING:
     from lit_alignment.checkpoints.background import wait_for_saves
     from lit_alignment.checkpoints.io import AsyncCheckpointIO, AtomicCheckpointIO
     from lit_alignment.data.classification import ClassificationDataModule
+    from lit_alignment.data.encoding.encoder import EncodingConfig
+    from lit_alignment.data.encoding.templates import TemplateConfig
     from lit_alignment.data.rag import RAGDataModule
     from lit_alignment.data.retriever import PassageDataModule, RetrieverDataModule
     from lit_alignment.data.reward import RewardDataModule
     from lit_alignment.data.sft import SFTDataModule
+    from lit_alignment.data.sources.records import SourceConfig
     from lit_alignment.data.vlm import VLMDataModule
     from lit_alignment.distributed.deepspeed import DeepSpeedStrategy
     from lit_alignment.distributed.fsdp2 import FSDP2Strategy
+    from lit_alignment.generation.settings import DecodingConfig
     from lit_alignment.loggers import ClearMLLogger
+    from lit_alignment.models.adapters import AdapterConfig
+    from lit_alignment.models.dual_encoder import RetrieverConfig
+    from lit_alignment.models.loading import BackboneConfig
+    from lit_alignment.models.multimodal.modality import ModalityConfig
+    from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
     from lit_alignment.modules.classification import ClassificationModule
     from lit_alignment.modules.rag import RAGModule
     from lit_alignment.modules.retriever import RetrieverModule
     from lit_alignment.modules.reward import RewardModule
     from lit_alignment.modules.sft import SFTModule
     from lit_alignment.modules.vlm import VLMModule
+    from lit_alignment.optimization import OptimizerConfig
+    from lit_alignment.retrieval.index import IndexConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+
+moved.install()
 
 _PLACES = {
+    "AdapterConfig": "lit_alignment.models.adapters",
     "AsyncCheckpointIO": "lit_alignment.checkpoints.io",
     "AtomicCheckpointIO": "lit_alignment.checkpoints.io",
+    "BackboneConfig": "lit_alignment.models.loading",
     "CherryPicks": "lit_alignment.callbacks.samples.answers",
     "ClassificationDataModule": "lit_alignment.data.classification",
     "ClassificationModule": "lit_alignment.modules.classification",
     "ClearMLLogger": "lit_alignment.loggers",
+    "DecodingConfig": "lit_alignment.generation.settings",
     "DeepSpeedStrategy": "lit_alignment.distributed.deepspeed",
+    "EncodingConfig": "lit_alignment.data.encoding.encoder",
     "Export": "lit_alignment.callbacks.export",
     "FSDP2Strategy": "lit_alignment.distributed.fsdp2",
+    "IndexConfig": "lit_alignment.retrieval.index",
     "IndexRefresh": "lit_alignment.callbacks.refresh",
+    "ModalityConfig": "lit_alignment.models.multimodal.modality",
+    "NewTokenConfig": "lit_alignment.models.tokens",
+    "OptimizerConfig": "lit_alignment.optimization",
     "PassageDataModule": "lit_alignment.data.retriever",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
     "RAGDataModule": "lit_alignment.data.rag",
     "RAGModule": "lit_alignment.modules.rag",
+    "RetrieverConfig": "lit_alignment.models.dual_encoder",
     "RetrieverDataModule": "lit_alignment.data.retriever",
     "RetrieverModule": "lit_alignment.modules.retriever",
     "RewardDataModule": "lit_alignment.data.reward",
@@ -53,27 +77,39 @@ _PLACES = {
     "SFTDataModule": "lit_alignment.data.sft",
     "SFTModule": "lit_alignment.modules.sft",
     "ScoredPicks": "lit_alignment.callbacks.samples.scores",
+    "SourceConfig": "lit_alignment.data.sources.records",
+    "TemplateConfig": "lit_alignment.data.encoding.templates",
     "Throughput": "lit_alignment.callbacks.throughput",
+    "TokensConfig": "lit_alignment.models.tokens",
     "Upload": "lit_alignment.callbacks.upload",
     "VLMDataModule": "lit_alignment.data.vlm",
     "VLMModule": "lit_alignment.modules.vlm",
     "wait_for_saves": "lit_alignment.checkpoints.background",
 }
 __all__ = [
+    "AdapterConfig",
     "AsyncCheckpointIO",
     "AtomicCheckpointIO",
+    "BackboneConfig",
     "CherryPicks",
     "ClassificationDataModule",
     "ClassificationModule",
     "ClearMLLogger",
+    "DecodingConfig",
     "DeepSpeedStrategy",
+    "EncodingConfig",
     "Export",
     "FSDP2Strategy",
+    "IndexConfig",
     "IndexRefresh",
+    "ModalityConfig",
+    "NewTokenConfig",
+    "OptimizerConfig",
     "PassageDataModule",
     "PredictionWriter",
     "RAGDataModule",
     "RAGModule",
+    "RetrieverConfig",
     "RetrieverDataModule",
     "RetrieverModule",
     "RewardDataModule",
@@ -81,7 +117,10 @@ __all__ = [
     "SFTDataModule",
     "SFTModule",
     "ScoredPicks",
+    "SourceConfig",
+    "TemplateConfig",
     "Throughput",
+    "TokensConfig",
     "Upload",
     "VLMDataModule",
     "VLMModule",

@@ -43,8 +43,8 @@ def explain(message: str, arguments: list[str]) -> str:
         owner = owners[-1] if owners else ""
         return _unknown(found["key"], owner, _class_keys(owner), arguments)
     if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        module = importlib.import_module(missing[1])
-        names = [*getattr(module, "__all__", []), *(n for n in dir(module) if not n.startswith("_"))]
+        namespace = importlib.import_module(missing[1])
+        names = [*getattr(namespace, "__all__", []), *(n for n in dir(namespace) if not n.startswith("_"))]
         return _unknown(missing[2], missing[1], names, arguments, kind="class")
     return _shortened(message)
 

@@ -2,6 +2,9 @@
 
 import importlib
 from types import ModuleType
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 class AlignmentError(ValueError):
@@ -61,3 +64,14 @@ def require(package: str, extra: str, instead: str = "") -> ModuleType:
     except ImportError as error:
         other = f", or use {instead}" if instead else ""
         raise ConfigError(f"{package} is not installed. Run: pip install 'lit-alignment[{extra}]'{other}.") from error
+
+
+def present(value: Value | None, what: str) -> Value:
+    """A value whose type allows None where the order of calls does not.
+
+    Raises:
+        TypeError: If it is None: something was called too early.
+    """
+    if value is None:
+        raise TypeError(f"{what} is not there yet.")
+    return value

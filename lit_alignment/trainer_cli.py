@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from pydoc import locate
 from typing import Any, Literal, TypeVar
 
 from jsonargparse import ArgumentError, Namespace
@@ -90,7 +91,7 @@ class AlignmentCLI(LightningCLI):
             ("model", AlignmentModule, "SFTModule"),
             ("data", AlignmentDataModule, "SFTDataModule"),
         ):
-            if str(config[part].class_path).rpartition(".")[2] == kind.__name__:  # what the parser takes without one
+            if locate(str(config[part].class_path)) is kind:  # what the parser takes without one
                 raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
             if (key := find_null(config[part], kind, part)) is not None:
                 raise ConfigError(f"{key} is null. Give a value, or leave it out for the default.")
@@ -169,15 +170,17 @@ def _tokenizer(model: AlignmentModule) -> Any:
 
 
 def _labels(model: AlignmentModule) -> list[str] | None:
-    return None if model.head is None else list(model.head.labels)
+    labels: list[str] | None = model.data_arguments().get("labels")
+    return labels
 
 
 def _problem(model: AlignmentModule) -> str | None:
-    return None if model.head is None else model.head.problem
+    problem: str | None = model.data_arguments().get("problem")
+    return problem
 
 
 def _media(model: AlignmentModule) -> Any:
-    return getattr(model, "media", None)
+    return model.data_arguments().get("media")
 
 
 def main(arguments: list[str]) -> None:

@@ -86,7 +86,7 @@ def test_nothing_to_train_and_endless_schedules_are_refused():
 
 
 def run_with_nan(tmp_path, monkeypatch, at, non_finite, **options):
-    """A run in which the loss of one record's micro-batch is no number."""
+    """A run in which the loss of one record's micro-batch is non-finite."""
     module = sft_module(optimizer=OptimizerConfig(1e-2, schedule="constant", warmup=0, non_finite=non_finite))
     data = sft_data(module, chats(8), packing=False, batch_size=1)
     original = module._summed_loss
@@ -108,12 +108,12 @@ def run_with_nan(tmp_path, monkeypatch, at, non_finite, **options):
 
 
 def test_loss_that_is_no_number_stops_the_run_with_the_records_at_fault(tmp_path, monkeypatch):
-    with pytest.raises(TrainingError, match=r"optimizer step \d is not a number. Micro-batches at fault: train/r3\. "):
+    with pytest.raises(TrainingError, match=r"optimizer step \d is non-finite. Offending micro-batches: train/r3\. "):
         run_with_nan(tmp_path, monkeypatch, "train/r3", "stop")
 
 
 def test_or_skips_the_step_and_leaves_the_weights_as_they_are(tmp_path, monkeypatch):
-    with pytest.warns(UserWarning, match=r"optimizer step \d is skipped, its loss is not a number: train/r3"):
+    with pytest.warns(UserWarning, match=r"optimizer step \d is skipped, its loss is non-finite: train/r3"):
         module, before, runner = run_with_nan(tmp_path, monkeypatch, "train/r3", "skip")
     assert runner.global_step == len(before) == 4
     moved = [

@@ -2,30 +2,20 @@
 
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lit_alignment.checkpoints.background import wait_for_saves
 from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, export_form, write_folder
-from lit_alignment.checkpoints.restore import Saved, read_saved, restore, restore_towers
+from lit_alignment.checkpoints.restore import read_saved, restore
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.transformers_engine import generation_config
-from lit_alignment.models.dual_encoder import DualEncoder, load_retriever, save_retriever
 from lit_alignment.models.head import base_model
-from lit_alignment.models.multimodal.llava import composed_writer
-from lit_alignment.models.multimodal.modality import MediaTower, save_towers
 from lit_alignment.modules.base import AlignmentModule
-from lit_alignment.modules.generative import GenerativeModule
-from lit_alignment.modules.retrieving import RetrievingModule
-from lit_alignment.modules.vlm import VLMModule
 
 
 class Export(Callback):
@@ -55,8 +45,8 @@ class Export(Callback):
         peft = pl_module.peft_config
         if self.form == "merged" and peft is not None and peft.is_prompt_learning:
             raise ConfigError(
-                f"Export: {type(peft).__name__} puts vectors before the tokens, which cannot be merged into weights. "
-                "Set form to auto or adapter."
+                f"Export: {type(peft).__name__} puts virtual tokens before the prompt, which cannot be merged into "
+                "weights. Set form to auto or adapter."
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -100,49 +90,22 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
         CheckpointError: If the checkpoint is damaged, the disk is full, or the folder cannot be written.
     """
     saved = read_saved(checkpoint)
-    network, encoder, towers = _parts(module, saved)
+    # A sharded module's weights are loaded anew on this process.
+    network = restore(saved)[0] if module.is_sharded else module.network
+    parts = module.export_parts(saved, network, form)
     chosen, reason = export_form(network, form)
-    template = datamodule_of(module.trainer).chat_template()
-    beside, full_weights = None, None
-    if encoder is not None:
-        beside = partial(_write_retriever, encoder, saved.retriever)
-    if isinstance(module, VLMModule):
-        full_weights, other = composed_writer(module.shapes, towers, saved.towers, network, module.tokenizer, template)
-        if full_weights is None or form == "adapter":
-            rank_zero_info(f"export: no LLaVA folder, since {other or 'form is adapter'}; projectors stand in media/.")
-            beside, full_weights = partial(_write_towers, towers, saved.towers), None
-        elif chosen == "adapter":
-            chosen, reason = "merged", ""
+    if parts.note:
+        rank_zero_info(f"export: {parts.note}.")
+    if parts.merges and chosen == "adapter":
+        chosen, reason = "merged", ""
     if reason:
         rank_zero_info(f"export: merged into the weights, since {reason}, which servers such as vLLM cannot load.")
-    stops = generation_config(module.tokenizer, module.stop) if isinstance(module, GenerativeModule) else None
     if saved.head is not None:
         base_model(network).config.update(saved.head.measured)
+    template = datamodule_of(module.trainer).chat_template()
+    stops, beside, full_weights = parts.generation_config, parts.beside, parts.full_weights
     companions = Companions(module.tokenizer, stops, template, beside, full_weights)
     return write_folder(network, saved.trained, target, companions, chosen)
-
-
-def _parts(module: AlignmentModule, saved: Saved) -> tuple[nn.Module, DualEncoder | None, dict[str, MediaTower]]:
-    """Language model, retriever, and encoders with projectors; a sharded module's are loaded anew on this process.
-
-    Args:
-        module: The module.
-        saved: Its checkpoint.
-    """
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        network, _ = restore(saved)
-        encoder = load_retriever(module.retriever) if isinstance(module, RetrievingModule) else None
-        return network, encoder, restore_towers(saved, network).towers
-    encoder = module.encoder if isinstance(module, RetrievingModule) else None
-    return module.network, encoder, module.loaded_towers if isinstance(module, VLMModule) else {}
-
-
-def _write_retriever(encoder: DualEncoder, trained: dict[str, Tensor], folder: Path) -> None:
-    save_retriever(encoder, folder / "retriever", trained)
-
-
-def _write_towers(towers: dict[str, MediaTower], trained: dict[str, Tensor], folder: Path) -> None:
-    save_towers(towers, folder / "media", trained)
 
 
 def point_to(link: Path, target: Path) -> None:

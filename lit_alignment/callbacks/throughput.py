@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from lit_alignment.data.base import data_rank
 from lit_alignment.data.batching.collate import Rows
@@ -29,48 +30,72 @@ PEAK_FLOPS = {
 class Throughput(Callback):
     """Log tokens/s, trained tokens/s, the share of padding, peak memory in GiB, and MFU where the device is known.
 
-    Rates are of all ranks together and leave out validation and saving. Where a batch holds questions whose tokens are
-    not known before passages are found (RAG), questions/s stand for all token counts.
+    Rates are of all ranks together, over the time between two logs without validation and saving. The device is waited
+    for when that time ends, not at every micro-batch. Where a batch holds questions whose tokens are not known before
+    passages are retrieved (RAG), questions/s stand for all token counts.
 
     Args:
-        every_n_steps: How often to log, in optimiser steps.
+        every_n_steps: How often to log, in optimizer steps.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
         """Start all counts at zero."""
         self.every_n_steps = every_n_steps
-        self.total_tokens = 0
+        self.total_tokens: Tensor | int = 0
         self.total_seconds = 0.0
+        self._start: float | None = None  # of the clock, while it runs
         self._reset()
 
     def _reset(self) -> None:
-        self._tokens = self._trained = self._slots = self._questions = 0
+        self._tokens: Tensor | int = 0  # a tensor where padding is counted on the device
+        self._trained = self._slots = self._questions = 0
         self._seconds = 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
+        """Start the clock, unless it runs."""
+        if self._start is None:
+            self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the batch, and log at every n-th step."""
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        seconds = time.perf_counter() - self._start
-        self._seconds += seconds
         if isinstance(batch, Rows):
-            self._tokens += batch.num_tokens
+            mask = batch.attention_mask
+            tokens = batch.input_ids.numel() if mask is None else mask.sum()
+            self._tokens = self._tokens + tokens
+            self.total_tokens = self.total_tokens + tokens
             self._trained += batch.num_trained
             self._slots += batch.input_ids.numel()
-            self.total_tokens += batch.num_tokens
         else:
             self._questions += len(batch.ids)
-        self.total_seconds += seconds
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.every_n_steps == 0:
+            self._stop(pl_module.device)
             self._log(trainer, pl_module)
             self._reset()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock until training continues."""
+        self._stop(pl_module.device)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stop the clock until training continues."""
+        self._stop(pl_module.device)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._stop(pl_module.device)
+
+    def _stop(self, device: torch.device) -> None:
+        if self._start is None:
+            return
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - self._start
+        self._seconds += seconds
+        self.total_seconds += seconds
+        self._start = None
 
     def _log(self, trainer: Trainer, module: LightningModule) -> None:
         memory = peak_memory(module.device) / 2**30
@@ -79,12 +104,12 @@ class Throughput(Callback):
             module.log("train/questions_per_second", questions, prog_bar=True)
             module.log("train/peak_memory_gib", memory)
             return
-        replicas = data_rank(trainer)[1]
-        rate = self._tokens / self._seconds
+        replicas, tokens = data_rank(trainer)[1], int(self._tokens)
+        rate = tokens / self._seconds
         values = {
             "train/tokens_per_second": rate * replicas,
             "train/trained_tokens_per_second": self._trained / self._seconds * replicas,
-            "train/padding_share": 1 - self._tokens / self._slots,
+            "train/padding_share": 1 - tokens / self._slots,
             "train/peak_memory_gib": memory,
         }
         mfu = self._mfu(module, rate * replicas / trainer.world_size)

@@ -19,6 +19,7 @@ from lit_alignment.data.encoding.templates import JinjaTemplate
 from lit_alignment.data.passages import Passage, check_format, format_passage
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError, TemplateError
+from lit_alignment.moved import renamed
 
 Query = Literal["last_user", "dialogue"]
 STRING = datasets.Value("string")
@@ -380,3 +381,7 @@ class RAGDataModule(ConversationDataModule):
         if item.answer is None:
             return []
         return [(f"query: {item.query}", self.encoder.example(item.messages, item.answer, [], item.tools))]
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

@@ -4,7 +4,7 @@ from typing import Any
 
 import datasets
 
-from lit_alignment.data.batching.collate import TokenBatch, collate_packed, collate_padded
+from lit_alignment.data.batching.collate import TargetBatch, collate_packed, collate_padded
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.encoder import Example
@@ -50,7 +50,7 @@ class SFTDataModule(ConversationDataModule):
             "num_trained": example.num_trained,
         }
 
-    def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> TokenBatch:
+    def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> TargetBatch:
         """A packed row, or padded rows."""
         examples = [Example(row["input_ids"], row["labels"], row["weights"]) for row in rows]
         if planned.filler:  # it takes part in every collective and adds nothing to the loss

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.data.batching.collate import TokenBatch
+from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig, Example, Prompt
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message, Record, read_record
@@ -126,7 +126,7 @@ class VLMEncoder(Encoder):
 
 
 @dataclass(kw_only=True)
-class MediaBatch(TokenBatch):
+class MediaBatch(TargetBatch):
     """A batch of tokens, and what its placeholders stand for.
 
     Args:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO under Lightning, with the optimiser steps, and the numbers, of any other strategy."""
+"""DeepSpeed's ZeRO under Lightning, with the optimizer steps, and the numbers, of any other strategy."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,7 +15,8 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lit_alignment.checkpoints.sharded import cannot_save, new_partial, on_first, swap
-from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.distributed.features import Feature, StrategyFeatures
+from lit_alignment.errors import CheckpointError, ConfigError, present
 
 
 class WeightsPrecision(DeepSpeedPrecision):
@@ -26,7 +27,7 @@ class WeightsPrecision(DeepSpeedPrecision):
         return data
 
 
-class DeepSpeedStrategy(LightningDeepSpeedStrategy):
+class DeepSpeedStrategy(LightningDeepSpeedStrategy, StrategyFeatures):
     """ZeRO stages 1 to 3, with or without offload; arguments are those of Lightning's strategy.
 
     DeepSpeed counts micro-batches by itself and would never step on an epoch's last, shorter window; here it steps when
@@ -75,10 +76,11 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
     @override
     def setup(self, trainer: Trainer) -> None:
         """Start the engine, which changes the precision of weights; metrics and the angles of positions keep theirs."""
-        assert self.model is not None
         self.exclude_frozen_parameters = True
-        model = self.model
-        metrics = {name: child for name, child in model.named_children() if isinstance(child, Metric)}
+        model = present(self.model, "the strategy's model")
+        metrics = {
+            n: child for n, child in model.named_children() if any(isinstance(m, Metric) for m in child.modules())
+        }
         for name in metrics:
             del model._modules[name]
         kept = [{name: each.clone() for name, each in m.named_buffers(recurse=False)} for m in model.modules()]
@@ -98,8 +100,7 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step of the module, after telling the engine whether it completes a window."""
-        assert self.lightning_module is not None
-        accumulates = self.lightning_module.trainer.fit_loop._should_accumulate()
+        accumulates = present(self.lightning_module, "the strategy's module").trainer.fit_loop._should_accumulate()
         self.deepspeed_engine.set_gradient_accumulation_boundary(not accumulates)
         return super().training_step(*args, **kwargs)
 
@@ -132,7 +133,18 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         found = super().load_checkpoint(checkpoint_path, weights_only)
         return found | {"state_dict": {name: shape for group in found["param_shapes"] for name, shape in group.items()}}
 
+    # What modules ask.
+
+    @override
+    def supports(self, feature: Feature) -> bool:
+        return feature == "whole_weights" and not self.zero_stage_3
+
+    @override
+    def check_run(self, method: str, stage: str, shares_batches: bool, non_finite: str) -> None:
+        if non_finite == "skip":
+            raise ConfigError("optimizer.non_finite: DeepSpeed's engine cannot skip a step. Set it to stop.")
+
+    @override
     def gradient_norm(self) -> float | None:
-        """Of the last optimiser step, before clipping; None before the first."""
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else float(norm)

@@ -1,6 +1,7 @@
 """Fully sharded training: FSDP2 under Lightning's ModelParallelStrategy, with checkpoints of what was trained."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -44,21 +45,23 @@ from lit_alignment.checkpoints.sharded import (
     split_checkpoint,
     stored_names,
 )
-from lit_alignment.distributed.sharding import Cast, shard_layers
+from lit_alignment.data.batching.collate import ScoreBatch, TargetBatch, local_positions
+from lit_alignment.distributed.features import Feature, StrategyFeatures
+from lit_alignment.distributed.sharding import Cast, shard_layers, unsharded
 from lit_alignment.distributed.tensor_parallel import split_layers
-from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.errors import CheckpointError, ConfigError, present
 from lit_alignment.models.collectives import SequenceGroup
 
 
-class FSDP2Strategy(ModelParallelStrategy, Queued):
-    """Shard weights, gradients and optimiser state over all devices, each decoder layer on its own.
+class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
+    """Shard weights, gradients and optimizer state over all devices, each decoder layer on its own.
 
     Under `precision: bf16-mixed` weights are gathered in bfloat16, and gradients are summed in float32. Checkpoints
     hold what was trained, in shards or whole, and resume on any number of devices.
 
     Args:
         save_distributed_checkpoint: Each process writes its shards into a folder; false gathers them into one file.
-        cpu_offload: Keep shards, and run the optimiser, in the memory of the host.
+        cpu_offload: Keep shards, and run the optimizer, in the memory of the host.
         sequence_parallel_size: Neighbouring processes that share each packed row, for rows that are too long for one.
         tensor_parallel_size: Neighbouring processes that share each decoder layer's matrices.
         async_save: Write checkpoints in a thread while training goes on; each process holds a copy of its shards.
@@ -82,7 +85,8 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
         super().__init__("auto", tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout)
         self.cpu_offload = cpu_offload
         self.sequence_parallel_size, self.tensor_parallel_size = sequence_parallel_size, tensor_parallel_size
-        self.sequence: SequenceGroup | None = None  # the ranks that share this one's rows
+        self.sequence = None
+        self.identical_ranks = tensor_parallel_size
         self.saves = SaveQueue(async_save)
         self._group: ProcessGroup | None = None  # of the thread that saves
         # The queue copies to the host itself.
@@ -114,10 +118,39 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
         size = self.sequence_parallel_size * self.tensor_parallel_size
         return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
 
-    # Sharding.
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """A batch on the device, in which this rank's positions of a shared row are found before: on the host."""
+        if self.sequence is not None and isinstance(batch, TargetBatch | ScoreBatch):
+            batch.local = local_positions(batch.read_at, self.sequence.own(batch.input_ids.shape[1]))
+        return super().batch_to_device(batch, device, dataloader_idx)
 
+    # What modules ask.
+
+    @override
+    def supports(self, feature: Feature) -> bool:
+        return feature != "whole_weights"
+
+    @override
+    def check_run(self, method: str, stage: str, shares_batches: bool, non_finite: str) -> None:
+        for name in ("sequence_parallel_size", "tensor_parallel_size"):
+            if getattr(self, name) > 1 and not shares_batches:
+                raise ConfigError(f"trainer.strategy.{name}: not for {method} yet. Set it to 1.")
+        if self.tensor_parallel_size > 1 and stage == "predict":
+            raise ConfigError("trainer.strategy.tensor_parallel_size: not for predict. Set it to 1.")
+
+    @override
+    @contextmanager
+    def gathered(self, module: nn.Module) -> Iterator[None]:
+        """Whole weights on every rank, which takes the memory of the whole model.
+
+        Ranks that gather layer by layer have to make the same calls with the same number of tokens, or hang.
+        """
+        with unsharded(module):
+            yield
+
+    @override
     def shard(self, module: nn.Module, layered: bool = False, cast: Cast | None = None) -> None:
-        """Shard a module as one group, or a language model layer by layer, changing its precision on the way."""
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(self.precision_plugin.precision))
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
         options: dict[str, Any] = {
@@ -188,21 +221,21 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
         """
         self.saves.wait()
         path = found_path(Path(self.broadcast(checkpoint_path)))
-        assert self.lightning_module is not None and self.model is not None
-        names = trained_names(self.lightning_module)
-        own = {name: value for name, value in get_model_state_dict(self.model).items() if name in names}
+        model = present(self.model, "the strategy's model")
+        names = trained_names(model)
+        own = {name: value for name, value in get_model_state_dict(model).items() if name in names}
         whole = None if is_sharded(path) else dict(self.checkpoint_io.load_checkpoint(path))
         found = set(whole["state_dict"]) if whole is not None else stored_names(path)
         refuse_missing(names, found, "Check model.peft and model.backbone.")
         if whole is None:
             read_into(path, {"state_dict": own})
-            self.model.load_state_dict(own, strict=False)
+            model.load_state_dict(own, strict=False)
         else:
             options = StateDictOptions(full_state_dict=True, strict=False)
             given = {name: whole["state_dict"][name] for name in sorted(names)}  # all processes in one order
-            set_model_state_dict(self.model, given, options=options)
+            set_model_state_dict(model, given, options=options)
         for number, optimizer in enumerate(self.optimizers):  # none, but in fit
-            state = get_optimizer_state_dict(self.model, optimizer)
+            state = get_optimizer_state_dict(model, optimizer)
             if whole is None:
                 kept = {f"{OPTIMIZER}{number}": state}
                 read_into(path, kept)
@@ -210,16 +243,16 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
             else:
                 state = by_name(whole["optimizer_states"][number], state["param_groups"])  # type: ignore[arg-type]
             options = StateDictOptions(full_state_dict=whole is not None)
-            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state, options=options)
+            set_optimizer_state_dict(model, optimizer, optim_state_dict=state, options=options)
         return (read_rest(path) if whole is None else whole) | {"state_dict": own}
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What was trained; whole, on the first process alone, if it goes into one file."""
         self.saves.wait()  # so that one copy at most is in memory
-        assert self.lightning_module is not None and self.model is not None
-        names = trained_names(self.lightning_module)
-        sharded = get_model_state_dict(self.model, options=StateDictOptions(cpu_offload=self._copy_state))
+        model = present(self.model, "the strategy's model")
+        names = trained_names(model)
+        sharded = get_model_state_dict(model, options=StateDictOptions(cpu_offload=self._copy_state))
         chosen = {name: value for name, value in sharded.items() if name in names}
         if self._save_distributed_checkpoint:
             return chosen
@@ -228,12 +261,12 @@ class FSDP2Strategy(ModelParallelStrategy, Queued):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """An optimiser's state by names in shards, or as torch has it, on the first process alone."""
-        assert self.model is not None
+        """An optimizer's state by names in shards, or as torch has it, on the first process alone."""
+        model = present(self.model, "the strategy's model")
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         whole = not self._save_distributed_checkpoint
         options = StateDictOptions(full_state_dict=whole, cpu_offload=self._copy_state)
-        state: dict[str, Any] = get_optimizer_state_dict(self.model, inner, options=options)
+        state: dict[str, Any] = get_optimizer_state_dict(model, inner, options=options)
         if self._save_distributed_checkpoint:
             return state
         return by_number(state) if self.is_global_zero else {}

@@ -1,11 +1,12 @@
 """Split a model over ranks with FSDP2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lit_alignment.models.head import base_model
 
@@ -35,3 +36,19 @@ def _cast(module: nn.Module, cast: Cast | None) -> None:
         stored, wanted = cast
         change: Callable[..., nn.Module] = module._apply  # the one way that tells FSDP2 of new shards
         change(lambda tensor: tensor.to(wanted) if tensor.dtype == stored else tensor)
+
+
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Keep all weights of the sharded parts of a module gathered, so that no forward pass waits for another rank."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    inner = {id(child) for part in parts for child in part.modules() if child is not part}  # the decoder layers
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(id(part) in inner, recurse=False)
+            part.reshard()

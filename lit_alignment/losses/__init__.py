@@ -6,7 +6,13 @@ from lit_alignment.losses.classification import (
     multi_label_loss,
     regression_loss,
 )
-from lit_alignment.losses.language_modeling import linear_cross_entropy, linear_logps, token_cross_entropy
+from lit_alignment.losses.language_modeling import (
+    linear_cross_entropy,
+    linear_logps,
+    linear_logps_and_entropies,
+    token_cross_entropy,
+    token_logps_and_entropies,
+)
 from lit_alignment.losses.retrieval import (
     emdr2_loss,
     info_nce_loss,
@@ -15,6 +21,7 @@ from lit_alignment.losses.retrieval import (
     rag_sequence_loss,
     rag_token_loss,
     replug_loss,
+    retriever_loss,
 )
 from lit_alignment.losses.reward import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
 
@@ -28,6 +35,7 @@ __all__ = [
     "leave_one_out_loss",
     "linear_cross_entropy",
     "linear_logps",
+    "linear_logps_and_entropies",
     "multi_label_loss",
     "outcome_loss",
     "perplexity_distillation_loss",
@@ -36,5 +44,7 @@ __all__ = [
     "rag_token_loss",
     "regression_loss",
     "replug_loss",
+    "retriever_loss",
     "token_cross_entropy",
+    "token_logps_and_entropies",
 ]

@@ -197,9 +197,10 @@ def linear_logps(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
-    """Log-probability of each target under `softcap(scale * (hidden @ weight.T + bias))`, with its gradient.
+    """Log-probability of each target under `softcap(scale * (hidden @ weight.T + bias)) / temperature`.
 
     For losses that weigh tokens by what the log-probabilities turn out to be, as marginal likelihoods do. The backward
     pass makes the logits of each chunk again, so that those of only `chunk_size` positions exist at once.
@@ -211,24 +212,57 @@ def linear_logps(
         bias: Output bias, [V].
         scale: Factor on the logits.
         softcap: c in c * tanh(logits / c).
+        temperature: Divides the logits, after the soft cap, as in sampling.
         chunk_size: Positions a chunk.
 
     Returns:
-        Nats, fp32 (fp64 for fp64 weights), [N].
+        Nats, fp32 (fp64 for fp64 weights), [N], with gradient.
 
     Raises:
         ValueError: If the number of targets differs from the number of hidden states.
     """
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"hidden has {hidden.shape[0]} positions, but targets has shape {tuple(targets.shape)}.")
-    logps: Tensor = _LinearLogps.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, scale, softcap, chunk_size
-    )
+    logps, _ = _chunked_logps(hidden, weight, targets, bias, scale, softcap, temperature, False, chunk_size)
     return logps
 
 
+def linear_logps_and_entropies(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor]:
+    """What `linear_logps` returns, and the entropy of each position's distribution, [N] each, both with gradient."""
+    return _chunked_logps(hidden, weight, targets, bias, scale, softcap, temperature, True, chunk_size)
+
+
+def token_logps_and_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain form of `linear_logps_and_entropies`, for models whose logits are not one matrix product.
+
+    Args:
+        logits: [N, V]; the softmax is taken in fp32 at least.
+        targets: Token ids, [N].
+    """
+    log_probabilities = wide(logits).log_softmax(-1)
+    logps = log_probabilities.gather(1, targets[:, None]).squeeze(1)
+    return logps, -(log_probabilities.exp() * log_probabilities).sum(-1)
+
+
+def _chunked_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies; these are empty if they are not asked for."""
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"hidden has {hidden.shape[0]} positions, but targets has shape {tuple(targets.shape)}.")
+    bias, *rest = settings
+    logps, entropies = _LinearLogps.apply(hidden, weight, bias, targets, *rest)  # type: ignore[no-untyped-call]
+    return logps, entropies
+
+
 class _LinearLogps(torch.autograd.Function):
-    """Chunked log-probabilities; nothing of size V is kept between the passes."""
+    """Chunked log-probabilities and entropies; nothing of size V is kept between the passes."""
 
     @staticmethod
     def forward(
@@ -239,26 +273,34 @@ class _LinearLogps(torch.autograd.Function):
         targets: Tensor,
         scale: float,
         softcap: float | None,
+        temperature: float,
+        with_entropy: bool,
         chunk_size: int,
-    ) -> Tensor:
-        """The log-probabilities."""
+    ) -> tuple[Tensor, Tensor]:
+        """The log-probabilities, and the entropies, which are empty if not asked for."""
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.shape = scale, softcap, chunk_size
-        found = hidden.new_empty(len(targets), dtype=torch.promote_types(weight.dtype, torch.float32))
+        ctx.shape = scale, softcap, temperature, with_entropy, chunk_size
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        logps = hidden.new_empty(len(targets), dtype=dtype)
+        entropies = hidden.new_empty(len(targets) if with_entropy else 0, dtype=dtype)
         buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
         for start in range(0, len(targets), chunk_size):
             part = slice(start, start + chunk_size)
             with torch.autocast(hidden.device.type, enabled=False):
                 logits = _chunk_logits(hidden[part].to(weight.dtype), weight, bias, buffer)
-            _shape_(logits, scale, softcap)
-            found[part] = logits.gather(1, targets[part, None]).squeeze(1) - logits.logsumexp(1)
-        return found
+            _shape_(logits, scale, softcap, temperature)
+            normaliser = logits.logsumexp(1)
+            logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - normaliser
+            if with_entropy:
+                logits.sub_(normaliser[:, None])
+                entropies[part] = -(logits.exp() * logits).sum(1)
+        return logps, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of a token's log-probability: one-hot minus softmax."""
+    def backward(ctx: Any, grad_logps: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of a token's log-probability: one-hot minus softmax; of an entropy H: -p (log p + H)."""
         hidden, weight, bias, targets = ctx.saved_tensors
-        scale, softcap, chunk_size = ctx.shape
+        scale, softcap, temperature, with_entropy, chunk_size = ctx.shape
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=grad_logps.dtype) if needs_weight else None
@@ -271,9 +313,13 @@ class _LinearLogps(torch.autograd.Function):
                 logits = _chunk_logits(chunk, weight, bias, buffer)
                 _shape_(logits, scale, softcap)
                 slope = scale if softcap is None else scale * (1 - (logits / softcap) ** 2)
+                if temperature != 1.0:
+                    logits.div_(temperature)
+                    slope = slope / temperature
+                extra = _entropy_gradient(logits, grad_entropies[part]) if with_entropy else None
                 # The gradient of minus the log-probability, which is what the cross-entropy's is.
                 _losses_and_gradient_(logits, targets[part], -grad_logps[part], 0.0)
-                grad_logits = logits.mul_(slope).to(weight.dtype)
+                grad_logits = (logits if extra is None else logits.add_(extra)).mul_(slope).to(weight.dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
                 if grad_weight is not None:
@@ -284,13 +330,23 @@ class _LinearLogps(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 6,
         )
 
 
-def _shape_(logits: Tensor, scale: float, softcap: float | None) -> None:
-    """Scale and soft cap, in place."""
+def _entropy_gradient(logits: Tensor, grad_entropies: Tensor) -> Tensor:
+    """Gradient of the entropies by the logits, [C, V], times that of the loss by the entropies, [C]."""
+    log_probabilities = logits.log_softmax(1)
+    probabilities = log_probabilities.exp()
+    entropies = -(probabilities * log_probabilities).sum(1, keepdim=True)
+    return log_probabilities.add_(entropies).mul_(probabilities).mul_(-grad_entropies[:, None])
+
+
+def _shape_(logits: Tensor, scale: float, softcap: float | None, temperature: float = 1.0) -> None:
+    """Scale, soft cap and temperature, in place."""
     if scale != 1.0:
         logits *= scale
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
+    if temperature != 1.0:
+        logits.div_(temperature)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -27,6 +28,7 @@ from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.head import base_model
 from lit_alignment.models.tokens import vocabulary_difference
+from lit_alignment.moved import renamed
 from lit_alignment.paths import local_path
 
 # Initialisations that also change the base weights, so that the adapter alone means nothing without its start.
@@ -254,3 +256,7 @@ def _prefixes(name: str) -> list[str]:
 def _mutates_base(config: PeftConfig) -> bool:
     init = config.init_lora_weights if isinstance(config, LoraConfig) else None
     return isinstance(init, str) and init.startswith(MUTATING_INITS)
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

@@ -12,11 +12,18 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.losses import linear_cross_entropy, linear_logps, token_cross_entropy
-from lit_alignment.losses.language_modeling import CHUNK_SIZE, wide
+from lit_alignment.losses import (
+    linear_cross_entropy,
+    linear_logps,
+    linear_logps_and_entropies,
+    token_cross_entropy,
+    token_logps_and_entropies,
+)
+from lit_alignment.losses.language_modeling import CHUNK_SIZE
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -97,17 +104,17 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 
 def scores_at(model: nn.Module, read_at: Tensor, **inputs: Any) -> Tensor:
-    """A classifier's scores of the tokens at the given places, fp32, [N, K].
+    """A classifier's scores of the tokens at the given positions, fp32, [N, K].
 
-    The place of a token is told, not searched for by the id of the padding token as transformers does: so a score
+    The position of a token is told, not searched for by the id of the padding token as transformers does: so a score
     does not depend on padding, and a sequence may end with that id.
 
     Args:
         model: A model with a layer `score`, with or without adapters.
-        read_at: Places, row * T + position, [N].
+        read_at: Positions, row * T + position, [N].
         **inputs: As of `hidden_states`.
     """
-    hidden = hidden_states(model, **inputs).flatten(0, 1)[read_at]
+    hidden = hidden_states(model, **inputs).flatten(0, 1).index_select(0, read_at)
     head = output_head(model)
     with torch.autocast(hidden.device.type, enabled=False):
         scores: Tensor = head(hidden.to(next(head.parameters()).dtype)).float()
@@ -149,29 +156,70 @@ def head_loss(
     return found
 
 
-def token_logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def token_logps(model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probability of each target under the model's own logits, [N] in fp32; it can be trained on.
 
     Args:
         model: A causal language model.
         hidden: Hidden states that predict the targets, [N, D].
         targets: Token ids, [N].
+        temperature: Divides the logits.
     """
     head = output_head(model)
     if not is_product(head):
-        parts = []
-        for rows, wanted in zip(torch.split(hidden, CHUNK_SIZE), torch.split(targets, CHUNK_SIZE), strict=True):
-            logits = wide(_shaped(model, head(rows)))
-            parts.append(logits.gather(1, wanted[:, None]).squeeze(1) - logits.logsumexp(1))
-        return torch.cat(parts)
+        return _logps_of_layer(model, head, hidden, targets, temperature)[0]
     scale, softcap = _logit_shape(model)
 
     def logps(hidden: Tensor) -> Tensor:
         weight, bias = head_weight(head)
-        return linear_logps(local(hidden), weight, targets, bias=bias, scale=scale, softcap=softcap)
+        shape: dict[str, Any] = {"bias": bias, "scale": scale, "softcap": softcap, "temperature": temperature}
+        return linear_logps(local(hidden), weight, targets, **shape)
 
     with _forward(head, logps):
         found: Tensor = head(hidden)
+    return found
+
+
+def token_logps_with_entropies(
+    model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """What `token_logps` returns, and the entropy of each position's distribution, [N] each."""
+    head = output_head(model)
+    if not is_product(head):
+        return _logps_of_layer(model, head, hidden, targets, temperature)
+    scale, softcap = _logit_shape(model)
+
+    def both(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = head_weight(head)
+        shape: dict[str, Any] = {"bias": bias, "scale": scale, "softcap": softcap, "temperature": temperature}
+        return linear_logps_and_entropies(local(hidden), weight, targets, **shape)
+
+    with _forward(head, both):
+        found: tuple[Tensor, Tensor] = head(hidden)
+    return found
+
+
+def _logps_of_layer(
+    model: nn.Module, head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies where the head is more than a product, [N] each.
+
+    All chunks in one call of the head, so that its weights are gathered once on each rank, whatever N is there; the
+    logits of a chunk are made again in the backward pass.
+    """
+    plain = head.forward
+
+    def of_chunk(rows: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return token_logps_and_entropies(_shaped(model, plain(rows)) / temperature, wanted)
+
+    def both(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        chunks = zip(torch.split(hidden, CHUNK_SIZE), torch.split(targets, CHUNK_SIZE), strict=True)
+        parts = [checkpoint(of_chunk, rows, wanted, use_reentrant=False) for rows, wanted in chunks]
+        logps, entropies = zip(*parts, strict=True)
+        return torch.cat(logps), torch.cat(entropies)
+
+    with _forward(head, both):
+        found: tuple[Tensor, Tensor] = head(hidden)
     return found
 
 

@@ -23,6 +23,7 @@ from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt
 from lit_alignment.models.attention import Attention, choose_attention
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
+from lit_alignment.moved import renamed
 from lit_alignment.paths import local_path
 
 
@@ -294,3 +295,7 @@ def decoder_flops_per_token(config: PretrainedConfig, num_parameters: int, num_t
     # The input embedding is a look-up; where it is tied it is also the output projection and counts once.
     lookup = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
     return 4.0 * (num_parameters - lookup) + 2.0 * min(num_trainable, num_parameters - lookup)
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

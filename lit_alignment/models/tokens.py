@@ -5,13 +5,14 @@ V vocabulary, D width
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.moved import renamed
 
 ROLES = ("bos", "eos", "pad", "unk", "sep")
 
@@ -192,3 +193,7 @@ def vocabulary_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedToken
 def _named(tokens: list[str], shown: int = 8) -> str:
     more = f" and {len(tokens) - shown} more" if len(tokens) > shown else ""
     return ", ".join(f"'{token}'" for token in tokens[:shown]) + more
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

@@ -1,35 +1,33 @@
-"""What every method's LightningModule shares: loading, adapters, the loss of a step, optimiser, slim checkpoints."""
+"""What every method's LightningModule shares: loading, stages, the loss of a step, optimizer, slim checkpoints."""
 
 import math
 import warnings
-from abc import abstractmethod
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_alignment.checkpoints.background import start_saving
 from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, trained_names
 from lit_alignment.checkpoints.sharded import full
 from lit_alignment.data.base import data_rank, datamodule_of
 from lit_alignment.data.batching.collate import Rows
-from lit_alignment.distributed.deepspeed import DeepSpeedStrategy
-from lit_alignment.distributed.fsdp2 import FSDP2Strategy
+from lit_alignment.distributed.features import StrategyFeatures, features_of
 from lit_alignment.distributed.sharding import Cast
 from lit_alignment.errors import ConfigError, TrainingError
+from lit_alignment.hooks import MethodHooks, Stage
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
 from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import (
     BackboneConfig,
-    HeadConfig,
     load_network,
     load_tokenizer,
     stored_dtype,
@@ -39,19 +37,19 @@ from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import OptimizerConfig, build_optimizer
 
 
-class AlignmentModule(LightningModule):
+class AlignmentModule(MethodHooks, LightningModule):
     """A language model with a tokenizer, trained in part or whole.
+
+    A method adds `step`, `stage_metrics` and its predictions. What it has beside a language model (further networks,
+    what an export holds, what the data module must agree on) it declares by the hooks of `MethodHooks`.
 
     Args:
         backbone: The pretrained model.
         peft: New adapters from the peft library; without these and `adapter` all weights train.
-        adapter: An adapter that exists, frozen or to go on with.
+        adapter: An existing adapter, frozen or to be trained further.
         tokens: Special and new tokens; with LoRA only the rows of new ones train.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
     """
-
-    head: HeadConfig | None = None  # what scores, where the model is no language model
-    shares_batches = False  # whether ranks can compute one batch together
 
     def __init__(
         self,
@@ -73,58 +71,60 @@ class AlignmentModule(LightningModule):
         self.optimizer_config = optimizer
         self.tokenizer, self.added_tokens = load_tokenizer(backbone, tokens)
         self.model: nn.Module | None = None
+        self.metrics = nn.ModuleDict()  # of each stage but training
         self._window_loss: Tensor | float = 0.0
         self._window: list[tuple[list[str], Tensor]] = []  # ids and loss of each micro-batch of the step
         self._ids: list[str] = []
+        self._gathered = ExitStack()
 
     # Model.
 
+    def setup(self, stage: str) -> None:
+        """Make the metrics, once."""
+        if not self.metrics:
+            self.metrics.update({name: nn.ModuleDict(self.stage_metrics()) for name in ("val", "test")})
+
     def configure_model(self) -> None:
         """Load the weights, once."""
-        if self.model is None:
-            self._check_strategy()
-            data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
-            cast = self._cast_after_sharding(device_type)
-            model = self.load_model(device_type, data.packing, data.share_prompts, as_stored=cast is not None)
-            if self.sequence is not None:
-                config = base_model(model).config
-                check_sequence_parallel(config, self.sequence.size, data.packing, config._attn_implementation)
-            self.shard(model, layered=True, cast=cast)
+        if self.model is not None:
+            return
+        self.features.check_run(
+            type(self).__name__, str(self.trainer.state.fn), self.shares_batches, self.optimizer_config.non_finite
+        )
+        data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
+        cast = self._cast_after_sharding(device_type)
+        model = self.load_model(device_type, data.packing, data.share_prompts, as_stored=cast is not None)
+        if self.sequence is not None:
+            config = base_model(model).config
+            check_sequence_parallel(config, self.sequence.size, data.packing, config._attn_implementation)
+        self.features.shard(model, layered=True, cast=cast)
+        self.load_extra_networks(device_type)
+        for network in self.extra_networks().values():
+            self.features.shard(network)
 
-    def _check_strategy(self) -> None:
-        """Refuse what a strategy cannot do, before anything is loaded.
-
-        Raises:
-            ConfigError: Naming the setting.
-        """
-        strategy = self.trainer.strategy
-        if isinstance(strategy, FSDP2Strategy):
-            for name in ("sequence_parallel_size", "tensor_parallel_size"):
-                if getattr(strategy, name) > 1 and not self.shares_batches:
-                    raise ConfigError(f"trainer.strategy.{name}: not for {type(self).__name__} yet. Set it to 1.")
-            if strategy.tensor_parallel_size > 1 and self.trainer.state.fn == "predict":
-                raise ConfigError("trainer.strategy.tensor_parallel_size: not for predict. Set it to 1.")
-        elif isinstance(strategy, DeepSpeedStrategy):
-            if self.optimizer_config.non_finite == "skip":
-                raise ConfigError("optimizer.non_finite: DeepSpeed's engine cannot skip a step. Set it to stop.")
-        elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy | LightningDeepSpeedStrategy):
-            ours = "DeepSpeedStrategy" if isinstance(strategy, LightningDeepSpeedStrategy) else "FSDP2Strategy"
-            raise ConfigError(f"trainer.strategy: use lit_alignment.{ours} in place of {type(strategy).__name__}.")
+    @property
+    def features(self) -> StrategyFeatures:
+        """What the Trainer's strategy says of itself."""
+        return features_of(self.trainer.strategy)
 
     @property
     def sequence(self) -> SequenceGroup | None:
         """The ranks that share each row of training and validation, if any do."""
-        strategy = None if self._trainer is None else self.trainer.strategy
-        return strategy.sequence if isinstance(strategy, FSDP2Strategy) else None
+        return None if self._trainer is None else self.features.sequence
 
-    def own_tokens(self, batch: Rows) -> slice:
-        """The tokens of a batch's rows that are this rank's."""
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds shards of the weights only."""
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
+
+    def local_tokens(self, batch: Rows) -> slice:
+        """The tokens of a batch's rows that this rank computes."""
         return slice(None) if self.sequence is None else self.sequence.own(batch.input_ids.shape[1])
 
     def _cast_after_sharding(self, device_type: str) -> Cast | None:
         """Precision of the files and of the model, if each process is to read its shards from the files alone."""
-        sharded = isinstance(self.trainer.strategy, FSDP2Strategy)
-        if not sharded or self.backbone.weights != "pretrained" or self.backbone.quantization != "none":
+        plain = self.backbone.weights == "pretrained" and self.backbone.quantization == "none"
+        if not plain or not self.features.supports("sharded_loading"):
             return None
         wrapped = self.peft_config is not None or self.adapter is not None
         stored, wanted = stored_dtype(self.backbone), weights_dtype(self.backbone, wrapped, device_type)
@@ -132,17 +132,6 @@ class AlignmentModule(LightningModule):
         if stored is None or (stored == torch.float32 and wanted != stored):
             return None
         return stored, wanted
-
-    def shard(self, part: nn.Module, layered: bool = False, cast: Cast | None = None) -> None:
-        """Split a part of the model over devices, if the strategy does that.
-
-        Args:
-            part: The part.
-            layered: Whether it is a language model, to be split layer by layer.
-            cast: Precision of its files, and of the model, if these differ.
-        """
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            self.trainer.strategy.shard(part, layered, cast)
 
     def load_model(
         self,
@@ -182,10 +171,42 @@ class AlignmentModule(LightningModule):
         """From now on checkpoints are saved in the background, if that is wanted."""
         start_saving(self.trainer)
 
-    # Loss of an optimiser step.
+    # Steps and metrics.
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The batch's share of the optimizer step's loss."""
+        return self.step(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the batch to the validation metrics."""
+        self.step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the batch to the test metrics."""
+        self.step(batch, "test")
+
+    def metrics_of(self, stage: Stage) -> dict[str, Any]:
+        """The metrics of a stage, by name."""
+        return dict(self.metrics[stage].items())  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_stage("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_stage("test")
+
+    def _log_stage(self, stage: Stage) -> None:
+        for name, value in self.stage_values(stage).items():
+            self.log(f"{stage}/{name}", float(value), prog_bar=name in self.progress_bar)
+        for metric in self.metrics_of(stage).values():
+            metric.reset()
+
+    # Loss of an optimizer step.
 
     def step_loss(self, loss_sum: Tensor, window_weight: float) -> Tensor:
-        """The batch's share of the optimiser step's loss, which is a mean over everything that the step trains on.
+        """The batch's share of the optimizer step's loss, which is a mean over everything that the step trains on.
 
         Lightning divides by the number of accumulated batches and the strategy by the number of ranks; both are undone,
         so that each token, or each record, counts once whatever batch it stands in.
@@ -200,13 +221,13 @@ class AlignmentModule(LightningModule):
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Remember which records come, for the message if their loss is no number."""
+        """Remember which records come, for the message if their loss is non-finite."""
         self._ids = list(batch.ids)
 
-    # Optimiser.
+    # Optimizer.
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trainable parameters, with the schedule stepped at each optimiser step."""
+        """AdamW over the trainable parameters, with the schedule stepped at each optimizer step."""
         total_steps = float(self.trainer.estimated_stepping_batches)
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
         rates = self.other_rates()
@@ -218,33 +239,33 @@ class AlignmentModule(LightningModule):
         return []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the loss of the whole optimiser step, and the gradient norm before clipping.
+        """Log the loss of the whole optimizer step, and the gradient norm before clipping.
 
         Raises:
-            TrainingError: If that is no number, and `optimizer.non_finite` says to stop.
+            TrainingError: If that is non-finite, and `optimizer.non_finite` says to stop.
         """
         mean = self._window_loss / self.trainer.accumulate_grad_batches
         self.log("train/loss", mean, prog_bar=True, sync_dist=True)
         self._window_loss = 0.0
         window, self._window = self._window, []
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # its engine has the gradients, and their norm later
-            norm = self.trainer.strategy.reduce(torch.as_tensor(mean), reduce_op="sum")
-        else:
+        if self.features.supports("gradients"):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             norm = full(torch.nn.utils.get_total_norm(gradients))
             self.log("train/grad_norm", norm)
+        else:  # the strategy tells the norm later; a loss that is finite on all ranks has to do
+            norm = self.trainer.strategy.reduce(torch.as_tensor(mean), reduce_op="sum")
         # Gradients are summed over all ranks, so all see the same norm. The scaler of fp16 skips such steps itself.
         if self.trainer.precision != "16-mixed" and not bool(torch.isfinite(norm)):
             self._not_finite(window)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the gradient norm, where an engine has the gradients.
+        """Log the gradient norm, where the strategy has the gradients.
 
         Raises:
-            TrainingError: If it is no number.
+            TrainingError: If it is non-finite.
         """
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy) and (norm := strategy.gradient_norm()) is not None:
+        norm = self.features.gradient_norm()
+        if norm is not None:
             self.log("train/grad_norm", norm)
             if not math.isfinite(norm):
                 self._not_finite([])
@@ -258,11 +279,11 @@ class AlignmentModule(LightningModule):
         step = self.trainer.global_step
         if self.optimizer_config.non_finite == "stop":
             raise TrainingError(
-                f"the loss of optimizer step {step} is not a number. Micro-batches at fault: {which}. Lower "
-                "optimizer.learning_rate or mend the records, and go on from a checkpoint; or set "
+                f"the loss of optimizer step {step} is non-finite. Offending micro-batches: {which}. Lower "
+                "optimizer.learning_rate or fix the records, and resume from a checkpoint; or set "
                 "optimizer.non_finite: skip."
             )
-        warnings.warn(f"optimizer step {step} is skipped, its loss is not a number: {which}", stacklevel=2)
+        warnings.warn(f"optimizer step {step} is skipped, its loss is non-finite: {which}", stacklevel=2)
         for parameter in self.parameters():
             parameter.grad = None
 
@@ -280,12 +301,8 @@ class AlignmentModule(LightningModule):
             "tokens": asdict(self.tokens_config),
             "chat_template": datamodule_of(self.trainer).chat_template(),
             "ranks": data_rank(self.trainer)[1],
-            **self.about(),
+            **self.checkpoint_metadata(),
         }
-
-    def about(self) -> dict[str, Any]:
-        """What a checkpoint says of the model besides, as plain values."""
-        return {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks a trained weight: non-strict loading would leave it at its start value."""
@@ -296,13 +313,13 @@ class AlignmentModule(LightningModule):
 
     # Predictions.
 
-    @abstractmethod
-    def prediction_settings(self) -> dict[str, dict[str, Any]]:
-        """What decides the predictions of each file that `predict` writes, by the file's name."""
+    def on_predict_start(self) -> None:
+        """Gather what is sharded: ranks with unequal numbers of batches or tokens would wait for each other."""
+        self._gathered.enter_context(self.features.gathered(self))
 
-    @abstractmethod
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
-        """For each file, what it says of each item of the batch, in order."""
+    def on_predict_end(self) -> None:
+        """Shard again what was gathered."""
+        self._gathered.close()
 
 
 def _recount(progress: dict[str, Any], factor: float) -> None:
@@ -317,11 +334,21 @@ def _recount(progress: dict[str, Any], factor: float) -> None:
         counts["completed"] = counts["processed"] - open_ones
 
 
-def world_scale(module: LightningModule) -> float:
+def world_scale(module: AlignmentModule) -> float:
     """What undoes the averaging over ranks and over accumulated batches that strategies and Lightning do."""
-    strategy = module.trainer.strategy
-    same = strategy.tensor_parallel_size if isinstance(strategy, FSDP2Strategy) else 1  # they share what they compute
-    return float(module.trainer.world_size // same * module.trainer.accumulate_grad_batches)
+    different = module.trainer.world_size // module.features.identical_ranks
+    return float(different * module.trainer.accumulate_grad_batches)
+
+
+def alignment_module(module: LightningModule) -> AlignmentModule:
+    """A Trainer's module as one of ours.
+
+    Raises:
+        ConfigError: If it is another.
+    """
+    if not isinstance(module, AlignmentModule):
+        raise ConfigError(f"a module of lit_alignment is needed here, not {type(module).__name__}.")
+    return module
 
 
 def _plain(value: Any) -> Any:

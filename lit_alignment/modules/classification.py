@@ -8,12 +8,15 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig
 from torch import Tensor
+from torchmetrics import Metric
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.classification import ClassificationDataModule
 from lit_alignment.data.encoding.prompts import PromptItem
 from lit_alignment.errors import ConfigError
+from lit_alignment.evaluation.samples import Confusion, ScoredSample
+from lit_alignment.hooks import Stage
 from lit_alignment.losses import balanced_class_weights, focal_loss, multi_label_loss, regression_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.classification import (
@@ -27,14 +30,14 @@ from lit_alignment.metrics.classification import (
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.scoring import ScoringModule, Stage, check_positive, existing_head
+from lit_alignment.modules.scoring import ScoringModule, check_positive, existing_head
 from lit_alignment.optimization import OptimizerConfig
 
 
 class ClassificationModule(ScoringModule):
     """A decoder that classifies conversations by the hidden state of their last token.
 
-    loss of an optimiser step = mean over all its conversations, on all ranks and in all micro-batches
+    loss of an optimizer step = mean over all its conversations, on all ranks and in all micro-batches
 
     Args:
         backbone: The pretrained model; an exported classifier brings its labels.
@@ -42,11 +45,11 @@ class ClassificationModule(ScoringModule):
             give names or numbers. None takes those of an exported classifier.
         problem: One class a conversation, any number of labels, or numbers.
         peft: New adapters from the peft library, beside which the head trains; without these and `adapter` all train.
-        adapter: An adapter that exists, frozen or to go on with, with its head.
+        adapter: An existing adapter, frozen or to be trained further, with its head.
         tokens: Special and new tokens.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         class_weights: Weight of each class in the loss, or `balanced`: as much for rare classes as for common ones.
-        focal_gamma: How strongly conversations that the model is sure of are turned down; 0 is plain cross-entropy.
+        focal_gamma: How strongly conversations that the model is sure of are down-weighted; 0 is plain cross-entropy.
         label_smoothing: Probability spread evenly over the labels, in training only.
     """
 
@@ -76,8 +79,6 @@ class ClassificationModule(ScoringModule):
             raise ConfigError("model.class_weights and model.label_smoothing are for classes, not for a regression.")
         self.labels, self.problem = list(head.labels), head.problem
         self.class_weights, self.focal_gamma, self.label_smoothing = class_weights, focal_gamma, label_smoothing
-        self.val_loss, self.val_found = TokenMean(), ScoresAndTargets(len(head.labels))
-        self.test_loss, self.test_found = TokenMean(), ScoresAndTargets(len(head.labels))
         self.confusion: Tensor | None = None  # of the last validation or test
         self._alpha: Tensor | None = None
 
@@ -108,54 +109,39 @@ class ClassificationModule(ScoringModule):
             case "regression":
                 return regression_loss(logits, targets)
 
+    def stage_metrics(self) -> dict[str, Metric]:
+        """The mean loss, and all scores, of which the other metrics are computed."""
+        return {"loss": TokenMean(), "scored": ScoresAndTargets(len(self.labels))}
+
     def scored_step(self, scores: Tensor, batch: ScoreBatch, stage: Stage) -> Tensor:
         """The batch's share of the loss in training; else its loss, after adding it to the metrics."""
         loss_sum = (self.losses(scores, batch.targets, stage == "train") * batch.weights).sum()
         if stage == "train":
             return self.step_loss(loss_sum, batch.window_weight)
         counted = batch.weights > 0
-        self._mean_loss(stage).update(loss_sum, batch.weights.sum())
-        self._found(stage).update(scores[counted], batch.targets[counted])
+        metrics = self.metrics_of(stage)
+        metrics["loss"].update(loss_sum, batch.weights.sum())
+        metrics["scored"].update(scores[counted], batch.targets[counted])
         return loss_sum
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics, and keep the temperature that makes the probabilities honest."""
-        self._log_metrics("val")
+    def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
+        """Metrics of the scores; a validation keeps the temperature that calibrates the probabilities.
 
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics; `calibration_error_scaled` is of the probabilities that predict gives."""
-        self._log_metrics("test")
-
-    def _log_metrics(self, stage: Stage) -> None:
-        mean_loss, found = self._mean_loss(stage), self._found(stage)
-        logits, targets = found.compute()
-        self.log(f"{stage}/loss", mean_loss.compute(), prog_bar=True)
-        mean_loss.reset()
-        found.reset()
-        metrics: dict[str, Tensor | float]
-        match self.problem:
-            case "single_label":
-                metrics = dict(single_label_metrics(logits, targets))
-                self.confusion = confusion_matrix(logits, targets)
-                self.log(f"{stage}/accuracy", metrics.pop("accuracy"), prog_bar=True)
-            case "multi_label":
-                metrics = dict(multi_label_metrics(logits, targets))
-            case "regression":
-                metrics = dict(regression_metrics(logits, targets))
-        if self.problem != "regression":
-            if stage == "val":
-                self.measure(calibration_temperature=best_temperature(logits, targets))
-            scaled = logits / self.temperature
-            again = single_label_metrics if self.problem == "single_label" else multi_label_metrics
-            metrics["calibration_error_scaled"] = again(scaled, targets)["calibration_error"]
-            metrics["temperature"] = self.temperature
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
-
-    def _mean_loss(self, stage: Stage) -> TokenMean:
-        return self.test_loss if stage == "test" else self.val_loss
-
-    def _found(self, stage: Stage) -> ScoresAndTargets:
-        return self.test_found if stage == "test" else self.val_found
+        `calibration_error_scaled` is of the probabilities at that temperature, which predict gives.
+        """
+        metrics = self.metrics_of(stage)
+        logits, targets = metrics["scored"].compute()
+        values: dict[str, Tensor | float] = {"loss": metrics["loss"].compute()}
+        if self.problem == "regression":
+            return values | regression_metrics(logits, targets)
+        measured = single_label_metrics if self.problem == "single_label" else multi_label_metrics
+        if self.problem == "single_label":
+            self.confusion = confusion_matrix(logits, targets)
+        if stage == "val":
+            self.measure(calibration_temperature=best_temperature(logits, targets))
+        scaled = measured(logits / self.temperature, targets)["calibration_error"]
+        values |= measured(logits, targets)
+        return values | {"calibration_error_scaled": scaled, "temperature": self.temperature}
 
     @property
     def temperature(self) -> float:
@@ -186,6 +172,23 @@ class ClassificationModule(ScoringModule):
                 values = logits.tolist()
                 return {"prediction": values[0] if len(values) == 1 else values}
         return {"prediction": prediction, "probabilities": dict(zip(self.labels, probabilities, strict=True))}
+
+    def scored_sample(self, item: PromptItem, predicted: dict[str, Any]) -> ScoredSample:
+        """The predicted classes with their probabilities, or numbers."""
+        given = predicted["prediction"]
+        prediction = given if isinstance(given, list) else [given]
+        probabilities = predicted.get("probabilities", {})
+        shown = [(name, probabilities.get(name)) for name in prediction]
+        text = "\n".join(f"{name:.3g}" if p is None else f"{name} {p:.1%}" for name, p in shown)
+        if item.label is None or self.problem == "regression":
+            return ScoredSample(text, {"prediction": text})
+        names = self.names(item.label)
+        scores = {"probability of the label": probabilities[names[0]]} if self.problem == "single_label" else {}
+        return ScoredSample(text, {"prediction": text}, scores, names == prediction)
+
+    def last_confusion(self) -> Confusion | None:
+        """That of the classes, for a single label."""
+        return None if self.confusion is None else Confusion(self.confusion.tolist(), self.labels)
 
     def names(self, label: Any) -> list[str]:
         """A record's label, a name or number or a list of these, as names in the order of the labels."""

@@ -4,13 +4,16 @@ B questions, N passages in a batch, D width
 """
 
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lit_alignment.data.passages import format_passage
 from lit_alignment.data.retriever import PassageBatch, QuestionBatch
+from lit_alignment.errors import ConfigError
+from lit_alignment.hooks import Stage
 from lit_alignment.losses import info_nce_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever
@@ -20,19 +23,19 @@ from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
 
-Stage = Literal["train", "val", "test"]
-
 
 class RetrieverModule(AlignmentModule):
     """A dual encoder, trained so that each question is nearest to its own passage; `predict` encodes passages.
 
-    loss of an optimiser step = mean over its questions of InfoNCE among the passages of their own micro-batch
+    loss of an optimizer step = mean over its questions of InfoNCE among the passages of their own micro-batch
 
     Args:
         retriever: The encoder.
         index: Where `lit-alignment index build` puts the encoded passages.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
     """
+
+    progress_bar = ("loss", "in_batch_accuracy")
 
     def __init__(
         self,
@@ -44,8 +47,6 @@ class RetrieverModule(AlignmentModule):
         backbone = BackboneConfig(retriever.path, revision=retriever.revision, weights=retriever.weights)
         super().__init__(backbone, None, None, TokensConfig(), optimizer)
         self.retriever, self.index_config = retriever, index
-        self.val_loss, self.test_loss = TokenMean(), TokenMean()
-        self.val_accuracy, self.test_accuracy = TokenMean(), TokenMean()
 
     def configure_model(self) -> None:
         """Load the weights, once."""
@@ -65,19 +66,12 @@ class RetrieverModule(AlignmentModule):
             raise TypeError(f"{type(network).__name__} is no dual encoder.")
         return network
 
-    def training_step(self, batch: QuestionBatch, batch_idx: int) -> Tensor:
-        """The batch's share of the optimiser step's loss."""
-        return self._shared_step(batch, "train")
+    def stage_metrics(self) -> dict[str, Metric]:
+        """Means over questions."""
+        return {"loss": TokenMean(), "in_batch_accuracy": TokenMean()}
 
-    def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
-        """Add the batch to the validation metrics."""
-        self._shared_step(batch, "val")
-
-    def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
-        """Add the batch to the test metrics."""
-        self._shared_step(batch, "test")
-
-    def _shared_step(self, batch: QuestionBatch, stage: Stage) -> Tensor:
+    def step(self, batch: QuestionBatch, stage: Stage) -> Tensor:
+        """InfoNCE of the questions among the passages of their micro-batch."""
         queries = self.encoder.queries(batch.queries)
         passages = self.encoder.passages([self._written(*passage) for passage in batch.passages])
         scores = queries @ passages.T / self.retriever.temperature  # [B, N]
@@ -88,36 +82,26 @@ class RetrieverModule(AlignmentModule):
         loss_sum = (losses * weights).sum()
         if stage == "train":
             return self.step_loss(loss_sum, batch.window_weight)
-        mean_loss, mean_accuracy = self._means(stage)
-        mean_loss.update(loss_sum, weights.sum())
-        mean_accuracy.update(((scores.argmax(1) == own) * weights).sum(), weights.sum())
+        metrics = self.metrics_of(stage)
+        metrics["loss"].update(loss_sum, weights.sum())
+        metrics["in_batch_accuracy"].update(((scores.argmax(1) == own) * weights).sum(), weights.sum())
         return loss_sum
 
     def _written(self, title: str, text: str) -> str:
         return format_passage(self.retriever.passage_format, title, text)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
-        self._log_means("val")
+    def retrieval_config(self) -> tuple[RetrieverConfig, IndexConfig]:
+        """The encoder, and the index."""
+        if self.index_config is None:
+            raise ConfigError("model.index is not set: say where the index is, with path and passages.")
+        return self.retriever, self.index_config
 
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
-        self._log_means("test")
+    def passage_encoder(self) -> AlignmentModule:
+        """This module itself."""
+        return self
 
-    def _log_means(self, stage: Stage) -> None:
-        mean_loss, mean_accuracy = self._means(stage)
-        self.log(f"{stage}/loss", mean_loss.compute(), prog_bar=True)
-        self.log(f"{stage}/in_batch_accuracy", mean_accuracy.compute(), prog_bar=True)
-        mean_loss.reset()
-        mean_accuracy.reset()
-
-    def _means(self, stage: Stage) -> tuple[TokenMean, TokenMean]:
-        if stage == "test":
-            return self.test_loss, self.test_accuracy
-        return self.val_loss, self.val_accuracy
-
-    def about(self) -> dict[str, Any]:
-        """Also the retriever's settings."""
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """The retriever's settings."""
         return {"retriever": asdict(self.retriever)}
 
     def prediction_settings(self) -> dict[str, dict[str, Any]]:

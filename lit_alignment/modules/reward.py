@@ -9,11 +9,14 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from torchmetrics import Metric
 
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.reward import ResponsesItem, RewardDataModule
 from lit_alignment.errors import ConfigError
+from lit_alignment.evaluation.samples import ScoredSample
+from lit_alignment.hooks import Stage
 from lit_alignment.losses import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.classification import ScoresAndTargets, binary_metrics
@@ -21,10 +24,11 @@ from lit_alignment.metrics.rewards import Moments, PairMetrics, section_accuraci
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.scoring import ScoringModule, Stage, check_positive, existing_head
+from lit_alignment.modules.scoring import ScoringModule, check_positive, existing_head
 from lit_alignment.optimization import OptimizerConfig
 
 HEAD = HeadConfig(("reward",), "regression")
+JUDGED = ("accuracy", "auroc", "average_precision", "calibration_error")  # metrics of responses judged alone
 
 
 class RewardModule(ScoringModule):
@@ -33,14 +37,14 @@ class RewardModule(ScoringModule):
     What the scores are trained on follows from the data module's `kind`: `preferences` (Bradley-Terry for a pair,
     Plackett-Luce for a ranking), `outcomes` (binary cross-entropy of a response) or `steps` (the same of each step).
 
-    loss of an optimiser step = mean over all its records (steps), on all ranks and in all micro-batches
+    loss of an optimizer step = mean over all its records (steps), on all ranks and in all micro-batches
 
     Args:
         backbone: The pretrained model.
         peft: New adapters from the peft library, beside which the head trains; without these and `adapter` all train.
-        adapter: An adapter that exists, frozen or to go on with, with its head.
+        adapter: An existing adapter, frozen or to be trained further, with its head.
         tokens: Special and new tokens.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         use_margin: Ask pairs to be as far apart as their records' `margin`.
         center: Weight of a penalty that keeps scores around zero; 0.01 in the paper.
         normalize: In `predict`, take the mean of the validation data's scores off and divide by their deviation.
@@ -63,10 +67,6 @@ class RewardModule(ScoringModule):
         super().__init__(backbone, peft, adapter, tokens, optimizer, head)
         check_positive("center", center)
         self.use_margin, self.center, self.normalize = use_margin, center, normalize
-        self.val_loss, self.test_loss = TokenMean(), TokenMean()
-        self.val_pairs, self.test_pairs = PairMetrics(), PairMetrics()
-        self.val_judged, self.test_judged = ScoresAndTargets(1), ScoresAndTargets(1)
-        self.val_moments, self.test_moments = Moments(), Moments()
 
     @property
     def data(self) -> RewardDataModule:
@@ -102,6 +102,13 @@ class RewardModule(ScoringModule):
             found.append(loss + self.center * centering_penalty(own) if self.center else loss)
         return torch.stack(found)
 
+    def stage_metrics(self) -> dict[str, Metric]:
+        """Mean loss, mean and deviation of the scores, and pairs or judged scores, as `data.kind` has it."""
+        metrics = {"loss": TokenMean(), "moments": Moments()}
+        return metrics | (
+            {"pairs": PairMetrics()} if self.data.kind == "preferences" else {"judged": ScoresAndTargets(1)}
+        )
+
     def scored_step(self, scores: Tensor, batch: ScoreBatch, stage: Stage) -> Tensor:
         """The batch's share of the loss in training; else its loss, after adding it to the metrics."""
         scores = scores[:, 0]
@@ -110,67 +117,45 @@ class RewardModule(ScoringModule):
             return self.step_loss(loss_sum, batch.window_weight)
         sizes = torch.tensor(batch.groups, device=scores.device)
         number = (sizes * batch.weights).sum() if self.data.kind == "steps" else batch.weights.sum()
-        self._mean_loss(stage).update(loss_sum, number)
+        metrics = self.metrics_of(stage)
+        metrics["loss"].update(loss_sum, number)
         counted = batch.weights.repeat_interleave(sizes) > 0  # one place a score
-        self._moments(stage).update(scores[counted])
+        metrics["moments"].update(scores[counted])
         if self.data.kind == "preferences":
-            pairs = self._pairs(stage)
+            pairs = metrics["pairs"]
             better, worse, records = ordered_pairs(batch)
             groups = [pairs.groups.index(batch.subsets[record] if stage == "test" else "") for record in records]
             places = torch.tensor([better, worse, groups], dtype=torch.long, device=scores.device)
             pairs.update(scores[places[0]], scores[places[1]], places[2])
         else:
-            self._judged(stage).update(scores[counted, None], batch.targets[counted, None])
+            metrics["judged"].update(scores[counted, None], batch.targets[counted, None])
         return loss_sum
 
     def on_test_start(self) -> None:
         """Count each part of a benchmark by itself."""
         if self.data.kind == "preferences":
-            self.test_pairs = PairMetrics(sorted(set(self.data.examples["test"]["subset"]))).to(self.device)
+            subsets = sorted(set(self.data.examples["test"]["subset"]))
+            self.metrics["test"]["pairs"] = PairMetrics(subsets).to(self.device)  # type: ignore[operator]
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics, and keep mean and deviation of the scores for normalised rewards."""
-        mean, deviation = self.val_moments.compute()
-        self.measure(reward_mean=mean, reward_std=deviation)
-        self._log_metrics("val")
+    def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
+        """Metrics of the scores; a validation keeps their mean and deviation for normalised rewards.
 
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics, and accuracies by subset and, for RewardBench's subsets, by section."""
-        self._log_metrics("test")
-
-    def _log_metrics(self, stage: Stage) -> None:
-        mean_loss, moments = self._mean_loss(stage), self._moments(stage)
-        self.log(f"{stage}/loss", mean_loss.compute(), prog_bar=True)
-        mean, deviation = moments.compute()
-        metrics: dict[str, Any] = {"reward_mean": mean, "reward_std": deviation}
+        In a test also accuracies by subset and, for RewardBench's subsets, by section.
+        """
+        metrics = self.metrics_of(stage)
+        mean, deviation = metrics["moments"].compute()
+        if stage == "val":
+            self.measure(reward_mean=mean, reward_std=deviation)
+        values = {"loss": metrics["loss"].compute(), "reward_mean": mean, "reward_std": deviation}
         if self.data.kind == "preferences":
-            found, by_group = self._pairs(stage).compute()
-            metrics |= found
+            of_pairs, by_group = metrics["pairs"].compute()
             subsets = {name: value for name, value in by_group.items() if name}
-            metrics |= {f"accuracy/{name}": accuracy for name, (accuracy, _) in subsets.items()}
-            metrics |= {f"section/{name}": accuracy for name, accuracy in section_accuracies(subsets).items()}
-            self._pairs(stage).reset()
-        else:
-            scores, labels = self._judged(stage).compute()
-            judged = binary_metrics(scores[:, 0], labels[:, 0])
-            metrics |= {name: judged[name] for name in ("accuracy", "auroc", "average_precision", "calibration_error")}
-            self._judged(stage).reset()
-        self.log(f"{stage}/accuracy", metrics.pop("accuracy"), prog_bar=True)
-        self.log_dict({f"{stage}/{name}": float(value) for name, value in metrics.items()})
-        mean_loss.reset()
-        moments.reset()
-
-    def _mean_loss(self, stage: Stage) -> TokenMean:
-        return self.test_loss if stage == "test" else self.val_loss
-
-    def _pairs(self, stage: Stage) -> PairMetrics:
-        return self.test_pairs if stage == "test" else self.val_pairs
-
-    def _judged(self, stage: Stage) -> ScoresAndTargets:
-        return self.test_judged if stage == "test" else self.val_judged
-
-    def _moments(self, stage: Stage) -> Moments:
-        return self.test_moments if stage == "test" else self.val_moments
+            values |= of_pairs
+            values |= {f"accuracy/{name}": accuracy for name, (accuracy, _) in subsets.items()}
+            return values | {f"section/{name}": accuracy for name, accuracy in section_accuracies(subsets).items()}
+        scores, labels = metrics["judged"].compute()
+        judged = binary_metrics(scores[:, 0], labels[:, 0])
+        return values | {name: judged[name] for name in JUDGED}
 
     # Predictions.
 
@@ -205,6 +190,17 @@ class RewardModule(ScoringModule):
             line["step_rewards"] = found.tolist()
         return line
 
+    def scored_sample(self, item: ResponsesItem, predicted: dict[str, Any]) -> ScoredSample:
+        """The rewards, and whether the best response has the highest one."""
+        rewards: dict[str, float] = predicted["rewards"]
+        text = "\n".join(f"{name} {reward:.3f}" for name, reward in rewards.items())
+        right = best_is_best(item.scores, list(rewards.values()))
+        if rewards.keys() == {"chosen", "rejected"}:
+            columns: dict[str, Any] = {f"{name}_reward": reward for name, reward in rewards.items()}
+        else:
+            columns = {"rewards": text}
+        return ScoredSample(text, {**columns, "score": right}, rewards, right)
+
     def rewards(self, batch: ScoreBatch) -> list[Tensor]:
         """Rewards of each record's responses or steps, raw or normalised."""
         return list(torch.split(self._normalized(self.scores(batch)[:, 0]), batch.groups))
@@ -223,6 +219,19 @@ class RewardModule(ScoringModule):
         if "reward_mean" not in measured:
             raise ConfigError("model.normalize: this model's rewards were never measured: run validate, or fit.")
         return (scores - measured["reward_mean"]) / max(measured["reward_std"], 1e-12)
+
+
+def best_is_best(scores: list[float | None], rewards: list[float]) -> bool | None:
+    """Whether a response of the best score has the highest reward; None if the scores are not known.
+
+    Args:
+        scores: What is known of each response, higher is better.
+        rewards: Their rewards.
+    """
+    known = [score for score in scores if score is not None]
+    if len(known) < 2 or len(known) != len(rewards):
+        return None
+    return known[max(range(len(rewards)), key=rewards.__getitem__)] == max(known)
 
 
 def ordered_pairs(batch: ScoreBatch) -> tuple[list[int], list[int], list[int]]:

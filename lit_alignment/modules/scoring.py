@@ -4,9 +4,11 @@ B rows, T tokens, N scores, K labels
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,38 +16,39 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, head_of, read_head
-from lit_alignment.data.batching.collate import ScoreBatch
+from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, Saved, head_of, read_head, restore
+from lit_alignment.data.batching.collate import ScoreBatch, local_positions
 from lit_alignment.data.batching.items import ItemBatch
 from lit_alignment.data.conversation import conversations_of
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request
+from lit_alignment.hooks import Stage
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.attention import document_arguments
 from lit_alignment.models.collectives import SequenceGroup
-from lit_alignment.models.head import base_model, scores_at
+from lit_alignment.models.head import scores_at
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
+from lit_alignment.models.logprobs import row_inputs
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.paths import local_path
 
-Stage = Literal["train", "val", "test"]
-
 
 class ScoringModule(AlignmentModule):
-    """A decoder with a layer of scores, read at given tokens, in place of its output embedding.
+    """A decoder with a scalar or classification head, read at given tokens, in place of its output embedding.
 
     Args:
         backbone: The pretrained model.
         peft: New adapters from the peft library, beside which the head trains; without these and `adapter` all train.
-        adapter: An adapter that exists, frozen or to go on with, with its head.
+        adapter: An existing adapter, frozen or to be trained further, with its head.
         tokens: Special and new tokens.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         head: What the scores are of.
     """
 
     head: HeadConfig
     shares_batches = True
+    progress_bar = ("loss", "accuracy")
 
     def __init__(
         self,
@@ -72,49 +75,26 @@ class ScoringModule(AlignmentModule):
             )
 
     def scores(self, batch: ScoreBatch, sequence: SequenceGroup | None = None) -> Tensor:
-        """Scores at the batch's places, fp32, [N, K].
+        """Scores at the batch's positions, fp32, [N, K].
 
         Args:
             batch: Whole rows.
             sequence: Ranks that have the same batch, and compute a part of its tokens each.
         """
-        implementation = base_model(self.network).config._attn_implementation
-        arguments = document_arguments(
-            implementation, batch.document_lengths, batch.input_ids.device, batch.document_parents, sequence
-        )
-        total = batch.input_ids.shape[1]
-        tokens = slice(0, total) if sequence is None else sequence.own(total)
-        # Only packed rows are shared, which stand alone: a place is then a position.
-        own = slice(None) if sequence is None else (batch.read_at >= tokens.start) & (batch.read_at < tokens.stop)
-        found = scores_at(
-            self.network,
-            batch.read_at[own] - tokens.start,
-            input_ids=batch.input_ids[:, tokens],
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids[:, tokens],
-            **arguments,
-        )
+        inputs = row_inputs(self.network, batch, sequence)
         if sequence is None:
-            return found
+            return scores_at(self.network, batch.read_at, **inputs)
+        # Only packed rows are shared, which stand alone: a place counted through the rows is then a position.
+        tokens = sequence.own(batch.input_ids.shape[1])
+        local = local_positions(batch.read_at, tokens) if batch.local is None else batch.local
+        found = scores_at(self.network, batch.read_at.index_select(0, local) - tokens.start, **inputs)
         scores = found.new_zeros(len(batch.read_at), found.shape[1])
-        scores[own] = found
-        return sequence.sum(scores)
+        return sequence.sum(scores.index_copy(0, local, found))
 
-    def training_step(self, batch: ScoreBatch, batch_idx: int) -> Tensor:
-        """The batch's share of the optimiser step's loss."""
-        return self._step(batch, "train")
-
-    def validation_step(self, batch: ScoreBatch, batch_idx: int) -> None:
-        """Add the batch to the validation metrics."""
-        self._step(batch, "val")
-
-    def test_step(self, batch: ScoreBatch, batch_idx: int) -> None:
-        """Add the batch to the test metrics."""
-        self._step(batch, "test")
-
-    def _step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
+    def step(self, batch: ScoreBatch, stage: Stage) -> Tensor:
+        """Scores of the whole batch on every rank that shares it, of which one counts."""
         scores = self.scores(batch, self.sequence)
-        if self.sequence is not None and self.sequence.rank > 0:  # all have all scores, which count once
+        if self.sequence is not None and self.sequence.rank > 0:
             batch = replace(batch, weights=torch.zeros_like(batch.weights))
         return self.scored_step(scores, batch, stage)
 
@@ -129,6 +109,10 @@ class ScoringModule(AlignmentModule):
         """
 
     # Predictions.
+
+    def check_scores(self) -> None:
+        """Tables of scored records are welcome."""
+        return
 
     def predict_step(self, batch: ItemBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
         """What the scores of each item say, in the one file of `prediction_settings`."""
@@ -148,13 +132,35 @@ class ScoringModule(AlignmentModule):
             ConfigError: If its scores stand elsewhere.
         """
 
+    def predict_requests(self, items: Sequence[Any], name: str) -> list[ItemRequests]:
+        """The sequences of each item, whose raw scores an engine is asked for."""
+        return [
+            ItemRequests([Request(ids) for ids in self.sequences(item)], partial(self._of_engine, item))
+            for item in items
+        ]
+
+    def _of_engine(self, item: Any, scores: list[Tensor]) -> dict[str, Any]:
+        return self.predicted(item, torch.stack(scores))
+
+    def prepare_for_engine(self, saved: Saved | None, folder: Path) -> EngineNeeds:
+        """Load the model in transformers, for scores to compare with, and take over what was measured."""
+        if saved is None:
+            return EngineNeeds(scores=True, network=self.load_model().eval())
+        if saved.head is not None:
+            self.take_over(saved.head)
+        return EngineNeeds(scores=True, network=restore(saved)[0])
+
     def measure(self, **values: float) -> None:
         """Keep what was measured with the model beside it."""
         self.head = replace(self.head, measured={**self.head.measured, **values})
 
-    def about(self) -> dict[str, Any]:
-        """Also the head: its labels, and what was measured."""
-        return {"head": asdict(self.head) | {"labels": list(self.head.labels)}}
+    def data_arguments(self) -> dict[str, Any]:
+        """Labels, and what they are of."""
+        return {"labels": list(self.head.labels), "problem": self.head.problem}
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """The head: its labels, and what was measured."""
+        return {**super().checkpoint_metadata(), "head": asdict(self.head) | {"labels": list(self.head.labels)}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what was measured, and refuse a head with other labels."""

@@ -3,47 +3,44 @@
 B rows, T tokens, N trained positions, D width
 """
 
-from typing import Literal
-
 import torch
 from peft import PeftConfig
 from torch import Tensor
-from torch.nn.functional import pad
+from torchmetrics import Metric
 
-from lit_alignment.data.batching.collate import TokenBatch
-from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.hooks import Stage
 from lit_alignment.metrics import TokenMean
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.attention import document_arguments
-from lit_alignment.models.head import base_model, check_head, head_loss, hidden_states
+from lit_alignment.models.head import base_model, check_head, head_loss
 from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.logprobs import hidden_at_targets, of_this_rank
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
-
-Stage = Literal["train", "val", "test"]
 
 
 class SFTModule(GenerativeModule):
     """A causal language model trained to produce the responses of conversations.
 
-    loss of an optimiser step = sum of the trained tokens' losses / number of trained tokens, both over all
+    loss of an optimizer step = sum of the trained tokens' losses / number of trained tokens, both over all
     micro-batches of the accumulation window and all ranks.
 
     Args:
         backbone: The pretrained model.
         peft: New adapters from the peft library; without these and `adapter` all weights train.
-        adapter: An adapter that exists, frozen or to go on with.
+        adapter: An existing adapter, frozen or to be trained further.
         tokens: Special and new tokens; with LoRA only the rows of new ones train.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         label_smoothing: Probability spread evenly over the vocabulary, in training only.
         neftune_alpha: Strength of uniform noise on the embeddings in training; 0 is none (Jain et al. 2023,
             arXiv:2310.05914; the paper uses 5).
-        generation: Named ways to answer in `predict`.
+        generation: Decoding configurations of `predict`, by name.
     """
 
     shares_batches = True
+    progress_bar = ("loss", "token_accuracy")
 
     def __init__(
         self,
@@ -56,95 +53,57 @@ class SFTModule(GenerativeModule):
         neftune_alpha: float = 0.0,
         generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
-        """Set up the metrics; the weights come in `configure_model`."""
+        """Keep the settings; the weights come in `configure_model`."""
         super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
         self.label_smoothing = label_smoothing
         self.neftune_alpha = neftune_alpha
-        self.val_loss, self.val_accuracy = TokenMean(), TokenMean()
-        self.test_loss, self.test_accuracy = TokenMean(), TokenMean()
         self._head_checked = False
 
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        """The batch's share of the optimiser step's loss."""
-        return self._shared_step(batch, "train")
+    def stage_metrics(self) -> dict[str, Metric]:
+        """Means over trained tokens."""
+        return {"loss": TokenMean(), "token_accuracy": TokenMean()}
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Add the batch to the validation metrics."""
-        self._shared_step(batch, "val")
-
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Add the batch to the test metrics."""
-        self._shared_step(batch, "test")
-
-    def _shared_step(self, batch: TokenBatch, stage: Stage) -> Tensor:
+    def step(self, batch: TargetBatch, stage: Stage) -> Tensor:
+        """Summed cross-entropy of the trained tokens, and their accuracy."""
         loss_sum, hits, weights = self._summed_loss(batch, self.label_smoothing if stage == "train" else 0.0)
         if stage == "train":
             return self.step_loss(loss_sum, batch.window_weight)
-        mean_loss, mean_accuracy = self._means(stage)
-        mean_loss.update(loss_sum, weights.sum())
-        mean_accuracy.update(hits, torch.tensor(len(weights), device=weights.device))
+        metrics = self.metrics_of(stage)
+        metrics["loss"].update(loss_sum, weights.sum())
+        metrics["token_accuracy"].update(hits, torch.tensor(len(weights), device=weights.device))
         return loss_sum
 
-    def _summed_loss(self, batch: TokenBatch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
+        """Also the perplexity."""
+        values = super().stage_values(stage)
+        return {**values, "perplexity": torch.as_tensor(values["loss"]).exp()}
+
+    def _summed_loss(self, batch: TargetBatch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sum of the trained tokens' losses, number of hits, and the weight of each, [N]; all of this rank."""
         if not self._head_checked:
             check_head(self.network, batch.input_ids[:1, :8])
             self._head_checked = True
-        implementation = base_model(self.network).config._attn_implementation
-        hidden = self._hidden_states(batch, implementation)
-        own = self.own_tokens(batch)
-        labels = pad(batch.labels[:, 1:], (0, 1), value=IGNORE_INDEX)[:, own]  # position t is predicted from t - 1
-        trained = labels != IGNORE_INDEX
-        weights = pad(batch.weights[:, 1:], (0, 1))[:, own][trained]
-        loss_sum, hits = head_loss(self.network, hidden[trained], labels[trained], weights, label_smoothing)
+        hidden = self._hidden_states(batch)
+        targets, weights = (of_this_rank(each, batch, self.sequence) for each in (batch.targets, batch.weights))
+        loss_sum, hits = head_loss(self.network, hidden, targets, weights, label_smoothing)
         return loss_sum, hits, weights
 
-    def _hidden_states(self, batch: TokenBatch, implementation: str) -> Tensor:
-        """Last hidden states of this rank's tokens, [B, t, D], with noise on the embeddings in training."""
-        own, device = self.own_tokens(batch), batch.input_ids.device
-        arguments = document_arguments(implementation, batch.document_lengths, device, sequence=self.sequence)
-        hook = None
-        if self.training and self.neftune_alpha > 0:
-            embedding = base_model(self.network).get_input_embeddings()
-            hook = embedding.register_forward_hook(
-                lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha, own)
-            )
+    def _hidden_states(self, batch: TargetBatch) -> Tensor:
+        """Hidden states that predict this rank's targets, [N, D], with noise on the embeddings in training."""
+        if not self.training or self.neftune_alpha == 0:
+            return hidden_at_targets(self.network, batch, self.sequence)
+        local = self.local_tokens(batch)
+        embedding = base_model(self.network).get_input_embeddings()
+        hook = embedding.register_forward_hook(
+            lambda module, inputs, output: output + neftune_noise(output, batch, self.neftune_alpha, local)
+        )
         try:
-            return hidden_states(
-                self.network,
-                input_ids=batch.input_ids[:, own],
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids[:, own],
-                **arguments,
-            )
+            return hidden_at_targets(self.network, batch, self.sequence)
         finally:
-            if hook is not None:
-                hook.remove()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
-        self._log_means("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics."""
-        self._log_means("test")
-
-    def _log_means(self, stage: Stage) -> None:
-        mean_loss, mean_accuracy = self._means(stage)
-        loss = mean_loss.compute()
-        self.log(f"{stage}/loss", loss, prog_bar=True)
-        self.log(f"{stage}/perplexity", loss.exp())
-        self.log(f"{stage}/token_accuracy", mean_accuracy.compute(), prog_bar=True)
-        mean_loss.reset()
-        mean_accuracy.reset()
-
-    def _means(self, stage: Stage) -> tuple[TokenMean, TokenMean]:
-        if stage == "test":
-            return self.test_loss, self.test_accuracy
-        return self.val_loss, self.val_accuracy
+            hook.remove()
 
 
-def neftune_noise(embedded: Tensor, batch: TokenBatch, alpha: float, own: slice = slice(None)) -> Tensor:
+def neftune_noise(embedded: Tensor, batch: TargetBatch, alpha: float, own: slice = slice(None)) -> Tensor:
     """Uniform noise in [-1, 1] * alpha / sqrt(L * D), where L is the length of a token's own document.
 
     Args:

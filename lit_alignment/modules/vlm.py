@@ -3,19 +3,25 @@
 B rows, T tokens, D width
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from lit_alignment.checkpoints.export import ExportParts, media_parts
+from lit_alignment.checkpoints.hf_folder import Form
+from lit_alignment.checkpoints.restore import Saved, restore, restore_towers
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.batching.collate import TokenBatch
+from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.multimodal.media import MediaTokens
 from lit_alignment.data.vlm import MediaBatch, MediaItem, VLMDataModule
 from lit_alignment.errors import ConfigError
+from lit_alignment.generation.engine import EngineNeeds, Images, ItemRequests
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
@@ -24,7 +30,7 @@ from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, Mod
 from lit_alignment.models.multimodal.placing import Placement, placed
 from lit_alignment.models.multimodal.reading import media_tokens
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
-from lit_alignment.modules.generative import Response
+from lit_alignment.modules.generative import only_response
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
 
@@ -44,16 +50,17 @@ class VLMModule(SFTModule):
         projector_learning_rate: Highest learning rate of the projectors; that of `optimizer` by default.
         encoder_learning_rate: Likewise of the encoders.
         peft: New adapters of the language model.
-        adapter: An adapter that exists, frozen or to go on with.
+        adapter: An existing adapter, frozen or to be trained further.
         tokens: Special and new tokens; the placeholders are added.
-        optimizer: Optimiser and schedule.
+        optimizer: Optimizer and schedule.
         label_smoothing: Probability spread evenly over the vocabulary, in training only.
-        generation: Named ways to answer in `predict`.
+        generation: Decoding configurations of `predict`, by name.
 
     Source: Liu et al. 2023, LLaVA (arXiv:2304.08485).
     """
 
     shares_batches = False
+    beside = "encoders and projectors"
 
     def __init__(
         self,
@@ -83,6 +90,7 @@ class VLMModule(SFTModule):
         self.projector_learning_rate, self.encoder_learning_rate = projector_learning_rate, encoder_learning_rate
         self.towers: nn.ModuleDict | None = None
         self._media_tokens: dict[str, MediaTokens] | None = None
+        self._engine_encodes = False  # whether the engine that answers encodes images itself
 
     @staticmethod
     def _check(given: dict[str, ModalityConfig | None], train_encoder: bool, peft: PeftConfig | None) -> None:
@@ -95,8 +103,8 @@ class VLMModule(SFTModule):
             )
         if peft is not None and peft.is_prompt_learning:
             raise ConfigError(
-                f"model.peft: {type(peft).__name__} puts vectors before the tokens, beside which images have no place. "
-                "Use LoRA."
+                f"model.peft: {type(peft).__name__} puts virtual tokens before the prompt, beside which images have no "
+                "position. Use LoRA."
             )
 
     @property
@@ -118,20 +126,38 @@ class VLMModule(SFTModule):
             raise ConfigError(f"VLMModule needs a VLMDataModule, not {type(data).__name__}.")
         return data
 
+    def data_arguments(self) -> dict[str, Any]:
+        """Placeholders and readers of the media."""
+        return {**super().data_arguments(), "media": self.media}
+
+    def media_shapes(self) -> dict[str, MediaShape]:
+        """The modalities."""
+        return self.shapes
+
     # Models.
 
-    def configure_model(self) -> None:
-        """Load language model, encoders and projectors, once."""
-        if self.towers is not None:
-            return
+    def setup(self, stage: str) -> None:
+        """Refuse a data module with other placeholders."""
+        super().setup(stage)
         if self.data.media.keys() != self.shapes.keys():
             raise ConfigError("the data module has placeholders of another model: give it this module's `media`.")
-        super().configure_model()
+
+    def load_extra_networks(self, device_type: str = "cpu") -> None:
+        """Load encoders and projectors."""
         if not self.train_language_model:
             self.network.requires_grad_(False)
-        self.load_towers(self.trainer.strategy.root_device.type)
-        for tower in self.loaded_towers.values():
-            self.shard(tower)
+        self.load_towers(device_type)
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        """Encoders and projector of each modality."""
+        return dict(self.loaded_towers)
+
+    def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
+        """A LLaVA if this is one, else the projectors beside the language model."""
+        towers = restore_towers(saved, network).towers if self.is_sharded else self.loaded_towers
+        template = datamodule_of(self.trainer).chat_template()
+        parts = media_parts(self.shapes, towers, saved.towers, network, self.tokenizer, template, form)
+        return replace(parts, generation_config=super().export_parts(saved, network, form).generation_config)
 
     def load_towers(self, device_type: str = "cpu") -> nn.ModuleDict:
         """Load encoders and projectors without a Trainer, after the language model."""
@@ -154,58 +180,86 @@ class VLMModule(SFTModule):
 
     # Training.
 
-    def _hidden_states(self, batch: TokenBatch, implementation: str) -> Tensor:
-        """Last hidden states, [B, T, D], with embeddings of the media at their placeholders."""
+    def _hidden_states(self, batch: TargetBatch) -> Tensor:
+        """Hidden states that predict the targets, [N, D], with embeddings of the media at their placeholders."""
         media = batch.media if isinstance(batch, MediaBatch) else {}
         with placed(self.network, self._placements(media)):
-            return super()._hidden_states(batch, implementation)
+            return super()._hidden_states(batch)
 
-    def _placements(
-        self, media: dict[str, list[Tensor]], counts: dict[str, list[int]] | None = None
-    ) -> list[Placement]:
+    def _placements(self, media: dict[str, list[Tensor]]) -> list[Placement]:
         """What to put at the placeholders: one call of each encoder for the whole batch.
 
         Args:
             media: What the data module has read, by modality.
-            counts: Number of files of each row, where rows may be repeated.
         """
         found = []
         for name, tower in self.loaded_towers.items():
             token_id = self.media[name].token_id
             if name in media:
-                own = None if counts is None else counts[name]
-                found.append(Placement(token_id, tower(media[name]), own))
+                found.append(Placement(token_id, tower(media[name])))
             elif self.trainer.world_size > 1:
                 # Other ranks may have images: this one takes part in the exchange of gradients and of shards.
                 nothing = [part.to(self.device) for part in self.shapes[name].nothing()]
                 found.append(Placement(token_id, tower(nothing), absent=True))
         return found
 
-    # Answers.
+    # Responses.
 
     @torch.no_grad()
-    def respond(self, items: Sequence[Any], settings: DecodingConfig) -> list[Response]:
-        """What the model makes of prompts with images."""
-        training = self.network.training
-        self.network.eval()
-        with placed(self.network, self.placements_of(items)):
-            found = super().respond(items, settings)
-        self.network.train(training)
-        return found
+    def item_requests(self, items: Sequence[MediaItem], decoding: DecodingConfig) -> list[ItemRequests]:
+        """Prompts with the embeddings of their files, or with the files where the engine encodes images itself."""
+        requests = [self.request(item.input_ids, decoding) for item in items]
+        if self._engine_encodes:
+            image = self.media["image"]
+            requests = [
+                replace(each, images=Images(item.media["image"], image.token_id, image.number))
+                if item.media.get("image")
+                else each
+                for each, item in zip(requests, items, strict=True)
+            ]
+        else:
+            embeddings = self._embeddings(items)
+            requests = [replace(each, embeddings=own) for each, own in zip(requests, embeddings, strict=True)]
+        return [ItemRequests([each], only_response) for each in requests]
 
-    def placements_of(self, items: Sequence[MediaItem]) -> list[Placement]:
-        """What to put at the placeholders of prompts."""
+    def _embeddings(self, items: Sequence[MediaItem]) -> list[dict[int, Tensor]]:
+        """What stands at the placeholders of each item: one call of each encoder for all of them."""
         owners = [(f"{item.dataset}/{item.id}", item.media) for item in items]
         media = {name: [part.to(self.device) for part in parts] for name, parts in self.data.load(owners).items()}
-        counts = {name: [len(files.get(name, [])) for _, files in owners] for name in self.shapes}
-        return self._placements(media, counts)
+        found: list[dict[int, Tensor]] = [{} for _ in items]
+        names = {self.media[name].token_id: name for name in self.loaded_towers}
+        for placement in self._placements(media):
+            if placement.absent:
+                continue
+            counts = [len(item.media.get(names[placement.token_id], [])) for item in items]
+            for own, part in zip(found, torch.split(placement.embeddings, counts), strict=True):
+                if len(part):
+                    own[placement.token_id] = part
+        return found
+
+    def prepare_for_engine(self, saved: Saved | None, folder: Path) -> EngineNeeds:
+        """Nothing beside a LLaVA, which engines run whole; else language model, encoders and projectors.
+
+        Raises:
+            ConfigError: Before training.
+        """
+        if saved is None:
+            raise ConfigError("the projector is not trained: give --ckpt_path.")
+        if json.loads((folder / "config.json").read_text())["model_type"] == "llava":
+            self._engine_encodes = True
+            files = self.data.examples["predict"]["media"]
+            return EngineNeeds(num_images=max(1, *(len(json.loads(each)["image"]) for each in files)))
+        self.model, _ = restore(saved)
+        self.load_towers().load_state_dict(saved.towers, strict=False)
+        self.eval()
+        return EngineNeeds(embeddings=True, network=self.model)
 
     @property
     def never(self) -> list[int]:
         """Placeholders."""
         return [each.token_id for each in self.media.values()]
 
-    # Optimiser and checkpoint.
+    # Optimizer and checkpoint.
 
     def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         """Those of the projectors and of the encoders."""
@@ -216,7 +270,7 @@ class VLMModule(SFTModule):
             found.append((list(tower.encoders.parameters()), self.encoder_learning_rate or rate))
         return found
 
-    def about(self) -> dict[str, Any]:
+    def checkpoint_metadata(self) -> dict[str, Any]:
         """Also how media enter, and their sizes."""
         modalities = {name: asdict(shape.modality) for name, shape in self.shapes.items()}
-        return {**super().about(), "modalities": modalities, "frozen": not self.train_language_model}
+        return {**super().checkpoint_metadata(), "modalities": modalities, "frozen": not self.train_language_model}

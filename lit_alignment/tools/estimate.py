@@ -14,8 +14,6 @@ from transformers import AutoConfig, PretrainedConfig
 from lit_alignment.distributed.tensor_parallel import layer_plan
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import decoder_flops_per_token, from_pretrained
-from lit_alignment.modules.retrieving import RetrievingModule
-from lit_alignment.modules.vlm import VLMModule
 from lit_alignment.planning.memory import StepMemory, Workload, step_memory
 from lit_alignment.planning.scaling import (
     Cluster,
@@ -82,9 +80,8 @@ def main(arguments: list[str]) -> None:
     shared = sharding.sequence * sharding.tensor
     each = f", shared by {shared}" if shared > 1 else ""
     console.print(f"micro-batch: {_described(workload)}{each}; {sharding.name} over {sharding.devices} device(s)")
-    if isinstance(cli.model, RetrievingModule | VLMModule):
-        beside = "retriever and index" if isinstance(cli.model, RetrievingModule) else "encoders and projectors"
-        console.print(f"of the language model alone: {beside} come on top")
+    if cli.model.beside:
+        console.print(f"of the language model alone: {cli.model.beside} come on top")
     console.print(_table(parts))
     total = sum(parts.values()) / GIB
     on_gpu = cli.asked["accelerator"] in ("gpu", "cuda")

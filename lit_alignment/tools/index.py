@@ -6,21 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from lit_alignment.callbacks.embeddings import EmbeddingWriter
 from lit_alignment.checkpoints.restore import read_saved
+from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.messages import value_kind
-from lit_alignment.data.retriever import PassageDataModule
+from lit_alignment.data.passages import Passage
+from lit_alignment.data.retriever import PassageBatch, PassageDataModule
 from lit_alignment.data.sources.records import READERS
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.metrics.retrieval import ranking_metrics
 from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, load_towers, weights_hash
-from lit_alignment.modules.retriever import RetrieverModule
+from lit_alignment.modules.base import alignment_module
+from lit_alignment.retrieval.build import IndexBuilder
+from lit_alignment.retrieval.files import Manifest
 from lit_alignment.retrieval.index import IndexConfig, PassageIndex
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
@@ -42,20 +46,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", type=Path, help="eval: write the metrics as JSON")
     options, rest = parser.parse_known_args(arguments)
     cli = build_for_tool(rest)
-    retriever, index = _settings(cli)
+    retriever, index = cli.model.retrieval_config()
     if options.action == "build":
         build(cli, retriever, index, options)
     else:
         evaluate(retriever, index, options)
-
-
-def _settings(cli: ToolCLI) -> tuple[RetrieverConfig, IndexConfig]:
-    retriever, index = getattr(cli.model, "retriever", None), getattr(cli.model, "index_config", None)
-    if not isinstance(retriever, RetrieverConfig):
-        raise ConfigError(f"{type(cli.model).__name__} has no retriever: give the configuration of a RAGModule.")
-    if not isinstance(index, IndexConfig):
-        raise ConfigError("model.index is not set: say where the index is, with path and passages.")
-    return retriever, index
 
 
 def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options: argparse.Namespace) -> None:
@@ -64,10 +59,10 @@ def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options:
         raise ConfigError("model.index.passages is not set: give the sources of the passages.")
     if Path(index.path).expanduser().exists() and not options.overwrite:
         raise ConfigError(f"{index.path} exists. Choose another model.index.path, or add --overwrite.")
-    module = RetrieverModule(retriever, index)
-    network = module.load_model()
-    if options.ckpt_path is not None and isinstance(network, DualEncoder):
-        load_towers(network, _trained(options.ckpt_path))
+    module = cli.model.passage_encoder()
+    module.load_model()
+    if options.ckpt_path is not None:
+        load_towers(dual_encoder(module), _trained(options.ckpt_path))
     data = PassageDataModule(
         module.tokenizer, predict=index.passages, batch_size=index.batch_size, packing=False, cache_dir=_cache(cli)
     )
@@ -81,7 +76,7 @@ def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options:
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[EmbeddingWriter(index)],
+        callbacks=[EmbeddingWriter(retriever, index)],
     )
     trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
@@ -91,6 +86,63 @@ def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options:
             f"{index.path}: {len(made)} passages, vectors of {made.manifest.dimension} numbers in "
             f"{made.manifest.dtype}, {made.manifest.search} search  ({size / 1e6:.1f} MB)"
         )
+
+
+class EmbeddingWriter(Callback):
+    """Write an index of the passages that `predict` encodes; every rank writes its own rows.
+
+    Args:
+        retriever: The text encoder.
+        index: Where, and of which kind.
+    """
+
+    def __init__(self, retriever: RetrieverConfig, index: IndexConfig) -> None:
+        """Files are made when the run starts."""
+        self.retriever, self.index = retriever, index
+        self._builder: IndexBuilder | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make room for all embeddings."""
+        encoder = dual_encoder(pl_module)
+        rows = datamodule_of(trainer).examples["predict"]
+        manifest = Manifest(
+            encoder=self.retriever.decides_passages(),
+            encoder_hash=weights_hash(encoder.passage_tower),
+            dimension=encoder.width,
+            dtype=self.index.dtype,
+            count=len(rows),
+        )
+        self._builder = IndexBuilder(self.index, manifest)
+        if trainer.is_global_zero:
+            columns = zip(rows["id"], rows["title"], rows["text"], strict=True)
+            self._builder.create([Passage(id, title, text) for id, title, text in columns])
+        trainer.strategy.barrier("index")
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PassageBatch, *_: Any
+    ) -> None:
+        """Write the batch's rows."""
+        if self._builder is not None:
+            self._builder.write([item.index for item in batch.items], outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the index its name."""
+        trainer.strategy.barrier("index")
+        if self._builder is not None and trainer.is_global_zero:
+            rank_zero_info(f"index: {self._builder.finish()}")
+        trainer.strategy.barrier("index")
+
+
+def dual_encoder(module: LightningModule) -> DualEncoder:
+    """The network of a module that encodes passages.
+
+    Raises:
+        ConfigError: If it is no dual encoder.
+    """
+    network = alignment_module(module).network
+    if not isinstance(network, DualEncoder):
+        raise ConfigError(f"an index is built by a dual encoder, not by {type(network).__name__}.")
+    return network
 
 
 def _trained(checkpoint: Path) -> dict[str, Tensor]:

@@ -1,38 +1,163 @@
-"""`lit-alignment preprocess`: images or sounds -> a cache of features, so that training needs no encoder."""
+"""`lit-alignment preprocess`: images or sounds -> a cache of features, so that training needs no encoder.
+
+B files, P patches, D width
+"""
 
 import argparse
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
 
-from lit_alignment.callbacks.features import FeatureWriter
-from lit_alignment.data.features import FileDataModule
+from lit_alignment.data.batching.loader import PlannedLoader
+from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.multimodal.feature_cache import (
     INDEX,
     UNREADABLE,
     CacheIndex,
+    ShardWriter,
     check_same,
     read_index,
     relative_name,
     shards_of,
+    stored,
     write_index,
     written_names,
 )
-from lit_alignment.data.multimodal.media import MODALITIES, files_of, list_files
+from lit_alignment.data.multimodal.media import MODALITIES, MediaReader, UnreadableMediaError, files_of, list_files
 from lit_alignment.data.vlm import VLMDataModule
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.multimodal.modality import MediaShape, ModalityConfig
+from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, ModalityConfig
 from lit_alignment.models.multimodal.reading import cache_index, file_reader
-from lit_alignment.models.multimodal.vision import EncoderConfig
-from lit_alignment.modules.features import FeatureModule
-from lit_alignment.modules.vlm import VLMModule
+from lit_alignment.models.multimodal.vision import EncoderConfig, load_encoder
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
+
+
+@dataclass
+class FileBatch:
+    """Files to encode together.
+
+    Args:
+        names: Their names in the cache.
+        inputs: What the processors made of them, for each encoder; empty if none could be read.
+        unreadable: Files that could not be read, each with the reason.
+    """
+
+    names: list[str]
+    inputs: list[Tensor]
+    unreadable: list[tuple[str, str]]
+
+
+class FileDataModule(LightningDataModule):
+    """Files for `predict`, which encodes them; each process has its own.
+
+    Args:
+        files: Name in the cache and path of each.
+        reader: Reads them.
+        batch_size: Files to encode together.
+        num_workers: Processes that read ahead.
+    """
+
+    def __init__(
+        self, files: Sequence[tuple[str, str]], reader: MediaReader, batch_size: int = 64, num_workers: int = 0
+    ) -> None:
+        """Nothing is read yet."""
+        super().__init__()
+        self.files, self.reader, self.batch_size, self.num_workers = files, reader, batch_size, num_workers
+
+    def predict_dataloader(self) -> PlannedLoader[FileBatch]:
+        """This process's files in order, as many at a time as are encoded together."""
+        rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        own = list(range(len(self.files)))[rank::ranks]
+        plan = [PlannedBatch(own[i : i + self.batch_size], 0.0) for i in range(0, len(own), self.batch_size)]
+        return PlannedLoader(lambda epoch: plan, self._read, len(plan), ranks, self.num_workers)
+
+    def _read(self, planned: PlannedBatch) -> FileBatch:
+        names, parts, unreadable = [], [], []
+        for name, path in (self.files[index] for index in planned.indices):
+            try:
+                parts.append(self.reader.read(path))
+                names.append(name)
+            except UnreadableMediaError as error:
+                unreadable.append((path, str(error)))
+        return FileBatch(names, [torch.stack(each) for each in zip(*parts, strict=True)], unreadable)
+
+
+class FeatureModule(LightningModule):
+    """The frozen encoders of a modality.
+
+    Args:
+        shape: The modality.
+    """
+
+    def __init__(self, shape: MediaShape) -> None:
+        """Weights come in `configure_model`."""
+        super().__init__()
+        self.shape = shape
+        self.tower: MediaTower | None = None
+
+    def configure_model(self) -> None:
+        """Load the encoders, once."""
+        if self.tower is None:
+            device = self.trainer.strategy.root_device.type
+            encoders = [load_encoder(each, self.shape.name, False, device) for each in self.shape.modality.encoders]
+            self.tower = MediaTower(encoders, nn.Identity(), trained=False)
+
+    @torch.no_grad()
+    def predict_step(self, batch: FileBatch, batch_idx: int) -> Tensor | None:
+        """Features of the files that could be read, [B, P, D]; None if there are none."""
+        return self.tower.features(batch.inputs) if batch.names and self.tower is not None else None
+
+
+class FeatureWriter(Callback):
+    """Write features as they come; a killed run goes on after its last shard.
+
+    Args:
+        folder: The cache.
+        index: What makes it.
+        per_shard: Files in one shard.
+    """
+
+    def __init__(self, folder: Path, index: CacheIndex, per_shard: int) -> None:
+        """The index is written before anything else, so that a half-made cache says what made it."""
+        self.folder, self.index, self.per_shard = folder, index, per_shard
+        self._writer: ShardWriter | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Number on from the shards that are there."""
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / UNREADABLE).unlink(missing_ok=True)
+            write_index(self.folder, self.index)
+        trainer.strategy.barrier("features")
+        self._writer = ShardWriter(self.folder, trainer.global_rank, self.per_shard)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Tensor | None, batch: FileBatch, *_: int
+    ) -> None:
+        """Take a batch's features, and write down what could not be read."""
+        if self._writer is not None and outputs is not None:
+            for name, features in zip(batch.names, stored(outputs, self.index.dtype), strict=True):
+                self._writer.add(name, features.clone())
+        if batch.unreadable:
+            with (self.folder / UNREADABLE).open("a", encoding="utf-8") as file:
+                for path, reason in batch.unreadable:
+                    file.write(json.dumps({"path": path, "reason": reason}) + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the rest, and say that the cache is complete."""
+        if self._writer is not None:
+            self._writer.flush()
+        trainer.strategy.barrier("features")
+        if trainer.is_global_zero:
+            write_index(self.folder, replace(self.index, complete=True))
 
 
 class WithoutCache(ToolCLI):
@@ -78,9 +203,10 @@ def main(arguments: list[str]) -> None:
         preprocess(files, MediaShape(options.modality, ModalityConfig([encoder])), {}, options)
         return
     cli = build_for_tool(rest, WithoutCache)
-    if not isinstance(cli.model, VLMModule) or options.modality not in cli.model.shapes:
+    shapes = cli.model.media_shapes()
+    if options.modality not in shapes:
         raise ConfigError(f"the configuration has no model.{options.modality}: give that of a VLMModule.")
-    shape, folder = cli.model.shapes[options.modality], options.files
+    shape, folder = shapes[options.modality], options.files
     files = sorted(set(_data_files(cli, shape.name))) if folder is None else _files_below(folder, shape.name)
     devices = {name: cli.asked[name] for name in ("accelerator", "devices", "num_nodes", "precision")}
     preprocess(files, shape, devices, options)

@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 from peft import PeftConfig
 
+from lit_alignment.checkpoints.export import ExportConfig, export
 from lit_alignment.checkpoints.restore import Saved, read_saved
 from lit_alignment.errors import ConfigError
 from lit_alignment.paths import cache_dir, local_path
-from lit_alignment.tools import export
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def served_model(source: Path) -> Served:
     if not folder.exists():
         print(f"exporting {source} for vLLM, once", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export.main([str(source), "--out", str(folder)])
+        export(ExportConfig(source, folder))
     if (folder / "adapter_config.json").is_file():
         print(f"LoRA adapter beside its base {saved.backbone.path}")
         return Served(local_path(saved.backbone.path), str(folder), saved.backbone.revision)

@@ -10,11 +10,11 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_alignment import Export
+from lit_alignment.checkpoints.comparing import Difference, compare
 from lit_alignment.checkpoints.restore import read_saved, restore
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.tools import export, merge
-from lit_alignment.tools.export import Difference, compare
 from tests.distributed.test_distributed import launch
 from tests.helpers import (
     base_model_folder,

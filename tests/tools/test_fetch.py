@@ -7,12 +7,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
 from lit_alignment.errors import AlignmentError
 from lit_alignment.generation.settings import DecodingConfig
-from lit_alignment.generation.transformers_engine import generate, stop_rule
 from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.stop_rule import stop_rule
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.paths import local_path
 from lit_alignment.tools import fetch
-from tests.helpers import command, record, table
+from tests.helpers import command, generate, record, table
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -34,7 +34,7 @@ def test_packaged_model_loads_and_answers(folder):
     prompt = encoder.encode_prompt(record("What is the capital of France?")).input_ids
     rule = stop_rule(tokenizer, encoder.end_of_turn())
     answer = generate(model, tokenizer, [prompt], DecodingConfig(max_new_tokens=24), rule)[0][0]
-    assert "Paris" in answer.content and answer.finish_reason == "stop"
+    assert "Paris" in answer.text and answer.finish_reason == "stop"
 
 
 @pytest.mark.slow
@@ -71,8 +71,7 @@ def test_packed_loss_of_the_real_model_equals_separate_conversations(folder):
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         hidden = hidden_states(model, input_ids=batch.input_ids, position_ids=batch.position_ids, **arguments)
-        trained = batch.labels[:, 1:] != -100
-        packed, _ = head_loss(model, hidden[:, :-1][trained], batch.labels[:, 1:][trained], None)
+        packed, _ = head_loss(model, hidden.flatten(0, 1)[batch.read_at], batch.targets, None)
         separate = sum(
             float(plain(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss) * e.num_trained
             for e in examples

@@ -1,6 +1,6 @@
 """From examples to tensors.
 
-B rows, T tokens, N trained positions
+B rows, T tokens, N positions that are read
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,11 @@ class Rows:
         position_ids: Positions, which restart at each document, [B, T].
         attention_mask: 1 on tokens, 0 on padding, [B, T]; None in a packed row, which has no padding.
         document_lengths: Lengths of the documents in a packed row, in order; empty in a padded batch.
-        document_parents: For each document the one that it goes on from, or -1; empty if there are none.
-        window_weight: Trained weight of the whole optimiser step that this batch belongs to.
+        document_parents: For each document the one that it continues, or -1; empty if there are none.
+        window_weight: Trained weight of the whole optimizer step that this batch belongs to.
         ids: Where each example came from.
+        local: Indices into the positions that are read, of those in this rank's slice of a row that ranks share; None
+            where no rank shares it.
     """
 
     input_ids: Tensor
@@ -36,6 +38,7 @@ class Rows:
     document_parents: list[int] = field(default_factory=list)
     window_weight: float = 0.0
     ids: list[str] = field(default_factory=list)
+    local: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -44,34 +47,42 @@ class Rows:
 
     @property
     def num_trained(self) -> int:
-        """Places that the loss applies to."""
+        """Positions that the loss applies to."""
         raise NotImplementedError
 
 
 @dataclass(kw_only=True)
-class TokenBatch(Rows):
-    """A batch of tokens for training on them.
+class TargetBatch(Rows):
+    """Rows with the tokens in them that are to be predicted, in the order of records, responses and tokens.
+
+    The positions are indices made with the batch: to look for labels in a tensor on a GPU, the CPU would wait for it.
 
     Args:
-        labels: The same ids where the loss applies, else IGNORE_INDEX, [B, T]; aligned with `input_ids`.
-        weights: Weight of each label, [B, T].
+        read_at: Positions whose hidden states predict the targets, row * T + position, [N].
+        targets: Token ids that follow there, [N].
+        weights: Weight of each target, [N].
+        lengths: Number of targets of each response; they sum to N.
+        groups: Number of responses of each record; they sum to the number of lengths.
     """
 
-    labels: Tensor
+    read_at: Tensor
+    targets: Tensor
     weights: Tensor
+    lengths: list[int]
+    groups: list[int]
 
     @property
     def num_trained(self) -> int:
         """Tokens that the loss applies to."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return self.read_at.numel()
 
 
 @dataclass(kw_only=True)
 class ScoreBatch(Rows):
-    """A batch of sequences with places at which scores are read.
+    """A batch of sequences with positions at which scores are read.
 
     Args:
-        read_at: Places of the scores, counted through the rows one after the other: row * T + position, [N].
+        read_at: Positions of the scores, counted through the rows one after the other: row * T + position, [N].
         targets: What the scores should be, or say of each other, [N] or [N, K].
         groups: Number of scores of each record, in order; they sum to N.
         weights: Weight of each record, [R]; 0 for one that only keeps its rank in step.
@@ -111,11 +122,11 @@ class Sequences:
 
 
 def pack_sequences(items: Sequence[Sequences], share: bool) -> tuple[Rows, list[int]]:
-    """One row of all sequences, and the place in it where each response begins.
+    """One row of all sequences, and the position in it where each response begins.
 
     Args:
         items: What to put into it.
-        share: Let the responses of an item go on from one copy of its prompt. One response never shares.
+        share: Let the responses of an item continue from one copy of its prompt. One response never shares.
     """
     ids: list[int] = []
     positions: list[Tensor] = []
@@ -149,7 +160,7 @@ def pack_sequences(items: Sequence[Sequences], share: bool) -> tuple[Rows, list[
 
 
 def pad_sequences(items: Sequence[Sequences], pad_token_id: int) -> tuple[Rows, list[int]]:
-    """One row a response, padded on the right, and the place (row * T + position) where each response begins."""
+    """One row a response, padded on the right, and the position (row * T + t) where each response begins."""
     whole = [item.prompt + response for item in items for response in item.responses]
     prompts = [len(item.prompt) for item in items for _ in item.responses]
     rows = _padded_rows(whole, pad_token_id)
@@ -167,33 +178,86 @@ def _padded_rows(ids: Sequence[Sequence[int]], pad_token_id: int) -> Rows:
     )
 
 
-def collate_packed(examples: Sequence[Example], window_weight: float = 0.0) -> TokenBatch:
-    """One row that holds the examples one after the other, each a document of its own.
+def collate_responses(
+    records: Sequence[Sequence[Example]],
+    pad_token_id: int | None = None,
+    share: bool = False,
+    window_weight: float = 0.0,
+) -> TargetBatch:
+    """The responses of records, each with what stands before it, and the tokens in them that are trained.
 
-    The first token of each document loses its label: nothing of its own document predicts it.
+    The first token of a sequence is no target: nothing of its own document predicts it. Padding is told by position,
+    so pad may equal EOS.
+
+    Args:
+        records: Responses of each record.
+        pad_token_id: Makes one row of each response, padded on the right with it; None packs all into one row, each a
+            document of its own.
+        share: In a packed row, let the responses of a record continue from one copy of what all of them begin with.
+        window_weight: Trained weight of the whole optimizer step.
     """
-    lengths = [len(example.input_ids) for example in examples]
-    labels = [label for e in examples for label in [IGNORE_INDEX, *e.labels[1:]]]
-    return TokenBatch(
-        input_ids=torch.tensor([[i for e in examples for i in e.input_ids]]),
-        labels=torch.tensor([labels]),
-        weights=torch.tensor([[w for e in examples for w in e.weights]], dtype=torch.float32),
-        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-        attention_mask=None,
-        document_lengths=lengths,
-        window_weight=window_weight,
-    )
-
-
-def collate_padded(examples: Sequence[Example], pad_token_id: int, window_weight: float = 0.0) -> TokenBatch:
-    """One row an example, padded on the right. Padding is told by position, so pad may equal EOS."""
-    rows = _padded_rows([example.input_ids for example in examples], pad_token_id)
-    width = rows.input_ids.shape[1]
-    return TokenBatch(
+    items = [common_start(own) if share else Sequences([], [e.input_ids for e in own]) for own in records]
+    rows, begins = pack_sequences(items, share) if pad_token_id is None else pad_sequences(items, pad_token_id)
+    read_at: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    lengths = []
+    starts = iter(begins)
+    for own, item in zip(records, items, strict=True):
+        for example in own:
+            before = next(starts) - len(item.prompt) - 1  # position t is predicted from t - 1
+            trained = trained_positions(example)
+            read_at += [before + t for t in trained]
+            targets += [example.labels[t] for t in trained]
+            weights += [example.weights[t] for t in trained]
+            lengths.append(len(trained))
+    return TargetBatch(
         **vars(rows) | {"window_weight": window_weight},
-        labels=_pad([[IGNORE_INDEX, *e.labels[1:]] for e in examples], width, IGNORE_INDEX, torch.long),
-        weights=_pad([e.weights for e in examples], width, 0.0, torch.float32),
+        read_at=torch.tensor(read_at, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        lengths=lengths,
+        groups=[len(own) for own in records],
     )
+
+
+def trained_positions(example: Example) -> list[int]:
+    """Positions of the labels that count."""
+    return [t for t, label in enumerate(example.labels) if label != IGNORE_INDEX and t > 0]
+
+
+def common_start(examples: Sequence[Example]) -> Sequences:
+    """The ids of a record's sequences, with what all begin with apart, so that it is computed once.
+
+    The hidden state before the first target is each sequence's own.
+    """
+    ids = [example.input_ids for example in examples]
+    limit = min((trained_positions(example) or [len(example.input_ids)])[0] for example in examples) - 1
+    shared = 0
+    if len(ids) > 1:
+        while shared < limit and len({own[shared] for own in ids}) == 1:
+            shared += 1
+    return Sequences(ids[0][:shared], [own[shared:] for own in ids])
+
+
+def local_positions(read_at: Tensor, tokens: slice) -> Tensor:
+    """Indices of the positions that lie in a slice of a packed row, [n]; asked on the host, before a device has them.
+
+    Args:
+        read_at: Positions, [N].
+        tokens: The slice.
+    """
+    return torch.nonzero((read_at >= tokens.start) & (read_at < tokens.stop)).squeeze(1)
+
+
+def collate_packed(examples: Sequence[Example], window_weight: float = 0.0) -> TargetBatch:
+    """One row that holds the examples one after the other, each a document of its own."""
+    return collate_responses([[example] for example in examples], window_weight=window_weight)
+
+
+def collate_padded(examples: Sequence[Example], pad_token_id: int, window_weight: float = 0.0) -> TargetBatch:
+    """One row an example, padded on the right."""
+    return collate_responses([[example] for example in examples], pad_token_id, window_weight=window_weight)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

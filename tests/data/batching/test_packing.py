@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from lit_alignment.data.batching.collate import collate_packed, collate_padded, pad_prompts
+from lit_alignment.data.batching.collate import (
+    collate_packed,
+    collate_padded,
+    collate_responses,
+    local_positions,
+    pad_prompts,
+)
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, pack
 from lit_alignment.data.encoding.encoder import Example
@@ -81,7 +87,8 @@ def test_packed_row():
     batch = collate_packed(EXAMPLES, 7.0)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5]]
     # The first token of the second document has no prediction: 3 stands before it, in another document.
-    assert batch.labels.tolist() == [[-100, 2, 3, -100, 5]]
+    assert batch.read_at.tolist() == [0, 1, 3] and batch.targets.tolist() == [2, 3, 5]
+    assert batch.weights.tolist() == [1.0, 1.0, 0.5] and batch.lengths == [2, 1] and batch.groups == [1, 1]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
     assert batch.document_lengths == [3, 2] and batch.attention_mask is None
     assert batch.num_tokens == 5 and batch.window_weight == 7.0
@@ -90,8 +97,37 @@ def test_packed_row():
 def test_padded_rows_are_masked_by_position():
     batch = collate_padded(EXAMPLES, pad_token_id=3)  # 3 is also a trained token
     assert batch.input_ids.shape == (2, 8)
-    assert batch.labels.tolist() == [[-100, 2, 3] + [-100] * 5, [-100, 5] + [-100] * 6]
+    assert batch.read_at.tolist() == [0, 1, 8] and batch.targets.tolist() == [2, 3, 5]
     assert batch.attention_mask.sum(1).tolist() == [3, 2] and batch.num_tokens == 5
+
+
+RESPONSES = [
+    [Example([1, 2, 3, 4], [-100, -100, 3, 4], [0, 0, 1.0, 2.0]), Example([1, 2, 9], [-100, -100, 9], [0, 0, 1.0])],
+    [Example([7, 8], [-100, 8], [0, 1.0])],
+]
+
+
+def test_responses_of_a_record_share_a_prompt_up_to_the_token_before_the_first_target():
+    """The hidden state of that token predicts the first target, so each response has its own."""
+    batch = collate_responses(RESPONSES, share=True)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 2, 9, 7, 8]]
+    assert batch.document_lengths == [1, 3, 2, 2] and batch.document_parents == [-1, 0, 0, -1]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 1, 2, 0, 1]]
+    assert batch.read_at.tolist() == [1, 2, 4, 6] and batch.targets.tolist() == [3, 4, 9, 8]
+    assert batch.weights.tolist() == [1.0, 2.0, 1.0, 1.0]
+    assert batch.lengths == [2, 1, 1] and batch.groups == [2, 1] and batch.num_trained == 4
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 0], ids=["packed", "padded"])
+def test_targets_are_the_tokens_after_the_positions_whatever_the_rows(pad_token_id):
+    batch = collate_responses(RESPONSES, pad_token_id)
+    assert batch.input_ids.flatten()[batch.read_at + 1].tolist() == batch.targets.tolist() == [3, 4, 9, 8]
+    assert batch.lengths == [2, 1, 1] and batch.groups == [2, 1]
+
+
+def test_positions_of_a_slice_are_found():
+    read_at = torch.tensor([0, 1, 3, 5])
+    assert [local_positions(read_at, slice(*ends)).tolist() for ends in ((0, 2), (2, 5), (5, 6))] == [[0, 1], [2], [3]]
 
 
 def test_prompts_are_padded_on_the_left():

@@ -1,0 +1,48 @@
+"""What ends a turn: the tokens and strings that were trained as its end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """What ends a turn besides the user's stop strings.
+
+    Args:
+        token_ids: Tokens that end it.
+        strings: Texts that end it, where the template closes a turn with plain text.
+    """
+
+    token_ids: list[int]
+    strings: list[str]
+
+
+def stop_rule(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[int]) -> StopRule:
+    """The stop rule that belongs to what was trained as the end of a turn.
+
+    Args:
+        tokenizer: Knows EOS and which tokens are special.
+        end_of_turn: Ids that close a response in training.
+    """
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    closing = [i for i in end_of_turn if i in special]
+    if closing:
+        ids += [closing[0]] if closing[0] not in ids else []
+        plain = list(end_of_turn[: list(end_of_turn).index(closing[0])])
+    else:
+        plain = list(end_of_turn)
+    text = tokenizer.decode(plain).strip() if plain else ""
+    return StopRule(ids, [text] if text else [])
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase, stop: StopRule) -> GenerationConfig:
+    """Generation settings under which a loaded model stops where it was trained to."""
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop.token_ids or None,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=stop.strings or None,
+    )
