@@ -248,7 +248,7 @@ def knowledge_index(config: IndexConfig, embeddings: torch.Tensor) -> Path:
     """An index with the given embeddings and passages p0, p1, ..."""
     manifest = Manifest({"path": "tiny", "pooling": "mean"}, "abc", embeddings.shape[1], config.dtype, len(embeddings))
     builder = IndexBuilder(config, manifest)
-    builder.create([Passage(f"p{i}", [], "", title=f"title {i}", text=f"text of {i}") for i in range(len(embeddings))])
+    builder.create([Passage(f"p{i}", f"title {i}", f"text of {i}") for i in range(len(embeddings))])
     order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0))
     for part in order.split(3):  # as several processes would, in any order
         builder.write(part.tolist(), embeddings[part])
@@ -262,7 +262,7 @@ def knowledge(number: int, seed: int = 0) -> list[Passage]:
     """Passages of very unequal lengths."""
     generator = random.Random(seed)
     texts = [" ".join(generator.choices(WORDS, k=generator.choice((2, 5, 30)))) for _ in range(number)]
-    return [Passage(f"p{i}", [], "", title=f"note {i}", text=text) for i, text in enumerate(texts)]
+    return [Passage(f"p{i}", f"note {i}", text) for i, text in enumerate(texts)]
 
 
 def encoded_index(

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.encoding.prompts import Item, ItemBatch, PromptBatch, PromptItem
-from lit_alignment.data.rag import RAGItem
+from lit_alignment.data.batching.items import ItemBatch, PromptBatch
+from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.prediction_file import PredictionFile
 from lit_alignment.modules.base import AlignmentModule
@@ -114,7 +114,6 @@ def _settings(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
 
 
 def _line(item: Item, predicted: dict[str, Any]) -> dict[str, Any]:
-    reference = item.reference if isinstance(item, PromptItem | RAGItem) else None
-    label = reference if item.label is None else item.label
+    label = item.reference if item.label is None else item.label
     line = {"id": item.id, "dataset": item.dataset, "messages": item.messages, **predicted}
     return line | {"label": label, "meta": item.meta}

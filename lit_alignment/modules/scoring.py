@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, Saved, head_of, read_head, restore
-from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import ScoreBatch, local_positions
-from lit_alignment.data.encoding.prompts import ItemBatch
+from lit_alignment.data.batching.items import ItemBatch
+from lit_alignment.data.conversation import conversations_of
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request
 from lit_alignment.hooks import Stage
@@ -67,7 +67,7 @@ class ScoringModule(AlignmentModule):
     def configure_model(self) -> None:
         """Load the weights, once."""
         super().configure_model()
-        if self.tokenizer.pad_token_id in datamodule_of(self.trainer).encoder.last_ids():
+        if self.tokenizer.pad_token_id in conversations_of(self.trainer).encoder.last_ids():
             rank_zero_warn(
                 f"conversations end with {self.tokenizer.pad_token}, which is the padding token too: this run is fine "
                 "but transformers' own forward would read an exported model's scores one token too early. "

@@ -195,7 +195,7 @@ class PassageIndex:
         """The passages at the given places, [K]."""
         rows = self.passages[places.tolist()]
         columns = zip(rows["id"], rows["title"], rows["text"], strict=True)
-        return [Passage(id, [], "", title=title, text=text) for id, title, text in columns]
+        return [Passage(id, title, text) for id, title, text in columns]
 
 
 def make_faiss(shards: list[Tensor], config: IndexConfig) -> Any:

@@ -159,7 +159,7 @@ def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
     kinds = {"bf16": torch.bfloat16, "16": torch.float16}
     kind = kinds.get(precision.partition("-")[0])
     mixed = precision.endswith("mixed")
-    length = data.encoder.config.max_length
+    length = data.encoding.max_length
     lengths: list[int] = []
     if data.packing:
         whole, rest = divmod(data.tokens_per_batch, length)

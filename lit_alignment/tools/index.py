@@ -122,7 +122,7 @@ class EmbeddingWriter(Callback):
         self._builder = IndexBuilder(self.index, manifest)
         if trainer.is_global_zero:
             columns = zip(rows["id"], rows["title"], rows["text"], strict=True)
-            self._builder.create([Passage(id, [], "", title=title, text=text) for id, title, text in columns])
+            self._builder.create([Passage(id, title, text) for id, title, text in columns])
         trainer.strategy.barrier("index")
 
     def on_predict_batch_end(

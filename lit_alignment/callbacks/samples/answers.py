@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_alignment.callbacks.samples.base import PickReport
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.conversation import conversations_of
 from lit_alignment.data.encoding.prompts import PromptItem
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.evaluation.answers import build_metric
@@ -73,7 +73,7 @@ class CherryPicks(PickReport):
         path = self.reward_model if "reward" in self.metrics else None
         reward = None if path is None else RewardScorer(path)
         network = alignment_module(pl_module).network
-        self._scorer = Scorer(self.metrics, datamodule_of(trainer).encoder, network, None, reward)
+        self._scorer = Scorer(self.metrics, conversations_of(trainer).encoder, network, None, reward)
 
     def show(self, trainer: Trainer, module: LightningModule, step: int) -> tuple[list[str], list[list[Any]]]:
         """Answer the prompts."""

@@ -71,7 +71,8 @@ class BatchPlan:
     Args:
         lengths: Tokens of each example.
         weights: Trained weight of each example.
-        tokens_per_batch: Tokens in a packed row; None plans `batch_size` examples a batch instead.
+        tokens_per_batch: Tokens in a packed row; None plans `batch_size` examples a batch instead. An example that is
+            longer has a row of its own.
         batch_size: Examples in an unpacked batch.
         shuffle: New order each epoch; without it, order is by position.
         seed: Seed of the order.
@@ -93,7 +94,9 @@ class BatchPlan:
         rows: list[list[int]] = []
         for start in range(0, len(order), PACKING_BUFFER):
             part = order[start : start + PACKING_BUFFER]
-            rows += [part[row].tolist() for row in pack(self.lengths[part].tolist(), self.tokens_per_batch or 0)]
+            capacity = self.tokens_per_batch or 0
+            lengths = np.minimum(self.lengths[part], capacity)  # one that is longer fills a row
+            rows += [part[row].tolist() for row in pack(lengths.tolist(), capacity)]
         return rows
 
     def groups(self, epoch: int) -> list[list[int]]:

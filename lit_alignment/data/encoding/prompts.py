@@ -6,18 +6,11 @@ from typing import Any
 
 import datasets
 
-from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.encoding.encoder import Encoder, Prompt
 from lit_alignment.data.encoding.messages import Message, Record
+from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.sources.records import SourceConfig
 
-ROW_FEATURES = {
-    "id": datasets.Value("string"),
-    "dataset": datasets.Value("string"),
-    "dropped": datasets.Value("string"),
-    "detail": datasets.Value("string"),
-    "length": datasets.Value("int64"),
-}
 PROMPT_FEATURES = datasets.Features(
     {
         **ROW_FEATURES,
@@ -41,6 +34,7 @@ class Item:
         messages: The messages that the model sees.
         label: The record's label.
         meta: The record's meta.
+        reference: The response that the record has here, if any.
     """
 
     index: int
@@ -49,6 +43,7 @@ class Item:
     messages: list[Message]
     label: Any
     meta: Any
+    reference: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -57,26 +52,9 @@ class PromptItem(Item):
 
     Args:
         input_ids: Token ids.
-        reference: The response that the record has here, if any.
     """
 
     input_ids: list[int]
-    reference: str | None
-
-
-@dataclass
-class PromptBatch:
-    """Prompts to answer together."""
-
-    items: list[PromptItem]
-
-
-@dataclass
-class ItemBatch:
-    """What is scored together: the items, and their tokens."""
-
-    items: list[Any]
-    scores: ScoreBatch
 
 
 def prompt_row(encoder: Encoder, record: Record, source: SourceConfig) -> dict[str, Any]:
