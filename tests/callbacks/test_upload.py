@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_alignment import Export
 from lit_alignment.callbacks.upload import SNAPSHOTS, Upload, fetch_checkpoint
 from lit_alignment.checkpoints import remote
-from lit_alignment.checkpoints.remote import RemoteItem, RemoteFolder, describe, sha256
+from lit_alignment.checkpoints.remote import RemoteFolder, RemoteItem, describe, sha256
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.trainer_cli import build
 from tests.checkpoints.test_checkpoints import Seen
