@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +45,7 @@ from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
 from lit_alignment.retrieval.index import IndexConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WORDS = "the kitchen scale does not work please reply order urgent billing product repair null true".split()
 
 
@@ -138,23 +137,6 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
 
 def weights(module: SFTModule) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
-def run_on_ranks(script: str, *arguments: str) -> None:
-    """Run a script of the tests that starts its other ranks itself, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    run = subprocess.run(
-        [sys.executable, "-m", f"tests.{script}", *arguments],
-        env=os.environ | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -298,7 +280,9 @@ IMAGE = ModalityConfig([VISION], ProjectorConfig("mlp"))
 
 
 def picture(path: Path, seed: int) -> str:
-    """A picture of two colors, with noise."""
+    """A picture of two colors, with noise; one that is there stays, as another rank may read it."""
+    if path.exists():
+        return str(path)
     generator = torch.Generator().manual_seed(seed)
     colors = torch.randint(0, 192, (2, 1, 3), generator=generator).repeat_interleave(torch.tensor([20, 20]), 0)
     pixels = (colors + torch.randint(0, 64, (40, 50, 3), generator=generator)).to(torch.uint8)
