@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lit_alignment import CherryPicks, Throughput
 from lit_alignment.callbacks.samples.html import CherryPick, curve_svg, render_report
@@ -187,3 +187,30 @@ def test_two_ranks_score_the_same_answers_and_gather_what_each_has(kind, tmp_pat
     with (tmp_path / "metrics.csv").open() as file:
         logged = [row["cherry_picks/length_tokens"] for row in csv.DictReader(file)]
     assert len([value for value in logged if value]) == 2
+
+
+def test_means_are_those_of_each_validation_alone(tmp_path):
+    """Of two prompts, none is answered as the reference has it before training, then one, then both."""
+    module = sft_module()
+    logger = CSVLogger(tmp_path, name="csv")
+    callback = CherryPicks(num_samples=2, generation=SHORT, metrics=["exact_match"])
+    respond = module.respond
+
+    def answered(items, settings):
+        responses = respond(items, settings)
+        right = runner.current_epoch + 1 if runner.global_step else 0
+        for place, (item, response) in enumerate(zip(items, responses, strict=True)):
+            response.answers[0].content = f" {item.reference}\n" if place < right else "something else"
+        return responses
+
+    module.respond = answered
+    runner = trainer(tmp_path, callbacks=[callback], logger=logger, max_epochs=2)
+    runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)))
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        logged = [row["cherry_picks/exact_match"] for row in csv.DictReader(file)]
+    assert [float(value) for value in logged if value] == [0.0, 0.5, 1.0]
+    lines = [json.loads(line) for line in open(f"{logger.log_dir}/cherry_picks.jsonl")]
+    assert [line["scores"]["exact_match"] for line in lines] == [0, 0, 1, 0, 1, 1]
+    page = open(f"{logger.log_dir}/cherry_picks.html").read()
+    assert "<th>0 of 2</th><th>1 of 2</th><th>2 of 2</th>" in page and page.count("class=match") == 3
