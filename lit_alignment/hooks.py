@@ -1,6 +1,8 @@
 """What a method declares of itself, so that no callback, tool or engine asks which method runs."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -11,10 +13,13 @@ from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.restore import Saved
 from lit_alignment.errors import ConfigError
 from lit_alignment.evaluation.samples import Confusion, ScoredSample
+from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Response
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.dual_encoder import RetrieverConfig
 from lit_alignment.models.loading import HeadConfig
 from lit_alignment.models.multimodal.modality import MediaShape
 from lit_alignment.retrieval.index import IndexConfig
+from lit_alignment.retrieval.passage_retriever import PassageRetriever
 
 Stage = Literal["train", "val", "test"]
 
@@ -86,6 +91,50 @@ class MethodHooks:
     def media_shapes(self) -> dict[str, MediaShape]:
         """How images and sounds enter, by modality."""
         return {}
+
+    @property
+    def passage_retriever(self) -> PassageRetriever | None:
+        """What retrieves passages, in a method that does."""
+        return None
+
+    def respond(self, items: Sequence[Any], decoding: DecodingConfig) -> list[Response]:
+        """What the model makes of prompts.
+
+        Args:
+            items: The prompts; where there are none, the call says only whether the method answers prompts.
+            decoding: How to generate.
+
+        Raises:
+            ConfigError: If the method answers no prompts.
+        """
+        raise ConfigError(
+            f"CherryPicks needs a module that answers prompts, not {type(self).__name__}; for one that scores use "
+            "lit_alignment.ScoredPicks."
+        )
+
+    def predict_requests(self, items: Sequence[Any], name: str) -> list[ItemRequests]:
+        """What another engine than `predict_step` is asked for items.
+
+        Args:
+            items: Of the data module.
+            name: The file of predictions that is written, of which `finish` makes an item's prediction.
+
+        Raises:
+            ConfigError: If other engines have nothing to compute for the method.
+        """
+        raise ConfigError(f"{type(self).__name__} has nothing for vLLM to compute. Use engine: transformers.")
+
+    def prepare_for_engine(self, saved: Saved | None, folder: Path) -> EngineNeeds:
+        """Load what another engine does not run, without a Trainer's strategy, and say what the engine must do.
+
+        Args:
+            saved: The trained weights; None before training.
+            folder: What the engine loads: a full model, or an adapter.
+
+        Raises:
+            ConfigError: If another engine cannot run the method.
+        """
+        raise ConfigError(f"{type(self).__name__} has nothing for vLLM to compute. Use engine: transformers.")
 
     def retrieval_config(self) -> tuple[RetrieverConfig, IndexConfig]:
         """The text encoder and the index that the method retrieves from.

@@ -59,7 +59,7 @@ MODULES = {
     "modules.features": "tools.preprocess",
     "modules.media": "models.multimodal.reading",
     "modules.retrieving": "modules.rag",
-    "serving.jobs": "vllm.jobs",
+    "serving.jobs": "vllm.predict",
     "serving.model": "vllm.model",
     "serving.predict": "vllm.predict",
     "serving.repair": "vllm.cpu_repair",

@@ -34,6 +34,8 @@ from lit_alignment.data.encoding.responses import ResponseEncoder
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.data.passages import Passage, format_passage
 from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.generation.engine import Request
+from lit_alignment.generation.transformers_engine import TransformersEngine
 from lit_alignment.models.dual_encoder import RetrieverConfig, load_retriever, weights_hash
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.multimodal.modality import ModalityConfig
@@ -328,3 +330,9 @@ def vlm_module(lora: bool = False, path: str = "configs/tiny", **settings: Any) 
 def vlm_data(module: VLMModule, train=None, val=None, **settings: Any) -> VLMDataModule:
     settings.setdefault("encoding", EncodingConfig(max_length=512))
     return VLMDataModule(module.tokenizer, module.media, **_sources(train, val), **settings)
+
+
+def generate(network, tokenizer, prompts, decoding, stop, **settings):
+    """Completions of each prompt by the transformers engine, all in one batch."""
+    requests = [Request(prompt, decoding, stop, seed=decoding.seed) for prompt in prompts]
+    return TransformersEngine(network, tokenizer, len(prompts), **settings).generate(requests)

@@ -1,9 +1,9 @@
-"""What models say about answers: log-probabilities, rewards, and the use of documents.
+"""What models say about answers: log-probabilities, and the use of documents.
 
 N answer tokens, V vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.collate import collate_padded
 from lit_alignment.data.encoding.encoder import Dropped, Encoder, Example
@@ -20,7 +19,6 @@ from lit_alignment.data.passages import format_passage, read_passage
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.evaluation.answers import Answered
 from lit_alignment.models.logprobs import target_logps
-from lit_alignment.paths import local_path
 
 NO_LIMIT = 1 << 30
 
@@ -54,7 +52,7 @@ class Scorer:
         encoder: How conversations become ids, as in training.
         network: The model; needed by perplexity, kl and retrieval_utility.
         base: The model before training; None uses `network` with its adapters switched off.
-        reward: Folder of a sequence classifier with one label.
+        reward: Gives the raw score of each conversation.
     """
 
     def __init__(
@@ -63,7 +61,7 @@ class Scorer:
         encoder: Encoder | None = None,
         network: nn.Module | None = None,
         base: nn.Module | None = None,
-        reward: str | None = None,
+        reward: Callable[[Sequence[list[Message]]], list[float]] | None = None,
     ) -> None:
         """Check that each metric has what it needs."""
         self.metrics, self.network, self.base = set(metrics), network, base
@@ -87,7 +85,7 @@ class Scorer:
                 True: Encoder(encoder.tokenizer, config),
                 False: Encoder(encoder.tokenizer, replace(config, end_of_turn="none")),
             }
-        self.reward = RewardScorer(reward) if "reward" in self.metrics and reward is not None else None
+        self.reward = reward if "reward" in self.metrics else None
 
     def score(self, prompts: Sequence[AnsweredPrompt]) -> list[Answered]:
         """What the metrics need, for each prompt; all answers go through a model together, in batches."""
@@ -102,7 +100,7 @@ class Scorer:
         for item, prompt in zip(found, prompts, strict=True):
             if self.reward is not None:
                 conversations = [[*prompt.messages, {"role": "assistant", "content": text}] for text in prompt.answers]
-                item.rewards = [self.reward(conversation) for conversation in conversations]
+                item.rewards = self.reward(conversations)
             if "retrieval_utility" in self.metrics and prompt.documents:
                 item.document_utilities = self._utilities(prompt)
         return found
@@ -192,35 +190,3 @@ def _without_adapters(network: nn.Module) -> AbstractContextManager[Any]:
         raise ConfigError("kl needs the base model: give --base, or a model with adapters.")
     switched_off: AbstractContextManager[Any] = network.disable_adapter()
     return switched_off
-
-
-class RewardScorer:
-    """Raw scores of conversations from a sequence classifier with one label.
-
-    Args:
-        path: Its folder, or a name on the hub.
-
-    Raises:
-        ConfigError: If it cannot be loaded, has no chat template, or has not one label.
-    """
-
-    def __init__(self, path: str) -> None:
-        """Load it."""
-        folder = local_path(path)
-        try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-            self.model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot load this reward model ({str(error).splitlines()[0]}).") from error
-        if self.tokenizer.chat_template is None:
-            raise ConfigError(f"{path}: this reward model has no chat template. Save one with its tokenizer.")
-        if self.model.config.num_labels != 1:
-            raise ConfigError(f"{path}: a reward model has one label, this one {self.model.config.num_labels}.")
-
-    @torch.no_grad()
-    def __call__(self, messages: list[Message]) -> float:
-        """The score of a conversation, alone in its batch, so that no padding is involved."""
-        plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-        ids = self.tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
-        tensor = torch.tensor([ids])
-        return float(self.model(input_ids=tensor, attention_mask=torch.ones_like(tensor)).logits[0, 0])

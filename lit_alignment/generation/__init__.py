@@ -1,5 +1,6 @@
-"""Answering prompts: settings, answers, and the engine on transformers."""
+"""Responses to prompts: the interface of engines, the one on transformers, and predictions on disk."""
 
-from lit_alignment.generation.settings import Answer, DecodingConfig
+from lit_alignment.generation.engine import Completion, Engine, Request
+from lit_alignment.generation.settings import DecodingConfig
 
-__all__ = ["Answer", "DecodingConfig"]
+__all__ = ["Completion", "DecodingConfig", "Engine", "Request"]

@@ -3,7 +3,8 @@
 B questions, C contexts, K passages of a question, T answer tokens, V vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from transformers import (
 
 from lit_alignment.data.batching.collate import collate_responses, pad_prompts
 from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.passages import Passage
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import Answer, DecodingConfig
-from lit_alignment.generation.transformers_engine import cut_answer, seeded
+from lit_alignment.generation.engine import Completion, ItemRequests, Request, Response, cut_completion
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.generation.transformers_engine import seeded
 from lit_alignment.models.logprobs import target_logps
-from lit_alignment.models.stop_rule import StopRule
 
 
 def answer_token_logps(
@@ -52,82 +54,168 @@ def answer_token_logps(
 def generate_by_token(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Sequence[int]]],
+    requests: Sequence[Sequence[Request]],
     log_priors: Tensor,
-    settings: DecodingConfig,
-    stop: StopRule,
-) -> list[list[Answer]]:
-    """Answers whose every token is drawn from the mixture over the passages.
+) -> list[list[Completion]]:
+    """Completions whose every token is drawn from the mixture over the passages.
 
     p(y_t | x, y_<t) = sum_k p(z_k) p(y_t | x, z_k, y_<t)
 
     Args:
         model: A causal language model; it is put into eval mode for the call.
         tokenizer: Its tokenizer.
-        prompts: For each question a prompt with each of its K passages.
+        requests: For each question a prompt with each of its K passages; all with the same decoding, greedy or by
+            sampling.
         log_priors: log p(z_k), [B, K].
-        settings: How to generate, greedily or by sampling.
-        stop: What ends a turn.
 
     Raises:
         ConfigError: If beams or a repetition penalty are asked for.
 
     Source: RAG-Token decoding of Lewis et al. 2020 (arXiv:2005.11401), section 2.5.
     """
-    if settings.num_beams > 1 or settings.repetition_penalty != 1.0:
+    first = requests[0][0]
+    decoding = first.decoding or DecodingConfig()
+    if decoding.num_beams > 1 or decoding.repetition_penalty != 1.0:
         raise ConfigError("generation: rag_token decoding knows neither num_beams nor repetition_penalty.")
-    copies, number = settings.num_return_sequences, log_priors.shape[1]
-    flat = [prompt for own in prompts for _ in range(copies) for prompt in own]
+    copies = decoding.num_return_sequences
+    owners = [own[0] for own in requests for _ in range(copies)]
+    prompts = [list(request.token_ids) for own in requests for _ in range(copies) for request in own]
     device = next(model.parameters()).device
-    input_ids, mask = (t.to(device) for t in pad_prompts(flat, int(tokenizer.pad_token_id or 0)))
+    input_ids, mask = (each.to(device) for each in pad_prompts(prompts, int(tokenizer.pad_token_id or 0)))
     priors = log_priors.to(device).repeat_interleave(copies, 0)[..., None]  # [B, K, 1]
-    strings = [*settings.stop_strings, *stop.strings]
-    found: list[list[int]] = [[] for _ in range(len(prompts) * copies)]
-    logps = torch.zeros(len(found), device=device)
-    done = [False] * len(found)
-    warp = _warpers(settings)
-    training, cache = model.training, None
+    training = model.training
     model.eval()
-    with seeded(settings.seed, flat, device):
-        for _ in range(settings.max_new_tokens):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-            inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-            output = model(input_ids=input_ids, **inputs, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            each = output.logits[:, -1].float().log_softmax(-1).view(len(found), number, -1)
-            mixed = (priors + each).logsumexp(1)  # [B, V]
-            if settings.temperature > 0:
-                chosen = torch.multinomial(warp(None, mixed).softmax(-1), 1)
-            else:
-                chosen = mixed.argmax(-1, keepdim=True)
-            gained = mixed.gather(1, chosen)[:, 0]
-            for row, token in enumerate(chosen[:, 0].tolist()):
+    tokens: list[list[int]] = [[] for _ in owners]
+    logps: list[list[float]] = [[] for _ in owners]
+    done = [False] * len(owners)
+    with seeded(first.seed, prompts, device):
+        for drawn, gained in _mixture(model, input_ids, mask, priors, decoding):
+            for row, (token, logp) in enumerate(zip(drawn, gained, strict=True)):
                 if not done[row]:
-                    found[row].append(token)
-                    logps[row] += gained[row]
-                    text = tokenizer.decode(found[row]) if strings else ""
-                    done[row] = token in stop.token_ids or any(string in text for string in strings)
+                    tokens[row].append(token)
+                    logps[row].append(logp)
+                    text = tokenizer.decode(tokens[row]) if first.stop_strings else ""
+                    done[row] = token in first.stop.token_ids or any(each in text for each in first.stop_strings)
             if all(done):
                 break
-            input_ids = chosen.repeat_interleave(number, 0)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     model.train(training)
-    answers = []
-    for row, tokens in enumerate(found):
-        question, copy = divmod(row, copies)
-        answer = cut_answer(str(copy), tokens, list(prompts[question][0]), tokenizer, settings, stop, strings)
-        answer.logprob = float(logps[row]) if settings.logprobs else None
-        answers.append(answer)
-    return [answers[first : first + copies] for first in range(0, len(answers), copies)]
+    found = [
+        cut_completion(own, request, tokenizer, row if decoding.logprobs else None)
+        for own, request, row in zip(tokens, owners, logps, strict=True)
+    ]
+    return [found[start : start + copies] for start in range(0, len(found), copies)]
 
 
-def _warpers(settings: DecodingConfig) -> LogitsProcessorList:
+def _mixture(
+    model: nn.Module, input_ids: Tensor, mask: Tensor, priors: Tensor, decoding: DecodingConfig
+) -> Iterator[tuple[list[int], list[float]]]:
+    """At each step the next token of each question, and its log-probability under the mixture.
+
+    Args:
+        model: A causal language model.
+        input_ids: Prompts of all passages of a question, those of each question in a row, [B * K, T].
+        mask: Which of these are no padding.
+        priors: log p(z_k), [B, K, 1].
+        decoding: How to generate.
+    """
+    cache, warp = None, _warpers(decoding)
+    for _ in range(decoding.max_new_tokens):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        output = model(input_ids=input_ids, **inputs, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        by_passage = output.logits[:, -1].float().log_softmax(-1).view(*priors.shape[:2], -1)
+        mixed = (priors + by_passage).logsumexp(1)  # [B, V]
+        if decoding.temperature > 0:
+            drawn = torch.multinomial(warp(None, mixed).softmax(-1), 1)
+        else:
+            drawn = mixed.argmax(-1, keepdim=True)
+        yield drawn[:, 0].tolist(), mixed.gather(1, drawn)[:, 0].tolist()
+        input_ids = drawn.repeat_interleave(priors.shape[1], 0)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def most_likely(
+    by_passage: Sequence[Sequence[Completion]],
+    log_priors: Tensor,
+    decoding: DecodingConfig,
+    score: Callable[[list[str]], Tensor] | None = None,
+) -> list[Completion]:
+    """The candidates that were generated after each passage, by their likelihood summed over the passages.
+
+    Args:
+        by_passage: Completions after each of K passages, with log-probabilities.
+        log_priors: log p(z_k), [K].
+        decoding: How many to return, and whether with log-probabilities.
+        score: Log-probability of each text after each passage, [candidates, K]; without it a candidate counts as
+            impossible after passages from which it was not generated.
+
+    Source: Lewis et al. 2020 (arXiv:2005.11401), section 2.5: thorough decoding with `score`, fast decoding without.
+    """
+    candidates = {each.text: each for own in by_passage for each in reversed(own)}
+    if score is not None:
+        logps = score(list(candidates)).cpu()
+    else:
+        logps = torch.full((len(candidates), len(by_passage)), -torch.inf)
+        for column, own in enumerate(by_passage):
+            generated = {each.text: each.logp for each in reversed(own)}
+            for line, text in enumerate(candidates):
+                if (logp := generated.get(text)) is not None:
+                    logps[line, column] = logp
+    totals = (log_priors.cpu() + logps).logsumexp(-1)
+    order = totals.argsort(descending=True, stable=True)[: decoding.num_return_sequences].tolist()
+    kept = list(candidates.values())
+    return [
+        replace(kept[line], logps=None, marginal_logp=float(totals[line]) if decoding.logprobs else None)
+        for line in order
+    ]
+
+
+def marginal_requests(
+    requests: Sequence[Request],
+    passages: Sequence[Passage],
+    scores: Tensor,
+    score: Callable[[list[str]], Tensor] | None,
+) -> ItemRequests:
+    """What an engine is asked for a question whose passages stand in a prompt each.
+
+    All beams or draws of a prompt are candidates, and their likelihood over all passages decides.
+
+    Args:
+        requests: The prompt with each of K passages.
+        passages: The passages.
+        scores: Their scores, [K].
+        score: As of `most_likely`.
+    """
+    decoding = requests[0].decoding or DecodingConfig()
+    number = max(decoding.num_return_sequences, decoding.num_beams)
+    alone = replace(decoding, num_return_sequences=number, logprobs=True)
+
+    def finish(results: list[list[Completion]]) -> Response:
+        completions = most_likely(results, scores.log_softmax(-1), decoding, score)
+        return Response(completions, retrieved_passages(passages, scores))
+
+    return ItemRequests([replace(each, decoding=alone) for each in requests], finish)
+
+
+def retrieved_passages(passages: Sequence[Passage], scores: Tensor) -> dict[str, Any]:
+    """What predictions say of a question's passages.
+
+    Args:
+        passages: K of them.
+        scores: Their scores, [K].
+    """
+    documents = [{"id": passage.id, "title": passage.title, "text": passage.text} for passage in passages]
+    return {"documents": documents, "doc_scores": scores.tolist()}
+
+
+def _warpers(decoding: DecodingConfig) -> LogitsProcessorList:
     """What sampling does to the log-probabilities."""
     chain = LogitsProcessorList()
-    if settings.temperature > 0:
-        chain.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k > 0:
-            chain.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            chain.append(TopPLogitsWarper(settings.top_p))
+    if decoding.temperature > 0:
+        chain.append(TemperatureLogitsWarper(decoding.temperature))
+        if decoding.top_k > 0:
+            chain.append(TopKLogitsWarper(decoding.top_k))
+        if decoding.top_p < 1:
+            chain.append(TopPLogitsWarper(decoding.top_p))
     return chain

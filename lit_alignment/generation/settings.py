@@ -1,17 +1,15 @@
-"""What to generate, and what comes back; every engine takes and returns these."""
+"""How to generate."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.moved import renamed
 
-FinishReason = Literal["stop", "length"]
-
 
 @dataclass(frozen=True)
 class DecodingConfig:
-    """How answers are generated.
+    """The decoding configuration: how responses are generated.
 
     Args:
         max_new_tokens: Longest answer, in tokens.
@@ -56,29 +54,6 @@ class DecodingConfig:
             )
         if any(not stop for stop in self.stop_strings):
             raise ConfigError("generation.stop_strings holds an empty string.")
-
-
-@dataclass
-class Answer:
-    """One generated answer.
-
-    Args:
-        id: Its number among the answers to its prompt, from "0".
-        content: Its text.
-        finish_reason: `stop` at an end-of-turn token or stop string, `length` at the limit.
-        num_tokens: Tokens generated, the end-of-turn token included.
-        logprob: Summed log-probability of these tokens, if asked for.
-    """
-
-    id: str
-    content: str
-    finish_reason: FinishReason
-    num_tokens: int
-    logprob: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As written to a predictions file; what was not asked for is left out."""
-        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 def __getattr__(name: str) -> Any:

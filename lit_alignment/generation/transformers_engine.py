@@ -1,11 +1,11 @@
-"""Answers from transformers' own generate.
+"""The engine on transformers' own generate.
 
-B prompts, S answers to each, T tokens, V vocabulary
+B prompts, S completions of each, T tokens
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -13,73 +13,120 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
-from lit_alignment.data.batching.collate import pad_prompts
-from lit_alignment.generation.settings import Answer, DecodingConfig
+from lit_alignment.data.batching.collate import Sequences, collate_padded, pad_prompts, pad_sequences
+from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.generation.engine import Completion, Engine, Request, Result, cut_completion, prompt_seed
+from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.adapters import is_prompt_learning, prefix_cache
-from lit_alignment.models.head import base_model
-from lit_alignment.models.stop_rule import StopRule
+from lit_alignment.models.head import base_model, scores_at
+from lit_alignment.models.logprobs import row_inputs, target_logps
+from lit_alignment.models.multimodal.placing import Placement, placed
 
 
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    settings: DecodingConfig,
-    stop: StopRule,
-    synced: bool = False,
-    never: Sequence[int] = (),
-) -> list[list[Answer]]:
-    """Answers to each prompt, in the order of the prompts.
+class TransformersEngine(Engine):
+    """Answers or scores batches of the requests, in their order.
 
     Args:
-        model: A causal language model; it is put into eval mode for the call.
+        network: A causal language model, or one with a head of scores; it is put into eval mode for each batch.
         tokenizer: Its tokenizer.
-        prompts: Token ids of each prompt, of any lengths; they are padded on the left.
-        settings: How to generate.
-        stop: What ends a turn.
-        synced: Go on until all ranks are done, as sharded models need.
-        never: Tokens that are never generated.
-
-    Returns:
-        `num_return_sequences` answers to each prompt.
+        batch_size: Requests to answer together; neighbours of other settings are not.
+        synced: Continue each batch until all ranks are done, as sharded models need.
     """
-    device = next(model.parameters()).device
-    input_ids, attention_mask = (t.to(device) for t in pad_prompts(prompts, int(tokenizer.pad_token_id or 0)))
-    strings = [*settings.stop_strings, *stop.strings]
-    arguments: dict[str, Any] = {"tokenizer": tokenizer} if strings else {}
-    training = model.training
-    model.eval()
-    with seeded(settings.seed, prompts, device):
-        sequences = _sequences(
-            model,
-            input_ids,
-            attention_mask,
-            generation_config=_generation_config(
-                model, settings, stop, strings, int(tokenizer.pad_token_id or 0), never
-            ),
-            synced_gpus=synced,
-            **arguments,
-        )
-    width = input_ids.shape[1]
-    logprobs = _logprobs(model, sequences, attention_mask, width, settings, stop) if settings.logprobs else None
-    model.train(training)
 
-    answers: list[list[Answer]] = []
-    for row, sequence in enumerate(sequences[:, width:].tolist()):
-        prompt, number = divmod(row, settings.num_return_sequences)
-        if number == 0:
-            answers.append([])
-        answer = cut_answer(str(number), sequence, list(prompts[prompt]), tokenizer, settings, stop, strings)
-        answer.logprob = None if logprobs is None else logprobs[row]
-        answers[prompt].append(answer)
-    return answers
+    def __init__(
+        self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, synced: bool = False
+    ) -> None:
+        """Keep the parts."""
+        self.network, self.tokenizer = network, tokenizer
+        self.batch_size, self.synced = batch_size, synced
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Result]]:
+        """Each request with its result, batch by batch."""
+        batch: list[Request] = []
+        for request in requests:
+            if batch and _settings(request) != _settings(batch[0]):
+                yield from self._run(batch)
+                batch = []
+            batch.append(request)
+            if len(batch) == self.batch_size:
+                yield from self._run(batch)
+                batch = []
+        if batch:
+            yield from self._run(batch)
+
+    @torch.no_grad()
+    def _run(self, batch: list[Request]) -> list[tuple[Request, Result]]:
+        training = self.network.training
+        self.network.eval()
+        results: Sequence[Result]
+        try:
+            with placed(self.network, _placements(batch)):
+                results = self._scores(batch) if batch[0].decoding is None else self._completions(batch)
+        finally:
+            self.network.train(training)
+        return list(zip(batch, results, strict=True))
+
+    def _scores(self, batch: list[Request]) -> list[Tensor]:
+        """Raw scores at the last token of each prompt, [K] each."""
+        items = [Sequences(list(request.token_ids), [[]]) for request in batch]
+        rows, ends = pad_sequences(items, int(self.tokenizer.pad_token_id or 0))
+        inputs = row_inputs(self.network, rows)
+        read_at = torch.tensor(ends, device=inputs["input_ids"].device) - 1
+        return list(scores_at(self.network, read_at, **inputs))
+
+    def _completions(self, batch: list[Request]) -> list[list[Completion]]:
+        first, prompts = batch[0], [list(request.token_ids) for request in batch]
+        decoding = first.decoding or DecodingConfig()
+        device = next(self.network.parameters()).device
+        input_ids, attention_mask = (t.to(device) for t in pad_prompts(prompts, self._padding))
+        arguments: dict[str, Any] = {"tokenizer": self.tokenizer} if first.stop_strings else {}
+        config = _generation_config(self.network, first, decoding, self._padding)
+        arguments |= {"generation_config": config, "synced_gpus": self.synced}
+        with seeded(first.seed, prompts, device):
+            sequences = _sequences(self.network, input_ids, attention_mask, **arguments)
+        copies = decoding.num_return_sequences
+        owners = [request for request in batch for _ in range(copies)]
+        found = [
+            cut_completion(row, request, self.tokenizer)
+            for row, request in zip(sequences[:, input_ids.shape[1] :].tolist(), owners, strict=True)
+        ]
+        if decoding.logprobs:
+            found = self._with_logps(found, owners)
+        return [found[start : start + copies] for start in range(0, len(found), copies)]
+
+    @property
+    def _padding(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def _with_logps(self, completions: list[Completion], owners: list[Request]) -> list[Completion]:
+        """Completions with the log-probability of each token, from one forward pass over prompts and completions."""
+        examples = []
+        for completion, request in zip(completions, owners, strict=True):
+            prompt, tokens = list(request.token_ids), completion.token_ids
+            weights = [0.0] * len(prompt) + [1.0] * len(tokens)
+            examples.append(Example(prompt + tokens, [IGNORE_INDEX] * len(prompt) + tokens, weights))
+        rows = collate_padded(examples, self._padding)
+        logps = torch.split(target_logps(self.network, rows), rows.lengths)
+        return [replace(each, logps=own.tolist()) for each, own in zip(completions, logps, strict=True)]
 
 
-def prompt_seed(seed: int, prompts: Sequence[Sequence[int]]) -> int:
-    """A seed of the prompts, so that a resumed run draws the same."""
-    digest = hashlib.sha256(f"{seed}/{list(map(list, prompts))}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+def _settings(request: Request) -> tuple[Any, ...]:
+    """What requests that are answered together have in common."""
+    return request.decoding, request.stop, list(request.never), request.seed
+
+
+def _placements(batch: list[Request]) -> list[Placement]:
+    """The embeddings at the placeholders of a batch."""
+    if any(request.images is not None for request in batch):
+        raise TypeError("the transformers engine takes embeddings of images, not their files.")
+    placeholders = sorted({token_id for request in batch for token_id in request.embeddings})
+    found = []
+    for token_id in placeholders:
+        parts = [request.embeddings[token_id] for request in batch if token_id in request.embeddings]
+        counts = [len(request.embeddings.get(token_id, ())) for request in batch]
+        found.append(Placement(token_id, torch.cat(parts), counts))
+    return found
 
 
 @contextmanager
@@ -91,10 +138,10 @@ def seeded(seed: int, prompts: Sequence[Sequence[int]], device: torch.device) ->
 
 
 def _sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **arguments: Any) -> Tensor:
-    """Prompts and answers, [B * S, T].
+    """Prompts and completions, [B * S, T].
 
-    Vectors that prompt learning puts before the tokens are given as a cache that is filled already: peft's own
-    generate counts their positions differently from its training.
+    The virtual tokens of prompt learning are given as a cache that is filled already: peft's own generate counts their
+    positions differently from its training.
     """
     plain = cast(GenerationMixin, model)
     if not isinstance(model, PeftModel) or not is_prompt_learning(model):
@@ -106,102 +153,33 @@ def _sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **ar
     filled = input_ids[:, -1:].expand(-1, number)
     sequences: Tensor = base_model(model).generate(
         input_ids=torch.cat([filled, input_ids], 1),
-        attention_mask=_after_prefix(attention_mask, number),
+        attention_mask=torch.cat([attention_mask.new_ones(len(attention_mask), number), attention_mask], dim=1),
         past_key_values=prefix_cache(model, len(input_ids) * copies),
         **arguments,
     )
     return sequences[:, number:]
 
 
-def _after_prefix(attention_mask: Tensor, number: int) -> Tensor:
-    return torch.cat([attention_mask.new_ones(len(attention_mask), number), attention_mask], dim=1)
-
-
 def _generation_config(
-    model: nn.Module,
-    settings: DecodingConfig,
-    stop: StopRule,
-    strings: list[str],
-    pad_token_id: int,
-    never: Sequence[int],
+    model: nn.Module, request: Request, decoding: DecodingConfig, pad_token_id: int
 ) -> GenerationConfig:
     sampling: dict[str, Any] = {"do_sample": False}
-    if settings.temperature > 0:
+    if decoding.temperature > 0:
         sampling = {
             "do_sample": True,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
+            "temperature": decoding.temperature,
+            "top_p": decoding.top_p,
+            "top_k": decoding.top_k,
         }
     return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=settings.num_beams,
-        num_return_sequences=settings.num_return_sequences,
-        repetition_penalty=settings.repetition_penalty,
-        eos_token_id=stop.token_ids or None,
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=decoding.num_beams,
+        num_return_sequences=decoding.num_return_sequences,
+        repetition_penalty=decoding.repetition_penalty,
+        eos_token_id=request.stop.token_ids or None,
         bos_token_id=base_model(model).config.get_text_config().bos_token_id,
         pad_token_id=pad_token_id,
-        stop_strings=strings or None,
-        suppress_tokens=list(never) or None,
+        stop_strings=request.stop_strings or None,
+        suppress_tokens=list(request.never) or None,
         **sampling,
     )
-
-
-def cut_answer(
-    number: str,
-    sequence: list[int],
-    prompt: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: DecodingConfig,
-    stop: StopRule,
-    strings: list[str],
-) -> Answer:
-    """Cut a generated row where its turn ends, and turn it into text."""
-    length = answer_length(sequence, stop)
-    finished = length > 0 and sequence[length - 1] in stop.token_ids
-    kept = sequence[:length]
-    body = kept[:-1] if finished and settings.skip_special_tokens else kept
-    text = tokenizer.decode(body, skip_special_tokens=settings.skip_special_tokens)
-    cuts = [text.find(string) for string in strings if string in text]
-    if cuts:
-        # Rows that stopped early are padded until the last one stops; their text ends before the stop string.
-        text, finished = text[: min(cuts)], True
-        padding = tokenizer.pad_token_id
-        while length > 1 and sequence[length - 1] == padding:
-            length -= 1
-    if not settings.remove_prompt:
-        text = tokenizer.decode(prompt, skip_special_tokens=settings.skip_special_tokens) + text
-    return Answer(number, text, "stop" if finished else "length", length)
-
-
-def answer_length(sequence: Sequence[int], stop: StopRule) -> int:
-    """Tokens up to and with the first that ends the turn."""
-    for position, token in enumerate(sequence):
-        if token in stop.token_ids:
-            return position + 1
-    return len(sequence)
-
-
-def _logprobs(
-    model: nn.Module,
-    sequences: Tensor,
-    prompt_mask: Tensor,
-    width: int,
-    settings: DecodingConfig,
-    stop: StopRule,
-) -> list[float]:
-    """Summed log-probability of each answer, [B * S], from one forward pass over prompts and answers."""
-    lengths = torch.tensor([answer_length(s, stop) for s in sequences[:, width:].tolist()], device=sequences.device)
-    answer_mask = torch.arange(sequences.shape[1] - width, device=sequences.device)[None] < lengths[:, None]
-    mask = torch.cat([prompt_mask.repeat_interleave(settings.num_return_sequences, 0).bool(), answer_mask], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    num_new = sequences.shape[1] - width
-    inputs: dict[str, Any] = {"attention_mask": mask.long(), "position_ids": positions, "use_cache": False}
-    if isinstance(model, PeftModel) and is_prompt_learning(model):
-        number = model.active_peft_config.num_virtual_tokens
-        inputs = {"attention_mask": _after_prefix(mask.long(), number), "position_ids": positions + number}
-        inputs["past_key_values"] = prefix_cache(model, len(sequences))
-        model = base_model(model)
-    logits = model(input_ids=sequences, **inputs, logits_to_keep=num_new + 1).logits[:, :-1]
-    logps = logits.float().log_softmax(-1).gather(2, sequences[:, width:, None]).squeeze(2)  # [B * S, num_new]
-    return [float(total) for total in (logps * answer_mask).sum(1)]

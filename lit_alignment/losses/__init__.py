@@ -21,6 +21,7 @@ from lit_alignment.losses.retrieval import (
     rag_sequence_loss,
     rag_token_loss,
     replug_loss,
+    retriever_loss,
 )
 from lit_alignment.losses.reward import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
 
@@ -43,6 +44,7 @@ __all__ = [
     "rag_token_loss",
     "regression_loss",
     "replug_loss",
+    "retriever_loss",
     "token_cross_entropy",
     "token_logps_and_entropies",
 ]

@@ -171,6 +171,33 @@ def _divergence(log_target: Tensor, scores: Tensor) -> Tensor:
     return (log_target.exp() * (log_target - wide(scores).log_softmax(-1))).sum(-1)
 
 
+def retriever_loss(
+    name: str, scores: Tensor, answer_logps: Tensor, mean_logps: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Loss of the retriever for each question, [B], by the name of the training objective.
+
+    Args:
+        name: `emdr2`, `leave_one_out`, `replug`, or `perplexity_distillation`.
+        scores: Scores of the passages, [B, K].
+        answer_logps: log p(y | x, z_k), or of all passages but z_k for `leave_one_out`, [B, K].
+        mean_logps: Its mean over the answer's tokens, [B, K].
+        temperature: Flattens (above 1) what the retriever is distilled from.
+
+    Raises:
+        ValueError: If there is no such loss.
+    """
+    match name:
+        case "emdr2":
+            return emdr2_loss(scores, answer_logps)
+        case "leave_one_out":
+            return leave_one_out_loss(scores, mean_logps, temperature)
+        case "replug":
+            return replug_loss(scores, mean_logps, temperature)
+        case "perplexity_distillation":
+            return perplexity_distillation_loss(scores, mean_logps, temperature)
+    raise ValueError(f"'{name}' is no loss of a retriever.")
+
+
 def _same_shape(scores: Tensor, logps: Tensor) -> None:
     if scores.shape != logps.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and log-probabilities {tuple(logps.shape)} must be [B, K].")

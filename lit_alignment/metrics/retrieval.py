@@ -1,10 +1,12 @@
 """How well a ranking of passages finds the relevant ones.
 
-K passages of a question
+B questions, K passages of a question
 """
 
 import math
 from collections.abc import Collection, Sequence
+
+from torch import Tensor
 
 
 def ranking_metrics(found: Sequence[str], relevant: Collection[str], ks: Sequence[int]) -> dict[str, float]:
@@ -32,3 +34,34 @@ def ranking_metrics(found: Sequence[str], relevant: Collection[str], ks: Sequenc
     ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(len(wanted), max(ks)) + 1))
     metrics[f"ndcg@{max(ks)}"] = gain / ideal
     return metrics
+
+
+def retrieval_sums(
+    retrieved: Sequence[Sequence[str]],
+    relevant: Sequence[Sequence[str]],
+    weights: Sequence[float],
+    scores: Tensor,
+    ks: Sequence[int],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums over questions and their numbers by name: `passage_entropy`, and `mrr` and `recall@k` of those judged.
+
+    Args:
+        retrieved: Ids of the passages of each question, best first.
+        relevant: Ids of those that are relevant; none where that is not known.
+        weights: Weight of each question; 0 for a dummy question, which does not count.
+        scores: Scores of the passages, [B, K].
+        ks: The k of recall@k.
+    """
+    log_prior = scores.detach().log_softmax(-1)
+    counted = scores.new_tensor(weights)
+    entropy = -(log_prior.exp() * log_prior).sum(-1)
+    sums = {"passage_entropy": ((entropy * counted).sum(), counted.sum())}
+    judged = [
+        ranking_metrics(ids, wanted, ks)
+        for ids, wanted, weight in zip(retrieved, relevant, weights, strict=True)
+        if wanted and weight
+    ]
+    number = scores.new_tensor(len(judged))
+    for name in ["mrr", *(f"recall@{k}" for k in ks)]:
+        sums[name] = scores.new_tensor(sum(metrics[name] for metrics in judged)), number
+    return sums

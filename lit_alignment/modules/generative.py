@@ -1,7 +1,9 @@
 """What modules share whose model answers prompts."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -12,8 +14,9 @@ from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.restore import Saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.prompts import PromptBatch
-from lit_alignment.generation.settings import Answer, DecodingConfig
-from lit_alignment.generation.transformers_engine import generate
+from lit_alignment.generation.engine import Completion, EngineNeeds, ItemRequests, Request, Response, step_seed
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.generation.transformers_engine import TransformersEngine
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.stop_rule import StopRule, generation_config, stop_rule
@@ -22,44 +25,16 @@ from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.optimization import OptimizerConfig
 
 
-@dataclass
-class Question:
-    """What is to be generated for one item.
-
-    Args:
-        prompts: Token ids of each prompt.
-        settings: How to answer them.
-        finish: Makes the response of the answers to each prompt.
-    """
-
-    prompts: list[list[int]]
-    settings: DecodingConfig
-    finish: Callable[[list[list[Answer]]], "Response"]
-
-
-@dataclass
-class Response:
-    """What a model makes of one prompt.
-
-    Args:
-        answers: Its answers.
-        found: What it has looked up for them, as it stands in the predictions.
-    """
-
-    answers: list[Answer]
-    found: dict[str, Any] = field(default_factory=dict)
-
-
 class GenerativeModule(AlignmentModule):
-    """A language model that answers prompts in `predict` and in cherry picks.
+    """A language model that answers prompts in `predict` and in sample tables.
 
     Args:
         backbone: The pretrained model.
         peft: New adapters from the peft library; without these and `adapter` all weights train.
-        adapter: An adapter that exists, frozen or to go on with.
+        adapter: An existing adapter, frozen or to be trained further.
         tokens: Special and new tokens; with LoRA only the rows of new ones train.
         optimizer: Optimizer and schedule.
-        generation: Named ways to answer in `predict`; each writes a file of its own.
+        generation: Decoding configurations of `predict` by name; each writes a file of its own.
     """
 
     def __init__(
@@ -92,37 +67,59 @@ class GenerativeModule(AlignmentModule):
         parts = super().export_parts(saved, network, form)
         return replace(parts, generation_config=generation_config(self.tokenizer, self.stop))
 
-    def answer(self, prompts: list[list[int]], settings: DecodingConfig) -> list[list[Answer]]:
-        """Answers to prompts, given as token ids."""
-        return generate(self.network, self.tokenizer, prompts, settings, self.stop, never=self.never)
+    # Responses.
 
     @property
     def never(self) -> list[int]:
         """Tokens that are never generated."""
         return []
 
-    def questions(self, items: Sequence[Any], settings: DecodingConfig) -> list[Question]:
-        """What has to be generated for items, by any engine."""
-        return [Question([item.input_ids], settings, lambda answers: Response(answers[0])) for item in items]
+    def request(self, token_ids: Sequence[int], decoding: DecodingConfig) -> Request:
+        """What an engine is asked for a prompt; in training, each optimizer step draws anew."""
+        step = self.trainer.global_step if self.trainer.state.fn == "fit" else 0
+        return Request(token_ids, decoding, self.stop, self.never, step_seed(decoding.seed, step))
 
-    def respond(self, items: Sequence[Any], settings: DecodingConfig) -> list[Response]:
-        """What the model makes of items."""
-        questions = self.questions(items, settings)
-        prompts = [prompt for question in questions for prompt in question.prompts]
-        answers = iter(self.answer(prompts, questions[0].settings))
-        return [question.finish([next(answers) for _ in question.prompts]) for question in questions]
+    def item_requests(self, items: Sequence[Any], decoding: DecodingConfig) -> list[ItemRequests]:
+        """What any engine is asked for items, whose results `finish` turns into responses."""
+        return [ItemRequests([self.request(item.input_ids, decoding)], only_response) for item in items]
 
-    def prediction(self, response: Response) -> dict[str, Any]:
-        """What the predictions say of an item."""
-        return {"answers": [answer.to_dict() for answer in response.answers], **response.found}
+    def respond(self, items: Sequence[Any], decoding: DecodingConfig) -> list[Response]:
+        """What the model, in the state it is in, makes of items; all are answered together."""
+        asked = self.item_requests(items, decoding) if items else []
+        requests = [request for each in asked for request in each.requests]
+        engine = TransformersEngine(self.network, self.tokenizer, len(requests)) if requests else None
+        results = iter(engine.generate(requests) if engine else [])
+        return [each.finish([next(results) for _ in each.requests]) for each in asked]
+
+    # Predictions.
 
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
-        """The generation settings by name."""
-        return {name: asdict(settings) for name, settings in self.generation.items()}
+        """The decoding configurations by name."""
+        return {name: asdict(decoding) for name, decoding in self.generation.items()}
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[dict[str, Any]]]:
-        """Answers by name of the generation settings, in the order of the batch."""
+        """Responses by name of the decoding configuration, in the order of the batch."""
         return {
-            name: [self.prediction(response) for response in self.respond(batch.items, settings)]
-            for name, settings in self.generation.items()
+            name: [response.prediction() for response in self.respond(batch.items, decoding)]
+            for name, decoding in self.generation.items()
         }
+
+    def predict_requests(self, items: Sequence[Any], name: str) -> list[ItemRequests]:
+        """What another engine is asked for items, under the decoding configuration of that name."""
+        asked = self.item_requests(items, self.generation[name])
+        return [replace(each, finish=partial(_prediction, each)) for each in asked]
+
+    def prepare_for_engine(self, saved: Saved | None, folder: Path) -> EngineNeeds:
+        """Nothing: an engine generates from token ids."""
+        return EngineNeeds()
+
+
+def only_response(results: list[list[Completion]]) -> Response:
+    """The response to an item of one prompt."""
+    (completions,) = results
+    return Response(completions)
+
+
+def _prediction(asked: ItemRequests, results: list[list[Completion]]) -> dict[str, Any]:
+    response: Response = asked.finish(results)
+    return response.prediction()

@@ -4,37 +4,44 @@ B questions, K passages of a question, T answer tokens, D width
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_alignment.checkpoints.export import ExportParts
+from lit_alignment.checkpoints.hf_folder import Form
+from lit_alignment.checkpoints.restore import Saved
+from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.passages import Passage
-from lit_alignment.data.rag import RAGBatch, RAGItem
+from lit_alignment.data.rag import RAGBatch, RAGDataModule, RAGItem
 from lit_alignment.errors import ConfigError
+from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request, Response
+from lit_alignment.generation.marginal import (
+    answer_token_logps,
+    generate_by_token,
+    marginal_requests,
+    retrieved_passages,
+)
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
-from lit_alignment.losses import (
-    emdr2_loss,
-    leave_one_out_loss,
-    perplexity_distillation_loss,
-    rag_sequence_loss,
-    rag_token_loss,
-    replug_loss,
-)
+from lit_alignment.losses import rag_sequence_loss, rag_token_loss, retriever_loss
 from lit_alignment.metrics import TokenMean
-from lit_alignment.metrics.retrieval import ranking_metrics
+from lit_alignment.metrics.retrieval import retrieval_sums
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.dual_encoder import RetrieverConfig
+from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, save_retriever
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.modules.retriever import RetrieverModule
-from lit_alignment.modules.retrieving import Decoding, RetrievingModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
+from lit_alignment.retrieval.passage_retriever import PassageRetriever, TrainedTowers
 
 Objective = Literal[
     "language_modeling",
@@ -45,11 +52,12 @@ Objective = Literal[
     "leave_one_out",
     "replug",
 ]
+Decoding = Literal["concatenate", "rag_sequence", "rag_sequence_fast", "rag_token"]
 MARGINAL = ("rag_sequence", "rag_token")
 RECALL_AT = (1, 5, 20)
 
 
-class RAGModule(RetrievingModule):
+class RAGModule(GenerativeModule):
     """A generator that answers with retrieved passages, and the retriever, trained by what helps the generator.
 
     `rag_sequence` and `rag_token` train both on the likelihood of the answer, summed over the passages, each in a
@@ -73,10 +81,10 @@ class RAGModule(RetrievingModule):
         retriever_learning_rate: Highest learning rate of the retriever; that of the optimizer by default.
         target_temperature: Flattens (above 1) what the retriever is distilled from.
         peft: New adapters of the generator; without these and `adapter` all its weights train.
-        adapter: An adapter that exists, frozen or to go on with.
+        adapter: An existing adapter, frozen or to be trained further.
         tokens: Special and new tokens of the generator.
         optimizer: Optimizer and schedule.
-        generation: Named ways to answer in `predict`.
+        generation: Decoding configurations of `predict` by name.
         decoding: How passages take part: all in one prompt (`concatenate`), or one in each and summed over, by whole
             answers (`rag_sequence`, `rag_sequence_fast`) or by tokens (`rag_token`). By default as in training.
     """
@@ -91,7 +99,7 @@ class RAGModule(RetrievingModule):
         index: IndexConfig,
         objective: Objective = "rag_sequence",
         num_passages: int = 5,
-        train_retriever: Literal["none", "query", "both"] = "query",
+        train_retriever: TrainedTowers = "query",
         train_generator: bool = True,
         over_retrieve: int = 1,
         retriever_weight: float = 1.0,
@@ -105,61 +113,102 @@ class RAGModule(RetrievingModule):
         decoding: Decoding | None = None,
     ) -> None:
         """Check the settings; weights and index come in `configure_model`."""
-        trained: Decoding = "concatenate"
+        super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
+        self._retriever = PassageRetriever(retriever, index, num_passages, over_retrieve, train_retriever)
+        self.objective, self.num_passages = objective, num_passages
+        self.train_retriever, self.train_generator = train_retriever, train_generator
+        self.retriever_weight, self.retriever_learning_rate = retriever_weight, retriever_learning_rate
+        self.target_temperature = target_temperature
+        as_trained: Decoding = "concatenate"
         if objective == "rag_sequence" or objective == "rag_token":
-            trained = objective
-        super().__init__(
-            backbone,
-            retriever,
-            index,
-            num_passages,
-            train_retriever,
-            train_generator,
-            over_retrieve,
-            peft,
-            adapter,
-            tokens,
-            optimizer,
-            generation,
-            decoding or trained,
-        )
-        self.objective, self.retriever_weight = objective, retriever_weight
-        self.retriever_learning_rate, self.target_temperature = retriever_learning_rate, target_temperature
-        self._check_settings()
+            as_trained = objective
+        self.decoding = decoding or as_trained
+        self.dual: DualEncoder | None = None  # the retriever's towers, under whose name checkpoints have them
+        _check_settings(objective, num_passages, train_retriever, train_generator, retriever)
 
-    def _check_settings(self) -> None:
-        """Refuse what would train nothing, or something else than it says."""
-        learns = self.train_retriever != "none"
-        if learns and self.num_passages < 2:
-            raise ConfigError(
-                f"model.num_passages is {self.num_passages}: the softmax over one passage is always 1, so the "
-                "retriever would get no gradient. Use 2 or more, or set train_retriever to none."
-            )
-        if learns and self.objective == "language_modeling":
-            raise ConfigError(
-                "model.objective: language_modeling does not train a retriever. Choose another objective, "
-                "or set train_retriever to none."
-            )
-        if not learns and self.objective not in ("language_modeling", *MARGINAL):
-            raise ConfigError(
-                f"model.objective: {self.objective} is a loss of the retriever, and train_retriever is none. "
-                "Use language_modeling, or train the retriever."
-            )
-        if not learns and not self.train_generator:
-            raise ConfigError("model.train_generator is false and train_retriever none: nothing would learn.")
-        if self.train_retriever == "query" and self.retriever.towers == "shared":
-            raise ConfigError(
-                "model.train_retriever: the query tower cannot train alone while the towers are shared. "
-                "Set retriever.towers to separate, or train_retriever to both."
-            )
-        if self.objective == "leave_one_out" and self.num_passages < 2:
-            raise ConfigError("model.objective: leave_one_out needs num_passages of 2 or more.")
+    @property
+    def data(self) -> RAGDataModule:
+        """The data module, which puts passages into conversations.
+
+        Raises:
+            ConfigError: If it is another method's.
+        """
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, RAGDataModule):
+            raise ConfigError(f"RAGModule needs a RAGDataModule, not {type(data).__name__}.")
+        return data
+
+    # Retriever.
+
+    @property
+    def passage_retriever(self) -> PassageRetriever:
+        """What retrieves the passages of questions."""
+        return self._retriever
+
+    def load_extra_networks(self, device_type: str = "cpu") -> None:
+        """Load the retriever's towers and its index."""
+        self.dual = self.passage_retriever.load()
+        if not self.train_generator:
+            self.network.requires_grad_(False)
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        """The towers of the retriever, which may be one."""
+        encoder = self.passage_retriever.encoder
+        query, passage = encoder.query_tower, encoder.passage_tower
+        return {"retriever": query} if query is passage else {"query tower": query, "passage tower": passage}
+
+    def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
+        """Also the retriever, in `retriever/`."""
+        retriever = self.passage_retriever
+        encoder = load_retriever(retriever.config) if self.is_sharded else retriever.encoder
+
+        def write(folder: Path) -> None:
+            save_retriever(encoder, folder / "retriever", saved.retriever)
+
+        return replace(super().export_parts(saved, network, form), beside=write)
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """Also the retriever's settings, and whether the generator stays as it is."""
+        retriever = asdict(self.passage_retriever.config)
+        return {**super().checkpoint_metadata(), "retriever": retriever, "frozen": not self.train_generator}
+
+    def retrieve(self, queries: Sequence[str]) -> tuple[list[list[Passage]], Tensor]:
+        """The K best passages of each query, and their scores with the gradient that trains the retriever, [B, K].
+
+        Every process searches its part of a sharded index, but in predict, where some have more batches.
+        """
+        sharded = self.passage_retriever.index_config.sharded and self.trainer.world_size > 1
+        return self.passage_retriever.retrieve(queries, together=sharded and self.trainer.state.fn != "predict")
+
+    def on_fit_start(self) -> None:
+        """Refuse a stale index, and passages that learn while nobody encodes them anew."""
+        super().on_fit_start()
+        self.passage_retriever.check_kept_up()
+
+    def on_validation_start(self) -> None:
+        """Refuse a stale index, unless it lags behind a training that continues."""
+        if self.trainer.state.fn != "fit":
+            self.passage_retriever.check_index()
+
+    def on_test_start(self) -> None:
+        """Refuse a stale index."""
+        self.passage_retriever.check_index()
+
+    def on_predict_start(self) -> None:
+        """Refuse a stale index."""
+        super().on_predict_start()
+        self.passage_retriever.check_index()
 
     # Loss.
 
     def stage_metrics(self) -> dict[str, Metric]:
         """Means over trained tokens (`loss`) and over questions."""
-        return {name: TokenMean() for name in ("loss", *self._names())}
+        retrieval = [f"recall@{k}" for k in self._recall_at]
+        return {name: TokenMean() for name in ("loss", "passage_entropy", "retriever_loss", "mrr", *retrieval)}
+
+    @property
+    def _recall_at(self) -> list[int]:
+        return [k for k in RECALL_AT if k <= self.num_passages]
 
     def step(self, batch: RAGBatch, stage: Stage) -> Tensor:
         """Loss of the answers and of the retriever."""
@@ -167,7 +216,8 @@ class RAGModule(RetrievingModule):
         answer_losses, retriever_losses, tokens = self.losses(batch.items, passages, scores)
         counted = scores.new_tensor(batch.weights)  # [B]
         answers = (answer_losses * counted).sum()
-        means = self._found(batch, passages, scores)
+        ids = [[passage.id for passage in own] for own in passages]
+        means = retrieval_sums(ids, [item.relevant for item in batch.items], batch.weights, scores, self._recall_at)
         if stage == "train":
             for name, (total, weight) in means.items():
                 if float(weight) > 0:
@@ -220,40 +270,9 @@ class RAGModule(RetrievingModule):
             logps, weights = self.token_logps(items, contexts)
             sums = (logps * weights[:, None]).sum(-1)  # [B, K]
             means = sums / weights.sum(-1, keepdim=True)
-        match self.objective:
-            case "emdr2":
-                return emdr2_loss(scores, sums)
-            case "leave_one_out":
-                return leave_one_out_loss(scores, means, self.target_temperature)
-            case "replug":
-                return replug_loss(scores, means, self.target_temperature)
-            case _:
-                return perplexity_distillation_loss(scores, means, self.target_temperature)
+        return retriever_loss(self.objective, scores, sums, means, self.target_temperature)
 
     # Metrics.
-
-    def _names(self) -> list[str]:
-        ks = [k for k in RECALL_AT if k <= self.num_passages]
-        return ["passage_entropy", "retriever_loss", "mrr", *(f"recall@{k}" for k in ks)]
-
-    def _found(
-        self, batch: RAGBatch, passages: Sequence[Sequence[Passage]], scores: Tensor
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Sums over the questions, and the numbers of these, by name; fillers do not count."""
-        log_prior = scores.detach().log_softmax(-1)
-        counted = scores.new_tensor(batch.weights)
-        entropy = -(log_prior.exp() * log_prior).sum(-1)
-        sums = {"passage_entropy": ((entropy * counted).sum(), counted.sum())}
-        ks = [k for k in RECALL_AT if k <= self.num_passages]
-        judged = [
-            ranking_metrics([passage.id for passage in own], item.relevant, ks)
-            for item, own, weight in zip(batch.items, passages, batch.weights, strict=True)
-            if item.relevant and weight
-        ]
-        number = scores.new_tensor(len(judged))
-        for name in ["mrr", *(f"recall@{k}" for k in ks)]:
-            sums[name] = scores.new_tensor(sum(metrics[name] for metrics in judged)), number
-        return sums
 
     def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
         """Also the perplexity; no recall where no relevant passage is known."""
@@ -262,26 +281,147 @@ class RAGModule(RetrievingModule):
         known = {name: metric.compute() for name, metric in metrics.items() if metric.update_called}
         return {"loss": loss, "perplexity": loss.exp(), **{n: v for n, v in known.items() if v.isfinite()}}
 
+    # Responses.
+
+    def token_logps(
+        self, items: Sequence[RAGItem], contexts: Sequence[Sequence[Sequence[Passage]]]
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each answer token after each context, [B, C, T], and the tokens' weights, [B, T].
+
+        Args:
+            items: The questions with their answers.
+            contexts: C lists of passages for each.
+        """
+        data = self.data
+        examples = [
+            [data.encoder.example(item.messages, item.answer or {}, own, item.tools) for own in lists]
+            for item, lists in zip(items, contexts, strict=True)
+        ]
+        return answer_token_logps(self.network, examples, int(self.tokenizer.pad_token_id), data.packing)
+
+    def prediction_settings(self) -> dict[str, dict[str, Any]]:
+        """The decoding configurations by name, with what decides the passages."""
+        index = self.passage_retriever.index.manifest.encoder_hash
+        shared = {"num_passages": self.num_passages, "index": index, "decoding": self.decoding}
+        return {name: settings | shared for name, settings in super().prediction_settings().items()}
+
+    @torch.no_grad()
+    def item_requests(self, items: Sequence[RAGItem], decoding: DecodingConfig) -> list[ItemRequests]:
+        """The question with all passages, or with each by itself."""
+        passages, scores = self.retrieve([item.query for item in items])
+        return [self._requests(*each, decoding) for each in zip(items, passages, scores, strict=True)]
+
+    def _requests(
+        self, item: RAGItem, passages: list[Passage], scores: Tensor, decoding: DecodingConfig
+    ) -> ItemRequests:
+        if self.decoding == "concatenate":
+            request = self._request(item, passages, decoding)
+            return ItemRequests([request], lambda results: Response(results[0], retrieved_passages(passages, scores)))
+
+        def score(texts: list[str]) -> Tensor:
+            said = [replace(item, answer={"role": "assistant", "content": text}) for text in texts]
+            # An answer that the template renders as nothing has nothing to score.
+            tokens, weights = self.token_logps(said, [[[passage] for passage in passages]] * len(said))
+            return (tokens * weights[:, None]).sum(-1)
+
+        each = [self._request(item, [passage], decoding) for passage in passages]
+        return marginal_requests(each, passages, scores, score if self.decoding == "rag_sequence" else None)
+
+    @torch.no_grad()
+    def respond(self, items: Sequence[RAGItem], decoding: DecodingConfig) -> list[Response]:
+        """Responses, with the passages behind them and their scores."""
+        if self.decoding != "rag_token" or not items:
+            return super().respond(items, decoding)
+        passages, scores = self.retrieve([item.query for item in items])
+        requests = [
+            [self._request(item, [each], decoding) for each in own] for item, own in zip(items, passages, strict=True)
+        ]
+        completions = generate_by_token(self.network, self.tokenizer, requests, scores.log_softmax(-1))
+        return [
+            Response(found, retrieved_passages(own, row))
+            for found, own, row in zip(completions, passages, scores, strict=True)
+        ]
+
+    def _request(self, item: RAGItem, passages: Sequence[Passage], decoding: DecodingConfig) -> Request:
+        return self.request(self.data.encoder.prompt(item.messages, passages, item.tools).input_ids, decoding)
+
+    def prepare_for_engine(self, saved: Saved | None, folder: Path) -> EngineNeeds:
+        """Load the retriever: an engine generates after the passages.
+
+        Raises:
+            ConfigError: If the decoding needs the generator itself, or the index is stale.
+        """
+        if self.decoding not in ("concatenate", "rag_sequence_fast"):
+            raise ConfigError(
+                f"model.decoding: {self.decoding} needs the generator's own probabilities of other tokens than it "
+                "has drawn. With engine: vllm use rag_sequence_fast or concatenate."
+            )
+        self.dual = self.passage_retriever.load()
+        if saved is not None:
+            self.dual.load_state_dict(saved.retriever, strict=False)
+        self.dual.eval()
+        self.passage_retriever.check_index()
+        return EngineNeeds()
+
     # The index.
 
     def retrieval_config(self) -> tuple[RetrieverConfig, IndexConfig]:
         """The retriever and the index."""
-        return self.retriever, self.index_config
+        return self._retriever.config, self._retriever.index_config
 
     def passage_encoder(self) -> AlignmentModule:
         """The retriever alone."""
-        return RetrieverModule(self.retriever, self.index_config)
+        return RetrieverModule(*self.retrieval_config())
 
     # Optimizer.
 
     def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         """That of the retriever."""
         rate = self.retriever_learning_rate or self.optimizer_config.learning_rate
-        return [(list(self.encoder.parameters()), rate)]
+        return [(list(self.passage_retriever.encoder.parameters()), rate)]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the retriever's gradient norm besides."""
         super().on_before_optimizer_step(optimizer)
         if self.train_retriever != "none":
-            gradients = [p.grad for p in self.encoder.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.passage_retriever.encoder.parameters() if p.grad is not None]
             self.log("train/retriever_grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+
+def _check_settings(
+    objective: Objective,
+    num_passages: int,
+    train_retriever: TrainedTowers,
+    train_generator: bool,
+    retriever: RetrieverConfig,
+) -> None:
+    """Refuse what would train nothing, or something else than it says.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    learns = train_retriever != "none"
+    if learns and num_passages < 2:
+        raise ConfigError(
+            f"model.num_passages is {num_passages}: the softmax over one passage is always 1, so the "
+            "retriever would get no gradient. Use 2 or more, or set train_retriever to none."
+        )
+    if learns and objective == "language_modeling":
+        raise ConfigError(
+            "model.objective: language_modeling does not train a retriever. Choose another objective, "
+            "or set train_retriever to none."
+        )
+    if not learns and objective not in ("language_modeling", *MARGINAL):
+        raise ConfigError(
+            f"model.objective: {objective} is a loss of the retriever, and train_retriever is none. "
+            "Use language_modeling, or train the retriever."
+        )
+    if not learns and not train_generator:
+        raise ConfigError("model.train_generator is false and train_retriever none: nothing would learn.")
+    if train_retriever == "query" and retriever.towers == "shared":
+        raise ConfigError(
+            "model.train_retriever: the query tower cannot train alone while the towers are shared. "
+            "Set retriever.towers to separate, or train_retriever to both."
+        )
+    if objective == "leave_one_out" and num_passages < 2:
+        raise ConfigError("model.objective: leave_one_out needs num_passages of 2 or more.")

@@ -4,7 +4,9 @@ B rows, T tokens, N scores, K labels
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, head_of, read_head
+from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, Saved, head_of, read_head, restore
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import ScoreBatch, local_positions
 from lit_alignment.data.encoding.prompts import ItemBatch
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request
 from lit_alignment.hooks import Stage
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.collectives import SequenceGroup
@@ -128,6 +131,24 @@ class ScoringModule(AlignmentModule):
         Raises:
             ConfigError: If its scores stand elsewhere.
         """
+
+    def predict_requests(self, items: Sequence[Any], name: str) -> list[ItemRequests]:
+        """The sequences of each item, whose raw scores an engine is asked for."""
+        return [
+            ItemRequests([Request(ids) for ids in self.sequences(item)], partial(self._of_engine, item))
+            for item in items
+        ]
+
+    def _of_engine(self, item: Any, scores: list[Tensor]) -> dict[str, Any]:
+        return self.predicted(item, torch.stack(scores))
+
+    def prepare_for_engine(self, saved: Saved | None, folder: Path) -> EngineNeeds:
+        """Load the model in transformers, for scores to compare with, and take over what was measured."""
+        if saved is None:
+            return EngineNeeds(scores=True, network=self.load_model().eval())
+        if saved.head is not None:
+            self.take_over(saved.head)
+        return EngineNeeds(scores=True, network=restore(saved)[0])
 
     def measure(self, **values: float) -> None:
         """Keep what was measured with the model beside it."""

@@ -3,8 +3,10 @@
 B rows, T tokens, D width
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 
 from lit_alignment.checkpoints.export import ExportParts, media_parts
 from lit_alignment.checkpoints.hf_folder import Form
-from lit_alignment.checkpoints.restore import Saved, restore_towers
+from lit_alignment.checkpoints.restore import Saved, restore, restore_towers
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.multimodal.media import MediaTokens
 from lit_alignment.data.vlm import MediaBatch, MediaItem, VLMDataModule
 from lit_alignment.errors import ConfigError
+from lit_alignment.generation.engine import EngineNeeds, Images, ItemRequests
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
@@ -27,7 +30,7 @@ from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, Mod
 from lit_alignment.models.multimodal.placing import Placement, placed
 from lit_alignment.models.multimodal.reading import media_tokens
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
-from lit_alignment.modules.generative import Response
+from lit_alignment.modules.generative import only_response
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
 
@@ -87,6 +90,7 @@ class VLMModule(SFTModule):
         self.projector_learning_rate, self.encoder_learning_rate = projector_learning_rate, encoder_learning_rate
         self.towers: nn.ModuleDict | None = None
         self._media_tokens: dict[str, MediaTokens] | None = None
+        self._engine_encodes = False  # whether the engine that answers encodes images itself
 
     @staticmethod
     def _check(given: dict[str, ModalityConfig | None], train_encoder: bool, peft: PeftConfig | None) -> None:
@@ -182,45 +186,73 @@ class VLMModule(SFTModule):
         with placed(self.network, self._placements(media)):
             return super()._hidden_states(batch)
 
-    def _placements(
-        self, media: dict[str, list[Tensor]], counts: dict[str, list[int]] | None = None
-    ) -> list[Placement]:
+    def _placements(self, media: dict[str, list[Tensor]]) -> list[Placement]:
         """What to put at the placeholders: one call of each encoder for the whole batch.
 
         Args:
             media: What the data module has read, by modality.
-            counts: Number of files of each row, where rows may be repeated.
         """
         found = []
         for name, tower in self.loaded_towers.items():
             token_id = self.media[name].token_id
             if name in media:
-                own = None if counts is None else counts[name]
-                found.append(Placement(token_id, tower(media[name]), own))
+                found.append(Placement(token_id, tower(media[name])))
             elif self.trainer.world_size > 1:
                 # Other ranks may have images: this one takes part in the exchange of gradients and of shards.
                 nothing = [part.to(self.device) for part in self.shapes[name].nothing()]
                 found.append(Placement(token_id, tower(nothing), absent=True))
         return found
 
-    # Answers.
+    # Responses.
 
     @torch.no_grad()
-    def respond(self, items: Sequence[Any], settings: DecodingConfig) -> list[Response]:
-        """What the model makes of prompts with images."""
-        training = self.network.training
-        self.network.eval()
-        with placed(self.network, self.placements_of(items)):
-            found = super().respond(items, settings)
-        self.network.train(training)
-        return found
+    def item_requests(self, items: Sequence[MediaItem], decoding: DecodingConfig) -> list[ItemRequests]:
+        """Prompts with the embeddings of their files, or with the files where the engine encodes images itself."""
+        requests = [self.request(item.input_ids, decoding) for item in items]
+        if self._engine_encodes:
+            image = self.media["image"]
+            requests = [
+                replace(each, images=Images(item.media["image"], image.token_id, image.number))
+                if item.media.get("image")
+                else each
+                for each, item in zip(requests, items, strict=True)
+            ]
+        else:
+            embeddings = self._embeddings(items)
+            requests = [replace(each, embeddings=own) for each, own in zip(requests, embeddings, strict=True)]
+        return [ItemRequests([each], only_response) for each in requests]
 
-    def placements_of(self, items: Sequence[MediaItem]) -> list[Placement]:
-        """What to put at the placeholders of prompts."""
+    def _embeddings(self, items: Sequence[MediaItem]) -> list[dict[int, Tensor]]:
+        """What stands at the placeholders of each item: one call of each encoder for all of them."""
         owners = [(f"{item.dataset}/{item.id}", item.media) for item in items]
         media = {name: [part.to(self.device) for part in parts] for name, parts in self.data.load(owners).items()}
-        counts = {name: [len(files.get(name, [])) for _, files in owners] for name in self.shapes}
-        return self._placements(media, counts)
+        found: list[dict[int, Tensor]] = [{} for _ in items]
+        names = {self.media[name].token_id: name for name in self.loaded_towers}
+        for placement in self._placements(media):
+            if placement.absent:
+                continue
+            counts = [len(item.media.get(names[placement.token_id], [])) for item in items]
+            for own, part in zip(found, torch.split(placement.embeddings, counts), strict=True):
+                if len(part):
+                    own[placement.token_id] = part
+        return found
+
+    def prepare_for_engine(self, saved: Saved | None, folder: Path) -> EngineNeeds:
+        """Nothing beside a LLaVA, which engines run whole; else language model, encoders and projectors.
+
+        Raises:
+            ConfigError: Before training.
+        """
+        if saved is None:
+            raise ConfigError("the projector is not trained: give --ckpt_path.")
+        if json.loads((folder / "config.json").read_text())["model_type"] == "llava":
+            self._engine_encodes = True
+            files = self.data.examples["predict"]["media"]
+            return EngineNeeds(num_images=max(1, *(len(json.loads(each)["image"]) for each in files)))
+        self.model, _ = restore(saved)
+        self.load_towers().load_state_dict(saved.towers, strict=False)
+        self.eval()
+        return EngineNeeds(embeddings=True, network=self.model)
 
     @property
     def never(self) -> list[int]:

@@ -20,6 +20,7 @@ from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.evaluation.answers import TEXT_METRICS, AnswerMetric, build_metric
 from lit_alignment.evaluation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.generation.prediction_file import read_predictions
+from lit_alignment.generation.reward_scorer import RewardScorer
 from lit_alignment.models.loading import BackboneConfig, load_network, load_tokenizer
 from lit_alignment.models.tokens import TokensConfig
 
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> None:
         template = TemplateConfig(file=str(options.template) if options.template else None)
         encoder = Encoder(tokenizer, EncodingConfig(template=template))
     base = _load(options.base)[0] if options.base else None
-    scorer = Scorer(names, encoder, network, base, options.reward)
+    reward = RewardScorer(options.reward) if options.reward else None
+    scorer = Scorer(names, encoder, network, base, reward)
 
     found: dict[str, list[AnswerMetric]] = {}
     rows = []

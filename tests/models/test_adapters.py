@@ -21,14 +21,13 @@ from lit_alignment import Export, SFTModule
 from lit_alignment.checkpoints.restore import trained_names
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.settings import DecodingConfig
-from lit_alignment.generation.transformers_engine import generate
 from lit_alignment.models.adapters import AdapterConfig, merged_state, why_merge
 from lit_alignment.models.head import head_loss, hidden_states, token_logps
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.stop_rule import StopRule
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.optimization import OptimizerConfig
-from tests.helpers import base_model_folder, chats, sft_data, trainer, weights
+from tests.helpers import base_model_folder, chats, generate, sft_data, trainer, weights
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 VIRTUAL = {"num_virtual_tokens": 5, "task_type": "CAUSAL_LM"}
@@ -160,8 +159,8 @@ def test_answers_are_those_of_a_slow_loop_with_the_training_forward(name, base):
                 scores = network(input_ids=torch.tensor([ids]), attention_mask=mask, use_cache=False).logits[0, -1]
             ids.append(int(scores.argmax()))
             logprob += float(scores.log_softmax(-1).max())
-        assert answer.content == module.tokenizer.decode(ids[len(prompt) :])
-        assert answer.logprob == pytest.approx(logprob, abs=1e-3)
+        assert answer.text == module.tokenizer.decode(ids[len(prompt) :])
+        assert answer.logp == pytest.approx(logprob, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", PROMPTS)

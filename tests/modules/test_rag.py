@@ -47,13 +47,16 @@ def slow_logps(module: RAGModule, encoder, item, passages) -> list[float]:
 
 def slow_loss(module: RAGModule, data, rows, objective: str) -> torch.Tensor:
     """The loss of one step by enumeration: every passage of the index, one question at a time."""
-    passages, width = knowledge(6), module.retriever.temperature
+    passages, width = knowledge(6), module.passage_retriever.config.temperature
     with torch.no_grad():
-        stored = [module.encoder.passages([format_passage("{title} {text}", p.title, p.text)])[0] for p in passages]
+        stored = [
+            module.passage_retriever.encoder.passages([format_passage("{title} {text}", p.title, p.text)])[0]
+            for p in passages
+        ]
     answers, own, tokens = [], [], 0
     for row in rows:
         item = data.predict_item(row, 0)
-        query = module.encoder.queries([item.query])[0]
+        query = module.passage_retriever.encoder.queries([item.query])[0]
         scores = torch.stack([(query * vector).sum() / width for vector in stored])
         prior = scores.exp() / scores.exp().sum()
         single = [slow_logps(module, data.encoder, item, [p]) for p in passages]
@@ -202,7 +205,7 @@ def test_frozen_retriever_is_asked_each_question_once(tmp_path, monkeypatch):
     trainer(tmp_path, max_epochs=2).fit(module, rag_data(module, chats(5), chats(5)))
     assert len(asked) == len(set(asked)) == 5
     again = rag_module(config, num_passages=3, train_retriever="query")
-    again.load_retriever()
+    again.passage_retriever.load()
     for one, other in zip(module.retrieve(asked[:3]), again.retrieve(asked[:3]), strict=True):
         if isinstance(one, torch.Tensor):
             torch.testing.assert_close(one, other.detach())
@@ -234,7 +237,7 @@ def test_shared_towers_learn_from_both_sides(tmp_path):
     module = rag_module(config, retriever=SHARED, num_passages=3, train_retriever="both")
     found = step_gradients(tmp_path, module, rag_data(module, chats(4)), callbacks=[IndexRefresh()])
     assert any(name.startswith("dual.query_tower.") for name in found)
-    assert module.encoder.query_tower is module.encoder.passage_tower
+    assert module.passage_retriever.encoder.query_tower is module.passage_retriever.encoder.passage_tower
 
 
 def test_prompt_prefix_is_computed_once(tmp_path):
@@ -285,20 +288,22 @@ def test_thorough_decoding_takes_the_candidate_that_all_passages_make_likely(tmp
     responses = module.respond(items, settings)
     passages, scores = module.retrieve([item.query for item in items])
     for item, response, own, row in zip(items, responses, passages, scores, strict=True):
-        found = [answer.logprob for answer in response.answers]
-        assert found == sorted(found, reverse=True) and len(set(a.content for a in response.answers)) == len(found)
-        for answer in response.answers:
-            expected = likelihood(module, data, item, answer.content, own, row.detach())
-            assert answer.logprob == pytest.approx(expected, rel=1e-4)
-        assert [document["id"] for document in response.found["documents"]] == [p.id for p in own]
-        assert response.found["doc_scores"] == pytest.approx(row.tolist())
+        found = [each.logp for each in response.completions]
+        assert found == sorted(found, reverse=True) and len(set(each.text for each in response.completions)) == len(
+            found
+        )
+        for completion in response.completions:
+            expected = likelihood(module, data, item, completion.text, own, row.detach())
+            assert completion.logp == pytest.approx(expected, rel=1e-4)
+        assert [document["id"] for document in response.retrieved["documents"]] == [p.id for p in own]
+        assert response.retrieved["doc_scores"] == pytest.approx(row.tolist())
 
 
 def test_fast_decoding_asks_only_where_a_candidate_came_from(tmp_path):
     module, _, items = answering(tmp_path, "rag_sequence_fast")
     module.token_logps = None  # no second pass
     responses = module.respond(items, DecodingConfig(max_new_tokens=4, logprobs=True))
-    assert all(len(response.answers) == 1 and response.answers[0].logprob < 0 for response in responses)
+    assert all(len(response.completions) == 1 and response.completions[0].logp < 0 for response in responses)
 
 
 def test_token_decoding_takes_the_likeliest_token_of_the_mixture(tmp_path):
@@ -318,8 +323,8 @@ def test_token_decoding_takes_the_likeliest_token_of_the_mixture(tmp_path):
             mixed = (row.detach().log_softmax(-1)[:, None] + torch.stack(logps)).logsumexp(0)
             tokens.append(int(mixed.argmax()))
             total += float(mixed.max())
-        assert response.answers[0].content == module.tokenizer.decode(tokens)
-        assert response.answers[0].logprob == pytest.approx(total, rel=1e-4)
+        assert response.completions[0].text == module.tokenizer.decode(tokens)
+        assert response.completions[0].logp == pytest.approx(total, rel=1e-4)
 
 
 def test_token_decoding_knows_no_beams(tmp_path):

@@ -14,7 +14,7 @@ from lit_alignment.checkpoints.restore import read_saved, restore
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
-from lit_alignment.evaluation.scoring import RewardScorer
+from lit_alignment.generation.reward_scorer import RewardScorer
 from lit_alignment.losses import bradley_terry_loss, outcome_loss, plackett_luce_loss
 from lit_alignment.models.head import base_model, output_head
 from lit_alignment.models.loading import BackboneConfig
@@ -266,7 +266,7 @@ def test_exported_model_scores_the_same_in_other_programs(tmp_path):
     assert loaded.config.num_labels == 1 and loaded.config.reward_std == model.head.measured["reward_std"]
     messages = [{"role": "user", "content": "repair"}, {"role": "assistant", "content": "yes"}]
     model.eval()
-    assert RewardScorer(str(folder))(messages) == pytest.approx(float(whole(model, "repair", "yes")), abs=1e-5)
+    assert RewardScorer(str(folder))([messages]) == pytest.approx([float(whole(model, "repair", "yes"))], abs=1e-5)
 
 
 def predict(model, records, folder, **settings):

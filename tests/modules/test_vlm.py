@@ -178,9 +178,9 @@ def test_answers_in_a_batch_are_those_of_each_alone(asked, beams):
     together = module.respond(items, settings)
     for item, response in zip(items, together, strict=True):
         alone = module.respond([item], settings)[0]
-        assert [answer.content for answer in alone.answers] == [answer.content for answer in response.answers]
-        logps = [answer.logprob for answer in response.answers]
-        assert [answer.logprob for answer in alone.answers] == pytest.approx(logps, abs=1e-3)
+        assert [each.text for each in alone.completions] == [each.text for each in response.completions]
+        logps = [each.logp for each in response.completions]
+        assert [each.logp for each in alone.completions] == pytest.approx(logps, abs=1e-3)
 
 
 def test_answer_depends_on_the_image(asked, tmp_path):
@@ -189,8 +189,8 @@ def test_answer_depends_on_the_image(asked, tmp_path):
     settings = DecodingConfig(max_new_tokens=4, logprobs=True)
     paths = [picture(tmp_path / f"other{i}.png", 1000 + i) for i, _ in enumerate(item.media["image"])]
     other = replace(item, media={"image": paths})
-    first, second = (module.respond([each], settings)[0].answers[0] for each in (item, other))
-    assert first.logprob != second.logprob
+    first, second = (module.respond([each], settings)[0].completions[0] for each in (item, other))
+    assert first.logp != second.logp
 
 
 def test_placeholder_is_never_generated(asked):
@@ -200,7 +200,7 @@ def test_placeholder_is_never_generated(asked):
         module.network.lm_head.weight[token] = 100 * module.network.lm_head.weight.abs().max()
     settings = DecodingConfig(max_new_tokens=8, skip_special_tokens=False, temperature=1.0)
     for response in module.respond(items, settings):
-        assert "<image>" not in response.answers[0].content
+        assert "<image>" not in response.completions[0].text
 
 
 # Exports.
@@ -271,7 +271,7 @@ def test_answers_that_depend_on_the_image_alone_are_learned(tmp_path):
     trainer(tmp_path, max_epochs=150).fit(module, data)
     data.setup("predict")
     items = [data.predict_item(data.examples["predict"][i], i) for i in range(8)]
-    found = [response.answers[0].content for response in module.respond(items, DecodingConfig(max_new_tokens=8))]
+    found = [response.completions[0].text for response in module.respond(items, DecodingConfig(max_new_tokens=8))]
     assert found == names
 
 

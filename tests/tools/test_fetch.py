@@ -7,13 +7,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
 from lit_alignment.errors import AlignmentError
 from lit_alignment.generation.settings import DecodingConfig
-from lit_alignment.generation.transformers_engine import generate
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.stop_rule import stop_rule
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.paths import local_path
 from lit_alignment.tools import fetch
-from tests.helpers import command, record, table
+from tests.helpers import command, generate, record, table
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -35,7 +34,7 @@ def test_packaged_model_loads_and_answers(folder):
     prompt = encoder.encode_prompt(record("What is the capital of France?")).input_ids
     rule = stop_rule(tokenizer, encoder.end_of_turn())
     answer = generate(model, tokenizer, [prompt], DecodingConfig(max_new_tokens=24), rule)[0][0]
-    assert "Paris" in answer.content and answer.finish_reason == "stop"
+    assert "Paris" in answer.text and answer.finish_reason == "stop"
 
 
 @pytest.mark.slow

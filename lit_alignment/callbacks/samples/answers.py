@@ -8,11 +8,12 @@ from lit_alignment.callbacks.samples.base import PickReport
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.prompts import PromptItem
 from lit_alignment.data.sources.records import SourceConfig
-from lit_alignment.errors import ConfigError
 from lit_alignment.evaluation.answers import build_metric
 from lit_alignment.evaluation.scoring import AnsweredPrompt, Scorer, read_documents
-from lit_alignment.generation.settings import Answer, DecodingConfig
-from lit_alignment.modules.generative import GenerativeModule, Response
+from lit_alignment.generation.engine import Completion
+from lit_alignment.generation.reward_scorer import RewardScorer
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.modules.base import alignment_module
 
 
 class CherryPicks(PickReport):
@@ -56,11 +57,7 @@ class CherryPicks(PickReport):
 
     def check(self, module: LightningModule) -> None:
         """Refuse a module that answers no prompts."""
-        if not isinstance(module, GenerativeModule):
-            raise ConfigError(
-                f"CherryPicks needs a module that answers prompts, not {type(module).__name__}; for one that scores "
-                "use lit_alignment.ScoredPicks."
-            )
+        alignment_module(module).respond([], self.generation)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Encode the prompts."""
@@ -73,27 +70,28 @@ class CherryPicks(PickReport):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a metric that this model cannot have, before any training."""
-        if isinstance(pl_module, GenerativeModule):
-            encoder = datamodule_of(trainer).encoder
-            self._scorer = Scorer(self.metrics, encoder, pl_module.network, None, self.reward_model)
+        path = self.reward_model if "reward" in self.metrics else None
+        reward = None if path is None else RewardScorer(path)
+        network = alignment_module(pl_module).network
+        self._scorer = Scorer(self.metrics, datamodule_of(trainer).encoder, network, None, reward)
 
     def show(self, trainer: Trainer, module: LightningModule, step: int) -> tuple[list[str], list[list[Any]]]:
         """Answer the prompts."""
-        if not isinstance(module, GenerativeModule) or self._scorer is None:
+        if self._scorer is None:
             return [], []
-        responses: list[Response] = []
-        for start in range(0, len(self.items), self.batch_size):
-            responses += module.respond(self.items[start : start + self.batch_size], self.generation)
-        answers = [response.answers for response in responses]
+        asked = alignment_module(module)
+        batches = [self.items[start : start + self.batch_size] for start in range(0, len(self.items), self.batch_size)]
+        responses = [response for batch in batches for response in asked.respond(batch, self.generation)]
+        answers = [response.completions for response in responses]
         scores = self._score(self._scorer, answers)
         for pick, response, values in zip(self.picks, responses, scores, strict=True):
-            found = response.answers
-            pick.answers[step], pick.scores[step] = found[0].content, values
-            if "documents" in response.found:
-                pick.documents[step] = _looked_up(response.found)
+            text = response.completions[0].text
+            pick.answers[step], pick.scores[step] = text, values
+            if "documents" in response.retrieved:
+                pick.documents[step] = _retrieved(response.retrieved)
             reference = pick.known["reference"]
             if reference is not None:
-                pick.right[step] = found[0].content.strip() == reference.strip()
+                pick.right[step] = text.strip() == reference.strip()
         names = [name for metric in self._built for name in metric.names if any(name in s for s in scores)]
         rows = [
             [
@@ -105,22 +103,22 @@ class CherryPicks(PickReport):
             ]
             for p in self.picks
         ]
-        looked_up = ["documents"] if any(step in pick.documents for pick in self.picks) else []
-        return ["prompt", "reference", "answer", *looked_up, *names], rows
+        retrieved = ["documents"] if any(step in pick.documents for pick in self.picks) else []
+        return ["prompt", "reference", "answer", *retrieved, *names], rows
 
     def means(self) -> dict[str, float]:
         """Means of the metrics."""
         return {f"cherry_picks/{n}": v for metric in self._built for n, v in metric.means().items()}
 
-    def _score(self, scorer: Scorer, answers: list[list[Answer]]) -> list[dict[str, float]]:
+    def _score(self, scorer: Scorer, answers: list[list[Completion]]) -> list[dict[str, float]]:
         """Values of each prompt by name; the metrics then hold their means."""
         prompts = [
             AnsweredPrompt(
                 messages=item.messages,
-                answers=[answer.content for answer in found],
-                finished=[answer.finish_reason == "stop" for answer in found],
+                answers=[completion.text for completion in found],
+                finished=[completion.finish_reason == "stop" for completion in found],
                 reference=item.reference,
-                num_tokens=[answer.num_tokens for answer in found],
+                num_tokens=[completion.num_tokens for completion in found],
                 documents=documents,
             )
             for item, documents, found in zip(self.items, self._documents, answers, strict=True)
@@ -135,7 +133,7 @@ class CherryPicks(PickReport):
         return values
 
 
-def _looked_up(found: dict[str, Any]) -> list[str]:
+def _retrieved(found: dict[str, Any]) -> list[str]:
     """A line for each document: its score, and its title or where its text begins."""
     documents = zip(found["documents"], found["doc_scores"], strict=True)
     return [f"{score:.2f}  {document['title'] or document['text'][:60]}" for document, score in documents]

@@ -2,32 +2,51 @@
 
 import shlex
 import textwrap
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lit_alignment.tools.convert.settings import Notes
+from lit_alignment.tools.convert.settings import Extras, Notes, Settings
 
 WIDTH = 120
+TITLES = ("Remarks", "Works otherwise than there", "Not carried over", "Unknown keys, not carried over")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained, or predicts."""
+
+    name: str  # of our classes, before Module and DataModule
+    purpose: str
+    scores: bool = False  # whether sequences are scored, instead of tokens trained and prompts answered
+    # What no other method has: for the whole old configuration, its part about one model, and the run's folder.
+    further: Callable[[Settings, Settings, str], Extras] = lambda top, old, folder: ({}, {})
+    remarks: tuple[str, ...] = ()  # what to know besides the notes
+    model: str = "model_settings"  # where the language model's settings stand
+
+    def configuration(
+        self, seed: int, folder: str, trainer: dict[str, Any], module: dict[str, Any], data: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Our configuration, of the run's folder, further keys of the trainer, and arguments of our classes."""
+        return {
+            "seed_everything": seed,
+            "trainer": {"default_root_dir": folder, **trainer},
+            "model": {"class_path": f"lit_alignment.{self.name}Module", "init_args": module},
+            "data": {"class_path": f"lit_alignment.{self.name}DataModule", "init_args": {**data, "seed": seed}},
+        }
 
 
 @dataclass
 class Document:
-    """One file to write.
+    """One file to write."""
 
-    Args:
-        command: The command that takes it.
-        purpose: What it is for.
-        content: The configuration, or the line of a script.
-        remarks: What the reader should know besides the notes.
-    """
-
-    command: str
+    command: str  # of ours, which takes it
     purpose: str
-    content: dict[str, Any] | str
-    remarks: list[str]
+    content: dict[str, Any] | str  # the configuration, or the line of a script
+    remarks: list[str] = field(default_factory=list)  # what to know besides the notes
 
     @property
     def suffix(self) -> str:
@@ -40,30 +59,24 @@ class Document:
         return f"sh {where}" if isinstance(self.content, str) else f"lit-alignment {self.command} --config {where}"
 
     def text(self, path: Path, source: Path, notes: Notes) -> str:
-        """The file's text.
-
-        Args:
-            path: Where it will be.
-            source: The file that was converted.
-            notes: What to say at its head.
-        """
-        head = [*_line("# Purpose:  ", f"{self.purpose}, converted from {source.name} of turbo-alignment")]
-        head += _line("# Command:  ", self.how_to_run(path))
-        for title, lines in (
-            ("Remarks", self.remarks),
-            ("Works otherwise than there", notes.warnings),
-            ("Not carried over", notes.left_out),
-            ("Unknown keys, not carried over", notes.unknown),
-        ):
+        """The text of its file, which will be at `path`: what was converted from `source`, below what to know."""
+        head = _comment("# Purpose:  ", f"{self.purpose}, converted from {source.name} of turbo-alignment")
+        head += _comment("# Command:  ", self.how_to_run(path))
+        for title, lines in zip(TITLES, (self.remarks, *notes.groups()), strict=True):
             if lines:
-                head += ["#", f"# {title}:", *[part for line in lines for part in _line("#  - ", line)]]
+                head += ["#", f"# {title}:", *[part for line in lines for part in _comment("#  - ", line)]]
         if isinstance(self.content, str):
             return "\n".join([*head, self.content, ""])
         body = yaml.safe_dump(self.content, sort_keys=False, allow_unicode=True, width=WIDTH)
         return "\n".join([*head, body])
 
 
-def _line(start: str, text: str) -> list[str]:
+def script(purpose: str, *command: str, remarks: Iterable[str] = ()) -> Document:
+    """A file that runs one command of ours, its name first."""
+    return Document(command[0], purpose, shlex.join(["lit-alignment", *command]), [*remarks])
+
+
+def _comment(start: str, text: str) -> list[str]:
     """A comment, wrapped; words are never broken, so that paths can be copied."""
     rest = "#" + " " * (len(start) - 1)
     text = " ".join(text.split())

@@ -3,21 +3,16 @@
 from typing import Any
 
 from lit_alignment.tools.convert.chat import sources
-from lit_alignment.tools.convert.settings import Notes, Settings
+from lit_alignment.tools.convert.document import Method
+from lit_alignment.tools.convert.settings import Row, Settings, Table, carry
 
 # The names of metrics there and here.
-METRICS = {
-    "accuracy": "exact_match",
-    "length": "length",
-    "dist_n": "distinct",
-    "diversity": "diversity",
-    "self_bleu": "self_bleu",
-    "rouge": "rouge",
-    "perplexity": "perplexity",
-    "kl": "kl",
-    "reward": "reward",
-    "retrieval_utility": "retrieval_utility",
+METRICS = {"accuracy": "exact_match", "dist_n": "distinct"}
+METRICS |= {
+    name: name
+    for name in ("length", "diversity", "self_bleu", "rouge", "perplexity", "kl", "reward", "retrieval_utility")
 }
+EVERY = 1_000_000  # records: more than there are
 FIRST_TOKEN = "the first token of an answer was never scored there; here it is"
 METRIC_FAULTS = {
     "accuracy": "failed there where the tokenizer had no pad token; here texts are compared",
@@ -29,154 +24,97 @@ METRIC_FAULTS = {
 }
 TABLES = "each evaluation logged a table of another name there; here all are in one report, cherry_picks.html"
 EVERY_RECORD = "all records are answered at each validation, as there; lower num_samples to answer fewer"
-PIECES = (
-    "under vLLM a stop string was split into tokens there, and each of them alone ended an answer; here the whole "
-    "string does"
-)
-MISASSIGNED = (
-    "with a batch above 1 and several answers to a prompt, answers went to the wrong prompts or were lost there; here "
-    "each prompt has its own"
-)
+PIECES = """under vLLM a stop string was split into tokens there, and each of them alone ended an answer; here the \
+whole string does"""
+MISASSIGNED = """with a batch above 1 and several answers to a prompt, answers went to the wrong prompts or were lost \
+there; here each prompt has its own"""
 BEST_OF = "it was ignored there"
 META = "under vLLM a record's meta was lost there; here it is in the predictions"
 OLDER_EOS = "the oldest configurations name the end of turn so; it is among the stop strings"
+NOT_GENERATED = "nothing is generated"
+
+DECODING: Table = {
+    "num_beams": Row(1, changed=True),
+    "num_return_sequences": Row(1, changed=True),
+    "repetition_penalty": Row(1.0, changed=True),
+    "best_of": BEST_OF,
+    "filter_token_ids": "answers cannot be limited to a list of tokens",
+    "use_cache": "generation always uses the cache",
+}
+CUSTOM: Table = {
+    "skip_special_tokens": Row(True, changed=True),
+    "remove_prompt": Row(True, changed=True),
+    "return_logits": "logits are not kept; logprobs: true gives the answer's log-probability",
+    "only_answer_logits": "logits are not kept",
+}
 
 
 def generation(old: Settings, custom: Settings, sampled: bool = True) -> dict[str, Any]:
-    """Our generation settings.
-
-    Args:
-        old: The generator's settings, of transformers or vLLM, which differ in the names of two keys.
-        custom: What was set beside them.
-        sampled: Whether answers are sampled unless do_sample says otherwise.
-    """
-    ours: dict[str, Any] = {"max_new_tokens": old.take("max_new_tokens", old.take("max_tokens", 15))}
-    answers = old.take("num_return_sequences", old.take("n", 1))
-    beams = old.take("num_beams", 1)
+    """Our generation settings; answers are `sampled` unless do_sample says otherwise."""
+    # vLLM's names of two keys
+    old.defaults |= {"max_new_tokens": old.take("max_tokens", 15), "num_return_sequences": old.take("n", 1)}
+    ours: dict[str, Any] = {"max_new_tokens": old.take("max_new_tokens", 15), "temperature": 0.0}
     temperature, top_p, top_k = old.take("temperature", 1.0), old.take("top_p", 1.0), old.take("top_k", 50)
     if old.take("do_sample", sampled) and temperature > 0:
         ours |= {"temperature": temperature, "top_p": top_p, "top_k": max(0, top_k)}  # -1 is no limit under vLLM
-    else:
-        ours["temperature"] = 0.0
-    if beams > 1:
-        ours["num_beams"] = beams
-    if answers > 1:
-        ours["num_return_sequences"] = answers
-    if (penalty := old.take("repetition_penalty", 1.0)) != 1.0:
-        ours["repetition_penalty"] = penalty
-    stops = old.texts("stop_strings") if "stop_strings" in old else ["</s>"]
+    listed = isinstance(old.raw("stop_strings"), list)
+    stops = [*old.take("stop_strings", [])] if listed else [old.take("stop_strings", "</s>")]
     if (closing := custom.maybe("generation_eos_token", str)) is not None:
-        custom.notes.warn(custom.path_of("generation_eos_token"), OLDER_EOS)
+        custom.warn(OLDER_EOS, "generation_eos_token")
         stops += [closing] if closing not in stops else []
-    ours["stop_strings"] = stops
-    ours |= {name: False for name in ("skip_special_tokens", "remove_prompt") if not custom.take(name, True)}
-    if old.raw("logprobs"):
-        ours["logprobs"] = True
-    old.leave_out(BEST_OF, "best_of")
-    old.leave_out("answers cannot be limited to a list of tokens", "filter_token_ids")
-    old.leave_out("generation always uses the cache", "use_cache")
-    custom.leave_out("logits are not kept; logprobs: true gives the answer's log-probability", "return_logits")
-    custom.leave_out("logits are not kept", "only_answer_logits")
-    return ours
+    ours |= {**carry(old, DECODING), "stop_strings": stops, **carry(custom, CUSTOM)}
+    return ours | ({"logprobs": True} if old.raw("logprobs") else {})
 
 
-def cherry_picks(old: Settings, adapters: bool) -> dict[str, Any]:
-    """Our CherryPicks callback.
+def cherry_picks(old: Settings, method: Method, adapters: bool) -> dict[str, Any]:
+    """Our callback for the old cherry_pick_settings; with `adapters`, the model before training is at hand."""
+    name = "ScoredPicks" if method.scores else "CherryPicks"
+    generator, beside = "generator_transformers_settings", "custom_generation_settings"
+    ours: dict[str, Any] = {"sources": sources(old.part("dataset_settings")), "num_samples": 0}
+    for source in ours["sources"]:
+        limits = [source[key] for key in ("num_samples", "num_rows") if key in source]
+        limits += [len(source["records"])] if "records" in source else []
+        ours["num_samples"] += min(limits, default=EVERY)
+    ours["num_samples"] = min(ours["num_samples"], EVERY)
+    old.warn(EVERY_RECORD, "dataset_settings", f"{name}.num_samples", when=ours["num_samples"] == EVERY)
+    if method.scores:
+        old.leave_out("all metrics are always there, of the whole validation data", "metric_settings")
+        old.leave_out(NOT_GENERATED, generator, beside, "generation_config")
+        ours["before_training"] = False
+    else:
+        # The newer form was transformers' own class, which is greedy unless told otherwise.
+        newer, custom = "generation_config" in old, old.part(beside)
+        settings = generation(old.part("generation_config" if newer else generator), custom, sampled=not newer)
+        ours |= {"generation": settings, "before_training": False}
+        if "batch" in custom:
+            ours["batch_size"] = custom.take("batch", 1)
+            custom.warn(MISASSIGNED, "batch", when=ours["batch_size"] > 1 and "num_return_sequences" in settings)
+        ours |= _metrics(old, adapters)
+    old.warn(TABLES)
+    return {"class_path": f"lit_alignment.{name}", "init_args": ours}
 
-    Args:
-        old: The old cherry_pick_settings.
-        adapters: Whether adapters train, so that the model before training is at hand.
-    """
-    notes = old.notes
-    given = "generation_config" if "generation_config" in old else "generator_transformers_settings"
-    custom = old.part("custom_generation_settings")
-    # The newer form was transformers' own class, which is greedy unless told otherwise.
-    settings = generation(old.part(given), custom, sampled=given == "generator_transformers_settings")
-    found = sources(old.part("dataset_settings"))
-    sizes = [_size(source) for source in found]
-    if None in sizes:
-        notes.warn(f"{old.path}.dataset_settings -> CherryPicks.num_samples", EVERY_RECORD)
-    ours: dict[str, Any] = {
-        "sources": found,
-        "num_samples": 1_000_000 if None in sizes else sum(size or 0 for size in sizes),
-        "generation": settings,
-        "before_training": False,
-    }
-    if "batch" in custom:
-        ours["batch_size"] = custom.take("batch", 1)
-        warn_of_batches(notes, custom.path_of("batch"), ours["batch_size"], settings)
-    ours["metrics"] = []
+
+def _metrics(old: Settings, adapters: bool) -> dict[str, Any]:
+    """Our metrics, and the reward model of the metric that asks for one."""
+    ours: dict[str, Any] = {"metrics": []}
     for metric in old.parts("metric_settings"):
-        ours |= _reward_model(metric)
-        name = _metric(metric, adapters)
-        if name is not None and name not in ours["metrics"]:
-            ours["metrics"].append(name)
-    notes.warn(old.path, TABLES)
-    return {"class_path": "lit_alignment.CherryPicks", "init_args": ours}
-
-
-def scored_picks(old: Settings) -> dict[str, Any]:
-    """Our ScoredPicks callback.
-
-    Args:
-        old: The old cherry_pick_settings.
-    """
-    found = sources(old.part("dataset_settings"))
-    sizes = [_size(source) for source in found]
-    if None in sizes:
-        old.notes.warn(f"{old.path}.dataset_settings -> ScoredPicks.num_samples", EVERY_RECORD)
-    number = 1_000_000 if None in sizes else sum(size or 0 for size in sizes)
-    old.part("dataset_settings").leave_out("labels of tokens play no part", "add_labels")
-    old.leave_out("all metrics are always there, of the whole validation data", "metric_settings")
-    answered = ("generator_transformers_settings", "custom_generation_settings", "generation_config")
-    old.leave_out("nothing is generated", *answered)
-    old.notes.warn(old.path, TABLES)
-    arguments = {"sources": found, "num_samples": number, "before_training": False}
-    return {"class_path": "lit_alignment.ScoredPicks", "init_args": arguments}
-
-
-def warn_of_batches(notes: Notes, key: str, batch: int, settings: dict[str, Any]) -> None:
-    """Say that answers were mixed up where they were."""
-    if batch > 1 and settings.get("num_return_sequences", 1) > 1:
-        notes.warn(key, MISASSIGNED)
-
-
-def _size(source: dict[str, Any]) -> int | None:
-    """The number of records that a source gives at most, where the settings tell it."""
-    records = source.get("records")
-    limits = [source.get("num_samples"), source.get("num_rows"), None if records is None else len(records)]
-    known = [int(limit) for limit in limits if limit is not None]
-    return min(known) if known else None
-
-
-def _reward_model(old: Settings) -> dict[str, Any]:
-    """Where the reward model is, for the metric that asks for one."""
-    if old.values.get("type") != "reward":
-        return {}
-    model = old.part("parameters").part("model_settings")
-    path = model.maybe("model_path", str)
-    others = [key for key in model.values if key != "model_path"]
-    model.leave_out("the reward model is loaded as its folder says", *others)
-    return {} if path is None else {"reward_model": path}
-
-
-def _metric(old: Settings, adapters: bool) -> str | None:
-    """Our name of a metric, or None where there is none or it lacks what it needs."""
-    name = old.need("type", str)
-    parameters = old.part("parameters")
-    parameters.leave_out("a metric gives both, its mean as a curve and its values in the report", "need_average")
-    others = [key for key in parameters.values if key not in ("need_average", "model_settings")]
-    parameters.leave_out("a metric has its own settings here", *others)
-    reason = ""
-    if name not in METRICS:
-        reason = f"there is no metric '{name}'"
-    elif name == "kl" and not adapters:
-        reason = "kl needs adapters, since it compares with the model without them"
-    elif name == "reward" and not parameters.part("model_settings").maybe("model_path", str):
-        reason = "reward needs a model: set CherryPicks.reward_model"
-    if reason:
-        old.notes.leave_out(f"{old.path_of('type')} '{name}'", reason)
-        return None
-    if name in METRIC_FAULTS:
-        old.notes.warn(f"{old.path_of('type')} '{name}'", METRIC_FAULTS[name])
-    return METRICS[name]
+        name, parameters, reason = metric.need("type"), metric.part("parameters"), ""
+        if name == "reward":
+            reward = parameters.part("model_settings")
+            ours |= carry(reward, {"model_path": Row(str, "reward_model")})
+            reward.leave_out_rest("the reward model is loaded as its folder says")
+            reason = "" if "reward_model" in ours else "reward needs a model: set CherryPicks.reward_model"
+        parameters.leave_out("a metric gives both, its mean as a curve and its values in the report", "need_average")
+        parameters.leave_out_rest("a metric has its own settings here")
+        if name == "kl" and not adapters:
+            reason = "kl needs adapters, since it compares with the model without them"
+        if name not in METRICS:
+            reason = f"there is no metric '{name}'"
+        if reason:
+            metric.leave_out(reason, "type", shown=f" '{name}'")
+            continue
+        if name in METRIC_FAULTS:
+            metric.warn(METRIC_FAULTS[name], f"type '{name}'")
+        if METRICS[name] not in ours["metrics"]:
+            ours["metrics"].append(METRICS[name])
+    return ours

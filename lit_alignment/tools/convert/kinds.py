@@ -1,58 +1,50 @@
-"""Which command of turbo-alignment a configuration is for."""
+"""Which command of turbo-alignment a configuration is for, and what converts it."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.tools.convert import classification, merge, multimodal, rag, reward, sampling
+from lit_alignment.tools.convert.document import Document, Method
+from lit_alignment.tools.convert.fit import training_documents
+from lit_alignment.tools.convert.inference import predictions
+from lit_alignment.tools.convert.settings import Settings
 
-KINDS = (
-    "train_sft",
-    "train_dpo",
-    "train_kto",
-    "train_ddpo",
-    "train_rm",
-    "train_classification",
-    "train_multimodal",
-    "train_rag",
-    "inference_chat",
-    "inference_rm",
-    "inference_classification",
-    "inference_multimodal",
-    "inference_rag",
-    "random_sample",
-    "rm_sample",
-    "rso_sample",
-    "merge_adapters_to_base",
-    "preprocess_multimodal_dataset",
-)
-
-
-SHORT = {
-    "sft": "train_sft",
-    "classification": "train_classification",
-    "rm": "train_rm",
-    "rag": "train_rag",
-    "inference": "inference_chat",
-    "merge": "merge_adapters_to_base",
+TRAINED = {
+    "sft": Method("SFT", "supervised fine-tuning"),
+    "rm": Method("Reward", "a reward model of pairs", True, reward.pairs, reward.REMARKS),
+    "classification": Method("Classification", "classification", True, classification.loss, classification.REMARKS),
+    "multimodal": Method("VLM", "a language model that sees images", False, multimodal.media, multimodal.REMARKS),
+    "rag": Method("RAG", "a retriever and a generator", False, rag.retrieval, rag.REMARKS, rag.GENERATOR),
 }
+ANSWERING = {
+    "chat": Method("SFT", "answers to prompts"),
+    "rm": Method("Reward", "rewards of responses", True),
+    "classification": Method("Classification", "classes of conversations", True, classification.named_labels),
+    "multimodal": Method("VLM", "answers about images", False, multimodal.media),
+    "rag": Method("RAG", "answers with passages", False, rag.retrieval, rag.REMARKS, rag.GENERATOR),
+}
+CONVERTERS: dict[str, Callable[[Settings], list[Document]]] = {
+    **{f"train_{name}": partial(training_documents, method) for name, method in TRAINED.items()},
+    **{f"inference_{name}": partial(predictions, method) for name, method in ANSWERING.items()},
+    **dict.fromkeys(("random_sample", "rm_sample", "rso_sample"), sampling.convert),
+    "merge_adapters_to_base": merge.convert,
+    "preprocess_multimodal_dataset": multimodal.convert_preprocess,
+}
+PREFERENCES = ("train_dpo", "train_kto", "train_ddpo")
+SHORT = {name: f"train_{name}" for name in ("sft", "classification", "rm", "rag")}
+SHORT |= {"inference": "inference_chat", "merge": "merge_adapters_to_base"}
 
 
 def kind_of(values: dict[str, Any], path: Path) -> str:
-    """The old command, told from the keys.
-
-    Args:
-        values: The old configuration.
-        path: Its file, for the message.
-
-    Raises:
-        ConfigError: If the keys do not tell.
-    """
-    if "reader_settings" in values and "encoder_settings" in values:
+    """The old command, told from the keys; a ConfigError that names the file where they do not tell."""
+    if "encoder_settings" in values and ("reader_settings" in values or "reader" in values):
         return "preprocess_multimodal_dataset"
-    if "inference_settings" in values:
-        return _inference(values)
-    if "train_dataset_settings" in values:
-        return _training(values)
+    for stage, key in (("inference", "inference_settings"), ("train", "train_dataset_settings")):
+        if key in values:
+            return f"{stage}_{_method(values, stage)}"
     if "N" in values:
         return "rso_sample" if "beta" in values else "rm_sample" if "rm" in values else "random_sample"
     if "adapter_path" in values and "save_path" in values:
@@ -61,57 +53,29 @@ def kind_of(values: dict[str, Any], path: Path) -> str:
     raise ConfigError(f"{path}: the keys do not tell which command this is for (found: {found}). Give --kind.")
 
 
-def _inference(values: dict[str, Any]) -> str:
-    first = values["inference_settings"][0] if _is_list_of_objects(values["inference_settings"]) else {}
-    model = _section(first, "model_settings")
+def _method(values: dict[str, Any], stage: str) -> str:
+    models = values.get("inference_settings", [values])
+    model = _section(models[0] if isinstance(models, list) and models else {}, "model_settings")
     if "generator_settings" in model or "retrieval_settings" in model:
-        return "inference_rag"
-    match _section(values, "dataset_settings").get("dataset_type"):
-        case "multimodal":
-            return "inference_multimodal"
-        case "classification":
-            return "inference_classification"
-        case "rm" | "pair_preferences" | "sampling":
-            return "inference_rm"
-        case _ if _scores(model):
-            return "inference_rm"
-    return "inference_chat"
-
-
-def _training(values: dict[str, Any]) -> str:
-    model = _section(values, "model_settings")
-    if "generator_settings" in model or "retrieval_settings" in model:
-        return "train_rag"
-    arguments = _section(values, "training_arguments") | _section(values, "trainer_settings")
-    match _section(values, "train_dataset_settings").get("dataset_type"):
-        case "kto":
-            return "train_kto"
-        case "ddpo":
-            return "train_ddpo"
-        case "multimodal":
-            return "train_multimodal"
-        case "classification":
-            return "train_classification"
-        case "pair_preferences":
-            if "rm_settings" in values:
-                return "train_ddpo"
+        return "rag"
+    scores = str(model.get("model_type")).startswith("seq_cls")
+    dataset = _section(values, "dataset_settings" if stage == "inference" else "train_dataset_settings")
+    match stage, dataset.get("dataset_type"):
+        case _, "multimodal" | "classification" as kind:
+            return str(kind)
+        case "inference", kind:
+            return "rm" if scores or kind in ("rm", "pair_preferences", "sampling") else "chat"
+        case _, "kto" | "ddpo" as kind:
+            return str(kind)
+        case _, "pair_preferences":
+            arguments = _section(values, "training_arguments") | _section(values, "trainer_settings")
             preference = "loss_settings" in arguments or "use_ref_model" in arguments
-            return "train_dpo" if preference or not _scores(model) else "train_rm"
-        case _ if "modality_encoder_settings_mapping" in values:
-            return "train_multimodal"
-        case _ if _scores(model):
-            return "train_classification"
-    return "train_sft"
+            return "ddpo" if "rm_settings" in values else "dpo" if preference or not scores else "rm"
+    if "modality_encoder_settings_mapping" in values:
+        return "multimodal"
+    return "classification" if scores else "sft"
 
 
-def _scores(model: dict[str, Any]) -> bool:
-    return str(model.get("model_type")).startswith("seq_cls")
-
-
-def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
-    part = values.get(key)
+def _section(values: Any, key: str) -> dict[str, Any]:
+    part = values.get(key) if isinstance(values, dict) else None
     return part if isinstance(part, dict) else {}
-
-
-def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)

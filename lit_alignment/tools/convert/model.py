@@ -1,36 +1,24 @@
 """Model, tokenizer, adapters and special tokens."""
 
-import dataclasses
 import re
+from dataclasses import fields
 from typing import Any
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.tools.convert.settings import Settings, shorten
+from lit_alignment.tools.convert.settings import Row, Settings, Table, carry
 
 ATTENTION = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager")
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "auto": "auto"}
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 SPECIAL = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
-LIGER_FLAGS = ("use_rope", "use_mlp", "use_rms_norm", "use_cross_entropy", "use_fused_linear_cross_entropy")
-ADAPTERS = {
-    "LORA": "LoraConfig",
-    "PREFIX_TUNING": "PrefixTuningConfig",
-    "PROMPT_TUNING": "PromptTuningConfig",
-    "P_TUNING": "PromptEncoderConfig",
-}
+LIGER_LOSSES = ("use_cross_entropy", "use_fused_linear_cross_entropy")
+LIGER_FLAGS = ("use_rope", "use_mlp", "use_rms_norm", *LIGER_LOSSES)
 
-PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")  # vectors before the tokens
-
-FIRST_PIECE = (
-    "a reference of several tokens gave only its first one there; here a new token begins as the mean of them all"
-)
-BOTH_TABLES = (
-    "there only Llama's input embedding was set, its output embedding was not, and most architectures were left as "
-    "they were without a word; here both are set for all"
-)
-ROWS_TRAIN = (
-    "under LoRA the rows of new tokens stayed there as they began, without modules_to_save; here these rows train, and "
-    "no others"
-)
+FIRST_PIECE = """a reference of several tokens gave only its first one there; here a new token begins as the mean of \
+them all"""
+BOTH_TABLES = """there only Llama's input embedding was set, its output embedding was not, and most architectures were \
+left as they were without a word; here both are set for all"""
+ROWS_TRAIN = """under LoRA the rows of new tokens stayed there as they began, without modules_to_save; here these rows \
+train, and no others"""
 NO_ROWS = "vectors before the tokens cannot train rows of new tokens; take a tokenizer that has them, or LoRA"
 LIGER = "its kernels were never switched on there, since the package was looked for under a wrong name; here they are"
 LIGER_LOSS = "the loss stays ours, which also needs no table of all logits"
@@ -41,118 +29,80 @@ FROZEN = "false or not set, so nothing could train there; here the adapter is tr
 ON_CPU = "it needs a GPU, and this run is on the CPU"
 NO_ADAPTER = "quantised weights cannot train; add peft_settings (QLoRA), or leave it out"
 
+TOKENIZER: Table = {
+    "use_fast": "a fast tokenizer is always used; a slow one could split some texts otherwise",
+    "tokenizer_kwargs": "tokenizers are loaded with their own settings",
+}
+MODEL: Table = {
+    "transformers_settings.low_cpu_mem_usage": "weights are always loaded piece by piece",
+    "transformers_settings.omit_base_model_save": "checkpoints hold what was trained and nothing else",
+    "resize_token_embeddings": "the embeddings grow by themselves where the tokenizer has more tokens",
+}
+KEYWORDS: Table = {
+    "revision": Row(str),
+    "use_cache, return_dict, device_map": "set by the module itself",
+    "num_labels, problem_type, id2label, label2id": "the module's labels tell them",
+}
+GPU_ONLY = {"liger": "liger_kernels_settings", "quantization": "transformers_settings.load_in_8bit"}
+GPU_ONLY |= {"attention": "model_kwargs.attn_implementation"}
+TOKENS: Table = {f"{role}_token": Row(str, role) for role in ("bos", "eos", "pad", "unk", "sep")}
+LORA: Table = {"r": Row(16), "lora_alpha": Row(16), "lora_dropout": Row(0.05), "bias": Row("none")}
+VIRTUAL = {"num_virtual_tokens": Row(32)}
+PREFIX: Table = {**VIRTUAL, "encoder_hidden_size": Row(int), "prefix_projection": Row(bool)}
+ENCODED: Table = {**VIRTUAL, "encoder_reparameterization_type": Row(str), "encoder_hidden_size": Row(256)}
+# For the old name of an adapter: the class of peft, and its keys.
+ADAPTERS: dict[str, tuple[str, Table]] = {
+    "LORA": ("LoraConfig", LORA),
+    "PREFIX_TUNING": ("PrefixTuningConfig", PREFIX),
+    "PROMPT_TUNING": ("PromptTuningConfig", VIRTUAL),
+    "P_TUNING": ("PromptEncoderConfig", ENCODED),
+}
+
 
 def backbone(model: Settings, tokenizer: Settings, scores: bool = False) -> dict[str, Any]:
-    """Our `model.backbone`.
-
-    Args:
-        model: The old model settings.
-        tokenizer: The old tokenizer settings.
-        scores: Whether it is of a classifier or reward model.
-    """
-    notes = model.notes
-    path = model.need("model_path", str)
-    ours: dict[str, Any] = {"path": path}
-    _check_type(model, scores)
-    tokenizer_path = tokenizer.maybe("tokenizer_path", str)
-    if tokenizer_path is not None and tokenizer_path != path:
-        ours["tokenizer"] = tokenizer_path
-    tokenizer.leave_out("a fast tokenizer is always used; a slow one could split some texts otherwise", "use_fast")
-    tokenizer.leave_out("tokenizers are loaded with their own settings", "tokenizer_kwargs")
-
-    how = model.part("transformers_settings")
-    dtype = how.take("torch_dtype", "bfloat16").removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ConfigError(f"{how.path_of('torch_dtype')} is '{dtype}'; ours are {', '.join(DTYPES)}.")
-    ours["dtype"] = dtype
-    trusted = [each.take("trust_remote_code", False) for each in (how, tokenizer)]
-    if any(trusted):
+    """Our `model.backbone`, of a classifier or reward model if it `scores`."""
+    ours: dict[str, Any] = {"path": model.need("model_path")}
+    kind = model.take("model_type", "seq_cls" if scores else "causal")
+    base = kind.removesuffix("_with_ulysses")
+    model.leave_out("sequence parallelism is not there yet", "model_type", when=kind != base)
+    other = scores and not base.startswith("seq_cls")
+    model.leave_out("a layer of scores is put on any decoder", "model_type", when=other, shown=f" '{kind}'")
+    if not scores and base not in ("causal", "gemma", "qwen", "qwen3"):
+        raise ConfigError(f"{model.path_of('model_type')} is '{kind}': only causal models can be converted here.")
+    if (path := tokenizer.take("tokenizer_path", ours["path"])) != ours["path"]:
+        ours["tokenizer"] = path
+    carry(tokenizer, TOKENIZER)
+    how, keywords = model.part("transformers_settings"), model.part("model_kwargs")
+    ours["dtype"] = how.take("torch_dtype", "bfloat16").removeprefix("torch.")
+    if ours["dtype"] not in DTYPES:
+        raise ConfigError(f"{how.path_of('torch_dtype')} is '{ours['dtype']}'; ours are {', '.join(DTYPES)}.")
+    if how.take("trust_remote_code", False) | tokenizer.take("trust_remote_code", False):
         ours["trust_remote_code"] = True
-    if how.take("load_in_8bit", False):
-        if "peft_settings" in model or "adapter_path" in model:
-            ours["quantization"] = "int8"
-        else:
-            notes.leave_out(how.path_of("load_in_8bit"), NO_ADAPTER)
-    how.leave_out("weights are always loaded piece by piece", "low_cpu_mem_usage")
-    how.leave_out("checkpoints hold what was trained and nothing else", "omit_base_model_save")
-    model.leave_out("the embeddings grow by themselves where the tokenizer has more tokens", "resize_token_embeddings")
-    ours |= _keywords(model.part("model_kwargs"))
-    ours |= _liger(model.part("liger_kernels_settings"))
+    trained = "peft_settings" in model or "adapter_path" in model
+    if how.take("load_in_8bit", False) and trained:
+        ours["quantization"] = "int8"
+    how.leave_out(NO_ADAPTER, "load_in_8bit", when=how.take("load_in_8bit", False) and not trained)
+    carry(model, MODEL)
+    if (attention := keywords.maybe("attn_implementation", str)) in ATTENTION:
+        ours["attention"] = attention
+    else:
+        text = f"'{attention}' is not among ours ({', '.join(ATTENTION)}); the best one is chosen"
+        keywords.leave_out(text, "attn_implementation")
+    ours |= carry(keywords, KEYWORDS)
+    liger = model.part("liger_kernels_settings")
+    if wanted := [flag for flag in LIGER_FLAGS if liger.take(flag, False)]:
+        ours["liger"] = True
+        liger.warn(LIGER, ours="model.backbone.liger")
+        liger.leave_out(LIGER_LOSS, *[flag for flag in LIGER_LOSSES if flag in wanted])
     return ours
-
-
-def trained_dtype(model: Settings, base: dict[str, Any], found: dict[str, Any]) -> str:
-    """The precision of the weights that train: adapters are float32, and whole layers beside them are as the base.
-
-    Args:
-        model: The old model settings.
-        base: Our backbone.
-        found: Our adapters.
-    """
-    whole = not found or ("peft_settings" in model and _saved_modules(model))
-    return str(base["dtype"]) if whole else "float32"
 
 
 def leave_gpu(model: Settings, base: dict[str, Any]) -> None:
     """Take out of a backbone what only a GPU has."""
-    kernels, how = model.part("liger_kernels_settings"), model.part("transformers_settings")
-    attention = model.part("model_kwargs").path_of("attn_implementation")
-    if base.pop("liger", False):
-        model.notes.leave_out(f"{kernels.path} {shorten(kernels.values)}", ON_CPU)
-    if base.pop("quantization", None):
-        model.notes.leave_out(how.path_of("load_in_8bit"), ON_CPU)
-    if base.get("attention") not in (None, "sdpa", "eager"):
-        model.notes.leave_out(f"{attention} '{base.pop('attention')}'", ON_CPU)
-
-
-def _check_type(model: Settings, scores: bool) -> None:
-    kind = model.take("model_type", "seq_cls" if scores else "causal")
-    base = kind.removesuffix("_with_ulysses")
-    if kind != base:
-        model.notes.leave_out(model.path_of("model_type"), "sequence parallelism is not there yet")
-    if scores and not base.startswith("seq_cls"):
-        model.notes.leave_out(f"{model.path_of('model_type')} '{kind}'", "a layer of scores is put on any decoder")
-    elif not scores and base not in ("causal", "gemma", "qwen", "qwen3"):
-        raise ConfigError(f"{model.path_of('model_type')} is '{kind}': only causal models can be converted here.")
-
-
-def _keywords(old: Settings) -> dict[str, Any]:
-    ours: dict[str, Any] = {}
-    attention = old.maybe("attn_implementation", str)
-    if attention in ATTENTION:
-        ours["attention"] = attention
-    elif attention is not None:
-        text = f"'{attention}' is not among ours ({', '.join(ATTENTION)}); the best one is chosen"
-        old.notes.leave_out(old.path_of("attn_implementation"), text)
-    revision = old.maybe("revision", str)
-    if revision is not None:
-        ours["revision"] = revision
-    old.leave_out("set by the module itself", "use_cache", "return_dict", "device_map")
-    old.leave_out("the module's labels tell them", "num_labels", "problem_type", "id2label", "label2id")
-    return ours
-
-
-def labels(model: Settings) -> list[str]:
-    """Names of a classifier's labels: those of id2label, else numbers; two where nothing is said, as there."""
-    old = model.part("model_kwargs")
-    names: dict[str, Any] = old.maybe("id2label", dict) or {}
-    if names and all(isinstance(name, str) for name in names.values()):
-        return [names[key] for key in sorted(names, key=lambda key: (len(key), key))]
-    number = old.take("num_labels", 2)
-    if number < 2:
-        raise ConfigError(f"{old.path_of('num_labels')} is {number}; a classifier has two or more.")
-    return [str(index) for index in range(number)]
-
-
-def _liger(old: Settings) -> dict[str, Any]:
-    wanted = [old.take(flag, False) for flag in LIGER_FLAGS]
-    if not any(wanted):
-        return {}
-    old.notes.warn(f"{old.path} -> model.backbone.liger", LIGER)
-    for flag in LIGER_FLAGS[3:]:
-        if old.take(flag, False):
-            old.notes.leave_out(old.path_of(flag), LIGER_LOSS)
-    return {"liger": True}
+    for name, key in GPU_ONLY.items():
+        if base.get(name) not in (None, "sdpa", "eager"):
+            model.leave_out(ON_CPU, key, shown=f" '{base[name]}'" if name == "attention" else "")
+            del base[name]
 
 
 def adapters(model: Settings, training: bool) -> dict[str, Any]:
@@ -160,111 +110,59 @@ def adapters(model: Settings, training: bool) -> dict[str, Any]:
     path = model.maybe("adapter_path", str)
     if path is None:
         return {"peft": _peft(model)} if "peft_settings" in model else {}
-    if not training:
-        model.leave_out("nothing is trained", "is_trainable")
-    elif not model.take("is_trainable", False):
-        model.notes.warn(f"{model.path_of('is_trainable')} -> model.adapter.trainable", FROZEN)
+    model.leave_out("nothing is trained", "is_trainable", when=not training)
+    frozen = training and not model.take("is_trainable", False)
+    model.warn(FROZEN, "is_trainable", "model.adapter.trainable", when=frozen)
     return {"adapter": {"path": path, "trainable": training}}
 
 
-def adapter_kind(model: Settings) -> str:
-    """The old name of the adapters to add, or "" where there are none."""
-    if "peft_settings" not in model:
-        return ""
-    old = model.part("peft_settings")
-    return old.take("name", "PROMPT_TUNING" if "num_virtual_tokens" in old else "LORA").upper()
-
-
 def _peft(model: Settings) -> dict[str, Any]:
-    kind = adapter_kind(model)
     old = model.part("peft_settings")
+    kind = old.take("name", "PROMPT_TUNING" if "num_virtual_tokens" in old else "LORA").upper()
     if kind not in ADAPTERS:
         raise ConfigError(f"{old.path_of('name')} is '{kind}'; turbo-alignment has {', '.join(ADAPTERS)}.")
-    nested = "config" in old
-    settings = old.part("config") if nested else old
-    ours: dict[str, Any] = {}
-    match kind:
-        case "LORA":
-            defaults = {} if nested else {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "bias": "none"}
-            ours |= {key: settings.take(key, default) for key, default in defaults.items()}
-            targets = settings.raw("target_modules")
-            if targets is not None or not nested:
-                ours["target_modules"] = targets or ["q_proj", "v_proj"]
-            if (saved := settings.raw("modules_to_save")) is not None:
-                ours["modules_to_save"] = saved
-        case "PREFIX_TUNING":
-            ours["num_virtual_tokens"] = settings.take("num_virtual_tokens", 32)
-            ours |= _given(settings, "encoder_hidden_size", "prefix_projection")
-            if "num_virtual_tokens" not in settings:
-                model.notes.warn(f"{settings.path} -> model.peft.num_virtual_tokens", NO_LENGTH)
-        case "PROMPT_TUNING":
-            ours["num_virtual_tokens"] = settings.take("num_virtual_tokens", 32)
-            if (text := settings.maybe("prompt_tuning_init_text", str)) is not None:
-                ours |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
-                ours["tokenizer_name_or_path"] = model.need("model_path", str)
-                model.notes.warn(settings.path_of("prompt_tuning_init_text"), INIT_TEXT)
-        case "P_TUNING":
-            ours["num_virtual_tokens"] = settings.take("num_virtual_tokens", 32)
-            ours |= _given(settings, "encoder_reparameterization_type")
-            ours["encoder_hidden_size"] = settings.take("encoder_hidden_size", 256)
-            if "encoder_hidden_size" not in settings:
-                model.notes.warn(f"{settings.path} -> model.peft.encoder_hidden_size", NO_WIDTH)
+    nested = "config" in old  # the newest form, which hands everything to peft's own class, with its defaults
+    old = old.part("config") if nested else old
+    name, table = ADAPTERS[kind]
+    ours = carry(old, {} if nested and kind == "LORA" else table)
+    if kind == "LORA":
+        ours |= carry(old, {"target_modules": Row(object), "modules_to_save": Row(object)})
+        ours |= {} if nested or ours.get("target_modules") else {"target_modules": ["q_proj", "v_proj"]}
+    unset = kind == "PREFIX_TUNING" and "num_virtual_tokens" not in old
+    old.warn(NO_LENGTH, ours="model.peft.num_virtual_tokens", when=unset)
+    unset = kind == "P_TUNING" and "encoder_hidden_size" not in old
+    old.warn(NO_WIDTH, ours="model.peft.encoder_hidden_size", when=unset)
+    if kind == "PROMPT_TUNING" and (text := old.maybe("prompt_tuning_init_text", str)) is not None:
+        ours |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text}
+        ours["tokenizer_name_or_path"] = model.need("model_path")
+        old.warn(INIT_TEXT, "prompt_tuning_init_text")
+    task = {"task_type": old.take("task_type", "CAUSAL_LM")}
     if nested:
-        ours |= _rest(settings, ADAPTERS[kind])
-    ours["task_type"] = settings.take("task_type", "CAUSAL_LM")
-    return {"class_path": f"peft.{ADAPTERS[kind]}", "init_args": ours}
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        old.leave_out("it follows from the class", "peft_type")
+        known = {each.name for each in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])} - {"peft_type", "task_type"}
+        ours |= carry(old, {key: Row(object) for key in old.values if key in known})
+    return {"class_path": f"peft.{name}", "init_args": ours | task}
 
 
-def _saved_modules(model: Settings) -> bool:
-    old = model.part("peft_settings")
-    return bool((old.part("config") if "config" in old else old).raw("modules_to_save"))
-
-
-def _given(old: Settings, *keys: str) -> dict[str, Any]:
-    return {key: old.raw(key) for key in keys if old.values.get(key) is not None}
-
-
-def _rest(old: Settings, name: str) -> dict[str, Any]:
-    """What else peft's own class takes; the newest form of the old settings passes all of it on."""
-    import peft
-
-    classes = {
-        "LoraConfig": peft.LoraConfig,
-        "PrefixTuningConfig": peft.PrefixTuningConfig,
-        "PromptTuningConfig": peft.PromptTuningConfig,
-        "PromptEncoderConfig": peft.PromptEncoderConfig,
-    }
-    names = {field.name for field in dataclasses.fields(classes[name])} - {"peft_type"}
-    old.leave_out("it follows from the class", "peft_type")
-    unread = {path.rpartition(".")[2] for path in old.unread()}
-    return _given(old, *[key for key in old.values if key in names & unread])
-
-
-def tokens(special: Settings, model: Settings) -> dict[str, Any]:
-    """Our `model.tokens`.
-
-    A reference that looks like one special token, `<s>` or `[SEP]`, is copied; any other is a text whose tokens'
-    rows are averaged.
-    """
-    roles = ("bos", "eos", "pad", "unk", "sep")
-    ours: dict[str, Any] = {role: value for role in roles if (value := special.maybe(f"{role}_token", str)) is not None}
-    references: dict[str, Any] = model.maybe("embeddings_initialization_strategy", dict) or {}
-    key = model.path_of("embeddings_initialization_strategy")
-    kind = adapter_kind(model)
-    if kind in PROMPT_LEARNING:
-        model.leave_out(NO_ROWS, "embeddings_initialization_strategy")
+def tokens(special: Settings, model: Settings, peft: dict[str, Any]) -> dict[str, Any]:
+    """Our `model.tokens`; a reference like `<s>` or `[SEP]` is copied, the tokens' rows of any other are averaged."""
+    ours, key = carry(special, TOKENS), "embeddings_initialization_strategy"
+    references: dict[str, Any] = model.maybe(key, dict) or {}
+    lora = peft.get("class_path") == "peft.LoraConfig"
+    if peft and not lora:
+        model.leave_out(NO_ROWS, key)
         return ours
     new = {}
     for token, reference in references.items():
         if not isinstance(reference, str):
-            raise ConfigError(f"{key}: the reference of '{token}' is {reference!r}; give a text.")
+            raise ConfigError(f"{model.path_of(key)}: the reference of '{token}' is {reference!r}; give a text.")
         copied = SPECIAL.fullmatch(reference) is not None
         new[token] = {"init": "copy" if copied else "text", "of": reference}
-        if not copied:
-            model.notes.warn(f"{key}.{token} -> model.tokens.new", FIRST_PIECE)
-    if new:
-        ours["new"] = new
-        model.notes.warn(f"{key} -> model.tokens.new", BOTH_TABLES)
-        if kind == "LORA" and not _saved_modules(model):
-            model.notes.warn(f"{key} -> model.tokens.new", ROWS_TRAIN)
-    return ours
+        model.warn(FIRST_PIECE, f"{key}.{token}", "model.tokens.new", when=not copied)
+    if not new:
+        return ours
+    model.warn(BOTH_TABLES, key, "model.tokens.new")
+    model.warn(ROWS_TRAIN, key, "model.tokens.new", when=lora and not peft["init_args"].get("modules_to_save"))
+    return ours | {"new": new}

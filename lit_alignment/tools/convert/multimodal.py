@@ -1,123 +1,97 @@
-"""train_multimodal, preprocess_multimodal_dataset, and what inference_multimodal shares: images and sounds."""
+"""train_multimodal, inference_multimodal and preprocess_multimodal_dataset: images and sounds."""
 
-import shlex
 from typing import Any
 
-from lit_alignment.tools.convert.document import Document
-from lit_alignment.tools.convert.fit import Method, training_document
-from lit_alignment.tools.convert.settings import Settings
+from lit_alignment.tools.convert.document import Document, script
+from lit_alignment.tools.convert.settings import Extras, Settings
 
 BGR = "pictures were read with blue in the place of red there; here they are RGB, so a model from there sees otherwise"
 CUT = "images of a cut conversation could be taken for each other there; here whole messages go, with their images"
-COMPRESS = (
-    "the number of embeddings had to be that of the patches there; here c_abstractor makes any square number of them"
-)
+COMPRESS = """the number of embeddings had to be that of the patches there; here c_abstractor makes any square number \
+of them"""
 NUMBER = "it follows from encoder and projector; a wrong number is an error that names the right one"
-PICKLE = (
-    "features were read there from the first file in the folder of the pictures; here model.{name}.cache names the "
-    "file or folder of features, and lit-alignment preprocess makes it"
-)
-PICKLED = (
-    "a pickled file is not loaded; save its projector as safetensors, with the names of ours, and give "
-    "projector.weights"
-)
+PICKLE = """features were read there from the first file in the folder of the pictures; here model.{name}.cache names \
+the file or folder of features, and lit-alignment preprocess makes it"""
+PICKLED = """a pickled file is not loaded; save its projector as safetensors, with the names of ours, and give \
+projector.weights"""
 ONE_VECTOR = "it could not be loaded there; here it is one vector an image, where its package is installed"
 FRAMES = "sounds were one mean vector there, and could not be loaded; here they are up to 64 vectors over time"
+MEASURED = "predict writes the answers; lit-alignment evaluate measures them"
 READER = "the processor beside the encoder reads files"
-STREAMED = (
-    "one unreadable picture stopped the run there, and all pictures and features stood in memory; here they stream, in "
-    "folders below as well, a killed run goes on, and unreadable files are listed"
-)
-ALONE = "train_language_model: false trains the projector alone, which there was done by training with no adapter."
+STREAMED = """one unreadable picture stopped the run there, and all pictures and features stood in memory; here they \
+stream, in folders below as well, a killed run goes on, and unreadable files are listed"""
+REMARKS = ("train_language_model: false trains the projector alone, which there was done by training with no adapter.",)
+ENCODERS, PROJECTORS = "modality_encoder_settings_mapping", "modality_projector_mapping"
+START, END, TOKENS = "start_modality_token", "end_modality_token", "modality_token_mapping"
 
 
-def convert(top: Settings) -> list[Document]:
-    """Our configuration for `fit`."""
-    dataset = top.part("train_dataset_settings")
-    others = [top.part("val_dataset_settings"), top.part("cherry_pick_settings").part("dataset_settings")]
-    module = modalities(top, dataset, others)
-    method = Method("VLM", "a language model that sees images", module=module, data={"folder": "."}, remarks=(ALONE,))
-    return [training_document(top, method)]
+def media(top: Settings, old: Settings, folder: str) -> Extras:
+    """Settings of images and sounds."""
+    if old is top:
+        train, val = top.part("train_dataset_settings"), top.part("val_dataset_settings")
+        return _modalities(top, train, [val, top.part("cherry_pick_settings.dataset_settings")]), {"folder": "."}
+    model = old.part("model_settings")
+    model.leave_out(NUMBER, "n_modality_embeddings")
+    # Encoders and projectors stand beside the model's settings, in some files among them.
+    module = _modalities(old if ENCODERS in old else model, top.part("dataset_settings"), [])
+    model.leave_out(PICKLED, "projections_path")
+    old.leave_out(MEASURED, "metric_settings")
+    return module, {"folder": "."}
 
 
-def modalities(owner: Settings, dataset: Settings, others: list[Settings]) -> dict[str, Any]:
-    """Our settings of images and sounds.
-
-    Args:
-        owner: Where encoders and projectors stand.
-        dataset: The data set whose placeholders hold.
-        others: Further data sets.
-    """
-    notes = owner.notes
-    encoders, kinds = owner.part("modality_encoder_settings_mapping"), owner.part("modality_projector_mapping")
-    weights, tokens = owner.part("modality_projector_initialization_mapping"), dataset.part("modality_token_mapping")
-    start, end = dataset.maybe("start_modality_token", str), dataset.maybe("end_modality_token", str)
+def _modalities(owner: Settings, dataset: Settings, others: list[Settings]) -> dict[str, Any]:
+    """Our settings of images and sounds; `owner` has encoders and projectors, `dataset` the placeholders that hold."""
+    owner.require(ENCODERS)
     number = dataset.maybe("n_modality_embeddings", int) or owner.maybe("n_modality_embeddings", int)
-    owner.leave_out(NUMBER, "n_modality_embeddings")
     for each in (dataset, *others):
         each.leave_out(READER, "modality_reader_settings_mapping")
         each.leave_out(NUMBER, "n_modality_embeddings")
-        if each.take("truncate_top", False):
-            notes.warn(each.path_of("truncate_top"), CUT)
-        if each is not dataset:
-            each.leave_out(
-                "the placeholders of the training data hold", "modality_token_mapping", "start_modality_token",
-                "end_modality_token",
-            )  # fmt: skip
-    if "modality_encoder_settings_mapping" not in owner:
-        notes.missing.append(owner.path_of("modality_encoder_settings_mapping"))
+        each.warn(CUT, "truncate_top", when=each.take("truncate_top", False))
+        held = "the placeholders of the training data hold"
+        each.leave_out(held, TOKENS, START, END, when=each is not dataset)
     found: dict[str, Any] = {}
     for name in ("image", "audio"):
-        if encoders.raw(name) is None:
-            for part in (kinds, weights, tokens):
-                part.raw(name)
+        marks = {"token": f"{TOKENS}.{name}", "start": START, "end": END}
+        placeholders = {ours: value for ours, key in marks.items() if (value := dataset.maybe(key, str))}
+        weights = owner.maybe(f"modality_projector_initialization_mapping.{name}", str)
+        kind = owner.take(f"{PROJECTORS}.{name}", "llava")
+        if owner.raw(f"{ENCODERS}.{name}") is None:
             continue
-        found[name] = _modality(name, encoders.part(name), kinds, number)
-        first = weights.maybe(name, str)
-        if first is not None:
-            if first.endswith(".safetensors"):
-                found[name]["projector"]["weights"] = first
-            else:
-                notes.leave_out(weights.path_of(name), PICKLED)
-        marks = {"token": tokens.maybe(name, str), "start": start, "end": end}
-        found[name] |= {key: value for key, value in marks.items() if value}
+        encoder = _encoder(owner.part(f"{ENCODERS}.{name}"), name)
+        projector: dict[str, Any] = {"kind": "mlp"}
+        if kind == "c_abstractor":
+            projector = {"kind": kind} | ({"num_tokens": number} if number else {})
+            owner.warn(COMPRESS, f"{PROJECTORS}.{name}")
+        pickled = f"{ENCODERS}.{name}.is_pickle"
+        owner.warn(PICKLE.format(name=name), pickled, when=owner.take(pickled, False))
+        if weights is not None and weights.endswith(".safetensors"):
+            projector["weights"] = weights
+        elif weights is not None:
+            owner.leave_out(PICKLED, f"modality_projector_initialization_mapping.{name}")
+        found[name] = {"encoders": [encoder], "projector": projector, **placeholders}
     return found
 
 
-def _modality(name: str, old: Settings, kinds: Settings, number: int | None) -> dict[str, Any]:
-    """Encoder and projector of one modality."""
-    notes = old.notes
-    kind, path = old.take("modality_encoder_type", "clip"), old.need("encoder_path", str)
-    encoder: dict[str, Any] = {"path": path}
+def _encoder(old: Settings, name: str) -> dict[str, Any]:
+    kind, path = old.take("modality_encoder_type", "clip"), old.need("encoder_path")
     if kind.startswith("imagebind"):
-        encoder = {"path": "imagebind"}
-        notes.warn(old.path_of("modality_encoder_type"), ONE_VECTOR)
-    elif kind == "whisper":
-        encoder["layer"] = -1
-        notes.warn(old.path_of("modality_encoder_type"), FRAMES)
-    elif name == "image":
-        notes.warn(old.path, BGR)
-    projector: dict[str, Any] = {"kind": "mlp"}
-    if kinds.take(name, "llava") == "c_abstractor":
-        projector = {"kind": "c_abstractor"} | ({"num_tokens": number} if number else {})
-        notes.warn(kinds.path_of(name), COMPRESS)
-    if old.take("is_pickle", False):
-        notes.warn(old.path_of("is_pickle"), PICKLE.format(name=name))
-    return {"encoders": [encoder], "projector": projector}
+        old.warn(ONE_VECTOR, "modality_encoder_type")
+        return {"path": "imagebind"}
+    if kind == "whisper":
+        old.warn(FRAMES, "modality_encoder_type")
+        return {"path": path, "layer": -1}
+    if name == "image":
+        old.warn(BGR)
+    return {"path": path}
 
 
 def convert_preprocess(top: Settings) -> list[Document]:
     """The command that makes a cache of features, as a script."""
-    reader, encoder = top.part("reader_settings"), top.part("encoder_settings")
-    reader.leave_out(READER, "reader_type", "reader_path")
-    kind, path = encoder.take("modality_encoder_type", "clip"), encoder.need("encoder_path", str)
-    encoder.leave_out("files are read, not features", "is_pickle")
-    if kind.startswith("imagebind"):
-        path = "imagebind"
-        top.notes.warn(encoder.path_of("modality_encoder_type"), ONE_VECTOR)
-    folder, target = top.need("dataset_path", str), top.need("output_file_path", str)
-    modality, batch = top.take("modality", "image"), top.take("batch_size", 64)
-    command = ["lit-alignment", "preprocess", "--encoder", path, "--files", folder, "--out", target]
-    command += ["--modality", modality, "--batch-size", str(batch)]
-    top.notes.warn("preprocess_multimodal_dataset", STREAMED)
-    return [Document("preprocess", "features of images, made once", shlex.join(command), [])]
+    top.leave_out(READER, "reader", "reader_settings.reader_type", "reader_settings.reader_path")
+    old = top.part("encoder_settings")
+    old.leave_out("files are read, not features", "is_pickle")
+    command = ["preprocess", "--encoder", _encoder(old, "")["path"]]
+    command += ["--files", top.need("dataset_path"), "--out", top.need("output_file_path")]
+    command += ["--modality", top.take("modality", "image"), "--batch-size", str(top.take("batch_size", 64))]
+    top.warn(STREAMED, "preprocess_multimodal_dataset")
+    return [script("features of images, made once", *command)]

@@ -1,131 +1,100 @@
-"""The old settings, which remember what was read of them, and the notes that a conversion leaves."""
+"""The old settings, which remember what was read of them, tables of what becomes of each key, and the notes."""
 
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lit_alignment.errors import ConfigError
 
-Kind = TypeVar("Kind")
-NAMES = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-}
-LONGEST_VALUE = 100
-INDEX = re.compile(r"\[\d+\]")
+Value = TypeVar("Value")
+NAMES: dict[type[Any], str] = {dict: "an object", list: "a list", str: "a string"}
+NAMES |= {bool: "true or false", int: "an integer", float: "a number"}
+Extras = tuple[dict[str, Any], dict[str, Any]]  # further settings of a module, and of its data module
 
 
+@dataclass
 class Notes:
-    """What a user has to know about a conversion, each thing once."""
+    """What a user has to know about a conversion; texts stand with the keys that they are about."""
 
-    def __init__(self) -> None:
-        """Nothing has been said yet."""
-        self.missing: list[str] = []
-        self.unknown: list[str] = []
-        self._warnings: dict[str, list[str]] = {}
-        self._left_out: dict[str, list[str]] = {}
+    missing: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    changed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    def warn(self, key: str, text: str) -> None:
-        """Say that what a setting did there works otherwise here; keys with the same text share a line."""
-        _append(self._warnings, text, key)
-
-    def leave_out(self, key: str, reason: str) -> None:
-        """Say that a setting has no counterpart; keys with the same reason share a line."""
-        _append(self._left_out, reason, key)
-
-    @property
-    def warnings(self) -> list[str]:
-        """Lines about what works otherwise."""
-        return _lines(self._warnings)
-
-    @property
-    def left_out(self) -> list[str]:
-        """Lines about what is not carried over."""
-        return _lines(self._left_out)
-
-
-def _append(notes: dict[str, list[str]], text: str, key: str) -> None:
-    keys = notes.setdefault(text, [])
-    if key not in keys:
-        keys.append(key)
+    def groups(self) -> tuple[list[str], list[str], list[str]]:
+        """Lines about what works otherwise, about what is not carried over, and the unknown keys."""
+        return _lines(self.changed), _lines(self.left_out), self.unknown
 
 
 def _lines(notes: dict[str, list[str]]) -> list[str]:
-    return [f"{', '.join(_joined(keys))}: {text}" for text, keys in notes.items()]
+    """One line a text; keys that differ in a position in a list only are written as one, with [*] for it."""
+    lines = []
+    for text, keys in notes.items():
+        patterns = {key: re.sub(r"\[\d+\]", "[*]", key) for key in keys}
+        counts = Counter(patterns.values())
+        joined = dict.fromkeys(key if counts[pattern] == 1 else pattern for key, pattern in patterns.items())
+        lines.append(f"{', '.join(joined)}: {text}")
+    return lines
 
 
-def _joined(keys: list[str]) -> list[str]:
-    """The keys; several that differ in a place in a list only are written as one, with [*] for the place."""
-    patterns = {key: INDEX.sub("[*]", key) for key in keys}
-    counts = Counter(patterns.values())
-    return list(dict.fromkeys(key if counts[pattern] == 1 else pattern for key, pattern in patterns.items()))
-
-
+@dataclass
 class Settings:
-    """An object of the old JSON; keys that nobody reads are found again by `unread`.
+    """An object of the old JSON. Keys may lead into objects below, as `a.b`; `unread` finds those that nobody read."""
 
-    Args:
-        values: The object.
-        path: Where it stands, as `a.b[0]`; "" at the top.
-        notes: Where missing keys and keys without a counterpart are noted.
-    """
-
-    def __init__(self, values: dict[str, Any], path: str, notes: Notes) -> None:
-        """Nothing has been read yet."""
-        self.values, self.path, self.notes = values, path, notes
-        self._read: set[str] = set()
-        self._parts: dict[str, list[Settings]] = {}
+    values: dict[str, Any]
+    path: str  # where it stands, as a.b[0]; "" at the top
+    notes: Notes
+    defaults: dict[str, Any] = field(default_factory=dict)  # go before the default of who reads
+    _read: set[str] = field(default_factory=set)
+    _parts: dict[str, list["Settings"]] = field(default_factory=dict)
 
     def __contains__(self, key: str) -> bool:
-        return key in self.values
+        first, _, rest = key.partition(".")
+        return rest in self.part(first) if rest else key in self.values
 
     def path_of(self, key: str) -> str:
         """The full path of a key."""
-        return f"{self.path}.{key}" if self.path else key
+        return ".".join(filter(None, (self.path, key)))
 
-    def maybe(self, key: str, kind: type[Kind]) -> Kind | None:
-        """A value, or None where the key is missing or null.
-
-        Raises:
-            ConfigError: If the value is of another type.
-        """
+    def raw(self, key: str) -> Any:
+        """A value of any type."""
+        first, _, rest = key.partition(".")
+        if rest:
+            return self.part(first).raw(rest)
         self._read.add(key)
         value = self.values.get(key)
+        return self.defaults.get(key) if value is None else value
+
+    def maybe(self, key: str, kind: type[Value]) -> Value | None:
+        """A value, or None where the key is missing or null; of another type, it is a ConfigError."""
+        value = self.raw(key)
         return None if value is None else _checked(value, kind, self.path_of(key))
 
-    def texts(self, key: str) -> list[str]:
-        """A list of texts, or one text as a list; empty where it is missing."""
-        value = self.raw(key)
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        return [_checked(each, str, self.path_of(key)) for each in values]
-
-    def take(self, key: str, default: Kind) -> Kind:
+    def take(self, key: str, default: Value) -> Value:
         """A value of the default's type, or the default where the key is missing or null."""
         value = self.maybe(key, type(default))
         return default if value is None else value
 
-    def need(self, key: str, kind: type[Kind]) -> Kind:
-        """A value that has to be there; without it an empty one, and the key is noted as missing."""
-        value = self.maybe(key, kind)
-        if value is None:
+    def need(self, key: str) -> str:
+        """A text that has to be there; without it an empty one, and the key is noted as missing."""
+        if (value := self.maybe(key, str)) is None:
             self.notes.missing.append(self.path_of(key))
-        return kind() if value is None else value
+        return value or ""
 
-    def raw(self, key: str) -> Any:
-        """A value of any type."""
-        self._read.add(key)
-        return self.values.get(key)
+    def require(self, *keys: str) -> None:
+        """Note those of the keys that are not given as missing."""
+        self.notes.missing += [self.path_of(key) for key in keys if key not in self]
 
     def part(self, key: str) -> "Settings":
-        """An object below this one, whose own keys are to be read; an empty one where it is missing."""
+        """An object below this one; an empty one where it is missing."""
+        first, _, rest = key.partition(".")
+        if rest:
+            return self.part(first).part(rest)
         if key not in self._parts:
             self._parts[key] = [Settings(self.maybe(key, dict) or {}, self.path_of(key), self.notes)]
         return self._parts[key][0]
@@ -133,22 +102,22 @@ class Settings:
     def parts(self, key: str) -> list["Settings"]:
         """The objects of a list below this one."""
         if key not in self._parts:
-            values = [
-                _checked(value, dict, f"{self.path_of(key)}[{index}]")
-                for index, value in enumerate(self.maybe(key, list) or [])
-            ]
-            self._parts[key] = [
-                Settings(value, f"{self.path_of(key)}[{index}]", self.notes) for index, value in enumerate(values)
-            ]
+            paths = {f"{self.path_of(key)}[{index}]": each for index, each in enumerate(self.maybe(key, list) or [])}
+            self._parts[key] = [Settings(_checked(each, dict, path), path, self.notes) for path, each in paths.items()]
         return self._parts[key]
 
-    def leave_out(self, reason: str, *keys: str) -> None:
-        """Note those of the keys that are given as not carried over, with their values where they are objects."""
-        for key in keys:
-            if key in self.values:
-                value = self.raw(key)
-                shown = f" {shorten(value)}" if isinstance(value, dict) and value else ""
-                self.notes.leave_out(self.path_of(key) + shown, reason)
+    def warn(self, text: str, key: str = "", ours: str = "", *, when: bool = True) -> None:
+        """Say, if `when`, that what a key did there works otherwise here, in our key `ours` if that says more."""
+        if when:
+            self.notes.changed[text].append(self.path_of(key) + (f" -> {ours}" if ours else ""))
+
+    def leave_out(self, reason: str, *keys: str, when: bool = True, shown: str = "") -> None:
+        """Note, if `when`, the given ones of the keys as not carried over, with their values where they are objects."""
+        for key in keys if when else ():
+            value = self.raw(key)
+            if key in self or value is not None:
+                own = f" {shorten(value)}" if isinstance(value, dict) and value else ""
+                self.notes.left_out[reason].append(self.path_of(key) + (shown or own))
 
     def unread(self) -> Iterator[str]:
         """Paths of the keys that were not read, here and below."""
@@ -158,38 +127,68 @@ class Settings:
             for part in self._parts.get(key, []):
                 yield from part.unread()
 
+    def leave_out_rest(self, reason: str) -> None:
+        """Note the keys that nobody has read yet as not carried over."""
+        self.leave_out(reason, *[key for key in self.values if key not in self._read])
+
+
+@dataclass(frozen=True)
+class Row:
+    """What becomes of one old key."""
+
+    old: Any  # the type of a value that is written where it is given, or the old default, which is written out
+    ours: str = ""  # our key, as a.b where it stands deeper; "" where it is the old one
+    changed: bool = False  # whether only what differs from the old default is written
+    make: Callable[[Any], Any] = lambda value: value  # our value for the old one; None is not written
+    notes: tuple[str, ...] = ()  # what works otherwise here, told where the key is given
+
+
+Table = Mapping[str, Row | str]  # a text says why the key, or the keys between its commas, have no counterpart
+
+
+def carry(old: Settings, table: Table) -> dict[str, Any]:
+    """What a table makes of an object: our keys and values, and the notes on it."""
+    ours: dict[str, Any] = {}
+    for key, row in table.items():
+        if isinstance(row, str):
+            old.leave_out(row, *key.split(", "))
+            continue
+        kind, default = (row.old, None) if isinstance(row.old, type) else (type(row.old), row.old)
+        value = old.maybe(key, kind)
+        for note in row.notes:
+            old.warn(note, key, when=value is not None)
+        value = row.make(default if value is None else value)
+        if value is not None and not (row.changed and value == default):
+            section, _, name = (row.ours or key).rpartition(".")
+            (ours.setdefault(section, {}) if section else ours)[name] = value
+    return ours
+
 
 def shorten(value: Any) -> str:
     """A value as JSON, cut where it gets long."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _checked(value: Any, kind: type[Kind], path: str) -> Kind:
+def _checked(value: Any, kind: type[Value], path: str) -> Value:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     endless = isinstance(value, float) and not math.isfinite(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int) or endless:
-        raise ConfigError(f"{path} is {shorten(value)}; turbo-alignment takes {NAMES[kind]} there.")
+        raise ConfigError(f"{path} is {shorten(value)}; turbo-alignment takes {NAMES.get(kind, 'a value')} there.")
     return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file.
-
-    Raises:
-        ConfigError: If the file is no JSON object.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file.")
+    """The object in a file; a ConfigError where it is no JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}).") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"{path}: no such file.") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}).") from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: not a configuration, it is nested too deep.") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a configuration ({error}).") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the file holds no object; a turbo-alignment configuration is one.")
     return values

@@ -1,282 +1,184 @@
-"""Trainer, optimiser, checkpoints, loggers and upload."""
+"""The old trainer's settings: batches, precision, optimizer, validation, checkpoints, loggers and upload."""
 
 import os
-from dataclasses import dataclass, field
 from typing import Any
 
-from lit_alignment.tools.convert.settings import Settings
+from lit_alignment.tools.convert.settings import Row, Settings, Table, carry
 
-# The values that held there where nothing was said. `trainer_settings` is the older name of the section, with defaults
-# of its own; `training_arguments` has those of transformers.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "trainer_settings": {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 32,
-        "learning_rate": 3e-4,
-        "lr_scheduler_type": "cosine",
-        "eval_strategy": "steps",
-        "eval_steps": 150,
-        "save_steps": 150,
-        "save_total_limit": 1,
-        "load_best_model_at_end": True,
-        "logging_steps": 5,
-        "fp16": True,
-        "dataloader_num_workers": 8,
-    },
-    "training_arguments": {
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 5e-5,
-        "lr_scheduler_type": "linear",
-        "eval_strategy": "no",
-        "eval_steps": 0,
-        "save_steps": 500,
-        "save_total_limit": 0,
-        "load_best_model_at_end": False,
-        "logging_steps": 500,
-        "fp16": False,
-        "dataloader_num_workers": 0,
-    },
-}
-ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
-SHARDING = (
-    "set trainer.devices, and trainer.strategy to ddp or to lit_alignment.FSDP2Strategy, which takes bf16-mixed but "
-    "not 16-mixed; configs/trainer/ has both, and DeepSpeed"
-)
-FP16_BFLOAT16 = (
-    "fp16 was on there unless it was switched off, and it cannot scale the gradients of weights in bfloat16; here the "
-    "precision is bf16-mixed"
-)
+SHARDING = """set trainer.devices, and trainer.strategy to ddp or to lit_alignment.FSDP2Strategy, which takes \
+bf16-mixed but not 16-mixed; configs/trainer/ has both, and DeepSpeed"""
+FP16_BFLOAT16 = """fp16 was on there unless it was switched off, and it cannot scale the gradients of weights in \
+bfloat16; here the precision is bf16-mixed"""
 FP16_FLOAT16 = "fp16 cannot scale the gradients of weights in float16, which ended the run there; here they are float32"
 FP16_CPU = "the CPU has no fp16; the precision is 32-true"
 SAVED_AT_VALIDATION = "checkpoints are compared by val/loss, so they are saved at each validation"
-RESUME = (
-    "a run resumed by itself there if the folder /checkpoints existed, whoever had written it; here with --ckpt_path "
-    "and the path of a checkpoint"
-)
-UPLOAD = (
-    "every rank uploaded there, a failure ended the run, and removing checkpoint-1 also removed checkpoint-10; here "
-    "rank 0 does, a failure is a warning, and each file is removed by its own name"
-)
-# What no counterpart is needed for, with the reason.
-WITHOUT_COUNTERPART = {
-    "batches are encoded before training; building one is cheap": (
-        "dataloader_prefetch_factor",
-        "dataloader_persistent_workers",
-        "dataloader_pin_memory",
-    ),
-    "the first step is logged like any other": ("logging_first_step",),
-    "loggers are set in trainer.logger": ("report_to", "run_name", "logging_dir", "logging_strategy", "disable_tqdm"),
-    "gradient checkpointing is never reentrant": ("gradient_checkpointing_kwargs",),
-    "set torch.set_float32_matmul_precision, if float32 is used": ("tf32",),
-    "validation gives losses, not logits": ("prediction_loss_only", "eval_accumulation_steps"),
-    "the data module knows its columns and its order": ("remove_unused_columns", "group_by_length", "data_seed"),
-    "the run's folder is below trainer.default_root_dir": ("output_dir", "overwrite_output_dir"),
-    "the command says what is run": ("do_train", "do_eval", "do_predict", "resume_from_checkpoint"),
-    "the seed is the one at the top": ("seed",),
-    "sequence parallelism is not there yet": ("sequence_parallel",),
-    SHARDING: ("deepspeed", "fsdp", "fsdp_config", "ddp_find_unused_parameters", "ddp_timeout"),
+RESUME = """a run resumed by itself there if the folder /checkpoints existed, whoever had written it; here with \
+--ckpt_path and the path of a checkpoint"""
+UPLOAD = """every rank uploaded there, a failure ended the run, and removing checkpoint-1 also removed checkpoint-10; \
+here rank 0 does, a failure is a warning, and each file is removed by its own name"""
+
+# Defaults of `trainer_settings`, the older name of the section, where they are not transformers'.
+OLDER: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 32,
+    "dataloader_num_workers": 8,
 }
-
-
-@dataclass
-class Training:
-    """What the training settings become.
-
-    Args:
-        trainer: Keys of `trainer`.
-        checkpoint: Arguments of ModelCheckpoint.
-        optimizer: Keys of `model.optimizer`.
-        model: Further keys of the module.
-        backbone: Further keys of its backbone.
-        data: Keys of the data module.
-    """
-
-    trainer: dict[str, Any] = field(default_factory=dict)
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    backbone: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
+OLDER |= {"learning_rate": 3e-4, "lr_scheduler_type": "cosine", "fp16": True, "logging_steps": 5}
+OLDER |= {"eval_strategy": "steps", "eval_steps": 150, "load_best_model_at_end": True}
+OLDER |= {"save_steps": 150, "save_total_limit": 1}
+TRAINING: Table = {
+    "gradient_accumulation_steps": Row(1, "trainer.accumulate_grad_batches"),
+    "max_grad_norm": Row(1.0, "trainer.gradient_clip_val", make=lambda norm: norm if norm > 0 else None),
+    "logging_steps": Row(500.0, "trainer.log_every_n_steps", make=lambda steps: max(1, int(steps))),
+    "per_device_train_batch_size": Row(8, "data.batch_size"),
+    "dataloader_num_workers": Row(0, "data.num_workers", changed=True),
+    "neftune_noise_alpha": Row(0.0, "module.neftune_alpha", changed=True),
+    "label_smoothing_factor": Row(0.0, "module.label_smoothing", changed=True),
+    "gradient_checkpointing": Row(False, "backbone.gradient_checkpointing", changed=True),
+    "torch_compile": Row(False, "backbone.compile", changed=True),
+}
+UNUSED: Table = {
+    "dataloader_prefetch_factor, dataloader_persistent_workers, dataloader_pin_memory": (
+        "batches are encoded before training; building one is cheap"
+    ),
+    "logging_first_step": "the first step is logged like any other",
+    "report_to, run_name, logging_dir, logging_strategy, disable_tqdm": "loggers are set in trainer.logger",
+    "gradient_checkpointing_kwargs": "gradient checkpointing is never reentrant",
+    "tf32": "set torch.set_float32_matmul_precision, if float32 is used",
+    "prediction_loss_only, eval_accumulation_steps": "validation gives losses, not logits",
+    "remove_unused_columns, group_by_length, data_seed": "the data module knows its columns and its order",
+    "output_dir, overwrite_output_dir": "the run's folder is below trainer.default_root_dir",
+    "do_train, do_eval, do_predict, resume_from_checkpoint": "the command says what is run",
+    "seed": "the seed is the one at the top",
+    "sequence_parallel": "sequence parallelism is not there yet",
+    "deepspeed, fsdp, fsdp_config, ddp_find_unused_parameters, ddp_timeout": SHARDING,
+}
+ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused")
+SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}
+WANDB_MORE: Table = {"entity": Row(str), "notes": Row(str)}
 
 
 def section(top: Settings) -> Settings:
     """The settings of the old trainer."""
-    return top.part("training_arguments" if "training_arguments" in top else "trainer_settings")
+    newer = "training_arguments" in top
+    old = top.part("training_arguments" if newer else "trainer_settings")
+    old.defaults |= {} if newer else OLDER
+    return old
 
 
-def training(top: Settings, dtype: str) -> Training:
-    """Our settings for those of the old trainer.
-
-    Args:
-        top: The whole configuration.
-        dtype: Of the weights that train.
-    """
+def training(top: Settings, dtype: str) -> dict[str, dict[str, Any]]:
+    """Our keys of `trainer`, `checkpoint` (its callback), `data`, `module`, its `backbone` and its `optimizer`."""
     old = section(top)
-    defaults = DEFAULTS[old.path]
-    ours = Training()
-    batch = old.take("per_device_train_batch_size", int(defaults["per_device_train_batch_size"]))
-    accumulate = old.take("gradient_accumulation_steps", int(defaults["gradient_accumulation_steps"]))
-    if old.take("no_cuda", False) | old.take("use_cpu", False):
-        ours.trainer["accelerator"] = "cpu"
-    _set_precision(old, defaults, dtype, ours)
-    ours.trainer |= _length(old)
-    ours.trainer["accumulate_grad_batches"] = accumulate
-    if (norm := old.take("max_grad_norm", 1.0)) > 0:
-        ours.trainer["gradient_clip_val"] = norm
-    ours.trainer["log_every_n_steps"] = max(1, int(old.take("logging_steps", float(defaults["logging_steps"]))))
-    validated = _validation(old, defaults, accumulate, ours)
-    ours.checkpoint = _checkpoint(old, defaults, validated)
-    ours.optimizer = _optimizer(old, defaults)
-    ours.data = {"packing": False, "batch_size": batch}
-    if (evaluated := old.maybe("per_device_eval_batch_size", int)) not in (None, batch):
-        old.notes.leave_out(old.path_of("per_device_eval_batch_size"), f"{evaluated}; one batch_size serves all splits")
-    if workers := old.take("dataloader_num_workers", int(defaults["dataloader_num_workers"])):
-        ours.data["num_workers"] = workers
-    for theirs, section_of_ours, name, kind in (
-        ("neftune_noise_alpha", ours.model, "neftune_alpha", float),
-        ("label_smoothing_factor", ours.model, "label_smoothing", float),
-        ("gradient_checkpointing", ours.backbone, "gradient_checkpointing", bool),
-        ("torch_compile", ours.backbone, "compile", bool),
-    ):
-        if value := old.maybe(theirs, kind):
-            section_of_ours[name] = value
-    for reason, keys in WITHOUT_COUNTERPART.items():
-        old.leave_out(reason, *keys)
-    top.notes.warn("resuming", RESUME)
-    return ours
-
-
-def _set_precision(old: Settings, defaults: dict[str, Any], dtype: str, ours: Training) -> None:
-    fp16 = old.take("fp16", bool(defaults["fp16"]))
-    if old.take("bf16", False):
-        ours.trainer["precision"] = "bf16-mixed"
-    elif fp16 and "accelerator" in ours.trainer:
-        ours.trainer["precision"] = "32-true"
-        old.notes.leave_out(old.path_of("fp16"), FP16_CPU)
-    elif fp16 and dtype == "bfloat16":
-        ours.trainer["precision"] = "bf16-mixed"
-        old.notes.warn(f"{old.path_of('fp16')} -> trainer.precision", FP16_BFLOAT16)
-    elif fp16:
-        ours.trainer["precision"] = "16-mixed"
-        if dtype == "float16":
-            ours.backbone["dtype"] = "float32"
-            old.notes.warn(f"{old.path_of('fp16')} -> model.backbone.dtype", FP16_FLOAT16)
-
-
-def _length(old: Settings) -> dict[str, Any]:
+    ours: dict[str, dict[str, Any]] = {"backbone": {}, "module": {}, **carry(old, TRAINING)}
+    accumulate, batch = ours["trainer"]["accumulate_grad_batches"], ours["data"]["batch_size"]
+    interval = old.take("eval_steps", 0.0) or old.take("logging_steps", 500.0)
+    match old.take("evaluation_strategy", old.take("eval_strategy", "no")):
+        case "no":
+            ours["trainer"]["limit_val_batches"] = 0
+        case "steps" if interval < 1:
+            old.leave_out("a share of the run; validation is at each epoch's end", "eval_steps")
+        case "steps":
+            # Lightning counts batches and, with null, across epochs.
+            ours["trainer"] |= {"val_check_interval": int(interval) * accumulate, "check_val_every_n_epoch": None}
+    precision = _precision(old, dtype)
+    if precision.get("precision") == "16-mixed" and dtype == "float16":
+        old.warn(FP16_FLOAT16, "fp16", "model.backbone.dtype")
+        ours["backbone"]["dtype"] = "float32"
     steps, epochs = old.take("max_steps", -1), old.take("num_train_epochs", 3.0)
-    if steps > 0:
-        if "num_train_epochs" in old:
-            old.notes.leave_out(old.path_of("num_train_epochs"), "max_steps goes first, as there")
-        return {"max_steps": steps}
     whole = -int(-epochs // 1)
-    if whole != epochs:
-        old.notes.leave_out(old.path_of("num_train_epochs"), f"{epochs}; a run ends with an epoch, here the {whole}th")
-    return {"max_epochs": whole}
-
-
-def _validation(old: Settings, defaults: dict[str, Any], accumulate: int, ours: Training) -> bool:
-    """Set when to validate, and return whether it is done at all."""
-    strategy = old.take("evaluation_strategy", old.take("eval_strategy", str(defaults["eval_strategy"])))
-    steps = old.take("eval_steps", float(defaults["eval_steps"])) or float(_logging_steps(old, defaults))
-    if strategy == "no":
-        ours.trainer["limit_val_batches"] = 0
-    elif strategy == "steps" and steps < 1:
-        old.notes.leave_out(old.path_of("eval_steps"), "a share of the run; validation is at each epoch's end")
-    elif strategy == "steps":
-        # Lightning counts batches and, with null, across epochs.
-        ours.trainer |= {"val_check_interval": int(steps) * accumulate, "check_val_every_n_epoch": None}
-    return strategy != "no"
-
-
-def _logging_steps(old: Settings, defaults: dict[str, Any]) -> float:
-    return old.take("logging_steps", float(defaults["logging_steps"]))
-
-
-def _checkpoint(old: Settings, defaults: dict[str, Any], validated: bool) -> dict[str, Any]:
-    """Arguments of ModelCheckpoint."""
-    strategy = old.take("save_strategy", "steps")
-    steps = int(old.take("save_steps", float(defaults["save_steps"])))
-    limit = old.take("save_total_limit", int(defaults["save_total_limit"]))
-    best = old.take("load_best_model_at_end", bool(defaults["load_best_model_at_end"]))
-    metric = old.maybe("metric_for_best_model", str)
-    if metric not in (None, "loss", "eval_loss"):
-        old.notes.leave_out(old.path_of("metric_for_best_model"), f"'{metric}'; val/loss tells the best")
-    old.leave_out("val/loss tells the best, the lower the better", "greater_is_better")
-    ours: dict[str, Any] = {}
-    if validated and (best or metric is not None):
-        ours |= {"monitor": "val/loss", "save_top_k": limit or -1}
-        if "save_steps" in old or "save_strategy" in old:
-            keys = [key for key in ("save_steps", "save_strategy") if key in old]
-            old.notes.leave_out(", ".join(map(old.path_of, keys)), SAVED_AT_VALIDATION)
-    else:
-        ours |= {"monitor": "step", "mode": "max", "save_top_k": limit or -1}  # the newest ones
-        if strategy == "steps":
-            ours["every_n_train_steps"] = max(1, steps)
-    if old.take("save_only_model", False):
-        ours["save_weights_only"] = True
+    old.leave_out("max_steps goes first, as there", "num_train_epochs", when=steps > 0)
+    reason = f"{epochs}; a run ends with an epoch, here the {whole}th"
+    old.leave_out(reason, "num_train_epochs", when=steps <= 0 and whole != epochs)
+    length = {"max_steps": steps} if steps > 0 else {"max_epochs": whole}
+    ours["trainer"] = {**precision, **length, **ours["trainer"]}
+    ours["checkpoint"] = _checkpoint(old, validated="limit_val_batches" not in ours["trainer"])
+    ours["optimizer"] = _optimizer(old)
+    ours["data"] = {"packing": False, **ours["data"]}
+    evaluated = old.take("per_device_eval_batch_size", batch)
+    serves = f"{evaluated}; one batch_size serves all splits"
+    old.leave_out(serves, "per_device_eval_batch_size", when=evaluated != batch)
+    carry(old, UNUSED)
+    top.warn(RESUME, "resuming")
     return ours
 
 
-def _optimizer(old: Settings, defaults: dict[str, Any]) -> dict[str, Any]:
+def _precision(old: Settings, dtype: str) -> dict[str, Any]:
+    bf16, fp16, cpu = (old.take(key, False) for key in ("bf16", "fp16", "no_cuda"))
+    cpu |= old.take("use_cpu", False)
+    ours = {"accelerator": "cpu"} if cpu else {}
+    if not (bf16 or fp16):
+        return ours
+    if cpu and not bf16:
+        old.leave_out(FP16_CPU, "fp16")
+        return ours | {"precision": "32-true"}
+    if dtype == "bfloat16" and not bf16:
+        old.warn(FP16_BFLOAT16, "fp16", "trainer.precision")
+    return ours | {"precision": "bf16-mixed" if bf16 or dtype == "bfloat16" else "16-mixed"}
+
+
+def _checkpoint(old: Settings, validated: bool) -> dict[str, Any]:
+    """Arguments of ModelCheckpoint."""
+    best, metric = old.take("load_best_model_at_end", False), old.maybe("metric_for_best_model", str)
+    other = metric not in (None, "loss", "eval_loss")
+    old.leave_out(f"'{metric}'; val/loss tells the best", "metric_for_best_model", when=other)
+    old.leave_out("val/loss tells the best, the lower the better", "greater_is_better")
+    strategy, steps = old.take("save_strategy", "steps"), old.take("save_steps", 500.0)
+    kept = {"save_top_k": old.take("save_total_limit", 0) or -1}
+    if validated and (best or metric is not None):
+        ours: dict[str, Any] = {"monitor": "val/loss", **kept}
+        old.leave_out(SAVED_AT_VALIDATION, *[key for key in ("save_steps", "save_strategy") if key in old])
+    else:
+        ours = {"monitor": "step", "mode": "max", **kept}  # the newest ones
+        ours |= {"every_n_train_steps": max(1, int(steps))} if strategy == "steps" else {}
+    return ours | carry(old, {"save_only_model": Row(False, "save_weights_only", changed=True)})
+
+
+def _optimizer(old: Settings) -> dict[str, Any]:
     name = old.take("optim", "adamw_torch")
-    if name not in ADAMW:
-        old.notes.leave_out(old.path_of("optim"), f"'{name}'; the optimiser is AdamW")
+    old.leave_out(f"'{name}'; the optimiser is AdamW", "optim", when=name not in ADAMW)
+    kind = old.take("lr_scheduler_type", "linear")
+    schedule = SCHEDULES.get(kind, kind)
+    if schedule not in ("cosine", "linear", "constant", "wsd"):
+        reason = f"'{kind}'; ours are cosine, linear, constant and wsd, and cosine is set"
+        old.leave_out(reason, "lr_scheduler_type")
+        schedule = "cosine"
     steps, ratio = old.take("warmup_steps", 0.0), old.take("warmup_ratio", 0.0)
-    kind = old.take("lr_scheduler_type", str(defaults["lr_scheduler_type"]))
+    rate, more = old.take("learning_rate", 5e-5), old.part("lr_scheduler_kwargs")
     ours: dict[str, Any] = {
-        "learning_rate": old.take("learning_rate", float(defaults["learning_rate"])),
+        "learning_rate": rate,
         "weight_decay": old.take("weight_decay", 0.0),
         "betas": [old.take("adam_beta1", 0.9), old.take("adam_beta2", 0.999)],
         "eps": old.take("adam_epsilon", 1e-8),
-        "schedule": "cosine",
+        "schedule": schedule,
         "warmup": (int(steps) if steps >= 1 else steps or ratio) if kind != "constant" else 0,
     }
-    more = old.part("lr_scheduler_kwargs")
-    match kind:
-        case "linear" | "cosine":
-            ours["schedule"] = kind
-        case "constant" | "constant_with_warmup":
-            ours["schedule"] = "constant"
-        case "cosine_with_min_lr":
-            ours["min_ratio"] = more.take("min_lr_rate", more.take("min_lr", 0.0) / (ours["learning_rate"] or 1.0))
-        case "warmup_stable_decay":
-            ours["schedule"] = "wsd"
-            more.leave_out("set optimizer.decay_share, a share of all steps", "num_decay_steps", "num_stable_steps")
-            ours["min_ratio"] = more.take("min_lr_ratio", 0.0)
-        case _:
-            reason = f"'{kind}'; ours are cosine, linear, constant and wsd, and cosine is set"
-            old.notes.leave_out(old.path_of("lr_scheduler_type"), reason)
-    more.leave_out("the schedule has no such setting", *[path.rpartition(".")[2] for path in more.unread()])
+    if kind == "cosine_with_min_lr":
+        ours["min_ratio"] = more.take("min_lr_rate", more.take("min_lr", 0.0) / (rate or 1.0))
+    if schedule == "wsd":
+        more.leave_out("set optimizer.decay_share, a share of all steps", "num_decay_steps", "num_stable_steps")
+        ours["min_ratio"] = more.take("min_lr_ratio", 0.0)
+    more.leave_out_rest("the schedule has no such setting")
     return ours
 
 
 def logger(top: Settings, folder: str) -> Any:
     """Our `trainer.logger`: W&B, ClearML, none, or TensorBoard where nothing was said."""
-    given = [key for key in ("wandb_settings", "clearml_settings", "logging_settings") if top.values.get(key)]
-    if not given:
+    named = [key for key in ("wandb_settings", "clearml_settings", "logging_settings") if top.values.get(key)]
+    if not named:
         return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": folder}}
-    for key in given[1:]:
-        top.leave_out(f"{given[0]} goes first", key)
-    old = top.part(given[0])
-    kind = old.maybe("logging_type", str)
-    if given[0] == "clearml_settings" or kind == "clearml" or (kind is None and "task_name" in old):
-        arguments: dict[str, Any] = {name: old.need(name, str) for name in ("project_name", "task_name")}
-        if tags := old.texts("tags"):
-            arguments["tags"] = tags
-        arguments["save_dir"] = folder
-        return {"class_path": "lit_alignment.ClearMLLogger", "init_args": arguments}
-    mode = old.take("mode", "online")
-    arguments = {"project": old.need("project_name", str), "name": old.need("run_name", str), "save_dir": folder}
-    if mode == "offline":
-        arguments["offline"] = True
-    more: dict[str, Any] = {name: value for name in ("entity", "notes") if (value := old.maybe(name, str)) is not None}
-    if tags := old.texts("tags"):
-        more["tags"] = tags
+    top.leave_out(f"{named[0]} goes first", *named[1:])
+    old = top.part(named[0])
+    kind = old.take("logging_type", "clearml" if "task_name" in old else "wandb")
+    tags = carry(old, {"tags": Row(list, make=lambda tags: tags or None)})
+    if named[0] == "clearml_settings" or kind == "clearml":
+        names = {key: old.need(key) for key in ("project_name", "task_name")}
+        return {"class_path": "lit_alignment.ClearMLLogger", "init_args": {**names, **tags, "save_dir": folder}}
+    ours: dict[str, Any] = {"project": old.need("project_name"), "name": old.need("run_name"), "save_dir": folder}
+    mode, more = old.take("mode", "online"), carry(old, WANDB_MORE) | tags
     if mode == "disabled":
         return False
-    wandb = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": arguments}
+    ours |= {"offline": True} if mode == "offline" else {}
+    wandb = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": ours}
     return wandb | ({"dict_kwargs": more} if more else {})
 
 
@@ -287,17 +189,16 @@ def upload(top: Settings) -> list[dict[str, Any]]:
         return []
     old = top.part(key)
     bucket, host = (os.environ.get(f"S3_CHECKPOINTS_{name}", "") for name in ("BUCKET", "HOST"))
-    arguments: dict[str, Any] = {"url": f"s3://{bucket or 'BUCKET'}/{old.need('directory', str).strip('/')}"}
-    if not old.take("save_optimizer_states", True):
-        arguments["what"] = "exports"  # checkpoints always hold the optimiser's state, exports never do
-    if host:
-        arguments["storage_options"] = {"endpoint_url": host}
-    unset = [name for name, value in (("BUCKET", bucket), ("HOST", host)) if not value]
-    for name in unset:
-        place = "into Upload.url" if name == "BUCKET" else "into Upload.storage_options as endpoint_url"
-        top.notes.leave_out(f"S3_CHECKPOINTS_{name}", f"not set where this was converted; put it {place}")
+    ours: dict[str, Any] = {"url": f"s3://{bucket or 'BUCKET'}/{old.need('directory').strip('/')}"}
+    # Checkpoints always hold the optimizer's state, exports never do.
+    ours |= carry(old, {"save_optimizer_states": Row(True, "what", make=lambda kept: None if kept else "exports")})
+    ours |= {"storage_options": {"endpoint_url": host}} if host else {}
+    for name, value, place in (("BUCKET", bucket, "url"), ("HOST", host, "storage_options as endpoint_url")):
+        if not value:
+            reason = f"not set where this was converted; put it into Upload.{place}"
+            top.notes.left_out[reason].append(f"S3_CHECKPOINTS_{name}")
     names = "S3_CHECKPOINTS_AWS_ACCESS_KEY_ID, S3_CHECKPOINTS_AWS_SECRET_ACCESS_KEY"
-    top.notes.leave_out(names, "they are read as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+    top.notes.left_out["they are read as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"].append(names)
     old.leave_out("names of folders are given", "tokenizer_folder_name", "checkpoints_folder_name")
-    top.notes.warn(f"{key} -> lit_alignment.Upload", UPLOAD)
-    return [{"class_path": "lit_alignment.Upload", "init_args": arguments}]
+    top.warn(UPLOAD, key, "lit_alignment.Upload")
+    return [{"class_path": "lit_alignment.Upload", "init_args": ours}]

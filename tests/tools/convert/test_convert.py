@@ -20,6 +20,7 @@ from lit_alignment.tools.convert import (
     main,
     merge,
     model,
+    multimodal,
     reward,
     sampling,
     trainer,
@@ -132,7 +133,7 @@ FAULTS = {
     fit.SMOOTHING: ["rm"],
     reward.WINDOWS: ["rm"],
     reward.REJECTED: ["rm"],
-    reward.LABELS: ["rm"],
+    chat.NO_LABELS: ["classification", "rm", "inference_rm"],
     sampling.RSO: ["sampling_rso"],
     sampling.ALL_KEPT: ["sampling_rm"],
     sampling.ONE_SOURCE: ["sampling_rm"],
@@ -220,6 +221,27 @@ def test_images_enter_as_they_did_there(convert):
         "end": "</MS>",
     }
     assert "a pickled file is not loaded" in convert(old("inference_multimodal"))[2]
+
+
+def test_encoders_and_projectors_of_an_inference_may_stand_beside_its_model(convert):
+    values = old("inference_multimodal")
+    among = yaml.safe_load(convert(values)[0][0])
+    (entry,) = values["inference_settings"]
+    for key in ("modality_encoder_settings_mapping", "modality_projector_mapping"):
+        entry[key] = entry["model_settings"].pop(key)
+    entry["metric_settings"] = []
+    (text,), _, err = convert(values)
+    assert yaml.safe_load(text) == among
+    assert "unknown key" not in err and f"inference_settings[0].metric_settings: {multimodal.MEASURED}" in err
+
+
+def test_a_reader_is_named_alone_or_with_its_settings(convert):
+    values = old("preprocess")
+    script = convert(values)[0][0].splitlines()[-1]
+    del values["reader_settings"]
+    texts, _, err = convert(values | {"reader": "clip"})
+    assert texts[0].splitlines()[-1] == script
+    assert "unknown key" not in err and f"not carried over: reader: {multimodal.READER}" in err
 
 
 def test_preprocessing_is_a_command_line(convert):
@@ -440,7 +462,7 @@ def test_reward_model_keeps_the_ends_and_takes_no_margins(convert):
     config, _ = ours(convert, old("rm"))
     assert config["model"]["init_args"]["use_margin"] is False
     assert config["data"]["init_args"]["encoding"]["truncation"] == "keep_end"
-    assert config["data"]["init_args"]["add_labels"] is True
+    assert "add_labels" not in config["data"]["init_args"]
 
 
 def test_each_classifier_of_an_inference_has_a_folder_of_its_own(convert):
