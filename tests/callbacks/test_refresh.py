@@ -86,10 +86,11 @@ class RowsAreKnown(Exception):
 def test_rows_of_two_ranks_come_back_in_the_order_of_the_passages(tmp_path):
     """Rank r encodes passages r, r + 2, ...; of nine, the second rank has one less, and repeats the last."""
     module = rag_module(encoded_index(tmp_path, knowledge(9)), num_passages=3, train_retriever="both")
-    module.load_retriever()
-    torch.nn.init.normal_(module.encoder.passage_tower.get_input_embeddings().weight)
+    retriever = module.passage_retriever
+    encoder = retriever.load()
+    torch.nn.init.normal_(encoder.passage_tower.get_input_embeddings().weight)
     with torch.no_grad():
-        expected = module.encoder.passages([format_passage("{title} {text}", p.title, p.text) for p in knowledge(9)])
+        expected = encoder.passages([format_passage("{title} {text}", p.title, p.text) for p in knowledge(9)])
     sent = []
 
     def send(rows):
@@ -106,4 +107,4 @@ def test_rows_of_two_ranks_come_back_in_the_order_of_the_passages(tmp_path):
             start(rank, send)
     assert [len(rows) for rows in sent] == [5, 5]
     start(0, lambda rows: torch.stack(sent))
-    torch.testing.assert_close(module.index.shards[0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(retriever.index.shards[0], expected, rtol=1e-4, atol=1e-6)

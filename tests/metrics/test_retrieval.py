@@ -1,10 +1,11 @@
 """Rankings of passages, with their numbers worked by hand."""
 
-from math import log2
+from math import log, log2
 
 import pytest
+import torch
 
-from lit_alignment.metrics.retrieval import ranking_metrics
+from lit_alignment.metrics.retrieval import ranking_metrics, retrieval_sums
 
 
 def test_ranking_by_hand():
@@ -33,3 +34,17 @@ def test_ideal_ranking_holds_no_more_than_the_cut():
 def test_ranking_without_a_relevant_passage_is_refused():
     with pytest.raises(ValueError, match="no passage is relevant"):
         ranking_metrics(["a"], [], [1])
+
+
+def test_sums_are_over_the_questions_that_count_and_whose_relevant_passages_are_known():
+    """Of four questions one is a dummy, and of another nothing relevant is known.
+
+    Evenly spread over two passages the entropy is log 2; all on one it is 0.
+    """
+    retrieved = [["a", "b"], ["b", "a"], ["a", "b"], ["a", "b"]]
+    scores = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0], [1000.0, 0.0]])
+    found = retrieval_sums(retrieved, [["a"], ["a", "c"], ["a"], []], [1.0, 1.0, 0.0, 1.0], scores, [1, 2])
+    expected = {"passage_entropy": (2 * log(2), 3), "mrr": (1.5, 2), "recall@1": (1, 2), "recall@2": (1.5, 2)}
+    assert {name: (float(total), float(number)) for name, (total, number) in found.items()} == {
+        name: pytest.approx(values) for name, values in expected.items()
+    }

@@ -362,22 +362,3 @@ def test_retriever_weight_scales_the_gradient_of_the_retriever_alone(tmp_path):
     assert {name.split(".")[0] for name in found[1.0]} == {"model", "dual"}
     scaled = {name: 3 * value if name.startswith("dual.") else value for name, value in found[1.0].items()}
     assert_same_gradients(found[3.0], scaled)
-
-
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_over_retrieved_passages_are_ranked_by_what_the_encoder_makes_of_them_now(times, tmp_path):
-    """The index has the opposite order: two times `times` of its first are looked at, and the best two kept."""
-    module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=2, over_retrieve=times)
-    module.load_retriever()
-    fresh = module.index.shards[0].clone()
-    module.index.shards = [-fresh]
-    queries = ["order the kitchen scale", "repair", "please reply urgent"]
-    with torch.no_grad():
-        passages, scores = module.retrieve(queries)
-        true = module.encoder.queries(queries) @ fresh.T / module.retriever.temperature
-    for own, row, by_place in zip(passages, scores, true, strict=True):
-        looked_at = by_place.argsort()[: 2 * times].tolist()
-        kept = sorted(looked_at, key=lambda place: -by_place[place])[:2] if times > 1 else looked_at
-        assert [passage.id for passage in own] == [f"p{place}" for place in kept]
-        sign = 1 if times > 1 else -1  # only what is looked at anew has the scores of now
-        torch.testing.assert_close(row, sign * by_place[kept], rtol=1e-4, atol=1e-5)

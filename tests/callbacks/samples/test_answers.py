@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,11 +198,10 @@ def test_means_are_those_of_each_validation_alone(tmp_path):
     respond = module.respond
 
     def answered(items, settings):
-        responses = respond(items, settings)
         right = runner.current_epoch + 1 if runner.global_step else 0
-        for place, (item, response) in enumerate(zip(items, responses, strict=True)):
-            response.answers[0].content = f" {item.reference}\n" if place < right else "something else"
-        return responses
+        texts = [f" {item.reference}\n" if place < right else "other" for place, item in enumerate(items)]
+        responses = zip(respond(items, settings), texts, strict=True)
+        return [replace(each, completions=[replace(each.completions[0], text=text)]) for each, text in responses]
 
     module.respond = answered
     runner = trainer(tmp_path, callbacks=[callback], logger=logger, max_epochs=2)
