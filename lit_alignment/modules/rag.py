@@ -33,7 +33,7 @@ from lit_alignment.losses import rag_sequence_loss, rag_token_loss, retriever_lo
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.retrieval import retrieval_sums
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, save_retriever
+from lit_alignment.models.dual_encoder import DUAL, DualEncoder, RetrieverConfig, load_retriever, save_retriever
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.base import AlignmentModule
@@ -163,7 +163,7 @@ class RAGModule(GenerativeModule):
         encoder = load_retriever(retriever.config) if self.is_sharded else retriever.encoder
 
         def write(folder: Path) -> None:
-            save_retriever(encoder, folder / "retriever", saved.retriever)
+            save_retriever(encoder, folder / "retriever", saved.networks.get(DUAL, {}))
 
         return replace(super().export_parts(saved, network, form), beside=write)
 
@@ -358,7 +358,7 @@ class RAGModule(GenerativeModule):
             )
         self.dual = self.passage_retriever.load()
         if saved is not None:
-            self.dual.load_state_dict(saved.retriever, strict=False)
+            self.dual.load_state_dict(saved.networks.get(DUAL, {}), strict=False)
         self.dual.eval()
         self.passage_retriever.check_index()
         return EngineNeeds()

@@ -21,7 +21,14 @@ from lit_alignment.data.retriever import PassageBatch, PassageDataModule
 from lit_alignment.data.sources.records import READERS
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.metrics.retrieval import ranking_metrics
-from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, load_towers, weights_hash
+from lit_alignment.models.dual_encoder import (
+    DUAL,
+    DualEncoder,
+    RetrieverConfig,
+    load_retriever,
+    load_towers,
+    weights_hash,
+)
 from lit_alignment.modules.base import alignment_module
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
@@ -148,7 +155,7 @@ def dual_encoder(module: LightningModule) -> DualEncoder:
 def _trained(checkpoint: Path) -> dict[str, Tensor]:
     """Weights of the towers in a checkpoint of a RAGModule or a RetrieverModule."""
     saved = read_saved(checkpoint)
-    return saved.retriever or saved.trained
+    return saved.networks.get(DUAL) or saved.trained
 
 
 def _cache(cli: ToolCLI) -> str | None:

@@ -48,15 +48,13 @@ def slow_logps(module: RAGModule, encoder, item, passages) -> list[float]:
 def slow_loss(module: RAGModule, data, rows, objective: str) -> torch.Tensor:
     """The loss of one step by enumeration: every passage of the index, one question at a time."""
     passages, width = knowledge(6), module.passage_retriever.config.temperature
+    encoder = module.passage_retriever.encoder
     with torch.no_grad():
-        stored = [
-            module.passage_retriever.encoder.passages([format_passage("{title} {text}", p.title, p.text)])[0]
-            for p in passages
-        ]
+        stored = [encoder.passages([format_passage("{title} {text}", p.title, p.text)])[0] for p in passages]
     answers, own, tokens = [], [], 0
     for row in rows:
         item = data.predict_item(row, 0)
-        query = module.passage_retriever.encoder.queries([item.query])[0]
+        query = encoder.queries([item.query])[0]
         scores = torch.stack([(query * vector).sum() / width for vector in stored])
         prior = scores.exp() / scores.exp().sum()
         single = [slow_logps(module, data.encoder, item, [p]) for p in passages]
@@ -289,9 +287,8 @@ def test_thorough_decoding_takes_the_candidate_that_all_passages_make_likely(tmp
     passages, scores = module.retrieve([item.query for item in items])
     for item, response, own, row in zip(items, responses, passages, scores, strict=True):
         found = [each.logp for each in response.completions]
-        assert found == sorted(found, reverse=True) and len(set(each.text for each in response.completions)) == len(
-            found
-        )
+        texts = {each.text for each in response.completions}
+        assert found == sorted(found, reverse=True) and len(texts) == len(found)
         for completion in response.completions:
             expected = likelihood(module, data, item, completion.text, own, row.detach())
             assert completion.logp == pytest.approx(expected, rel=1e-4)
