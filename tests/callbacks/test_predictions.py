@@ -34,8 +34,8 @@ class Killed(Exception):
 def run(folder, die_after=None, generation=SETTINGS, **options):
     module = sft_module(generation=generation)
     asked = []
-    original = module.answer
-    module.answer = lambda prompts, settings: (asked.append(len(prompts)), original(prompts, settings))[1]
+    original = module.respond
+    module.respond = lambda items, decoding: (asked.append(len(items)), original(items, decoding))[1]
     first = [{**record, "meta": {"n": 1}, "label": "L"} for record in chats(7)]
     sources = [SourceConfig(records=first, name="one"), SourceConfig(records=chats(5, seed=2), name="two")]
     data = SFTDataModule(module.tokenizer, predict=sources, batch_size=2)
