@@ -347,3 +347,15 @@ def test_predictions_carry_answer_reference_and_passages_and_can_be_evaluated(tm
     assert all(len(line["documents"]) == len(line["doc_scores"]) == 2 for line in lines)
     evaluate([str(file)])
     assert "exact_match" in capsys.readouterr().out
+
+
+def test_retriever_weight_scales_the_gradient_of_the_retriever_alone(tmp_path):
+    """In fp64: the retriever's gradient is a small difference, which fp32 rounds."""
+    records, double = chats(3, longest=6), {"precision": "64-true"}
+    found = {}
+    for weight in (1.0, 3.0):
+        settings = {"objective": "emdr2", "num_passages": 4, "retriever_weight": weight}
+        found[weight] = gradients(tmp_path, records, tmp_path / str(weight), options=double, **settings)
+    assert {name.split(".")[0] for name in found[1.0]} == {"model", "dual"}
+    scaled = {name: 3 * value if name.startswith("dual.") else value for name, value in found[1.0].items()}
+    assert_same_gradients(found[3.0], scaled)

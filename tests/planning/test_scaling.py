@@ -13,6 +13,7 @@ from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.planning.memory import StepMemory, Workload, step_memory
 from lit_alignment.planning.scaling import (
     Cluster,
+    Sharing,
     attention_flops_per_token,
     fsdp_traffic,
     scale_point,
@@ -119,3 +120,18 @@ def test_bytes_of_two_ranks_that_share_a_micro_batch_are_those_on_paper(tmp_path
     assert sequence["exchanged"] == pytest.approx(paper, rel=0.01)
     assert sequence["summed"] == tensor["exchanged"] == 0
     assert tensor["summed"] == pytest.approx(tensor_bytes_per_token(2, 64, 7, 2, 4) * tensor["tokens"], rel=1e-6)
+
+
+@pytest.mark.parametrize("shared", [{"sequence": 4}, {"tensor": 4}, {"sequence": 2, "tensor": 2}], ids=str)
+def test_devices_that_share_a_micro_batch_divide_its_work_and_count_its_tokens_once(shared):
+    """1000 tokens of 4e9 operations at 1e12 a second: 4 s on one device, 1 s on four; eight devices have two of them.
+
+    Links are so fast that nothing but computing takes time.
+    """
+    memory = StepMemory(2**30, 2**20, 2**30, 2**30, 2**30, 2**30, 2**20, 0, 2**20, 2**20)
+    cluster = Cluster(8, 1e12, 1e30, 1e30)
+    alone = scale_point(memory, 4e9, 1000, cluster, 8)
+    point = scale_point(memory, 4e9, 1000, cluster, 8, sharing=Sharing(**shared, bytes_per_token=100.0))
+    assert alone.compute == pytest.approx(4) and alone.tokens_per_second == pytest.approx(8 * 1000 / 4)
+    assert point.compute == pytest.approx(1) and point.seconds == pytest.approx(1)
+    assert point.tokens_per_second == pytest.approx(2 * 1000 / 1) and point.exchanged == 100_000

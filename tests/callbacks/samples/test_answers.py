@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -208,3 +209,29 @@ def test_two_ranks_score_the_same_answers_and_gather_what_each_has(kind, tmp_pat
     with (tmp_path / "metrics.csv").open() as file:
         logged = [row["cherry_picks/length_tokens"] for row in csv.DictReader(file)]
     assert len([value for value in logged if value]) == 2
+
+
+def test_means_are_those_of_each_validation_alone(tmp_path):
+    """Of two prompts, none is answered as the reference has it before training, then one, then both."""
+    module = sft_module()
+    logger = CSVLogger(tmp_path, name="csv")
+    callback = CherryPicks(num_samples=2, generation=SHORT, metrics=["exact_match"])
+    respond = module.respond
+
+    def answered(items, settings):
+        right = runner.current_epoch + 1 if runner.global_step else 0
+        texts = [f" {item.reference}\n" if place < right else "other" for place, item in enumerate(items)]
+        responses = zip(respond(items, settings), texts, strict=True)
+        return [replace(each, completions=[replace(each.completions[0], text=text)]) for each, text in responses]
+
+    module.respond = answered
+    runner = trainer(tmp_path, callbacks=[callback], logger=logger, max_epochs=2)
+    runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)))
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        logged = [row["cherry_picks/exact_match"] for row in csv.DictReader(file)]
+    assert [float(value) for value in logged if value] == [0.0, 0.5, 1.0]
+    lines = [json.loads(line) for line in open(f"{logger.log_dir}/cherry_picks.jsonl")]
+    assert [line["scores"]["exact_match"] for line in lines] == [0, 0, 1, 0, 1, 1]
+    page = open(f"{logger.log_dir}/cherry_picks.html").read()
+    assert "<th>0 of 2</th><th>1 of 2</th><th>2 of 2</th>" in page and page.count("class=match") == 3
