@@ -154,7 +154,7 @@ def load_network(
         network = load_adapter(model, adapter, tokenizer)
     if packing and isinstance(network, PeftModel) and is_prompt_learning(network):
         raise ConfigError(
-            f"model.peft: {type(network.active_peft_config).__name__} puts its vectors before each row, so the "
+            f"model.peft: {type(network.active_peft_config).__name__} puts its virtual tokens before each row, so the "
             "conversations of a packed row could not all see them. Set data's packing: false."
         )
     # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: what they hold, in which order, and what happens when one fails."""
+"""Checkpoints written while training continues: what they hold, in which order, and what happens when one fails."""
 
 import json
 import random

@@ -66,7 +66,7 @@ def test_resume_sees_the_same_records_and_losses(tmp_path, data):
         seen, resume, offset = [], None, 0
         for kill in [*kills, None]:
             part, runner, resumed = run(tmp_path / name, None if kill is None else kill - offset, resume, **data)
-            # What came after the last checkpoint, which stands at the last finished optimiser step, is seen again.
+            # What came after the last checkpoint, which stands at the last finished optimizer step, is seen again.
             seen = seen[:offset] + list(zip(part.ids, part.losses, strict=True))
             if kill is not None:
                 resume = newest(tmp_path / name)
@@ -79,7 +79,7 @@ def test_resume_sees_the_same_records_and_losses(tmp_path, data):
 
 
 def batches_after(steps, per_epoch):
-    """Batches that so many optimiser steps used, with windows of two and a short one at the end of an epoch."""
+    """Batches that so many optimizer steps used, with windows of two and a short one at the end of an epoch."""
     windows = -(-per_epoch // 2)
     epochs, rest = divmod(steps, windows)
     return epochs * per_epoch + min(rest * 2, per_epoch)

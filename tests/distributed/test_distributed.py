@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("lora", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_equal_one_process(method, kind, lora, trained):
-    """The same micro-batches, dealt to two ranks with half the accumulation; the last window is a short one."""
+    """The same micro-batches, sharded to two ranks with half the accumulation; the last window is a short one."""
     one, two = trained("one", lora, method), trained(kind, lora, method)
     assert one["ids"] != two["ids"]
     assert_same_training(one, two)
@@ -106,7 +106,7 @@ def test_rank_without_an_image_keeps_in_step(kind, tmp_path):
     ],
 )
 def test_resume_on_two_ranks_sees_the_same_records(kind, lora, tmp_path):
-    """Stopped in the middle of the first epoch; each rank goes on with its own records.
+    """Stopped in the middle of the first epoch; each rank continues with its own records.
 
     `async` saves in the background; under `fsdp2-async` the weights change before their checkpoint is written.
     """

@@ -211,7 +211,7 @@ def reward_data(module: RewardModule, train=None, val=None, **settings: Any) -> 
 
 
 def step_gradients(folder: Path, module, data, **options: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the first optimiser step."""
+    """Gradients of the first optimizer step."""
     captured = {}
     module.on_before_optimizer_step = lambda optimizer: captured.update(
         {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
