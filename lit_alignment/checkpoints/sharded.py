@@ -167,7 +167,7 @@ def read_whole(path: Path) -> dict[str, Any]:
 
 
 def by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state by the places of its parameters, as torch has it, from one by their names."""
+    """An optimizer's state by the positions of its parameters, as torch has it, from one by their names."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]

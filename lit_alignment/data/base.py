@@ -156,7 +156,7 @@ class AlignmentDataModule(LightningDataModule):
 
     @abstractmethod
     def predict_item(self, row: dict[str, Any], index: int) -> Any:
-        """One row of `predict_features`; `index` is its place among all."""
+        """One row of `predict_features`; `index` is its position among all."""
 
     @abstractmethod
     def predict_collate(self, items: list[Any]) -> Any:
@@ -230,7 +230,7 @@ class AlignmentDataModule(LightningDataModule):
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data, for a checkpoint."""
+        """The position in the training data, for a checkpoint."""
         return {} if self._train_loader is None else {"train": self._train_loader.position()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
