@@ -5,6 +5,7 @@ B questions, K passages of a question, T answer tokens, D width
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,6 @@ from lit_alignment.generation.marginal import (
 )
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
-from lit_alignment.losses import rag_sequence_loss, rag_token_loss, retriever_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.retrieval import retrieval_sums
 from lit_alignment.models.adapters import AdapterConfig
@@ -41,7 +41,7 @@ from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
-from lit_alignment.retrieval.objectives import MARGINAL, Objective, check_objective
+from lit_alignment.retrieval.objectives import Objective, check_objective, objective_losses
 from lit_alignment.retrieval.passage_retriever import PassageRetriever, TrainedTowers
 
 Decoding = Literal["concatenate", "rag_sequence", "rag_sequence_fast", "rag_token"]
@@ -110,6 +110,7 @@ class RAGModule(GenerativeModule):
         self.train_retriever, self.train_generator = train_retriever, train_generator
         self.retriever_weight, self.retriever_learning_rate = retriever_weight, retriever_learning_rate
         self.target_temperature = target_temperature
+        self._recall_at = [k for k in RECALL_AT if k <= num_passages]
         as_trained: Decoding = "concatenate"
         if objective == "rag_sequence" or objective == "rag_token":
             as_trained = objective
@@ -144,19 +145,18 @@ class RAGModule(GenerativeModule):
 
     def extra_networks(self) -> dict[str, nn.Module]:
         """The towers of the retriever, which may be one."""
-        encoder = self.passage_retriever.encoder
-        query, passage = encoder.query_tower, encoder.passage_tower
+        query, passage = self.passage_retriever.encoder.query_tower, self.passage_retriever.encoder.passage_tower
         return {"retriever": query} if query is passage else {"query tower": query, "passage tower": passage}
 
     def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
         """Also the retriever, in `retriever/`."""
         retriever = self.passage_retriever
         encoder = load_retriever(retriever.config) if self.is_sharded else retriever.encoder
-
-        def write(folder: Path) -> None:
-            save_retriever(encoder, folder / "retriever", saved.networks.get(DUAL, {}))
-
-        return replace(super().export_parts(saved, network, form), beside=write)
+        trained = saved.networks.get(DUAL, {})
+        return replace(
+            super().export_parts(saved, network, form),
+            beside=lambda folder: save_retriever(encoder, folder / "retriever", trained),
+        )
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """Also the retriever's settings, and whether the generator stays as it is."""
@@ -181,9 +181,7 @@ class RAGModule(GenerativeModule):
         if self.trainer.state.fn != "fit":
             self.passage_retriever.check_index()
 
-    def on_test_start(self) -> None:
-        """Refuse a stale index."""
-        self.passage_retriever.check_index()
+    on_test_start = on_validation_start
 
     def on_predict_start(self) -> None:
         """Refuse a stale index."""
@@ -196,10 +194,6 @@ class RAGModule(GenerativeModule):
         """Means over trained tokens (`loss`) and over questions."""
         retrieval = [f"recall@{k}" for k in self._recall_at]
         return {name: TokenMean() for name in ("loss", "passage_entropy", "retriever_loss", "mrr", *retrieval)}
-
-    @property
-    def _recall_at(self) -> list[int]:
-        return [k for k in RECALL_AT if k <= self.num_passages]
 
     def step(self, batch: RAGBatch, stage: Stage) -> Tensor:
         """Loss of the answers and of the retriever."""
@@ -236,32 +230,9 @@ class RAGModule(GenerativeModule):
             passages: K passages of each.
             scores: Their scores, [B, K].
         """
-        if self.objective in MARGINAL:
-            logps, weights = self.token_logps(items, [[[each] for each in own] for own in passages])
-            if self.objective == "rag_token":
-                return rag_token_loss(scores, logps, weights), None, weights.sum(-1)
-            return rag_sequence_loss(scores, (logps * weights[:, None]).sum(-1)), None, weights.sum(-1)
-        together, weights = self.token_logps(items, [[own] for own in passages])
-        answers = -(together[:, 0] * weights).sum(-1)
-        if self.train_retriever == "none":
-            return answers, None, weights.sum(-1)
-        if not self.train_generator:
-            answers = answers.detach()
-        return answers, self._retriever_losses(items, passages, scores), weights.sum(-1)
-
-    def _retriever_losses(
-        self, items: Sequence[RAGItem], passages: Sequence[Sequence[Passage]], scores: Tensor
-    ) -> Tensor:
-        """Loss of the retriever for each question, [B], from what the generator makes of parts of its passages."""
-        if self.objective == "leave_one_out":
-            contexts = [[[*own[:k], *own[k + 1 :]] for k in range(len(own))] for own in passages]
-        else:
-            contexts = [[[each] for each in own] for own in passages]
-        with torch.no_grad():
-            logps, weights = self.token_logps(items, contexts)
-            sums = (logps * weights[:, None]).sum(-1)  # [B, K]
-            means = sums / weights.sum(-1, keepdim=True)
-        return retriever_loss(self.objective, scores, sums, means, self.target_temperature)
+        learns = self.train_retriever != "none", self.train_generator
+        answer_logps = partial(self.token_logps, items)
+        return objective_losses(self.objective, answer_logps, passages, scores, *learns, self.target_temperature)
 
     # Metrics.
 
