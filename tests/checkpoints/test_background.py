@@ -17,8 +17,7 @@ from lit_alignment.checkpoints.background import start_saving
 from lit_alignment.distributed import fsdp2
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.trainer_cli import build
-from tests.checkpoints.test_checkpoints import Seen
-from tests.helpers import chats, sft_data, sft_module, trainer
+from tests.helpers import Seen, chats, sft_data, sft_module, trainer
 from tests.helpers.ranks import kill_after_first, run_on_ranks
 
 

@@ -8,33 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_alignment import AtomicCheckpointIO
 from lit_alignment.errors import CheckpointError
 from lit_alignment.models.loading import BackboneConfig
-from tests.helpers import chats, sft_data, sft_module, trainer, weights
+from tests.helpers import Killed, Seen, chats, sft_data, sft_module, trainer, weights
 from tests.helpers.ranks import kill_after_first, run_on_ranks
-
-
-class Seen(Callback):
-    """Record ids and losses of each batch; optionally dies before a given one."""
-
-    def __init__(self, die_at=None):
-        self.ids, self.losses, self.die_at = [], [], die_at
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.die_at is not None and len(self.ids) == self.die_at:
-            raise Killed
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.ids.append(batch.ids)
-        self.losses.append(float(outputs["loss"]))
-
-
-class Killed(Exception):
-    pass
 
 
 def run(folder, die_at=None, resume=None, **data):

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import ROOT, chats, command, write_jsonl
+from tests.helpers import ROOT, chats, write_jsonl
+from tests.helpers.commands import command
 
 
 def configuration(folder: Path, checkpoints: str) -> str:
@@ -74,7 +75,6 @@ def test_killed_node_is_started_again_and_the_run_ends_as_if_nothing_had_happene
         configuration(tmp_path, "whole"),
         "--trainer.accumulate_grad_batches",
         "2",
-        OMP_NUM_THREADS="1",
     )
     assert whole.returncode == 0, whole.stderr[-2000:]
     with socket.socket() as probe:

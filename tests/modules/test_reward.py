@@ -30,7 +30,7 @@ from tests.helpers import (
     step_gradients,
     trainer,
 )
-from tests.models.test_adapters import PROMPTS
+from tests.helpers.adapters import PROMPTS
 
 PROMPT = {"prompt": "order the kitchen scale"}
 RANKING = PROMPT | {"candidates": ["yes please", "no", "repair it now"], "ranking": [2, 3, 1]}

@@ -18,7 +18,6 @@ from lit_alignment.tools import export, merge
 from tests.helpers import (
     base_model_folder,
     chats,
-    command,
     pairs,
     reward_data,
     reward_model,
@@ -26,8 +25,9 @@ from tests.helpers import (
     trainer,
     write_jsonl,
 )
+from tests.helpers.adapters import ADAPTERS, PROMPTS, WEIGHTS, fit, logits, module_with
+from tests.helpers.commands import command
 from tests.helpers.rank_runs import train
-from tests.models.test_adapters import ADAPTERS, PROMPTS, WEIGHTS, fit, logits, module_with
 
 
 @pytest.fixture
