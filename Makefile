@@ -6,9 +6,11 @@ STAMP := $(VENV)/.installed
 # vLLM pins other versions of torch and transformers, so it has an environment of its own.
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
+# Two processes for the tests, each with whole files: what a file has prepared once is not prepared twice.
+SPREAD := -n 2 --dist loadfile
 HAS_GPU := $(shell command -v nvidia-smi)
 
-.PHONY: demo test test-fast test-vllm lint install vllm-env clean
+.PHONY: demo test test-all test-fast test-vllm lint install vllm-env clean
 
 install: $(STAMP)
 
@@ -35,12 +37,14 @@ endif
 demo: $(STAMP)  ## fine-tune a real model on CPU and show what it learned
 	@$(BIN)/lit-alignment demo --install-seconds $$(cat $(STAMP))
 
-test: $(STAMP)  ## lint, types, and all tests
-	$(MAKE) lint
-	$(BIN)/python -m pytest
+test: lint  ## lint, types, and all tests but those that fetch something or repeat a property on more input
+	$(BIN)/python -m pytest $(SPREAD)
+
+test-all: lint  ## those too; only what needs a GPU or vLLM is left out
+	$(BIN)/python -m pytest $(SPREAD) -m 'not gpu and not vllm'
 
 test-fast: $(STAMP)  ## tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow and not gpu and not vllm'
+	$(BIN)/python -m pytest $(SPREAD) -m 'not slow and not gpu and not vllm and not network and not exhaustive'
 
 test-vllm: $(VLLM_STAMP)  ## tests of the vLLM engine and server
 	$(VLLM)/bin/python -m pytest -m vllm tests/vllm

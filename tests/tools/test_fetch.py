@@ -1,7 +1,12 @@
 """The packaged demo model: fetched for real, and used as a user would."""
 
+import hashlib
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
@@ -10,7 +15,7 @@ from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.stop_rule import stop_rule
 from lit_alignment.modules.sft import SFTModule
-from lit_alignment.paths import local_path
+from lit_alignment.paths import cache_dir, local_path
 from lit_alignment.tools import fetch
 from tests.helpers import generate, record, table
 from tests.helpers.commands import command
@@ -19,12 +24,14 @@ NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Fetched once for this file; half a minute and 93 MB."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LIT_ALIGNMENT_CACHE", str(tmp_path_factory.mktemp("models")))
-    yield fetch.fetch(NAME)
-    patch.undo()
+def folder():
+    """Fetched once on a machine, and again when the code that fetches has changed; half a minute and 93 MB."""
+    code = hashlib.sha256(Path(fetch.__file__).read_bytes()).hexdigest()[:16]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LIT_ALIGNMENT_CACHE", raising=False)
+        patch.setenv("LIT_ALIGNMENT_CACHE", str(cache_dir() / "tests" / code))
+        with FileLock(f"{os.environ['LIT_ALIGNMENT_CACHE']}.lock"):
+            yield fetch.fetch(NAME)
 
 
 @pytest.mark.slow
