@@ -223,7 +223,7 @@ class AlignmentDataModule(LightningDataModule):
     # Loaders.
 
     def train_dataloader(self) -> PlannedLoader[Any]:
-        """Shuffled batches that know the trained weight of their optimiser step."""
+        """Shuffled batches that know the trained weight of their optimizer step."""
         self._train_loader = self._loader("train")
         if self._resume_at is not None:
             self._train_loader.resume(self._resume_at)

@@ -86,7 +86,7 @@ class ClassificationDataModule(ConversationDataModule):
         batch = self._scores([row["input_ids"] for row in rows])
         targets = torch.tensor([row["target"] for row in rows])
         batch.targets = targets[:, 0].long() if self.problem == "single_label" else targets
-        batch.weights = torch.full((len(rows),), 0.0 if planned.filler else 1.0)
+        batch.weights = torch.full((len(rows),), 0.0 if planned.dummy else 1.0)
         batch.window_weight = planned.window_weight
         batch.ids = [f"{row['dataset']}/{row['id']}" for row in rows]
         return batch

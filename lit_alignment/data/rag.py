@@ -233,8 +233,8 @@ class RAGBatch:
     Args:
         items: The questions.
         weights: Weight of each; 0 for one that only keeps its rank in step.
-        window_weight: Trained weight of all tokens of the optimiser step.
-        window_examples: Questions of the optimiser step.
+        window_weight: Trained weight of all tokens of the optimizer step.
+        window_examples: Questions of the optimizer step.
     """
 
     items: list[RAGItem]
@@ -370,7 +370,7 @@ class RAGDataModule(ConversationDataModule):
         """Questions with their answers; passages and tokens come when the retriever has been asked."""
         return RAGBatch(
             [self.predict_item(row, index) for row, index in zip(rows, planned.indices, strict=True)],
-            weights=[0.0 if planned.filler else 1.0] * len(rows),
+            weights=[0.0 if planned.dummy else 1.0] * len(rows),
             window_weight=planned.window_weight,
             window_examples=planned.window_examples,
         )

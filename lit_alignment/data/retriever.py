@@ -71,7 +71,7 @@ class QuestionBatch:
         queries: B questions.
         passages: Titles and texts, N of them: the questions' own in their order, then the hard negatives.
         weights: Weight of each question; 0 for one that only keeps its rank in step.
-        window_weight: Questions of the whole optimiser step.
+        window_weight: Questions of the whole optimizer step.
         ids: Where each came from.
     """
 
@@ -175,7 +175,7 @@ class RetrieverDataModule(AlignmentDataModule):
         return QuestionBatch(
             queries=[row["query"] for row in rows],
             passages=[own[0] for own in passages] + [other for own in passages for other in own[1:]],
-            weights=[0.0 if planned.filler else 1.0] * len(rows),
+            weights=[0.0 if planned.dummy else 1.0] * len(rows),
             window_weight=planned.window_weight,
             ids=[f"{row['dataset']}/{row['id']}" for row in rows],
         )

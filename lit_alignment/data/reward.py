@@ -105,7 +105,7 @@ class RewardDataModule(FeedbackDataModule):
         )
         batch.targets = torch.tensor([score for row in rows for score in row["scores"]])
         batch.margins = torch.tensor([row["margin"] for row in rows])
-        batch.weights = torch.full((len(rows),), 0.0 if planned.filler else 1.0)
+        batch.weights = torch.full((len(rows),), 0.0 if planned.dummy else 1.0)
         batch.subsets = [row["subset"] for row in rows]
         batch.window_weight = planned.window_weight
         batch.ids = [f"{row['dataset']}/{row['id']}" for row in rows]

@@ -53,7 +53,7 @@ class SFTDataModule(ConversationDataModule):
     def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> TargetBatch:
         """A packed row, or padded rows."""
         examples = [Example(row["input_ids"], row["labels"], row["weights"]) for row in rows]
-        if planned.filler:  # it takes part in every collective and adds nothing to the loss
+        if planned.dummy:  # it takes part in every collective and adds nothing to the loss
             for example in examples:
                 example.labels = [IGNORE_INDEX] * len(example.labels)
                 example.weights = [0.0] * len(example.weights)

@@ -66,7 +66,7 @@ def test_window_weight_is_what_its_batches_on_all_ranks_hold(world_size, accumul
     seen = []
     for start in range(0, len(ranks[0]), accumulate):
         window = [b for batches in ranks for b in batches[start : start + accumulate]]
-        real = [b for b in window if not b.filler]
+        real = [b for b in window if not b.dummy]
         weight = sum(planned.weights[b.indices].sum() for b in real)
         assert {round(b.window_weight, 6) for b in window} == {round(weight, 6)}
         seen += [i for b in real for i in b.indices]
