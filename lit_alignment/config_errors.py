@@ -26,7 +26,7 @@ def explain(message: str, arguments: list[str]) -> str:
 
     Args:
         message: What the parser said, often nested.
-        arguments: The command line, whose config files are searched for the line at fault.
+        arguments: The command line, whose config files are searched for the offending line.
     """
     owners = CLASS_PATH.findall(message)
     if (found := UNRECOGNIZED.search(message)) or (found := UNKNOWN.search(message)):

@@ -24,6 +24,7 @@ from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, Writt
 from lit_alignment.checkpoints.restore import Composed, Saved, read_saved, restore, restore_towers
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.dual_encoder import DUAL
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.multimodal.llava import composed_writer
 from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, save_towers
@@ -147,7 +148,7 @@ def _parts(
 ) -> ExportParts:
     """What is written beside the language model; says so, where that is not all there is."""
     stops = _generation_config(saved, config.source, tokenizer)
-    if saved.retriever:
+    if DUAL in saved.networks:
         print("the generator alone: the retriever is written by the callback lit_alignment.Export")
     if composed is None:
         return ExportParts(stops)

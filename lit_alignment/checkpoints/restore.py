@@ -17,7 +17,14 @@ from lit_alignment.errors import CheckpointError, ConfigError, require
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import BackboneConfig, HeadConfig, load_network, load_tokenizer
-from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, ModalityConfig, load_tower, read_modality
+from lit_alignment.models.multimodal.modality import (
+    TOWERS,
+    MediaShape,
+    MediaTower,
+    ModalityConfig,
+    load_tower,
+    read_modality,
+)
 from lit_alignment.models.multimodal.placing import Placement, placed
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 
@@ -37,9 +44,8 @@ class Saved:
         stop: Token ids and strings that end a turn; None where the folder has its own generation config.
         chat_template: The Jinja template that training used.
         head: What scores, if it is no language model.
-        retriever: Trained weights of the towers of a RAG model, by name.
         modalities: How images and sounds enter, by name.
-        towers: Trained weights of their encoders and projectors, by name.
+        networks: Trained weights of the networks beside the language model, by network and name.
         frozen: Whether the language model did not learn.
     """
 
@@ -51,9 +57,8 @@ class Saved:
     stop: dict[str, Any] | None
     chat_template: str | None
     head: HeadConfig | None = None
-    retriever: dict[str, Tensor] = field(default_factory=dict)
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
-    towers: dict[str, Tensor] = field(default_factory=dict)
+    networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     frozen: bool = False
 
 
@@ -91,7 +96,7 @@ def is_deepspeed(path: Path) -> bool:
 
 
 def read_deepspeed(path: Path) -> dict[str, Any]:
-    """A checkpoint of DeepSpeed's, which can hold any Python object, with whole weights and no optimiser.
+    """A checkpoint of DeepSpeed's, which can hold any Python object, with whole weights and no optimizer.
 
     Raises:
         ConfigError: Without the package.
@@ -123,10 +128,10 @@ def _from_content(source: Path, about: dict[str, Any], content: dict[str, Any], 
     if not isinstance(info, dict):
         raise CheckpointError(f"{source}: not written by lit_alignment: it does not say what model it belongs to.")
     state = content.get("state_dict", content.get("model", {}))
-    trained, retriever, towers = (
-        {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-        for part in ("model.", "dual.", "towers.")
-    )
+    networks: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        network, _, rest = name.partition(".")  # the module's attribute
+        networks.setdefault(network, {})[rest] = value
     backbone = BackboneConfig(**info["backbone"])
     tokens = dict(info["tokens"])
     tokens["new"] = {token: NewTokenConfig(**how) for token, how in tokens["new"].items()}
@@ -135,13 +140,12 @@ def _from_content(source: Path, about: dict[str, Any], content: dict[str, Any], 
         peft=None if info["peft"] is None else PeftConfig.from_peft_type(**info["peft"]),
         adapter=None if info["adapter"] is None else AdapterConfig(**info["adapter"]),
         tokens=TokensConfig(**tokens),
-        trained=trained,
+        trained=networks.pop("model", {}),
         stop=info.get("stop"),
         chat_template=info["chat_template"],
         head=None if info.get("head") is None else read_head(info["head"]),
-        retriever=retriever,
         modalities={name: read_modality(values) for name, values in info.get("modalities", {}).items()},
-        towers=towers,
+        networks=networks,
         frozen=bool(info.get("frozen", False)),
     )
 
@@ -307,9 +311,10 @@ def restore_towers(saved: Saved, network: nn.Module) -> Composed:
     """
     width = int(base_model(network).get_input_embeddings().weight.shape[1])
     shapes, towers = {}, {}
+    given = saved.networks.get(TOWERS, {})
     for name, modality in saved.modalities.items():
         shape = shapes[name] = MediaShape(name, replace(modality, cache=None))
-        own = {key.removeprefix(f"{name}."): value for key, value in saved.towers.items() if key.startswith(f"{name}.")}
+        own = {key.removeprefix(f"{name}."): value for key, value in given.items() if key.startswith(f"{name}.")}
         tower = load_tower(shape, width, any(key.startswith("encoders.") for key in own), "cpu")
         refuse_missing(trained_names(tower), own, "It may be damaged; use another one.")
         try:

@@ -95,7 +95,7 @@ class AlignmentDataModule(LightningDataModule):
 
     lengths_in_row = 1  # a packed row is so many times as long as `encoding.max_length` by default
     marked = "trained"  # what the labels of `views` say of a token
-    share_prompts = False  # whether responses in a packed row go on from one copy of their prompt
+    share_prompts = False  # whether responses in a packed row continue one copy of their prompt
 
     def check_settings(self) -> None:
         """Refuse settings that do not go together, before anything is read.
@@ -156,7 +156,7 @@ class AlignmentDataModule(LightningDataModule):
 
     @abstractmethod
     def predict_item(self, row: dict[str, Any], index: int) -> Any:
-        """One row of `predict_features`; `index` is its place among all."""
+        """One row of `predict_features`; `index` is its position among all."""
 
     @abstractmethod
     def predict_collate(self, items: list[Any]) -> Any:
@@ -230,11 +230,11 @@ class AlignmentDataModule(LightningDataModule):
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data, for a checkpoint."""
+        """The position in the training data, for a checkpoint."""
         return {} if self._train_loader is None else {"train": self._train_loader.position()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a checkpoint's place; sharded strategies restore when the loader is there already."""
+        """Resume at a checkpoint's position; sharded strategies restore when the loader is there already."""
         self._resume_at = state_dict.get("train")
         if self._train_loader is not None and self._resume_at is not None:
             self._train_loader.resume(self._resume_at)

@@ -21,6 +21,8 @@ from lit_alignment.models.loading import BackboneConfig, from_pretrained
 
 Pooling = Literal["mean", "cls", "last"]
 
+DUAL = "dual"  # what modules call it, and so checkpoints
+
 
 @dataclass(frozen=True)
 class RetrieverConfig:

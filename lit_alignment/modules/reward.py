@@ -119,14 +119,14 @@ class RewardModule(ScoringModule):
         number = (sizes * batch.weights).sum() if self.data.kind == "steps" else batch.weights.sum()
         metrics = self.metrics_of(stage)
         metrics["loss"].update(loss_sum, number)
-        counted = batch.weights.repeat_interleave(sizes) > 0  # one place a score
+        counted = batch.weights.repeat_interleave(sizes) > 0  # one position a score
         metrics["moments"].update(scores[counted])
         if self.data.kind == "preferences":
             pairs = metrics["pairs"]
             better, worse, records = ordered_pairs(batch)
             groups = [pairs.groups.index(batch.subsets[record] if stage == "test" else "") for record in records]
-            places = torch.tensor([better, worse, groups], dtype=torch.long, device=scores.device)
-            pairs.update(scores[places[0]], scores[places[1]], places[2])
+            positions = torch.tensor([better, worse, groups], dtype=torch.long, device=scores.device)
+            pairs.update(scores[positions[0]], scores[positions[1]], positions[2])
         else:
             metrics["judged"].update(scores[counted, None], batch.targets[counted, None])
         return loss_sum

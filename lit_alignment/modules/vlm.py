@@ -26,7 +26,7 @@ from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import BackboneConfig
-from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, ModalityConfig, load_tower
+from lit_alignment.models.multimodal.modality import TOWERS, MediaShape, MediaTower, ModalityConfig, load_tower
 from lit_alignment.models.multimodal.placing import Placement, placed
 from lit_alignment.models.multimodal.reading import media_tokens
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
@@ -156,7 +156,9 @@ class VLMModule(SFTModule):
         """A LLaVA if this is one, else the projectors beside the language model."""
         towers = restore_towers(saved, network).towers if self.is_sharded else self.loaded_towers
         template = datamodule_of(self.trainer).chat_template()
-        parts = media_parts(self.shapes, towers, saved.towers, network, self.tokenizer, template, form)
+        parts = media_parts(
+            self.shapes, towers, saved.networks.get(TOWERS, {}), network, self.tokenizer, template, form
+        )
         return replace(parts, generation_config=super().export_parts(saved, network, form).generation_config)
 
     def load_towers(self, device_type: str = "cpu") -> nn.ModuleDict:
@@ -250,7 +252,7 @@ class VLMModule(SFTModule):
             files = self.data.examples["predict"]["media"]
             return EngineNeeds(num_images=max(1, *(len(json.loads(each)["image"]) for each in files)))
         self.model, _ = restore(saved)
-        self.load_towers().load_state_dict(saved.towers, strict=False)
+        self.load_towers().load_state_dict(saved.networks.get(TOWERS, {}), strict=False)
         self.eval()
         return EngineNeeds(embeddings=True, network=self.model)
 

@@ -21,7 +21,14 @@ from lit_alignment.data.retriever import PassageBatch, PassageDataModule
 from lit_alignment.data.sources.records import READERS
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.metrics.retrieval import ranking_metrics
-from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, load_towers, weights_hash
+from lit_alignment.models.dual_encoder import (
+    DUAL,
+    DualEncoder,
+    RetrieverConfig,
+    load_retriever,
+    load_towers,
+    weights_hash,
+)
 from lit_alignment.modules.base import alignment_module
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
@@ -148,7 +155,7 @@ def dual_encoder(module: LightningModule) -> DualEncoder:
 def _trained(checkpoint: Path) -> dict[str, Tensor]:
     """Weights of the towers in a checkpoint of a RAGModule or a RetrieverModule."""
     saved = read_saved(checkpoint)
-    return saved.retriever or saved.trained
+    return saved.networks.get(DUAL) or saved.trained
 
 
 def _cache(cli: ToolCLI) -> str | None:
@@ -171,8 +178,8 @@ def evaluate(retriever: RetrieverConfig, index: IndexConfig, options: argparse.N
     groups = [questions[start : start + QUESTIONS_TOGETHER] for start in range(0, len(questions), QUESTIONS_TOGETHER)]
     for group in track(groups, "searching", transient=True, disable=not Console().is_terminal):
         with torch.no_grad():
-            _, places = found.search(encoder.queries([query for query, _ in group]), max(ks))
-        for row, (_, relevant) in zip(places, group, strict=True):
+            _, positions = found.search(encoder.queries([query for query, _ in group]), max(ks))
+        for row, (_, relevant) in zip(positions, group, strict=True):
             metrics.append(ranking_metrics([passage.id for passage in found.at(row)], relevant, ks))
     means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
     table = Table("metric", "value", title=f"{len(questions)} questions, {len(found)} passages", title_justify="left")

@@ -48,15 +48,13 @@ def slow_logps(module: RAGModule, encoder, item, passages) -> list[float]:
 def slow_loss(module: RAGModule, data, rows, objective: str) -> torch.Tensor:
     """The loss of one step by enumeration: every passage of the index, one question at a time."""
     passages, width = knowledge(6), module.passage_retriever.config.temperature
+    encoder = module.passage_retriever.encoder
     with torch.no_grad():
-        stored = [
-            module.passage_retriever.encoder.passages([format_passage("{title} {text}", p.title, p.text)])[0]
-            for p in passages
-        ]
+        stored = [encoder.passages([format_passage("{title} {text}", p.title, p.text)])[0] for p in passages]
     answers, own, tokens = [], [], 0
     for row in rows:
         item = data.predict_item(row, 0)
-        query = module.passage_retriever.encoder.queries([item.query])[0]
+        query = encoder.queries([item.query])[0]
         scores = torch.stack([(query * vector).sum() / width for vector in stored])
         prior = scores.exp() / scores.exp().sum()
         single = [slow_logps(module, data.encoder, item, [p]) for p in passages]
@@ -289,9 +287,8 @@ def test_thorough_decoding_takes_the_candidate_that_all_passages_make_likely(tmp
     passages, scores = module.retrieve([item.query for item in items])
     for item, response, own, row in zip(items, responses, passages, scores, strict=True):
         found = [each.logp for each in response.completions]
-        assert found == sorted(found, reverse=True) and len(set(each.text for each in response.completions)) == len(
-            found
-        )
+        texts = {each.text for each in response.completions}
+        assert found == sorted(found, reverse=True) and len(texts) == len(found)
         for completion in response.completions:
             expected = likelihood(module, data, item, completion.text, own, row.detach())
             assert completion.logp == pytest.approx(expected, rel=1e-4)
@@ -350,3 +347,15 @@ def test_predictions_carry_answer_reference_and_passages_and_can_be_evaluated(tm
     assert all(len(line["documents"]) == len(line["doc_scores"]) == 2 for line in lines)
     evaluate([str(file)])
     assert "exact_match" in capsys.readouterr().out
+
+
+def test_retriever_weight_scales_the_gradient_of_the_retriever_alone(tmp_path):
+    """In fp64: the retriever's gradient is a small difference, which fp32 rounds."""
+    records, double = chats(3, longest=6), {"precision": "64-true"}
+    found = {}
+    for weight in (1.0, 3.0):
+        settings = {"objective": "emdr2", "num_passages": 4, "retriever_weight": weight}
+        found[weight] = gradients(tmp_path, records, tmp_path / str(weight), options=double, **settings)
+    assert {name.split(".")[0] for name in found[1.0]} == {"model", "dual"}
+    scaled = {name: 3 * value if name.startswith("dual.") else value for name, value in found[1.0].items()}
+    assert_same_gradients(found[3.0], scaled)

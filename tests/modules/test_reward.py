@@ -12,6 +12,7 @@ from lit_alignment import CherryPicks, PredictionWriter, RewardModule, ScoredPic
 from lit_alignment.callbacks.export import export_checkpoint
 from lit_alignment.checkpoints.restore import read_saved, restore
 from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.generation.reward_scorer import RewardScorer
 from lit_alignment.losses import bradley_terry_loss, outcome_loss, plackett_luce_loss
@@ -29,7 +30,7 @@ from tests.helpers import (
     step_gradients,
     trainer,
 )
-from tests.models.test_adapters import PROMPTS
+from tests.helpers.adapters import PROMPTS
 
 PROMPT = {"prompt": "order the kitchen scale"}
 RANKING = PROMPT | {"candidates": ["yes please", "no", "repair it now"], "ranking": [2, 3, 1]}
@@ -401,3 +402,22 @@ def test_report_shows_both_responses_and_their_scores(tmp_path):
     assert "right" in page and "0: yes please" in page
     lines = [json.loads(line) for line in (tmp_path / "cherry_picks.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and {"chosen", "rejected"} <= lines[0]["scores"].keys()
+
+
+@pytest.mark.parametrize(
+    ("record", "rewards", "right"),
+    [
+        (pairs(1)[0], [2.0, 1.0], True),
+        (pairs(1)[0], [1.0, 2.0], False),
+        (RANKING, [0.0, 1.0, 2.0], True),  # the third has rank 1
+        (RANKING, [2.0, 0.0, 1.0], False),
+        (OUTCOMES[0], [2.0], None),  # nothing to compare
+    ],
+)
+def test_sample_is_right_where_the_best_response_has_the_highest_reward(record, rewards, right):
+    model = reward_model()
+    kind = "outcomes" if record is OUTCOMES[0] else "preferences"
+    item = reward_data(model, kind=kind).predict_items([SourceConfig(records=[record])])[0]
+    names = [answer["id"] for answer in item.answers]
+    sample = model.scored_sample(item, {"rewards": dict(zip(names, rewards, strict=True))})
+    assert sample.right is right and sample.columns["score"] is right and list(sample.scores.values()) == rewards

@@ -11,7 +11,8 @@ from lit_alignment.data.encoding.feedback import read_feedback
 from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.tools.sample import best_of_n, main, rejection_sample, worst_of_n
-from tests.helpers import command, write_jsonl
+from tests.helpers import write_jsonl
+from tests.helpers.commands import command
 
 ASK = [{"role": "user", "content": "q"}]
 LINE = {

@@ -8,33 +8,21 @@ from peft import LoraConfig, PromptEncoderConfig
 from lit_alignment import SFTModule
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.errors import ConfigError
+from lit_alignment.generation.engine import Request
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
-from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.vllm import engine as vllm_engine
 from tests.helpers import chats, sft_data, sft_module
-from tests.vllm.helpers import by_transformers, by_vllm, lines, trained
+from tests.vllm.helpers import FAST, by_transformers, by_vllm, lines, same_answers, trained
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 GREEDY = {"greedy": DecodingConfig(max_new_tokens=12, logprobs=True)}
-FAST = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
 
 
 def lora(base, rank=4, **settings):
     peft = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return SFTModule(BackboneConfig(base), peft, optimizer=FAST, **{"generation": GREEDY, **settings})
-
-
-def same_answers(first, second, logprobs=True):
-    """Equal to the token, and in the same order."""
-    assert [line["id"] for line in first] == [line["id"] for line in second] and first
-    for one, other in zip(first, second, strict=True):
-        for a, b in zip(one["answers"], other["answers"], strict=True):
-            given = a.pop("logprob", 0.0), b.pop("logprob", 0.0)
-            assert a == b
-            if logprobs:
-                assert given[0] == pytest.approx(given[1], abs=1e-3)
 
 
 def full(base, **settings):
@@ -58,21 +46,14 @@ def test_prompt_ids_are_those_of_training_with_one_bos(tmp_path, base, monkeypat
     data = sft_data(module, chats(4), chats(4))
     checkpoint = trained(tmp_path, module, data)
     seen = {}
-    original = vllm_engine.answers_of
+    original = vllm_engine.VLLMEngine._result
 
-    def spy(outputs, prompt, *rest):
-        seen.setdefault("ours", []).append(list(prompt))
-        return original(outputs, prompt, *rest)
+    def spy(self, request, output):
+        seen.setdefault("ours", []).append(list(request.token_ids))
+        seen.setdefault("vllm", []).append(list(output.prompt_token_ids))
+        return original(self, request, output)
 
-    take = vllm_engine.VLLMEngine.run
-
-    def run(self, *arguments):
-        for result in take(self, *arguments):
-            seen.setdefault("vllm", []).append(list(result.output.prompt_token_ids))
-            yield result
-
-    monkeypatch.setattr("lit_alignment.vllm.jobs.answers_of", spy)
-    monkeypatch.setattr(vllm_engine.VLLMEngine, "run", run)
+    monkeypatch.setattr(vllm_engine.VLLMEngine, "_result", spy)
     by_vllm(tmp_path, module, data, checkpoint)
     assert sorted(seen["vllm"]) == sorted(seen["ours"]) and len(seen["vllm"]) == 4
     for row in data.examples["predict"]:
@@ -147,26 +128,24 @@ def test_prompt_that_is_too_long_is_reported_and_the_rest_go_on(tmp_path, base, 
         by_vllm(tmp_path, module, data, max_model_len=512)
 
 
-def test_requests_are_drawn_as_there_is_room(base):
+def test_requests_are_drawn_as_there_is_room(base, tokenizer):
     """The window bounds what is open, and is refilled before each step."""
     arguments = vllm_engine.engine_arguments(
         {"model": base, "dtype": "float32", "enforce_eager": True, "max_model_len": 64, "max_num_seqs": 2}
     )
-    engine = vllm_engine.VLLMEngine(arguments)
+    engine = vllm_engine.VLLMEngine(arguments, tokenizer)
     drawn, open_ones = 0, []
 
     def requests():
         nonlocal drawn
         for number in range(20):
             drawn += 1
-            settings = DecodingConfig(max_new_tokens=1 + number % 5)
-            stop = vllm_engine.StopRule([], [])
-            parameters = vllm_engine.sampling_parameters(settings, stop, [number + 5])
-            yield vllm_engine.Request(number, {"prompt_token_ids": [number + 5]}, parameters)
+            yield Request([number + 5], DecodingConfig(max_new_tokens=1 + number % 5), owner=number)
 
     finished = []
-    for result in engine.run(requests()):
-        finished.append(result.request.owner)
+    for request, (completion,) in engine.stream(requests()):
+        assert completion.num_tokens == 1 + request.owner % 5 and completion.finish_reason == "length"
+        finished.append(request.owner)
         open_ones.append(drawn - len(finished))
     engine.close()
     assert sorted(finished) == list(range(20))

@@ -25,7 +25,7 @@ class CherryPicks(PickReport):
     Args:
         sources: Where the prompts come from; the validation sources by default.
         num_samples: Take the first so many of them.
-        generation: How to answer.
+        generation: The decoding configuration.
         batch_size: Prompts to answer together.
         every_n_validations: Answer at every n-th validation only.
         before_training: Also answer before the first step.

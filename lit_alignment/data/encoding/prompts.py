@@ -79,7 +79,7 @@ def prompt_columns(record: Record, prompt: Prompt) -> dict[str, Any]:
 
 
 def prompt_item(row: dict[str, Any], index: int) -> PromptItem:
-    """One row of PROMPT_FEATURES as an item; `index` is its place among all prompts."""
+    """One row of PROMPT_FEATURES as an item; `index` is its position among all prompts."""
     loaded = {name: json.loads(row[name]) for name in ("messages", "label", "meta")}
     rest = {name: row[name] for name in ("id", "dataset", "input_ids", "reference")}
     return PromptItem(index=index, **rest, **loaded)

@@ -23,6 +23,8 @@ from lit_alignment.models.multimodal.vision import (
     load_processor,
 )
 
+TOWERS = "towers"  # what modules call encoders and projectors, and so checkpoints
+
 
 @dataclass(frozen=True)
 class ModalityConfig:
