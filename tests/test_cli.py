@@ -81,6 +81,20 @@ def test_explanation_names_file_and_line(tmp_path):
     assert found == f"{path}:2: unknown key 'max_epoch' in trainer. Did you mean 'max_epochs'?"
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("batch_sise", "in lit_alignment.RewardDataModule. Did you mean 'batch_size'?"),  # a base class takes it
+        ("knd", "in lit_alignment.RewardDataModule. Did you mean 'kind'?"),
+    ],
+)
+def test_explanation_knows_the_settings_of_base_classes(key, words):
+    class_path = "Problem with given class_path 'lit_alignment.RewardDataModule'"
+    assert words in explain(f"{class_path}: Option '{key}' is not accepted", [])
+    nested = f"{class_path}: Group 'encoding' does not accept option 'max_lenght'"
+    assert "RewardDataModule.encoding. Did you mean 'max_length'?" in explain(nested, [])
+
+
 @pytest.mark.slow
 def test_bad_record_stops_before_training_with_file_line_and_field(tmp_path):
     path = tmp_path / "bad.jsonl"

@@ -127,7 +127,7 @@ def test_accumulation_equals_one_big_batch(objective, lora, tmp_path):
     assert_same_gradients(gradients(tmp_path, records, tmp_path / "c", data=padded, options=double, **settings), whole)
 
 
-def test_filler_question_trains_nothing(tmp_path):
+def test_dummy_question_trains_nothing(tmp_path):
     """What keeps a rank in step that has no question left."""
     module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=3, objective="perplexity_distillation")
     data = rag_data(module, chats(3), batch_size=2)

@@ -124,7 +124,7 @@ class BatchPlan:
         """The micro-batches of one rank.
 
         Micro-batch k of an epoch goes to rank k % world_size; `accumulate` x `world_size` neighbours make one
-        optimizer step. Where the last round has too few, the ranks without one get a dummy of weight 0.
+        optimizer step. Where the last round has too few, the ranks without one get a dummy batch of weight 0.
 
         Args:
             epoch: Epoch number.
