@@ -99,7 +99,7 @@ class Completion:
         """As predictions on disk have it; what was not asked for is left out.
 
         Args:
-            number: Its place among the completions of its prompt, from 0.
+            number: Its position among the completions of its prompt, from 0.
         """
         line: dict[str, Any] = {"id": str(number), "content": self.text, "finish_reason": self.finish_reason}
         line["num_tokens"] = self.num_tokens
@@ -132,8 +132,8 @@ class Engine(ABC):
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Results in the order of the requests."""
-        found = {id(request): result for request, result in self.stream(requests)}
-        return [found[id(request)] for request in requests]
+        results = {id(request): result for request, result in self.stream(requests)}
+        return [results[id(request)] for request in requests]
 
 
 @dataclass(frozen=True)

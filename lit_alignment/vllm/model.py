@@ -29,7 +29,7 @@ class Served:
     revision: str | None = None
 
     @property
-    def own(self) -> Path:
+    def trained_folder(self) -> Path:
         """The folder that training has made: with tokenizer, template and stop ids."""
         return Path(self.adapter or self.folder)
 
@@ -72,7 +72,7 @@ def _refuse(saved: Saved, source: Path) -> None:
         peft = PeftConfig.from_pretrained(saved.adapter.path)
     if peft is not None and peft.is_prompt_learning:
         raise ConfigError(
-            f"{source}: {type(peft).__name__} puts vectors before the tokens, which vLLM does not. "
+            f"{source}: {type(peft).__name__} puts virtual tokens before the prompt, which vLLM does not. "
             "Use engine: transformers."
         )
 
