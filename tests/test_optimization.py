@@ -107,7 +107,7 @@ def run_with_nan(tmp_path, monkeypatch, at, non_finite, **options):
     return module, before, runner
 
 
-def test_loss_that_is_no_number_stops_the_run_with_the_records_at_fault(tmp_path, monkeypatch):
+def test_non_finite_loss_stops_the_run_with_the_offending_records(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match=r"optimizer step \d is non-finite. Offending micro-batches: train/r3\. "):
         run_with_nan(tmp_path, monkeypatch, "train/r3", "stop")
 
@@ -122,3 +122,18 @@ def test_or_skips_the_step_and_leaves_the_weights_as_they_are(tmp_path, monkeypa
     ]
     assert sorted(moved) == [False, True, True, True]
     assert all(bool(torch.isfinite(value).all()) for value in weights(module).values())
+
+
+def test_betas_and_eps_are_those_of_the_update():
+    """Three steps of AdamW, worked by the paper, with factors and a floor that differ from torch's own."""
+    weight = nn.Parameter(torch.tensor([2.0, -1.0]))
+    settings = {"learning_rate": 0.1, "betas": (0.5, 0.75), "eps": 0.25, "schedule": "constant", "warmup": 0}
+    optimizer, _ = build_optimizer([weight], OptimizerConfig(**settings), 10)
+    expected, mean, square = weight.detach().clone(), torch.zeros(2), torch.zeros(2)
+    for step, gradient in enumerate(torch.tensor([[1.0, -2.0], [0.5, 4.0], [-3.0, 0.0]]), start=1):
+        weight.grad = gradient.clone()
+        optimizer.step()
+        mean = 0.5 * mean + 0.5 * gradient
+        square = 0.75 * square + 0.25 * gradient**2
+        expected -= 0.1 * (mean / (1 - 0.5**step)) / ((square / (1 - 0.75**step)).sqrt() + 0.25)
+        torch.testing.assert_close(weight.detach(), expected)

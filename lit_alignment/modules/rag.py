@@ -41,19 +41,10 @@ from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
+from lit_alignment.retrieval.objectives import MARGINAL, Objective, check_objective
 from lit_alignment.retrieval.passage_retriever import PassageRetriever, TrainedTowers
 
-Objective = Literal[
-    "language_modeling",
-    "rag_sequence",
-    "rag_token",
-    "emdr2",
-    "perplexity_distillation",
-    "leave_one_out",
-    "replug",
-]
 Decoding = Literal["concatenate", "rag_sequence", "rag_sequence_fast", "rag_token"]
-MARGINAL = ("rag_sequence", "rag_token")
 RECALL_AT = (1, 5, 20)
 
 
@@ -124,7 +115,7 @@ class RAGModule(GenerativeModule):
             as_trained = objective
         self.decoding = decoding or as_trained
         self.dual: DualEncoder | None = None  # the retriever's towers, under whose name checkpoints have them
-        _check_settings(objective, num_passages, train_retriever, train_generator, retriever)
+        check_objective(objective, num_passages, train_retriever, train_generator, retriever)
 
     @property
     def data(self) -> RAGDataModule:
@@ -386,42 +377,3 @@ class RAGModule(GenerativeModule):
         if self.train_retriever != "none":
             gradients = [p.grad for p in self.passage_retriever.encoder.parameters() if p.grad is not None]
             self.log("train/retriever_grad_norm", torch.nn.utils.get_total_norm(gradients))
-
-
-def _check_settings(
-    objective: Objective,
-    num_passages: int,
-    train_retriever: TrainedTowers,
-    train_generator: bool,
-    retriever: RetrieverConfig,
-) -> None:
-    """Refuse what would train nothing, or something else than it says.
-
-    Raises:
-        ConfigError: Naming the setting.
-    """
-    learns = train_retriever != "none"
-    if learns and num_passages < 2:
-        raise ConfigError(
-            f"model.num_passages is {num_passages}: the softmax over one passage is always 1, so the "
-            "retriever would get no gradient. Use 2 or more, or set train_retriever to none."
-        )
-    if learns and objective == "language_modeling":
-        raise ConfigError(
-            "model.objective: language_modeling does not train a retriever. Choose another objective, "
-            "or set train_retriever to none."
-        )
-    if not learns and objective not in ("language_modeling", *MARGINAL):
-        raise ConfigError(
-            f"model.objective: {objective} is a loss of the retriever, and train_retriever is none. "
-            "Use language_modeling, or train the retriever."
-        )
-    if not learns and not train_generator:
-        raise ConfigError("model.train_generator is false and train_retriever none: nothing would learn.")
-    if train_retriever == "query" and retriever.towers == "shared":
-        raise ConfigError(
-            "model.train_retriever: the query tower cannot train alone while the towers are shared. "
-            "Set retriever.towers to separate, or train_retriever to both."
-        )
-    if objective == "leave_one_out" and num_passages < 2:
-        raise ConfigError("model.objective: leave_one_out needs num_passages of 2 or more.")

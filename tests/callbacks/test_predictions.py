@@ -1,4 +1,4 @@
-"""Prediction files: order, several settings, and going on after a kill."""
+"""Prediction files: order, several settings, and resuming after a kill."""
 
 import json
 
@@ -34,8 +34,8 @@ class Killed(Exception):
 def run(folder, die_after=None, generation=SETTINGS, **options):
     module = sft_module(generation=generation)
     asked = []
-    original = module.answer
-    module.answer = lambda prompts, settings: (asked.append(len(prompts)), original(prompts, settings))[1]
+    original = module.respond
+    module.respond = lambda items, decoding: (asked.append(len(items)), original(items, decoding))[1]
     first = [{**record, "meta": {"n": 1}, "label": "L"} for record in chats(7)]
     sources = [SourceConfig(records=first, name="one"), SourceConfig(records=chats(5, seed=2), name="two")]
     data = SFTDataModule(module.tokenizer, predict=sources, batch_size=2)
@@ -99,3 +99,14 @@ def test_broken_line_in_the_middle_is_named(tmp_path):
     file.partial.write_text("oops\n" + text)
     with pytest.raises(ValueError, match=r"a.jsonl.partial0:1: not valid JSON"):
         file.answered()
+
+
+def test_record_that_one_of_the_files_lacks_is_asked_again(tmp_path):
+    run(tmp_path)
+    whole = {name: lines(tmp_path, name) for name in SETTINGS}
+    file = tmp_path / "out/greedy.jsonl"
+    kept = [line for line in file.read_text().splitlines(keepends=True) if json.loads(line)["id"] != "r3"]
+    file.write_text("".join(kept))
+    assert len(kept) == len(whole["greedy"]) - 2  # one of each source
+    assert run(tmp_path) == 2 * len(SETTINGS)
+    assert {name: lines(tmp_path, name) for name in SETTINGS} == whole

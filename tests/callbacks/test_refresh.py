@@ -1,4 +1,6 @@
-"""Refreshing the index: what changes, what is kept, and that a resumed run goes on as it would have."""
+"""Refreshing the index: what changes, what is kept, and that a resumed run continues as it would have."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,3 +77,34 @@ def test_module_whose_passages_do_not_change_is_refused(tmp_path):
     module = rag_module(encoded_index(tmp_path, knowledge(9)), num_passages=3)
     with pytest.raises(ConfigError, match="train_retriever: both"):
         trainer(tmp_path, callbacks=[IndexRefresh()]).fit(module, rag_data(module, chats(4)))
+
+
+class RowsAreKnown(Exception):
+    """The rank has said which rows it sends."""
+
+
+def test_rows_of_two_ranks_come_back_in_the_order_of_the_passages(tmp_path):
+    """Rank r encodes passages r, r + 2, ...; of nine, the second rank has one less, and repeats the last."""
+    module = rag_module(encoded_index(tmp_path, knowledge(9)), num_passages=3, train_retriever="both")
+    retriever = module.passage_retriever
+    encoder = retriever.load()
+    torch.nn.init.normal_(encoder.passage_tower.get_input_embeddings().weight)
+    with torch.no_grad():
+        expected = encoder.passages([format_passage("{title} {text}", p.title, p.text) for p in knowledge(9)])
+    sent = []
+
+    def send(rows):
+        sent.append(rows)
+        raise RowsAreKnown
+
+    def start(rank, all_gather):
+        strategy = SimpleNamespace(all_gather=all_gather, barrier=lambda name: None)
+        run = {"world_size": 2, "global_rank": rank, "global_step": 0, "is_global_zero": rank == 0, "loggers": []}
+        IndexRefresh().on_fit_start(SimpleNamespace(strategy=strategy, **run), module)
+
+    for rank in (0, 1):
+        with pytest.raises(RowsAreKnown):
+            start(rank, send)
+    assert [len(rows) for rows in sent] == [5, 5]
+    start(0, lambda rows: torch.stack(sent))
+    torch.testing.assert_close(retriever.index.shards[0], expected, rtol=1e-4, atol=1e-6)

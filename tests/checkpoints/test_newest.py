@@ -1,4 +1,4 @@
-"""`--ckpt_path newest`: go on where a run stopped, past checkpoints that are damaged."""
+"""`--ckpt_path newest`: continue where a run stopped, past checkpoints that are damaged."""
 
 import os
 
@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lit_alignment import AtomicCheckpointIO
+from lit_alignment import AtomicCheckpointIO, SFTModule
 from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.checkpoints.sharded import partial_path, put_in_place, read_whole
 from lit_alignment.errors import CheckpointError
 from lit_alignment.trainer_cli import build
-from tests.helpers import trainer
+from tests.helpers import trainer, weights
 
 
 def runner(folder):
@@ -100,10 +100,28 @@ def test_file_takes_the_place_of_a_folder_and_the_other_way_round(tmp_path, monk
     assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_command_starts_and_then_goes_on(tmp_path, capsys):
+def test_command_starts_and_then_goes_on(tmp_path, capsys, monkeypatch):
+    """The second run begins with the weights that the first one ended with, and trains on one more epoch alone."""
     places = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
-    for epochs, said in ((1, "no checkpoint yet: starting"), (2, "going on from")):
+    ids, starts, steps, ends = [], [], [], []
+    training_step = SFTModule.training_step
+
+    def watched(self, batch, batch_idx):
+        if not ids[-1]:
+            starts.append(weights(self))
+        ids[-1].extend(batch.ids)
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SFTModule, "training_step", watched)
+    for epochs, said in ((1, "no checkpoint yet: starting"), (2, "resuming from")):
+        ids.append([])
         options = [*places, f"--trainer.max_epochs={epochs}", "--trainer.callbacks=null", "--ckpt_path=newest"]
         run = build(["fit", "--config", "configs/sft/tiny.yaml", *options], run=True)
         assert said in capsys.readouterr().out
         assert run.trainer.current_epoch == epochs
+        steps.append(run.trainer.global_step)
+        ends.append(weights(run.model))
+    assert len(set(ids[0])) == len(ids[0]) and sorted(ids[0]) == sorted(ids[1])
+    assert steps[1] == 2 * steps[0] > 0
+    for name, value in ends[0].items():
+        assert torch.equal(starts[1][name], value), name

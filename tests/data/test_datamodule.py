@@ -124,3 +124,18 @@ def test_system_prompt_of_a_source_reaches_its_prompts(tokenizer):
     item = next(iter(data.predict_dataloader())).items[0]
     assert item.messages[0] == {"role": "system", "content": "be short", "train": False}
     assert "be short" in tokenizer.decode(item.input_ids)
+
+
+def test_limit_given_as_a_share_cuts_the_last_window_and_its_weight(tmp_path):
+    """Of eight batches half are trained on, in windows of three and one."""
+    seen = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((float(batch.weights.sum()), float(batch.window_weight)))
+
+    module = sft_module()
+    data = sft_data(module, chats(16), packing=False, batch_size=2)
+    trainer(tmp_path, callbacks=[Keep()], accumulate_grad_batches=3, limit_train_batches=0.5).fit(module, data)
+    own = [weight for weight, _ in seen]
+    assert [window for _, window in seen] == pytest.approx([sum(own[:3])] * 3 + [own[3]])

@@ -3,11 +3,15 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
 from lit_alignment import DeepSpeedStrategy, FSDP2Strategy
+from lit_alignment.distributed import fsdp2
 from lit_alignment.errors import ConfigError
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import rag_module, sft_module
@@ -47,3 +51,22 @@ def test_ranks_cannot_share_what_rag_trains_on(name):
 def test_predict_is_refused_where_ranks_share_layers():
     with pytest.raises(ConfigError, match="tensor_parallel_size: not for predict"):
         under(FSDP2Strategy(tensor_parallel_size=2), sft_module(), "predict").configure_model()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+@pytest.mark.parametrize("layered", [True, False], ids=["layers", "whole"])
+def test_gradients_of_fully_sharded_training_are_summed_in_float32(precision, layered, monkeypatch):
+    """Under bf16-mixed weights are gathered in bfloat16, and nothing is cast otherwise."""
+    policies = []
+
+    def record(*_, mp_policy, **__):
+        policies.append(mp_policy)
+
+    monkeypatch.setattr(fsdp2, "shard_layers", record)
+    monkeypatch.setattr(fsdp2, "fully_shard", record)
+    strategy = FSDP2Strategy()
+    strategy.precision_plugin = MixedPrecision(precision, "cpu") if precision == "bf16-mixed" else Precision()
+    strategy._device_mesh = {"data_parallel": None}
+    strategy.shard(nn.Linear(2, 2), layered)
+    expected = (torch.bfloat16, torch.float32) if precision == "bf16-mixed" else (None, None)
+    assert [(policy.param_dtype, policy.reduce_dtype) for policy in policies] == [expected]

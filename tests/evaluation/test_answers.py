@@ -105,8 +105,9 @@ def test_rouge_reads_every_script_and_english_as_torchmetrics_does():
 
 
 def test_perplexity_weighs_tokens_not_prompts():
-    items = [Answered(["a"], logps=[[-1.0, -2.0]]), Answered(["b", ""], logps=[[-3.0], []])]
-    assert computed(Perplexity(), *items)["perplexity"] == pytest.approx(math.exp(2.0))
+    """Five tokens in three answers of two prompts: (1 + 2 + 3 + 6 + 8) / 5 = 4."""
+    items = [Answered(["a", ""], logps=[[-1.0, -2.0, -3.0, -6.0], []]), Answered(["b"], logps=[[-8.0]])]
+    assert computed(Perplexity(), *items)["perplexity"] == pytest.approx(math.exp(4.0))
 
 
 def test_kl_is_the_mean_difference_of_the_tokens():

@@ -327,3 +327,17 @@ def test_adapters_switched_off_give_the_base_also_in_the_head(kind, base):
 def test_what_servers_cannot_load_has_a_reason_to_be_merged(base, settings, reason):
     module = module_with(base, LoraConfig(**(LORA | settings)))
     assert why_merge(module.load_model()) == reason
+
+
+def test_factors_in_half_precision_are_multiplied_in_float32(base):
+    """The product of bf16 factors is not rounded before it meets the bf16 weight."""
+    module = module_with(base, WEIGHTS["lora"])
+    module.backbone = replace(module.backbone, dtype="bfloat16")
+    network = module.load_model()
+    layer = network.get_base_model().model.layers[0].self_attn.q_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    layer.lora_A.bfloat16(), layer.lora_B.bfloat16()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert a.dtype == b.dtype == layer.base_layer.weight.dtype == torch.bfloat16
+    expected = (layer.base_layer.weight.float() + b.float() @ a.float() * layer.scaling["default"]).bfloat16()
+    assert torch.equal(merged_state(network)["model.layers.0.self_attn.q_proj.weight"], expected)

@@ -13,6 +13,7 @@ from lit_alignment import ClassificationModule, Export, PredictionWriter, Scored
 from lit_alignment.callbacks.export import export_checkpoint
 from lit_alignment.checkpoints.restore import read_saved, restore
 from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import CheckpointError, ConfigError, RecordError
 from lit_alignment.losses import focal_loss
 from lit_alignment.models.adapters import AdapterConfig
@@ -246,7 +247,7 @@ def test_validation_loss_is_a_mean_over_conversations_under_any_batching(tmp_pat
         ([1.0], "regression", "Give 3 finite numbers"),
     ],
 )
-def test_label_at_fault_is_named_with_its_place(label, problem, message):
+def test_offending_label_is_named_with_its_place(label, problem, message):
     model = classifier(problem=problem)
     loader = class_data(model, [labelled(1)[0] | {"label": label}])
     with pytest.raises(RecordError, match=message):
@@ -284,3 +285,25 @@ def test_report_shows_predictions_and_the_confusion_matrix(tmp_path):
     assert (tmp_path / "ckpt/export/config.json").is_file() and not (
         tmp_path / "ckpt/export/generation_config.json"
     ).exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [("single_label", torch.tensor([0.0, 1, 2]).softmax(-1)), ("multi_label", torch.tensor([0.0, 1, 2]).sigmoid())],
+)
+def test_probabilities_are_those_at_the_calibration_temperature(problem, expected):
+    """Scores of 0, 4 and 8 at a temperature of 4."""
+    model = classifier(problem=problem)
+    model.measure(calibration_temperature=4.0)
+    item = class_data(model).predict_items([SourceConfig(records=labelled(1))])[0]
+    found = model.predicted(item, torch.tensor([[0.0, 4.0, 8.0]]))
+    assert found["probabilities"] == pytest.approx(dict(zip(LABELS, expected.tolist(), strict=True)))
+
+
+def test_sample_is_right_where_the_predicted_class_is_the_label():
+    model = classifier()
+    item = class_data(model).predict_items([SourceConfig(records=labelled(1))])[0]
+    scores = {"bad": [3.0, 1, 2], "fine": [1.0, 3, 2], "good": [1.0, 2, 3]}
+    for name, row in scores.items():
+        sample = model.scored_sample(item, model.predicted(item, torch.tensor([row])))
+        assert sample.columns["prediction"].startswith(name) and sample.right is (name == item.label == "bad")

@@ -132,14 +132,14 @@ def test_filler_question_trains_nothing(tmp_path):
     module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=3, objective="perplexity_distillation")
     data = rag_data(module, chats(3), batch_size=2)
     trainer(tmp_path, max_steps=0).fit(module, data)
-    filler = data.plan("train").batches(0, rank=2, world_size=3)[0]
-    assert filler.filler and filler.window_examples == 3
+    dummy = data.plan("train").batches(0, rank=2, world_size=3)[0]
+    assert dummy.dummy and dummy.window_examples == 3
     seen = []
     module.step_loss = lambda loss_sum, weight: seen.append((float(loss_sum), weight)) or loss_sum
     module.log = lambda *args, **kwargs: None
-    batch = data.collate([data.examples["train"][index] for index in filler.indices], filler)
+    batch = data.collate([data.examples["train"][index] for index in dummy.indices], dummy)
     module.training_step(batch, 0)
-    assert seen == [(0.0, filler.window_weight), (0.0, 3)]
+    assert seen == [(0.0, dummy.window_weight), (0.0, 3)]
 
 
 @pytest.mark.parametrize(
@@ -347,3 +347,15 @@ def test_predictions_carry_answer_reference_and_passages_and_can_be_evaluated(tm
     assert all(len(line["documents"]) == len(line["doc_scores"]) == 2 for line in lines)
     evaluate([str(file)])
     assert "exact_match" in capsys.readouterr().out
+
+
+def test_retriever_weight_scales_the_gradient_of_the_retriever_alone(tmp_path):
+    """In fp64: the retriever's gradient is a small difference, which fp32 rounds."""
+    records, double = chats(3, longest=6), {"precision": "64-true"}
+    found = {}
+    for weight in (1.0, 3.0):
+        settings = {"objective": "emdr2", "num_passages": 4, "retriever_weight": weight}
+        found[weight] = gradients(tmp_path, records, tmp_path / str(weight), options=double, **settings)
+    assert {name.split(".")[0] for name in found[1.0]} == {"model", "dual"}
+    scaled = {name: 3 * value if name.startswith("dual.") else value for name, value in found[1.0].items()}
+    assert_same_gradients(found[3.0], scaled)

@@ -5,12 +5,16 @@ import json
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_alignment import RetrieverDataModule, RetrieverModule
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
-from lit_alignment.models.dual_encoder import load_retriever
+from lit_alignment.models.dual_encoder import load_retriever, weights_hash
+from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import PassageIndex
 from lit_alignment.tools import index
-from tests.helpers import RETRIEVER, ROOT, base_model_folder, chats, command, write_jsonl
+from tests.helpers import RETRIEVER, ROOT, base_model_folder, chats, command, trainer, write_jsonl
 
 PASSAGES = [{"id": f"n{i}", "title": f"note {i}", "text": chats(9)[i]["messages"][0]["content"]} for i in range(9)]
 
@@ -89,3 +93,20 @@ def test_mistakes_are_one_message_with_exit_code_2(config, tmp_path):
     assert f"{tmp_path}/passages.jsonl:10: field 'text' is empty" in run.stderr
     run = command("index", "eval", "--config", str(config), "--queries", "nothing.jsonl")
     assert run.returncode == 2 and "no index here" in run.stderr
+
+
+def test_index_is_made_with_the_trained_weights_of_the_checkpoint(config, tmp_path):
+    records = [{"query": f"question {i}", "positive": f"passage {i}"} for i in range(4)]
+    optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
+    module = RetrieverModule(RETRIEVER, optimizer=optimizer)
+    data = RetrieverDataModule(module.tokenizer, train=[SourceConfig(records=records, name="q")], packing=False)
+    saver = ModelCheckpoint(tmp_path / "ckpt", filename="trained")
+    trainer(tmp_path, callbacks=[saver], enable_checkpointing=True, max_steps=2).fit(module, data)
+    index.main(["build", "--config", str(config), "--ckpt_path", str(tmp_path / "ckpt/trained.ckpt")])
+    made = PassageIndex.load(tmp_path / "index")
+    assert made.manifest.encoder_hash == weights_hash(module.network.passage_tower)
+    texts = [f"{p['title']} {p['text']}" for p in PASSAGES]
+    with torch.no_grad():
+        expected, untrained = module.network.passages(texts), load_retriever(RETRIEVER).passages(texts)
+    torch.testing.assert_close(made.shards[0], expected, rtol=1e-4, atol=1e-6)
+    assert float((expected - untrained).abs().max()) > 1e-2

@@ -1,4 +1,4 @@
-"""`lit-alignment preprocess`: the cache gives the same training, goes on after a kill, and tells what it is made of."""
+"""`lit-alignment preprocess`: the cache gives the same training, resumes after a kill, tells what it is made of."""
 
 import json
 import shutil

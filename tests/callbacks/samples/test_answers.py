@@ -3,19 +3,23 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 
-from lit_alignment import CherryPicks, Throughput
+from lit_alignment import CherryPicks, FSDP2Strategy, Throughput
 from lit_alignment.callbacks.samples.html import CherryPick, curve_svg, render_report
 from lit_alignment.callbacks.samples.loggers import log_table, markdown_table
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.evaluation.answers import Answered, Perplexity
 from lit_alignment.generation.settings import DecodingConfig
-from tests.helpers import chats, run_on_ranks, sft_data, sft_module, trainer
+from tests.helpers import chats, sft_data, sft_module, trainer
+from tests.helpers.ranks import run_on_ranks
 
 SHORT = DecodingConfig(max_new_tokens=5)
 
@@ -174,10 +178,28 @@ def test_impossible_metric_is_refused_before_training(tmp_path):
         fit(tmp_path, callback)
 
 
+def pick_on_ranks(kind, folder):
+    """Train one epoch with picks; then gather a metric of which each rank has a part."""
+    strategies = {
+        "ddp": DDPStrategy(process_group_backend="gloo"),
+        "fsdp2": FSDP2Strategy(process_group_backend="gloo"),
+    }
+    generation = DecodingConfig(max_new_tokens=4)
+    callback = CherryPicks(num_samples=2, generation=generation, metrics=["length", "perplexity", "kl"])
+    logger = CSVLogger(folder, name="", version="")
+    runner = trainer(folder, strategy=strategies[kind], devices=2, callbacks=[callback], logger=logger)
+    module = sft_module(lora=True)
+    runner.fit(module, sft_data(module, chats(4), chats(3, seed=1)))
+    metric = Perplexity()
+    metric.update(Answered(["a"], logps=[[-1.0] if runner.global_rank == 0 else [-4.0, -4.0]]))
+    keep = {"scores": [pick.scores for pick in callback.picks], "gathered": metric.compute(), "own": metric.means()}
+    torch.save(keep, folder / f"{runner.global_rank}.pt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_score_the_same_answers_and_gather_what_each_has(kind, tmp_path):
-    run_on_ranks("callbacks.samples.cherry_picks_script", kind, str(tmp_path))
+    run_on_ranks(pick_on_ranks, kind, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first["scores"] == second["scores"] and len(first["scores"][0]) == 2  # before, and after an epoch
     assert first["scores"][0][0]["kl"] == pytest.approx(0, abs=1e-6)
@@ -187,3 +209,29 @@ def test_two_ranks_score_the_same_answers_and_gather_what_each_has(kind, tmp_pat
     with (tmp_path / "metrics.csv").open() as file:
         logged = [row["cherry_picks/length_tokens"] for row in csv.DictReader(file)]
     assert len([value for value in logged if value]) == 2
+
+
+def test_means_are_those_of_each_validation_alone(tmp_path):
+    """Of two prompts, none is answered as the reference has it before training, then one, then both."""
+    module = sft_module()
+    logger = CSVLogger(tmp_path, name="csv")
+    callback = CherryPicks(num_samples=2, generation=SHORT, metrics=["exact_match"])
+    respond = module.respond
+
+    def answered(items, settings):
+        right = runner.current_epoch + 1 if runner.global_step else 0
+        texts = [f" {item.reference}\n" if place < right else "other" for place, item in enumerate(items)]
+        responses = zip(respond(items, settings), texts, strict=True)
+        return [replace(each, completions=[replace(each.completions[0], text=text)]) for each, text in responses]
+
+    module.respond = answered
+    runner = trainer(tmp_path, callbacks=[callback], logger=logger, max_epochs=2)
+    runner.fit(module, sft_data(module, chats(6), chats(5, seed=1)))
+    logger.save()
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        logged = [row["cherry_picks/exact_match"] for row in csv.DictReader(file)]
+    assert [float(value) for value in logged if value] == [0.0, 0.5, 1.0]
+    lines = [json.loads(line) for line in open(f"{logger.log_dir}/cherry_picks.jsonl")]
+    assert [line["scores"]["exact_match"] for line in lines] == [0, 0, 1, 0, 1, 1]
+    page = open(f"{logger.log_dir}/cherry_picks.html").read()
+    assert "<th>0 of 2</th><th>1 of 2</th><th>2 of 2</th>" in page and page.count("class=match") == 3
