@@ -22,9 +22,9 @@ from lightning.pytorch import Trainer
 from lit_alignment import PredictionWriter, SFTDataModule, SFTModule
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.generation.engine import Request
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.loading import BackboneConfig
-from lit_alignment.models.stop_rule import StopRule
 from lit_alignment.tools.fetch import fetch
 from lit_alignment.vllm.engine import engine_arguments, on_cpu, sampling_parameters
 from lit_alignment.vllm.predict import predict
@@ -87,8 +87,8 @@ def plain(number: int, folder: Path) -> tuple[float, int, dict[str, str]]:
     module.trainer, trainer.datamodule = trainer, data
     data.setup("predict")
     rows = list(data.examples["predict"])
-    stop: StopRule = module.stop
-    parameters = [sampling_parameters(SETTINGS, stop, row["input_ids"]) for row in rows]
+    requests = [Request(row["input_ids"], SETTINGS, module.stop) for row in rows]
+    parameters = [sampling_parameters(request, SETTINGS) for request in requests]
     dtype = {"dtype": "float32", "enforce_eager": on_cpu()}
     arguments = engine_arguments({"model": str(fetch(MODEL)), "generation_config": "vllm", **dtype, **ENGINE})
     engine = LLM(**{name: getattr(arguments, name) for name in ("model", "generation_config", *dtype, *ENGINE)})

@@ -132,8 +132,8 @@ class Engine(ABC):
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Results in the order of the requests."""
-        found = {id(request): result for request, result in self.stream(requests)}
-        return [found[id(request)] for request in requests]
+        results = {id(request): result for request, result in self.stream(requests)}
+        return [results[id(request)] for request in requests]
 
 
 @dataclass(frozen=True)

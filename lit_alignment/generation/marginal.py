@@ -99,11 +99,11 @@ def generate_by_token(
             if all(done):
                 break
     model.train(training)
-    found = [
-        cut_completion(own, request, tokenizer, row if decoding.logprobs else None)
-        for own, request, row in zip(tokens, owners, logps, strict=True)
+    completions = [
+        cut_completion(generated, request, tokenizer, row if decoding.logprobs else None)
+        for generated, request, row in zip(tokens, owners, logps, strict=True)
     ]
-    return [found[start : start + copies] for start in range(0, len(found), copies)]
+    return [completions[start : start + copies] for start in range(0, len(completions), copies)]
 
 
 def _mixture(

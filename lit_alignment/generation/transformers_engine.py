@@ -87,13 +87,13 @@ class TransformersEngine(Engine):
             sequences = _sequences(self.network, input_ids, attention_mask, **arguments)
         copies = decoding.num_return_sequences
         owners = [request for request in batch for _ in range(copies)]
-        found = [
+        completions = [
             cut_completion(row, request, self.tokenizer)
             for row, request in zip(sequences[:, input_ids.shape[1] :].tolist(), owners, strict=True)
         ]
         if decoding.logprobs:
-            found = self._with_logps(found, owners)
-        return [found[start : start + copies] for start in range(0, len(found), copies)]
+            completions = self._with_logps(completions, owners)
+        return [completions[start : start + copies] for start in range(0, len(completions), copies)]
 
     @property
     def _padding(self) -> int:
@@ -108,7 +108,9 @@ class TransformersEngine(Engine):
             examples.append(Example(prompt + tokens, [IGNORE_INDEX] * len(prompt) + tokens, weights))
         rows = collate_padded(examples, self._padding)
         logps = torch.split(target_logps(self.network, rows), rows.lengths)
-        return [replace(each, logps=own.tolist()) for each, own in zip(completions, logps, strict=True)]
+        return [
+            replace(completion, logps=values.tolist()) for completion, values in zip(completions, logps, strict=True)
+        ]
 
 
 def _settings(request: Request) -> tuple[Any, ...]:
@@ -121,12 +123,12 @@ def _placements(batch: list[Request]) -> list[Placement]:
     if any(request.images is not None for request in batch):
         raise TypeError("the transformers engine takes embeddings of images, not their files.")
     placeholders = sorted({token_id for request in batch for token_id in request.embeddings})
-    found = []
+    placements = []
     for token_id in placeholders:
         parts = [request.embeddings[token_id] for request in batch if token_id in request.embeddings]
         counts = [len(request.embeddings.get(token_id, ())) for request in batch]
-        found.append(Placement(token_id, torch.cat(parts), counts))
-    return found
+        placements.append(Placement(token_id, torch.cat(parts), counts))
+    return placements
 
 
 @contextmanager

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     import_vllm()
     source = Path(options.source).expanduser()
     served = served_model(source) if source.exists() else Served(local_path(options.source))
-    if (served.own / "media").is_dir():
+    if (served.trained_folder / "media").is_dir():
         raise ConfigError(
             f"{options.source}: this composition of encoder and projector is no LLaVA, which vLLM's server could load. "
             "Use lit-alignment predict with engine: vllm."
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         os.environ["VLLM_API_KEY"] = options.api_key  # not on a command line, which every user of a machine can read
     elif options.host not in LOOPBACK:
         print(f"warning: without --api-key anyone who reaches {options.host}:{options.port} may use this model")
-    print(f"serving {served.own} at http://{options.host}:{options.port}/v1", flush=True)
+    print(f"serving {served.trained_folder} at http://{options.host}:{options.port}/v1", flush=True)
     process = subprocess.Popen([sys.executable, "-m", SERVER, *words])
     try:
         status = process.wait()
@@ -87,11 +87,11 @@ def command(served: Served, name: str, host: str, port: int) -> list[str]:
         base = Path(served.folder).name
         words += ["--served-model-name", base if base != name else f"{base}-base", "--enable-lora"]
         words += ["--max-lora-rank", str(settings["max_lora_rank"]), "--lora-modules", f"{name}={served.adapter}"]
-    if (served.own / "chat_template.jinja").is_file():
-        words += ["--chat-template", str(served.own / "chat_template.jinja")]
-    if (served.own / "generation_config.json").is_file():
-        words += ["--generation-config", str(served.own)]  # has the tokens that end a turn
-    head = head_of(served.own)
+    if (served.trained_folder / "chat_template.jinja").is_file():
+        words += ["--chat-template", str(served.trained_folder / "chat_template.jinja")]
+    if (served.trained_folder / "generation_config.json").is_file():
+        words += ["--generation-config", str(served.trained_folder)]  # has the tokens that end a turn
+    head = head_of(served.trained_folder)
     if head is not None:
         words += ["--runner", "pooling", "--convert", "classify"]
         if head.problem == "regression":  # rewards as they are, not squashed into 0 to 1
@@ -101,7 +101,7 @@ def command(served: Served, name: str, host: str, port: int) -> list[str]:
 
 def say_what_clients_need(served: Served) -> None:
     """Name stop strings, which only a request can carry."""
-    file = served.own / "generation_config.json"
+    file = served.trained_folder / "generation_config.json"
     strings = json.loads(file.read_text()).get("stop_strings") if file.is_file() else None
     if strings:
         print(f"note: a turn ends with plain text here, so each request needs stop={strings}")

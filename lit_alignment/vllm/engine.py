@@ -136,24 +136,24 @@ def completions_of(
     outputs: "Sequence[CompletionOutput]", request: Request, tokenizer: PreTrainedTokenizerBase
 ) -> list[Completion]:
     """What vLLM has generated, cut and turned into text as the transformers engine does it."""
-    found = []
+    completions = []
     for output in sorted(outputs, key=lambda each: each.index):
         tokens = list(output.token_ids)
         logps = None
         if output.logprobs is not None:
-            logps = [float(own[token].logprob) for own, token in zip(output.logprobs, tokens, strict=True)]
-        found.append(cut_completion(tokens, request, tokenizer, logps))
-    return found
+            logps = [float(by_token[token].logprob) for by_token, token in zip(output.logprobs, tokens, strict=True)]
+        completions.append(cut_completion(tokens, request, tokenizer, logps))
+    return completions
 
 
 def collapsed(ids: Sequence[int], token_id: int, number: int) -> list[int]:
     """Ids with one placeholder where there are `number` for each image."""
-    found, seen = [], 0
+    kept, seen = [], 0
     for index in ids:
         if index != token_id or seen % number == 0:
-            found.append(index)
+            kept.append(index)
         seen += index == token_id
-    return found
+    return kept
 
 
 class VLLMEngine(Engine):
@@ -250,7 +250,7 @@ class VLLMEngine(Engine):
         """Embeddings of a prompt's tokens, with those of its files among them, [T, D]."""
         if self.network is None:
             raise TypeError("the engine was given no network that embeds prompts.")
-        placements = [Placement(token_id, found) for token_id, found in request.embeddings.items()]
+        placements = [Placement(token_id, embeddings) for token_id, embeddings in request.embeddings.items()]
         with placed(self.network, placements):
             ids = torch.tensor([request.token_ids])
             embedded: Tensor = base_model(self.network).get_input_embeddings()(ids)[0]

@@ -29,7 +29,7 @@ class Served:
     revision: str | None = None
 
     @property
-    def own(self) -> Path:
+    def trained_folder(self) -> Path:
         """The folder that training has made: with tokenizer, template and stop ids."""
         return Path(self.adapter or self.folder)
 

@@ -130,7 +130,7 @@ def predict(
     served = served_model(Path(checkpoint)) if checkpoint is not None else _untrained(module)
     data.setup("predict")
     write_reports(data.reports, writer.output_dir)
-    needs = module.prepare_for_engine(saved, served.own)
+    needs = module.prepare_for_engine(saved, served.trained_folder)
     chosen = _defaults(module) | served.settings() | _demanded(needs) | settings
     arguments = engine_arguments(chosen)
     writer.engine = {"engine": {"name": "vllm", **{name: getattr(arguments, name) for name in DECIDES}}}
@@ -258,18 +258,18 @@ def _answer(engine: Engine, items: Iterable[OpenItem], writer: PredictionWriter,
         task = bar.add_task("starting", total=writer.missing(trainer))
         try:
             for request, result in engine.stream(request for item in items for request in item.requests()):
-                own, number = request.owner
-                own.results[number] = result
-                if not own.done:
+                item, number = request.owner
+                item.results[number] = result
+                if not item.done:
                     continue
                 now = time.monotonic()
                 summary.prompts += 1
-                summary.tokens += 0 if own.problem else own.tokens
+                summary.tokens += 0 if item.problem else item.tokens
                 summary.seconds = now - start
-                if own.problem:
-                    summary.failed.append((own.item, own.problem))
+                if item.problem:
+                    summary.failed.append((item.item, item.problem))
                 else:
-                    ready.setdefault(own.name, []).append((own.item, own.prediction))
+                    ready.setdefault(item.name, []).append((item.item, item.prediction))
                 if now - flushed > FLUSH_SECONDS:
                     flush()
                     flushed = now

@@ -52,7 +52,7 @@ def test_other_scores_are_refused_before_anything_is_written(tmp_path, base):
     records = pairs(6)
     module = reward_model(base)
     checkpoint = trained(tmp_path, module, reward_data(module, records, records))
-    folder = served_model(tmp_path / "trained.ckpt").own
+    folder = served_model(tmp_path / "trained.ckpt").trained_folder
     state = load_file(folder / "model.safetensors")
     state["score.weight"] = state["score.weight"] + 0.1 * torch.randn(state["score.weight"].shape)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -66,7 +66,7 @@ def test_exported_reward_model_is_served_as_it_stands(tmp_path, base):
     records = pairs(4)
     module = reward_model(base)
     trained(tmp_path, module, reward_data(module, records, records), steps=4)
-    folder = served_model(tmp_path / "trained.ckpt").own
+    folder = served_model(tmp_path / "trained.ckpt").trained_folder
     runs = []
     for run in (by_transformers, by_vllm):
         each = reward_model(str(folder))
