@@ -1,4 +1,4 @@
-"""How long does a checkpoint keep training from going on, written at once and in the background?
+"""How long does a checkpoint keep training from resuming, written at once and in the background?
 
     python benchmarks/async_saving.py      # a few minutes and 5 GB of memory
 

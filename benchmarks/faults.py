@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py      # about 15 minutes on two CPU cores
 
-A tiny model trains with a checkpoint after each step, and goes on from the newest one whenever it is started again. It
+A tiny model trains with a checkpoint after each step, and resumes from the newest one whenever it is started again. It
 is killed at random moments, its disk is full, its newest checkpoint is damaged. Further rows are counted by the tests
 that they name. Kills are sent to children of a process that has imported everything, so that they fall into training
 and not into the start of Python.
@@ -37,7 +37,10 @@ NUMBERS = 200_000  # in the checkpoint for which the disk is too small
 STEPS = 4000  # more than 50 intervals of a fast machine
 TESTS = [
     ("a node of two dies under torchrun and is started again", "tests/distributed/test_elastic.py"),
-    ("a loss that is no number: stopped, or skipped, with the record", "tests/test_optimization.py -k number_stops"),
+    (
+        "a loss that is non-finite: stopped, or skipped, with the record",
+        "tests/test_optimization.py -k non_finite_loss_stops",
+    ),
     ("200 damaged inputs for each of 16 readers, files and configurations", "tests/test_fuzz.py"),
     ("kill -9 inside a save, 50 times", "tests/checkpoints/test_checkpoints.py -k kill_during"),
 ]
@@ -57,7 +60,7 @@ class Progress(Callback):
 
 
 def train(folder: Path) -> None:
-    """Start, or go on, and train to the end."""
+    """Start, or continue, and train to the end."""
     seed_everything(0, verbose=False)
     words = "the kitchen scale does not work please reply order urgent".split()
     generator = random.Random(0)

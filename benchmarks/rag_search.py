@@ -27,7 +27,7 @@ def index(folder: str, embeddings: torch.Tensor, dtype: str) -> PassageIndex:
     """An index in files, as `lit-alignment index build` makes them."""
     config = IndexConfig(f"{folder}/{dtype}", dtype=dtype)
     builder = IndexBuilder(config, Manifest({"path": "random"}, "", WIDTH, dtype, len(embeddings)))
-    builder.create([Passage(str(number), [], "", text="text") for number in range(len(embeddings))])
+    builder.create([Passage(str(number), text="text") for number in range(len(embeddings))])
     builder.write(range(len(embeddings)), embeddings)
     return PassageIndex.load(builder.finish())
 

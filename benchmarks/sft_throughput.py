@@ -186,7 +186,7 @@ def main() -> None:
             found[f"TRL {form}"] = run_trl(folder, options.trl_python, form, tokens, options.records)
     rates = {form: tokens / sum(run["seconds"]) for form, run in found.items()}
     print(f"{options.records} conversations, {tokens} tokens\n")
-    print("| trainer | tokens/s | optimiser steps | val loss |\n|---|---|---|---|")
+    print("| trainer | tokens/s | optimizer steps | val loss |\n|---|---|---|---|")
     for form, run in found.items():
         print(f"| {form} | {rates[form]:.0f} | {run['steps']} | {run['val_loss']:.4f} |")
     pairs = zip(found["bare loop"]["seconds"], found["fit"]["seconds"], strict=True)

@@ -31,7 +31,7 @@ TOOLS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, or 2 with one message where the input is at fault."""
+    """Run a command and return the exit code: 0, or 2 with one message where the input is wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _guarded(run: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Run, turning errors that a user can mend into one message; a fault of ours keeps its traceback."""
+    """Run, turning errors that a user can fix into one message; a fault of ours keeps its traceback."""
     from lit_alignment.errors import AlignmentError
 
     try:

@@ -26,7 +26,7 @@ def explain(message: str, arguments: list[str]) -> str:
 
     Args:
         message: What the parser said, often nested.
-        arguments: The command line, whose config files are searched for the line at fault.
+        arguments: The command line, whose config files are searched for the offending line.
     """
     owners = CLASS_PATH.findall(message)
     if (found := UNRECOGNIZED.search(message)) or (found := UNKNOWN.search(message)):
@@ -72,10 +72,7 @@ def find_null(value: Any, kind: Any, key: str) -> str | None:
     if isinstance(value, Namespace) and str(value.get("class_path", "")).startswith("lit_alignment."):
         module, _, name = str(value.class_path).rpartition(".")
         given = value.get("init_args")
-        hints: dict[str, Any] = {}
-        for owner in reversed(getattr(importlib.import_module(module), name).__mro__):
-            if "__init__" in vars(owner) and owner is not object:
-                hints |= typing.get_type_hints(owner.__init__)
+        hints = _arguments(getattr(importlib.import_module(module), name))
         return _null_in(given, hints, f"{key}.init_args") if isinstance(given, Namespace) else None
     return None
 
@@ -95,8 +92,20 @@ def _unknown(key: str, owner: str, candidates: list[str], arguments: list[str], 
 
 def _class_keys(path: str) -> list[str]:
     module, _, name = path.rpartition(".")
-    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    return [parameter for parameter in parameters if parameter != "self"]
+    return list(_arguments(getattr(importlib.import_module(module), name)))
+
+
+def _arguments(kind: Any) -> dict[str, Any]:
+    """Names and types of what a class takes, those that it passes on to its bases as `**settings` included."""
+    found: dict[str, Any] = {}
+    for owner in (owner for owner in kind.__mro__ if "__init__" in vars(owner)):
+        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
+        hints = typing.get_type_hints(owner.__init__)
+        named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        found = {name: hints.get(name, Any) for name in named} | found
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            break
+    return found
 
 
 def _group_keys(path: str, group: str) -> list[str]:
@@ -104,8 +113,7 @@ def _group_keys(path: str, group: str) -> list[str]:
     module, _, name = path.rpartition(".")
     kind: object = getattr(importlib.import_module(module), name)
     for step in group.split("."):
-        hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
-        kind = hints.get(step)
+        kind = _arguments(kind).get(step) if isinstance(kind, type) else None
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 

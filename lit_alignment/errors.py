@@ -20,7 +20,7 @@ class RecordError(AlignmentError):
 
     Args:
         where: File and line, as `path:line`.
-        field: The field at fault, or "" for the record as a whole.
+        field: The offending field, or "" for the record as a whole.
         problem: What is wrong, with the value.
         fix: What to do about it.
     """
@@ -45,7 +45,7 @@ class CheckpointError(AlignmentError):
 
 
 class TrainingError(AlignmentError):
-    """A run cannot go on."""
+    """A run cannot continue."""
 
 
 def require(package: str, extra: str, instead: str = "") -> ModuleType:

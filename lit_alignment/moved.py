@@ -23,7 +23,7 @@ MODULES = {
     "callbacks.tables": "callbacks.samples.loggers",
     "data.cache": "data.sources.cache",
     "data.collate": "data.batching.collate",
-    "data.comparisons": "data.feedback",
+    "data.comparisons": "data.encoding.feedback",
     "data.encode": "data.encoding.encoder",
     "data.feature_cache": "data.multimodal.feature_cache",
     "data.features": "tools.preprocess",
@@ -72,6 +72,7 @@ MODULES = {
 NAMES = {
     "Adapter": "AdapterConfig",
     "Backbone": "BackboneConfig",
+    "Comparison": "Feedback",
     "GenerationSettings": "DecodingConfig",
     "Head": "HeadConfig",
     "Modality": "ModalityConfig",
@@ -79,6 +80,7 @@ NAMES = {
     "PassagePlacement": "PassagePlacementConfig",
     "Retriever": "RetrieverConfig",
     "Source": "SourceConfig",
+    "read_comparison": "read_feedback",
 }
 
 

@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule."""
+"""Optimizer and learning-rate schedule."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -25,8 +25,8 @@ class OptimizerConfig:
         warmup: Steps of linear warm-up if an integer, else their share of all steps.
         min_ratio: Where cosine, linear and wsd end, as a share of the learning rate.
         decay_share: Share of all steps in which wsd falls.
-        non_finite: What to do when a step's loss or gradient is no number: `stop`, or `skip` the step; either names the
-            records.
+        non_finite: What to do when a step's loss or gradient is non-finite: `stop`, or `skip` the step; either names
+            the records.
     """
 
     learning_rate: float = 2e-4
@@ -48,10 +48,10 @@ class OptimizerConfig:
 
 
 def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig) -> float:
-    """The learning rate of an optimiser step, as a share of the highest one.
+    """The learning rate of an optimizer step, as a share of the highest one.
 
     Args:
-        step: Optimiser step, from 0.
+        step: Optimizer step, from 0.
         total_steps: All steps of the run; only `constant` with warm-up in steps works without an end.
         config: The schedule.
 
@@ -85,7 +85,7 @@ def build_optimizer(
     Args:
         parameters: Candidates; those that do not require gradients are left out.
         config: Settings.
-        total_steps: Optimiser steps of the run, may be infinite.
+        total_steps: Optimizer steps of the run, may be infinite.
         fused: Use the fused kernel; the gradient scaler of fp16 training cannot clip with it.
         other_rates: Some of the parameters, and their highest learning rate.
 

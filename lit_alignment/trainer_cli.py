@@ -100,7 +100,7 @@ class AlignmentCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with atomic checkpoints, a progress bar for people, and in predict a writer."""
-        # Our loaders deal batches to ranks themselves; Lightning's sampler would shuffle what must stay in order.
+        # Our loaders shard batches across ranks themselves; Lightning's sampler would shuffle what must stay in order.
         kwargs["use_distributed_sampler"] = False
         trainer = super().instantiate_trainer(**kwargs)
         _check_run_folder(trainer)
@@ -118,7 +118,7 @@ class AlignmentCLI(LightningCLI):
             found = newest_checkpoint(self.trainer)
             if found is None and subcommand != "fit":
                 raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
-            print(f"going on from {found}" if found else "no checkpoint yet: starting", flush=True)
+            print(f"resuming from {found}" if found else "no checkpoint yet: starting", flush=True)
             self.config_init[subcommand]["ckpt_path"] = None if found is None else str(found)
         if isinstance(url, str) and "://" in url:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]

@@ -3,15 +3,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+# Tiny models gain nothing from more, and threads that wait for each other lose much; also in what tests start.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer
 
-from tests.helpers import ROOT
-
-torch.set_num_threads(1)  # tiny models gain nothing from more, and threads that wait for each other lose much
+ROOT = Path(__file__).parents[1]  # nothing heavy is imported here: the process that only distributes tests would wait
 
 
 @pytest.fixture(autouse=True)
@@ -23,4 +22,6 @@ def _isolated(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tokenizer():
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(ROOT / "configs/tiny")

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from lit_alignment.config_errors import explain
-from tests.helpers import ROOT, chats, command, write_jsonl
+from tests.helpers import ROOT, chats, write_jsonl
+from tests.helpers.commands import command, command_in_a_process
 
 TINY = "configs/sft/tiny.yaml"
 
@@ -21,7 +22,7 @@ def test_help_answers_at_once_and_names_every_command():
     best = 9.0
     for _ in range(3):
         begin = time.perf_counter()
-        result = command("--help")
+        result = command_in_a_process("--help")
         best = min(best, time.perf_counter() - begin)
     assert result.returncode == 0 and best < 0.5
     assert all(f"  {name} " in result.stdout for name in ("fit", "validate", "test", "predict", "fetch", "demo"))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lit_alignment.cli import main
 from lit_alignment.data.classification import ClassificationDataModule
+from lit_alignment.data.encoding.feedback import read_feedback
 from lit_alignment.data.encoding.messages import read_record
-from lit_alignment.data.feedback import read_comparison
 from lit_alignment.data.multimodal.media import read_media_messages
 from lit_alignment.data.passages import read_passage
 from lit_alignment.data.sources.records import SourceConfig
@@ -34,14 +34,14 @@ RECORDS = {
     "sharegpt": (read_record, {"conversations": [{"from": "human", "value": "hi"}], "system": "s"}),
     "alpaca": (read_record, {"instruction": "do", "input": "it", "output": "done"}),
     "completion": (read_record, {"prompt": "hi", "completion": "ho"}),
-    "pair": (read_comparison, {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5, "subset": "s"}),
-    "ranking": (read_comparison, {"context": ASKED[:1], "candidates": ["a", "b"], "ranking": [1, 0]}),
+    "pair": (read_feedback, {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5, "subset": "s"}),
+    "ranking": (read_feedback, {"context": ASKED[:1], "candidates": ["a", "b"], "ranking": [1, 0]}),
     "answers": (
-        read_comparison,
+        read_feedback,
         {"messages": ASKED[:1], "answers": [{"id": "0", "content": "a"}], "rewards": {"0": 1.0}},
     ),
-    "steps": (read_comparison, {"prompt": "q", "steps": ["a", "b"], "labels": [1, 0]}),
-    "judged": (read_comparison, {"prompt": "q", "completion": "a", "label": True}),
+    "steps": (read_feedback, {"prompt": "q", "steps": ["a", "b"], "labels": [1, 0]}),
+    "judged": (read_feedback, {"prompt": "q", "completion": "a", "label": True}),
     "passage": (read_passage, {"id": 1, "title": "t", "text": "x"}),
     "images": (
         partial(read_record, read=partial(read_media_messages, tokens={"image": "<image>"})),

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
 import sys
 import zipfile
 
@@ -16,7 +14,8 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.loggers import ClearMLLogger
 from lit_alignment.trainer_cli import build
-from tests.helpers import ROOT, chats, sft_data, sft_module, trainer
+from tests.helpers import chats, sft_data, sft_module, trainer
+from tests.helpers.ranks import run_on_ranks
 
 
 def fit(folder, logger):
@@ -60,28 +59,18 @@ def test_table_reaches_mlflow_with_its_steps(tmp_path, monkeypatch):
     assert len(steps) == 6 and steps == sorted(steps) and len(set(steps)) == 3
 
 
-CLEARML = """
-import sys
-from pathlib import Path
-from lit_alignment.loggers import ClearMLLogger
-from tests.test_loggers import fit
-
-logger = ClearMLLogger("project", "task", tags=["tag"], offline=True, save_dir=sys.argv[1])
-logger.log_hyperparams({"learning_rate": 0.125})
-fit(Path(sys.argv[1]), logger)
-"""
+def fit_with_clearml(folder):
+    logger = ClearMLLogger("project", "task", tags=["tag"], offline=True, save_dir=str(folder))
+    logger.log_hyperparams({"learning_rate": 0.125})
+    fit(folder, logger)
 
 
 @pytest.mark.slow
-def test_metrics_settings_and_table_reach_clearml_offline(tmp_path):
+def test_metrics_settings_and_table_reach_clearml_offline(tmp_path, monkeypatch):
     """In a process of its own: ClearML changes much of the interpreter that it runs in."""
     pytest.importorskip("clearml")
-    environment = os.environ | {"CLEARML_CACHE_DIR": str(tmp_path / "clearml"), "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "-c", CLEARML, str(tmp_path)]
-    result = subprocess.run(
-        arguments, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path / "clearml"))
+    run_on_ranks(fit_with_clearml, tmp_path, ranks=1)
     (session,) = (tmp_path / "clearml").rglob("offline-*.zip")
     with zipfile.ZipFile(session) as archive:
         task = archive.read("task.json").decode()

@@ -107,7 +107,7 @@ def run_with_nan(tmp_path, monkeypatch, at, non_finite, **options):
     return module, before, runner
 
 
-def test_loss_that_is_no_number_stops_the_run_with_the_records_at_fault(tmp_path, monkeypatch):
+def test_non_finite_loss_stops_the_run_with_the_offending_records(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match=r"optimizer step \d is non-finite. Offending micro-batches: train/r3\. "):
         run_with_nan(tmp_path, monkeypatch, "train/r3", "stop")
 

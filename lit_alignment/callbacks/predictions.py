@@ -9,15 +9,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.encoding.prompts import Item, ItemBatch, PromptBatch, PromptItem
-from lit_alignment.data.rag import RAGItem
+from lit_alignment.data.batching.items import ItemBatch, PromptBatch
+from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.prediction_file import PredictionFile
 from lit_alignment.modules.base import AlignmentModule
 
 
 class PredictionWriter(Callback):
-    """Write `<output_dir>/<name>.jsonl`, and go on where a killed run stopped.
+    """Write `<output_dir>/<name>.jsonl`, and resume where a killed run stopped.
 
     Names are those of the generation settings, `classes` or `rewards`. Lines are `{id, dataset, messages, ..., label,
     meta}`, in the order of the records, with `answers: [{id, content, finish_reason, num_tokens, logprob?}]`, or
@@ -25,7 +25,7 @@ class PredictionWriter(Callback):
 
     Args:
         output_dir: Folder of the files.
-        overwrite: Answer everything again instead of going on.
+        overwrite: Answer everything again instead of resuming.
     """
 
     def __init__(self, output_dir: str = "predictions", overwrite: bool = False) -> None:
@@ -55,7 +55,7 @@ class PredictionWriter(Callback):
             self._done[name] = file.answered()
         answered = set.intersection(*self._done.values())
         if answered:
-            rank_zero_info(f"{len(answered)} prompts are answered in {self.output_dir}; going on.")
+            rank_zero_info(f"{len(answered)} prompts are answered in {self.output_dir}; resuming.")
         trainer.strategy.barrier("predictions")  # all ranks have read before any writes
         if answered >= set(self._order(trainer)):
             self._finish(trainer)  # a run that was killed just before its end left nothing to predict
@@ -114,7 +114,6 @@ def _settings(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
 
 
 def _line(item: Item, predicted: dict[str, Any]) -> dict[str, Any]:
-    reference = item.reference if isinstance(item, PromptItem | RAGItem) else None
-    label = reference if item.label is None else item.label
+    label = item.reference if item.label is None else item.label
     line = {"id": item.id, "dataset": item.dataset, "messages": item.messages, **predicted}
     return line | {"label": label, "meta": item.meta}

@@ -34,8 +34,8 @@ class IndexRefresh(Callback):
 
     Args:
         every_n_steps: Optimizer steps between two refreshes.
-        background: Encode with a copy of the encoder while training goes on; the new index is used from the first step
-            at which all ranks have it. Which step that is depends on the machine, so such a run does not repeat
+        background: Encode with a copy of the encoder while training continues; the new index is used from the first
+            step at which all ranks have it. Which step that is depends on the machine, so such a run does not repeat
             exactly.
         keep: Indexes to keep on disk.
     """

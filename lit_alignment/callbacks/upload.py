@@ -1,4 +1,4 @@
-"""Checkpoints, exports and reports, copied to remote storage while training goes on."""
+"""Checkpoints, exports and reports, copied to remote storage while training continues."""
 
 import hashlib
 import math
@@ -35,7 +35,7 @@ class UploadJob:
     Args:
         path: The file or folder.
         kind: What it is.
-        step: Optimiser step.
+        step: Optimizer step.
         monitor: Name of the metric that `score` is.
         score: The checkpoint's metric.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: one thread saves, links and removes them in the order it is asked to."""
+"""Checkpoints written while training continues: one thread saves, links and removes them in the order asked for."""
 
 import os
 import shutil

@@ -61,7 +61,7 @@ def logits(network: nn.Module, prompts: list[list[int]]) -> list[Tensor]:
 
 @torch.no_grad()
 def scores(network: nn.Module, prompt: list[int]) -> Tensor:
-    """A classifier's scores of a prompt's last token, [1, K], as they were in training: by place, not by padding."""
+    """A classifier's scores of a prompt's last token, [1, K], as they were in training: by position, not by padding."""
     ids = torch.tensor([prompt])
     return scores_at(network, torch.tensor([len(prompt) - 1]), input_ids=ids, attention_mask=torch.ones_like(ids))
 

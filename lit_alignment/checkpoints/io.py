@@ -68,7 +68,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class AsyncCheckpointIO(AtomicCheckpointIO, Queued):
-    """The same, written by a thread while `fit` goes on: training waits only until the weights are copied.
+    """The same, written by a thread while `fit` continues: training waits only until the weights are copied.
 
     At most one checkpoint is being written; the next save waits for it. An earlier checkpoint is removed when the new
     one is whole. For one process and DDP; FSDP2Strategy has `async_save`.

@@ -47,7 +47,7 @@ class RemoteItem:
         kind: What it is.
         files: The files that it consists of.
         time: When it was saved, in UTC, as ISO 8601.
-        step: Optimiser step.
+        step: Optimizer step.
         monitor: Name of the metric that `score` is.
         score: The metric of this checkpoint.
         best: Whether no other item of its kind has a better score.

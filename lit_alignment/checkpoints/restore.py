@@ -96,7 +96,7 @@ def is_deepspeed(path: Path) -> bool:
 
 
 def read_deepspeed(path: Path) -> dict[str, Any]:
-    """A checkpoint of DeepSpeed's, which can hold any Python object, with whole weights and no optimiser.
+    """A checkpoint of DeepSpeed's, which can hold any Python object, with whole weights and no optimizer.
 
     Raises:
         ConfigError: Without the package.

@@ -83,7 +83,7 @@ def cannot_save(path: Path, error: BaseException) -> str:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
         f"{path}: cannot save the checkpoint ({reason}). Earlier checkpoints are untouched; free "
-        "some space or set another folder, then go on with --ckpt_path."
+        "some space or set another folder, then resume with --ckpt_path."
     )
 
 
@@ -150,7 +150,7 @@ def read_into(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_whole(path: Path) -> dict[str, Any]:
-    """A checkpoint in shards as one process would have written it, in the form that its optimisers load.
+    """A checkpoint in shards as one process would have written it, in the form that its optimizers load.
 
     Raises:
         CheckpointError: If it is damaged.
@@ -167,7 +167,7 @@ def read_whole(path: Path) -> dict[str, Any]:
 
 
 def by_number(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state by the places of its parameters, as torch has it, from one by their names."""
+    """An optimizer's state by the positions of its parameters, as torch has it, from one by their names."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]

@@ -1,9 +1,7 @@
-"""What every data module does: read, choose, encode once into a cache, report what was dropped, deal to ranks."""
+"""What every data module does: load the examples of each split, plan their batches, resume inside an epoch."""
 
-import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,23 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
-from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig, Example
-from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
-from lit_alignment.data.encoding.prompts import (
-    PROMPT_FEATURES,
-    Item,
-    ItemBatch,
-    PromptBatch,
-    prompt_item,
-    prompt_row,
-)
+from lit_alignment.data.encoding.encoder import EncodingConfig, Example
 from lit_alignment.data.encoding.rows import RowEncoder
-from lit_alignment.data.encoding.templates import JinjaTemplate, PrefixSuffixTemplate
-from lit_alignment.data.sources.cache import cached_dataset, fingerprint, source_fingerprint, tokenizer_fingerprint
-from lit_alignment.data.sources.choosing import choose_records, mixture_repeats, repeat_records, source_generator
+from lit_alignment.data.encoding.tokenizer import tokenizer_fingerprint
+from lit_alignment.data.examples import ExampleMaker, code_fingerprint
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport, write_reports
-from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.errors import ConfigError
 from lit_alignment.paths import cache_dir as default_cache_dir
 
 Split = Literal["train", "val", "test", "predict"]
@@ -42,24 +30,23 @@ SPLITS: dict[str, tuple[Split, ...]] = {
     "predict": ("predict",),
 }
 
-RECORD_FEATURES = datasets.Features({name: datasets.Value("string") for name in ("id", "where", "record")})
-
 
 class AlignmentDataModule(LightningDataModule):
-    """Sources, cache, report, prompts and loaders; a method adds how a record becomes an example and a batch.
+    """Sources, examples and loaders; a method adds how a record becomes an example and a batch.
 
     Args:
         tokenizer: The model's tokenizer.
         train: Sources of the training split.
         val: Sources of the validation split.
         test: Sources of the test split.
-        predict: Sources of prompts.
-        encoding: How conversations become examples.
+        predict: Sources of what predict is asked: prompts, conversations to classify, responses to score.
+        encoding: How conversations become examples; `max_length` is of a prompt with one response.
         packing: Train and validate on rows that hold several examples, each attending to itself only.
-        tokens_per_batch: Tokens in a packed row; `encoding.max_length` by default.
-        batch_size: Examples in an unpacked batch, and prompts in a predict batch.
+        tokens_per_batch: Tokens in a packed row; by default `encoding.max_length`, or twice that where a record holds
+            several responses. A record that is longer has a row of its own.
+        batch_size: Examples in an unpacked batch, and in a predict batch.
         num_workers: Processes that build batches ahead; building is cheap, so 0 is usually best.
-        num_proc: Processes that encode.
+        num_proc: Processes that read and encode.
         seed: Seed of every choice and order.
         on_drop: What to do when a record does not become an example.
         cache_dir: Where encoded data are kept; a folder in the user's cache by default.
@@ -91,16 +78,8 @@ class AlignmentDataModule(LightningDataModule):
             "test": test or [],
             "predict": predict or [],
         }
-        self.encoder = self.encoder_type(tokenizer, encoding, seed)
-        self.packing = packing
-        self.tokens_per_batch = tokens_per_batch or encoding.max_length
-        if packing and self.tokens_per_batch < encoding.max_length:
-            raise ConfigError(
-                f"data.tokens_per_batch is {tokens_per_batch}, less than encoding.max_length "
-                f"{encoding.max_length}: a single example might not fit. Raise the one or lower the other."
-            )
-        if batch_size < 1:
-            raise ConfigError(f"data.batch_size is {batch_size}; use 1 or more.")
+        self.encoding, self.packing = encoding, packing
+        self.tokens_per_batch = tokens_per_batch or self.lengths_in_row * encoding.max_length
         self.batch_size, self.num_workers, self.num_proc = batch_size, num_workers, num_proc
         self.seed, self.on_drop = seed, on_drop
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir() / "data"
@@ -110,17 +89,40 @@ class AlignmentDataModule(LightningDataModule):
         self._resume_at: dict[str, int] | None = None
         # Gives (dataset, id) of prompts that need no answer any more; asked when the loader is made.
         self.answered: Callable[[], set[tuple[str, str]]] = set
+        self.check_settings()
 
-    # What a method adds.
+    # What a method adds. Records are whatever `read` gives, with an `id` and a `where`.
 
-    record_type: type[Record] = Record
-    encoder_type: type[Encoder] = Encoder
+    lengths_in_row = 1  # a packed row is so many times as long as `encoding.max_length` by default
     marked = "trained"  # what the labels of `views` say of a token
-    share_prompts = False  # whether responses in a packed row go on from one copy of their prompt
+    share_prompts = False  # whether responses in a packed row continue one copy of their prompt
 
-    def read(self, raw: object, where: str, position: int) -> Record:
-        """One raw record, validated, as `record_type`."""
-        return read_record(raw, where, position)
+    def check_settings(self) -> None:
+        """Refuse settings that do not go together, before anything is read.
+
+        Raises:
+            ConfigError: Naming them.
+        """
+        if self.packing and self.tokens_per_batch < self.encoding.max_length:
+            raise ConfigError(
+                f"data.tokens_per_batch is {self.tokens_per_batch}, less than encoding.max_length "
+                f"{self.encoding.max_length}: a single example might not fit. Raise the one or lower the other."
+            )
+        if self.batch_size < 1:
+            raise ConfigError(f"data.batch_size is {self.batch_size}; use 1 or more.")
+
+    @abstractmethod
+    def read(self, raw: object, where: str, position: int) -> Any:
+        """One raw record, validated.
+
+        Args:
+            raw: The parsed JSON value.
+            where: File and line.
+            position: Index in the source, the id of a record that has none.
+
+        Raises:
+            RecordError: Naming the field and the fix.
+        """
 
     @property
     @abstractmethod
@@ -128,7 +130,7 @@ class AlignmentDataModule(LightningDataModule):
         """Columns of an encoded example: ROW_FEATURES, `weight`, and the method's own."""
 
     @abstractmethod
-    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
+    def encode_record(self, record: Any, source: SourceConfig) -> dict[str, Any]:
         """Columns of one example, without ROW_FEATURES' own except `length`.
 
         Raises:
@@ -142,43 +144,49 @@ class AlignmentDataModule(LightningDataModule):
     @property
     def predict_features(self) -> datasets.Features:
         """Columns of what is asked in predict: ROW_FEATURES and the method's own."""
-        return PROMPT_FEATURES
+        raise ConfigError(f"{type(self).__name__} has nothing to predict.")
 
-    def predict_row(self, record: Record, source: SourceConfig) -> dict[str, Any]:
+    @abstractmethod
+    def predict_row(self, record: Any, source: SourceConfig) -> dict[str, Any]:
         """Columns of what a record asks in predict, without ROW_FEATURES' own except `length`.
 
         Raises:
             Dropped: If there is nothing to ask.
         """
-        return prompt_row(self.encoder, record, source)
 
-    def predict_item(self, row: dict[str, Any], index: int) -> Item:
-        """One row of `predict_features`; `index` is its place among all."""
-        return prompt_item(row, index)
+    @abstractmethod
+    def predict_item(self, row: dict[str, Any], index: int) -> Any:
+        """One row of `predict_features`; `index` is its position among all."""
 
-    def predict_collate(self, items: list[Any]) -> PromptBatch | ItemBatch:
+    @abstractmethod
+    def predict_collate(self, items: list[Any]) -> Any:
         """What `predict_step` gets."""
-        return PromptBatch(items)
+
+    def decides_encoding(self) -> list[Any]:
+        """What decides the columns of an example, for the cache's names; a method adds its own to these."""
+        return [type(self).__name__, tokenizer_fingerprint(self.tokenizer)]
 
     def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:
         """The token sequences of one encoded row, each with its name, for people to look at."""
-        ids = row["input_ids"]
-        labels = row.get("labels", [IGNORE_INDEX] * len(ids))
-        return [("", Example(ids, labels, row.get("weights", [0.0] * len(ids))))]
+        return []
 
-    # Reading and encoding.
+    def chat_template(self) -> str | None:
+        """What conversations are rendered with, as a Jinja template to be saved with the model."""
+        return None
+
+    # Examples.
 
     def prepare_data(self) -> None:
         """Encode into the cache on one process, so that the others only map the files."""
         running = None if self.trainer is None else self.trainer.state.fn
         for split in self._needed("fit" if running is None else str(running.value)):
             for source in self.sources[split]:
-                self._encoded(source, split)
+                self._maker(split == "predict").encoded(source)
 
     def setup(self, stage: str) -> None:
         """Load the splits of a stage and report what became of their records."""
         for split in self._needed(stage):
-            dataset, report = self._load(split)
+            dataset, report = self._maker(split == "predict").load(self.sources[split], split)
             self.examples[split], self.reports[split] = dataset, report
             rank_zero_info(report.line())
             if self.on_drop == "error" and report.dropped:
@@ -196,121 +204,37 @@ class AlignmentDataModule(LightningDataModule):
             raise ConfigError(f"data.{splits[0]} is empty: give at least one source to {stage} on.")
         return [split for split in splits if self.sources[split]]
 
-    def _load(self, split: Split) -> tuple[datasets.Dataset, DataReport]:
-        report = DataReport(split)
-        parts = []
-        for source in self.sources[split]:
-            encoded = self._encoded(source, split)
-            report.sources[source.title] = report.sources.get(source.title, 0) + len(encoded)
-            reasons = np.array(encoded["dropped"], dtype=object)
-            report.dropped.update(reason for reason in reasons if reason)
-            for reason, detail in zip(reasons, encoded["detail"], strict=True):
-                if detail:
-                    report.details.setdefault(reason, detail)
-            parts.append(encoded.select(np.flatnonzero(reasons == "")))
-        repeats = mixture_repeats(self.sources[split], [len(part) for part in parts])
-        mixed = []
-        for source, part, repeat in zip(self.sources[split], parts, repeats, strict=True):
-            indices = repeat_records(np.arange(len(part)), repeat, source_generator(source, self.seed, "repeat"))
-            mixed.append(part.select(indices))
-        dataset = datasets.concatenate_datasets(mixed)
-        lengths = np.array(dataset["length"], dtype=np.int64)
-        report.examples, report.tokens = len(dataset), int(lengths.sum())
-        report.longest = int(lengths.max(initial=0))
-        if "num_trained" in dataset.column_names:
-            report.trained_tokens = int(np.sum(dataset["num_trained"]))
-        return dataset, report
-
-    def _records(self, source: SourceConfig) -> datasets.Dataset:
-        """The validated records of a source."""
-        name = fingerprint(self.record_type.__name__, source_fingerprint(source), source.title)
-        path = self.cache_dir / f"records-{name}.arrow"
-
-        def rows() -> Iterator[dict[str, Any]]:
-            seen: dict[str, str] = {}
-            for position, (where, raw) in enumerate(source.read()):
-                record = self.read(raw, where, position)
-                if record.id in seen:
-                    raise RecordError(
-                        where, "id", f"'{record.id}' is also the id of {seen[record.id]}", "Give each record its own."
-                    )
-                seen[record.id] = where
-                yield {"id": record.id, "where": where, "record": json.dumps(vars(record))}
-
-        return cached_dataset(path, rows, RECORD_FEATURES)
-
-    def decides_encoding(self) -> list[Any]:
-        """What decides the columns of an example besides tokenizer, template and `encoding`, for the cache's names."""
-        return [type(self).__name__]
-
-    def _encoded(self, source: SourceConfig, split: Split) -> datasets.Dataset:
-        """The examples, or prompts, of a source's chosen records; dropped ones carry their reason."""
-        records = self._records(source)
-        records = records.select(choose_records(source, len(records), self.seed))
-        prompts = split == "predict"
-        name = fingerprint(
-            "predict" if prompts else "train",
-            self.decides_encoding(),
-            source_fingerprint(source),
-            asdict(source),
-            tokenizer_fingerprint(self.tokenizer),
-            asdict(self.encoder.config),
-            getattr(self.encoder.template, "source", ""),
-            self.seed,
-        )
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        return records.map(
-            self._row_encoder(source, prompts),
-            remove_columns=records.column_names,
-            features=self.predict_features if prompts else self.features,
-            cache_file_name=str(self.cache_dir / f"examples-{name}.arrow"),
-            new_fingerprint=name,
-            num_proc=self.num_proc if self.num_proc > 1 and len(records) > self.num_proc else None,
-            desc=f"Encoding {source.title}",
-        )
-
-    def _row_encoder(self, source: SourceConfig, prompts: bool) -> RowEncoder:
+    def _maker(self, prompts: bool) -> ExampleMaker:
+        """What makes the examples, or the prompts of predict."""
         if prompts:
-            return RowEncoder(source, self.record_type, self.predict_row, self.predict_features)
-        return RowEncoder(source, self.record_type, self.encode_record, self.features)
+            rows = RowEncoder(self.read, self.predict_row, self.predict_features)
+        else:
+            rows = RowEncoder(self.read, self.encode_record, self.features)
+        written_in = tuple(kind.__module__ for kind in type(self).__mro__ if issubclass(kind, AlignmentDataModule))
+        decides = ["predict" if prompts else "train", code_fingerprint(written_in), *self.decides_encoding()]
+        return ExampleMaker(rows, decides, self.cache_dir, self.seed, self.num_proc)
 
     def predict_items(self, sources: Sequence[SourceConfig]) -> list[Any]:
         """What any sources ask in predict, in order, without a cache: for cherry picks."""
-        items: list[Item] = []
-        for source in sources:
-            raw = list(source.read())
-            for position in choose_records(source, len(raw), self.seed):
-                where, record = raw[position]
-                row = self._row_encoder(source, True).encode(self.read(record, where, int(position)))
-                if not row["dropped"]:
-                    items.append(self.predict_item(row, len(items)))
-        return items
-
-    def chat_template(self) -> str | None:
-        """What conversations are rendered with, as a Jinja template to be saved with the model."""
-        match self.encoder.template:
-            case JinjaTemplate(source=source):
-                return source
-            case PrefixSuffixTemplate() as template:
-                return template.as_jinja()
-            case _:
-                return None
+        maker = self._maker(True)
+        rows = (row for source in sources for row in maker.fresh_rows(source) if not row["dropped"])
+        return [self.predict_item(row, index) for index, row in enumerate(rows)]
 
     # Loaders.
 
     def train_dataloader(self) -> PlannedLoader[Any]:
-        """Shuffled batches that know the trained weight of their optimiser step."""
+        """Shuffled batches that know the trained weight of their optimizer step."""
         self._train_loader = self._loader("train")
         if self._resume_at is not None:
             self._train_loader.resume(self._resume_at)
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data, for a checkpoint."""
+        """The position in the training data, for a checkpoint."""
         return {} if self._train_loader is None else {"train": self._train_loader.position()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a checkpoint's place; sharded strategies restore when the loader is there already."""
+        """Resume at a checkpoint's position; sharded strategies restore when the loader is there already."""
         self._resume_at = state_dict.get("train")
         if self._train_loader is not None and self._resume_at is not None:
             self._train_loader.resume(self._resume_at)
@@ -323,7 +247,7 @@ class AlignmentDataModule(LightningDataModule):
         """Test batches in order."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> PlannedLoader[PromptBatch | ItemBatch]:
+    def predict_dataloader(self) -> PlannedLoader[Any]:
         """Prompts that are not answered yet, longest first, so that a batch too large for the memory fails at once."""
         dataset = self.examples["predict"]
         answered = self.answered()
@@ -334,7 +258,7 @@ class AlignmentDataModule(LightningDataModule):
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-        def build(planned: PlannedBatch) -> PromptBatch | ItemBatch:
+        def build(planned: PlannedBatch) -> Any:
             return self.predict_collate([self.predict_item(dataset[index], index) for index in planned.indices])
 
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]

@@ -8,19 +8,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.batching.collate import ScoreBatch, Sequences, pack_sequences, pad_sequences
+from lit_alignment.data.batching.items import ItemBatch
 from lit_alignment.data.batching.packing import PlannedBatch
-from lit_alignment.data.encoding.encoder import EncodingConfig, Example
+from lit_alignment.data.conversation import ConversationDataModule
+from lit_alignment.data.encoding.encoder import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
-from lit_alignment.data.encoding.prompts import ROW_FEATURES, ItemBatch, prompt_columns
+from lit_alignment.data.encoding.prompts import prompt_columns
+from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 
 Problem = Literal["single_label", "multi_label", "regression"]
 
 
-class ClassificationDataModule(AlignmentDataModule):
+class ClassificationDataModule(ConversationDataModule):
     """Conversations with their labels, as batches whose last tokens are classified.
 
     Records are `{id?, messages, label, meta?}`: one message of a user is enough. A label is a name of the model's
@@ -31,19 +33,7 @@ class ClassificationDataModule(AlignmentDataModule):
         tokenizer: The model's tokenizer.
         labels: The model's labels; the command line passes them on.
         problem: The model's kind of labels; the command line passes it on.
-        train: Sources of the training split.
-        val: Sources of the validation split.
-        test: Sources of the test split.
-        predict: Sources of conversations to classify; labels may be missing there.
-        encoding: How conversations become ids.
-        packing: Rows that hold several conversations, each attending to itself only.
-        tokens_per_batch: Tokens in a packed row; `encoding.max_length` by default.
-        batch_size: Conversations in an unpacked batch, and in a predict batch.
-        num_workers: Processes that build batches ahead.
-        num_proc: Processes that encode.
-        seed: Seed of every choice and order.
-        on_drop: What to do when a record does not become an example.
-        cache_dir: Where encoded data are kept.
+        **settings: As of AlignmentDataModule.
     """
 
     marked = "scored"
@@ -53,44 +43,17 @@ class ClassificationDataModule(AlignmentDataModule):
         tokenizer: PreTrainedTokenizerBase,
         labels: list[str] | None = None,
         problem: Problem = "single_label",
-        train: list[SourceConfig] | None = None,
-        val: list[SourceConfig] | None = None,
-        test: list[SourceConfig] | None = None,
-        predict: list[SourceConfig] | None = None,
-        encoding: EncodingConfig = EncodingConfig(),  # noqa: B008 - frozen
-        packing: bool = True,
-        tokens_per_batch: int | None = None,
-        batch_size: int = 8,
-        num_workers: int = 0,
-        num_proc: int = 1,
-        seed: int = 0,
-        on_drop: Literal["warn", "error"] = "warn",
-        cache_dir: str | None = None,
+        **settings: Any,
     ) -> None:
         """Check the settings; files are read in `prepare_data`."""
-        super().__init__(
-            tokenizer,
-            train,
-            val,
-            test,
-            predict,
-            encoding,
-            packing,
-            tokens_per_batch,
-            batch_size,
-            num_workers,
-            num_proc,
-            seed,
-            on_drop,
-            cache_dir,
-        )
+        super().__init__(tokenizer, **settings)
         if not labels:
             raise ConfigError("ClassificationDataModule needs the model's labels.")
         self.labels, self.problem = labels, problem
 
     def decides_encoding(self) -> list[Any]:
         """Also the labels."""
-        return [type(self).__name__, self.labels, self.problem]
+        return [*super().decides_encoding(), self.labels, self.problem]
 
     @property
     def features(self) -> datasets.Features:
@@ -123,7 +86,7 @@ class ClassificationDataModule(AlignmentDataModule):
         batch = self._scores([row["input_ids"] for row in rows])
         targets = torch.tensor([row["target"] for row in rows])
         batch.targets = targets[:, 0].long() if self.problem == "single_label" else targets
-        batch.weights = torch.full((len(rows),), 0.0 if planned.filler else 1.0)
+        batch.weights = torch.full((len(rows),), 0.0 if planned.dummy else 1.0)
         batch.window_weight = planned.window_weight
         batch.ids = [f"{row['dataset']}/{row['id']}" for row in rows]
         return batch

@@ -1,263 +1,187 @@
-"""From one raw record about responses, in any of the common forms, to one prompt with its responses."""
+"""Responses and how good they are, for reward models and whatever else learns from preferences."""
 
-import math
-from dataclasses import dataclass, field
-from typing import Any, TypedDict
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from lit_alignment.data.encoding.messages import Message, Record, read_message, read_record, value_kind
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from lit_alignment.data.batching.collate import Sequences
+from lit_alignment.data.conversation import ConversationDataModule
+from lit_alignment.data.encoding.encoder import Dropped, Example
+from lit_alignment.data.encoding.feedback import Feedback, read_feedback
+from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.data.encoding.prompts import Item
+from lit_alignment.data.encoding.responses import ResponseEncoder
+from lit_alignment.data.encoding.rows import ROW_FEATURES
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import RecordError
 
+FeedbackKind = Literal["preferences", "outcomes", "steps"]
 
-class ScoredResponse(TypedDict):
-    """One response to a prompt.
-
-    Args:
-        id: Its name within the record.
-        message: The response.
-        value: Its rank (1 is best) among others, or 1 or 0 for a good or bad one alone; None if nothing is known.
-    """
-
-    id: str
-    message: Message
-    value: float | None
+IDS = datasets.List(datasets.Value("int32"))
+STRING = datasets.Value("string")
+RESPONSE_FEATURES = {"prompt": IDS, "responses": datasets.List(IDS)}
+TEXTS = ("messages", "answers", "scores", "label", "meta")  # of an item, as JSON
 
 
-@dataclass
-class Comparison(Record):
-    """A prompt, in `messages`, with responses to it and what is known of them.
+@dataclass(kw_only=True)
+class FeedbackItem(Item):
+    """A prompt with its responses.
 
     Args:
-        responses: What follows the prompt; one if it is judged alone.
-        margin: How far apart the two responses of a pair should be, in score units.
-        steps: Texts of the response's steps, where these are judged one by one; `responses` is then empty.
-        step_labels: 1 or 0 for each step; empty if nothing is known.
-        subset: The part of a benchmark that it belongs to.
+        sequences: Their ids.
+        answers: The responses as `{id, content}`.
+        scores: How good each is, higher is better; None where nothing is known.
     """
 
-    responses: list[ScoredResponse] = field(default_factory=list)
-    margin: float | None = None
-    steps: list[str] = field(default_factory=list)
-    step_labels: list[float] = field(default_factory=list)
-    subset: str | None = None
+    sequences: Sequences
+    answers: list[dict[str, Any]]
+    scores: list[float | None]
 
 
-PAIRS = (("chosen", "rejected"), ("answer_w", "answer_l"))
-CONTEXTS = ("context", "prompt", "messages")
-STEPS = ("steps", "completions")
+class FeedbackDataModule(ConversationDataModule):
+    """Prompts with one or more responses, each with a score: higher is better.
 
-
-def read_comparison(raw: object, where: str, position: int) -> Comparison:
-    """Return the prompt and responses of one raw record.
-
-    Read are pairs (`chosen`, `rejected`; `answer_w`, `answer_l`), `candidates` with a `ranking`, `answers` with
-    `rewards` (what predict and sample write), steps (`steps` or `completions`, with `labels`), and one judged response:
-    `prompt`, `completion`, `label`; `context`, `answer`, `is_desirable`; or `messages` that end with it, and `label`.
-    The prompt stands in `context`, `prompt` or `messages`, or is what `chosen` and `rejected` begin with in common.
+    All responses of a record follow the same prompt ids and stand in the same batch; in a packed row they share one
+    copy of the prompt. Records are those that `read_feedback` knows.
 
     Args:
-        raw: The parsed JSON value.
-        where: File and line.
-        position: Index in the file, the id of a record that has none.
-
-    Raises:
-        RecordError: Naming the field and the fix.
+        tokenizer: The model's tokenizer.
+        kind: What is known: `preferences` compares the responses of a record, `outcomes` judges each response alone.
+        share_prompts: In a packed row, read a prompt once for all its responses.
+        **settings: As of AlignmentDataModule.
     """
-    if not isinstance(raw, dict):
-        raise RecordError(where, "", f"the record is {value_kind(raw)}, not an object", "Write one JSON object a line.")
-    pair = next((names for names in PAIRS if all(name in raw for name in names)), None)
-    half = next((name for names in PAIRS for name in names if name in raw), None)
-    rest: dict[str, Any] = {}
-    if pair is not None:
-        prompt, rest["responses"] = _read_pair(raw, pair, where)
-        rest["margin"] = _read_margin(raw, where)
-    elif half is not None:
-        other = next(name for names in PAIRS if half in names for name in names if name != half)
-        found = ", ".join(f"'{key}'" for key in raw)
-        raise RecordError(where, other, f"is missing (found: {found})", f"Give it beside '{half}'.")
-    elif "candidates" in raw:
-        prompt, rest["responses"] = _read_context(raw, where), _read_candidates(raw, where)
-    elif "answers" in raw:
-        prompt, rest["responses"] = _read_context(raw, where), _read_answers(raw, where)
-    elif steps := next((name for name in STEPS if name in raw), None):
-        prompt = _read_context(raw, where)
-        rest["steps"], rest["step_labels"] = _read_steps(raw, steps, where)
-    else:
-        prompt, rest["responses"] = _read_single(raw, where)
-    outer = read_record({**raw, "messages": prompt or [{"role": "user", "content": ""}]}, where, position)
-    subset = raw.get("subset")
-    if subset is not None and not isinstance(subset, str):
-        raise RecordError(where, "subset", f"is {value_kind(subset)}", "Make it a string.")
-    return Comparison(**(vars(outer) | {"messages": prompt}), **rest, subset=subset)
 
+    encoder_type = ResponseEncoder
+    encoder: ResponseEncoder
+    lengths_in_row = 2
 
-def _read_context(raw: dict[str, Any], where: str) -> list[Message]:
-    """The prompt's messages."""
-    name = next((name for name in CONTEXTS if name in raw), None)
-    if name is None:
-        found = ", ".join(f"'{key}'" for key in raw)
-        raise RecordError(where, "context", f"is missing (found: {found})", "Give 'context', 'prompt' or 'messages'.")
-    value = raw[name]
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        problem = "is empty" if value == [] else f"is {value_kind(value)}"
-        raise RecordError(where, name, problem, "Make it a text, or a list of {role, content} objects.")
-    messages = [read_message(message, index, where) for index, message in enumerate(value)]
-    system = raw.get("system")
-    if name != "messages" and isinstance(system, str) and system:
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: FeedbackKind = "preferences",
+        share_prompts: bool = True,
+        **settings: Any,
+    ) -> None:
+        """Check the settings; files are read in `prepare_data`."""
+        super().__init__(tokenizer, **settings)
+        self.kind, self.share_prompts = kind, share_prompts and self.packing
 
+    def read(self, raw: object, where: str, position: int) -> Feedback:
+        """A prompt with its responses."""
+        return read_feedback(raw, where, position)
 
-def _read_response(value: object, name: str, where: str) -> list[Message]:
-    """A response as messages, of which the last is the response itself."""
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    found = value if isinstance(value, list) else [value]
-    if not found or not all(isinstance(message, dict) for message in found):
-        problem = "is empty" if value == [] else f"is {value_kind(value)}"
-        raise RecordError(where, name, problem, "Make it a text, a message, or a list of messages.")
-    # A response without a role, as some data sets write it, is the assistant's.
-    messages = [
-        read_message({"role": "assistant", **m} if "from" not in m else m, i, where) for i, m in enumerate(found)
-    ]
-    if messages[-1]["role"] != "assistant":
-        raise RecordError(
-            where, name, f"ends with a message of the {messages[-1]['role']}", "End with the assistant's."
+    def decides_encoding(self) -> list[Any]:
+        """Also what the records hold, and how their length is counted."""
+        return [*super().decides_encoding(), self.kind, self.share_prompts]
+
+    @property
+    def features(self) -> datasets.Features:
+        """Columns of an encoded record."""
+        return datasets.Features(
+            {
+                **ROW_FEATURES,
+                **RESPONSE_FEATURES,
+                "scores": datasets.List(datasets.Value("float32")),
+                "margin": datasets.Value("float32"),
+                "subset": STRING,
+                "weight": datasets.Value("float64"),
+            }
         )
-    return messages
 
+    def encode_record(self, record: Feedback, source: SourceConfig) -> dict[str, Any]:
+        """Ids of one record's prompt and responses, and their scores."""
+        scores = self.scores(record)
+        return {
+            **self.sequences(record, source),
+            "scores": scores,
+            "margin": record.margin or 0.0,
+            "subset": record.subset or "",
+            "weight": 1.0,  # every record weighs the same
+        }
 
-def _read_pair(raw: dict[str, Any], names: tuple[str, str], where: str) -> tuple[list[Message], list[ScoredResponse]]:
-    chosen, rejected = (_read_response(raw[name], name, where) for name in names)
-    context = _read_context(raw, where) if any(name in raw for name in CONTEXTS) else []
-    if chosen[:-1] != rejected[:-1]:
-        raise RecordError(
-            where, names[1], f"does not begin with the messages of '{names[0]}'", "Let them differ in the last message."
-        )
-    shared = chosen[:-1]
-    if shared[: len(context)] == context:  # whole conversations, with the prompt or without it beside them
-        context = shared
-    else:
-        context = context + shared
-    if not context:
-        raise RecordError(where, "context", "is missing", "Give 'context', 'prompt' or 'messages'.")
-    ranked = zip(("chosen", "rejected"), (chosen[-1], rejected[-1]), (1.0, 2.0), strict=True)
-    return context, [{"id": name, "message": message, "value": rank} for name, message, rank in ranked]
+    def scores(self, record: Feedback) -> list[float]:
+        """The score of each response.
 
-
-def _read_margin(raw: dict[str, Any], where: str) -> float | None:
-    name = next((name for name in ("margin", "precomputed_margin") if raw.get(name) is not None), None)
-    return None if name is None else _number(raw[name], name, where)
-
-
-def _read_candidates(raw: dict[str, Any], where: str) -> list[ScoredResponse]:
-    candidates = _filled_list(raw, "candidates", where, "Make it a list of texts or messages.")
-    ranking = raw.get("ranking")
-    if ranking is not None and (not isinstance(ranking, list) or len(ranking) != len(candidates)):
-        raise RecordError(
-            where,
-            "ranking",
-            f"is not a list of {len(candidates)} ranks",
-            "Give the rank of each candidate, 1 for the best.",
-        )
-    responses: list[ScoredResponse] = []
-    for index, candidate in enumerate(candidates):
-        name = f"candidates[{index}]"
-        own = candidate.get("id") if isinstance(candidate, dict) else None
-        message = _only(_read_response(candidate, name, where), name, where)
-        value = None if ranking is None else _number(ranking[index], f"ranking[{index}]", where)
-        responses.append({"id": str(index if own is None else own), "message": message, "value": value})
-    return _different_ids(responses, "candidates", where)
-
-
-def _read_answers(raw: dict[str, Any], where: str) -> list[ScoredResponse]:
-    """Answers of a sampling record; with rewards, the higher one has the lower rank."""
-    answers = _filled_list(raw, "answers", where, "Give a list of {id, content} objects.")
-    rewards = raw.get("rewards")
-    if rewards is not None and not isinstance(rewards, dict):
-        raise RecordError(where, "rewards", f"is {value_kind(rewards)}", "Give {answer id: number}.")
-    responses: list[ScoredResponse] = []
-    for index, answer in enumerate(answers):
-        name = f"answers[{index}]"
-        if not isinstance(answer, dict):
-            raise RecordError(where, name, f"is {value_kind(answer)}", "Give {id, content} objects.")
-        own = str(answer.get("id", index))
-        value = None
-        if rewards is not None:
-            if own not in rewards:
-                raise RecordError(
-                    where, f"rewards.{own}", "is missing", "Give a reward for each answer, or none at all."
-                )
-            value = -_number(rewards[own], f"rewards.{own}", where)
-        message = _only(_read_response({"content": answer.get("content")}, name, where), name, where)
-        responses.append({"id": own, "message": message, "value": value})
-    return _different_ids(responses, "answers", where)
-
-
-def _read_steps(raw: dict[str, Any], name: str, where: str) -> tuple[list[str], list[float]]:
-    steps = _filled_list(raw, name, where, "Give a list of texts.")
-    for index, step in enumerate(steps):
-        if not isinstance(step, str):
-            raise RecordError(where, f"{name}[{index}]", f"is {value_kind(step)}", "Make it a text.")
-    labels = raw.get("labels")
-    if labels is None:
-        return steps, []
-    if not isinstance(labels, list) or len(labels) != len(steps):
-        raise RecordError(where, "labels", f"is not a list of {len(steps)} labels", "Give 1 or 0 for each step.")
-    return steps, [_binary(label, f"labels[{index}]", where) for index, label in enumerate(labels)]
-
-
-def _read_single(raw: dict[str, Any], where: str) -> tuple[list[Message], list[ScoredResponse]]:
-    """One judged response."""
-    name = next((name for name in ("completion", "answer") if name in raw), None)
-    if name is not None:
-        prompt, response = _read_context(raw, where), _only(_read_response(raw[name], name, where), name, where)
-    else:
-        messages = _read_context(raw, where)
-        prompt, response = messages[:-1], messages[-1]
-        if response["role"] != "assistant" or not prompt:
+        Raises:
+            RecordError: If the record says nothing, or something of another kind.
+            Dropped: If nothing can be learned from it.
+        """
+        scores = [response["score"] for response in record.responses if response["score"] is not None]
+        if not scores or len(scores) < len(record.responses):
+            missing = "ranking" if self.kind == "preferences" else "label"
             raise RecordError(
-                where,
-                "messages",
-                "hold no response to judge",
-                "End them with the assistant's message, or give 'chosen' and 'rejected', 'candidates' or 'answers'.",
+                record.where, missing, "is missing", "Give it, or set data.kind to what the records hold."
             )
-    judged = next((name for name in ("label", "is_desirable") if raw.get(name) is not None), None)
-    value = None if judged is None else _binary(raw[judged], judged, where)
-    return prompt, [{"id": "0", "message": response, "value": value}]
+        if (len(scores) > 1) != (self.kind == "preferences"):
+            problem = f"the record has {len(scores)} response(s), which data.kind: {self.kind} does not take"
+            raise RecordError(record.where, "", problem, "Set data.kind to what the records hold.")
+        if self.kind == "preferences":
+            texts = [json.dumps(response["message"], sort_keys=True) for response in record.responses]
+            if len(set(scores)) < 2 or len(set(texts)) < 2:
+                raise Dropped("nothing_to_prefer")
+        return scores
+
+    def sequences(self, record: Feedback, source: SourceConfig, allow_empty: bool = False) -> dict[str, Any]:
+        """`length` and RESPONSE_FEATURES of a record.
+
+        Args:
+            record: The prompt and its responses.
+            source: Where it is from.
+            allow_empty: Also take a response without text.
+        """
+        messages = [response["message"] for response in record.responses]
+        examples = self.encoder.encode_responses(record, messages, source.system_prompt, allow_empty)
+        start = _shared_start(examples)
+        sequences = Sequences(examples[0].input_ids[:start], [example.input_ids[start:] for example in examples])
+        return {
+            "length": sequences.num_tokens(self.share_prompts),
+            "prompt": sequences.prompt,
+            "responses": sequences.responses,
+        }
+
+    # What predict reads.
+
+    @property
+    def predict_features(self) -> datasets.Features:
+        """Columns of a record without what is learned from it."""
+        return datasets.Features({**ROW_FEATURES, **RESPONSE_FEATURES, **dict.fromkeys(TEXTS, STRING)})
+
+    def predict_row(self, record: Feedback, source: SourceConfig) -> dict[str, Any]:
+        """Ids of a record's prompt and responses, and the record itself."""
+        meta = record.meta
+        if record.subset is not None:
+            meta = {"subset": record.subset, **(meta if isinstance(meta, dict) else {})}
+        texts = {
+            "messages": record.messages,
+            "answers": [{"id": r["id"], "content": r["message"]["content"]} for r in record.responses],
+            "scores": [response["score"] for response in record.responses],
+            "label": record.label,
+            "meta": meta,
+        }
+        columns = self.sequences(record, source, allow_empty=True)
+        return {**columns, **{name: json.dumps(value) for name, value in texts.items()}}
+
+    def predict_item(self, row: dict[str, Any], index: int) -> FeedbackItem:
+        """One row of `predict_features`."""
+        return FeedbackItem(
+            index=index,
+            id=row["id"],
+            dataset=row["dataset"],
+            sequences=Sequences(row["prompt"], row["responses"]),
+            **{name: json.loads(row[name]) for name in TEXTS},
+        )
 
 
-def _only(messages: list[Message], name: str, where: str) -> Message:
-    if len(messages) != 1:
-        raise RecordError(where, name, f"holds {len(messages)} messages", "Give the response alone.")
-    return messages[0]
-
-
-def _different_ids(responses: list[ScoredResponse], name: str, where: str) -> list[ScoredResponse]:
-    ids = [response["id"] for response in responses]
-    twice = next((own for own in ids if ids.count(own) > 1), None)
-    if twice is not None:
-        raise RecordError(where, name, f"holds id '{twice}' twice", "Give each its own.")
-    return responses
-
-
-def _filled_list(raw: dict[str, Any], name: str, where: str, fix: str) -> list[Any]:
-    value = raw[name]
-    if not isinstance(value, list) or not value:
-        problem = "is empty" if value == [] else f"is {value_kind(value)}"
-        raise RecordError(where, name, problem, fix)
-    return value
-
-
-def _number(value: object, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        shown = value if isinstance(value, float) else value_kind(value)
-        raise RecordError(where, name, f"is {shown}", "Give a finite number.")
-    return float(value)
-
-
-def _binary(value: object, name: str, where: str) -> float:
-    if value not in (0, 1):  # true and false are 1 and 0
-        raise RecordError(where, name, f"is {value!r}", "Give 1 (or true) for a good one, 0 (or false) for a bad one.")
-    return float(value)
+def _shared_start(examples: list[Example]) -> int:
+    """Number of ids before the first trained token, which all examples have in common."""
+    trained = [
+        [i for i, label in enumerate(e.labels) if label != IGNORE_INDEX] or [len(e.labels) - 1] for e in examples
+    ]
+    start = min(places[0] for places in trained)
+    prompts = {tuple(example.input_ids[:start]) for example in examples}
+    if len(prompts) != 1:
+        raise TypeError("the responses of a record do not follow the same prompt ids.")
+    return start

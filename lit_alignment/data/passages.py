@@ -2,21 +2,25 @@
 
 from dataclasses import dataclass
 
-from lit_alignment.data.encoding.messages import Record, value_kind
+from lit_alignment.data.encoding.messages import value_kind
 from lit_alignment.errors import ConfigError, RecordError
 
 
 @dataclass
-class Passage(Record):
+class Passage:
     """A text that can be retrieved.
 
     Args:
+        id: Its own id, or its position in the file.
         title: What it is about; may be empty.
         text: The text.
+        where: File and line, for error messages.
     """
 
+    id: str
     title: str = ""
     text: str = ""
+    where: str = ""
 
 
 def read_passage(raw: object, where: str, position: int) -> Passage:
@@ -46,7 +50,7 @@ def read_passage(raw: object, where: str, position: int) -> Passage:
     own = raw.get("id")
     if own is not None and not isinstance(own, str | int):
         raise RecordError(where, "id", f"is {value_kind(own)}", "Use a string or a number.")
-    return Passage(str(position if own is None else own), [], where, title=title, text=raw["text"])
+    return Passage(str(position if own is None else own), title, raw["text"], where)
 
 
 def check_format(name: str, form: str) -> None:

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig, Example, Prompt
 from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record, read_record, value_kind
-from lit_alignment.data.encoding.prompts import ROW_FEATURES, Item
+from lit_alignment.data.encoding.prompts import Item
+from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.encoding.templates import JinjaTemplate
 from lit_alignment.data.passages import Passage, check_format, format_passage
 from lit_alignment.data.sources.records import SourceConfig
@@ -215,14 +216,12 @@ class RAGItem(Item):
     Args:
         query: Text for the retriever.
         answer: The trained message, or None in predict.
-        reference: The response that the record has, if any.
         tools: Tool descriptions.
         relevant: Ids of passages that are known to help.
     """
 
     query: str
     answer: Message | None
-    reference: str | None
     tools: list[Any]
     relevant: list[str]
 
@@ -234,8 +233,8 @@ class RAGBatch:
     Args:
         items: The questions.
         weights: Weight of each; 0 for one that only keeps its rank in step.
-        window_weight: Trained weight of all tokens of the optimiser step.
-        window_examples: Questions of the optimiser step.
+        window_weight: Trained weight of all tokens of the optimizer step.
+        window_examples: Questions of the optimizer step.
     """
 
     items: list[RAGItem]
@@ -252,7 +251,7 @@ class RAGBatch:
 QUESTION = {"query": STRING, "messages": STRING, "tools": STRING, "relevant": datasets.List(STRING)}
 
 
-class RAGDataModule(AlignmentDataModule):
+class RAGDataModule(ConversationDataModule):
     """Chat records whose last response is trained, as questions for a retriever and a generator.
 
     Records are those of SFTDataModule, with `relevant: [passage ids]` where these are known (for recall). A batch has
@@ -266,7 +265,6 @@ class RAGDataModule(AlignmentDataModule):
         **settings: As of AlignmentDataModule.
     """
 
-    record_type = RAGRecord
     encoder_type = RAGEncoder
     encoder: RAGEncoder
 
@@ -283,7 +281,7 @@ class RAGDataModule(AlignmentDataModule):
         self.encoder.placement = placement
         self.share_prompts = self.packing
 
-    def read(self, raw: object, where: str, position: int) -> Record:
+    def read(self, raw: object, where: str, position: int) -> RAGRecord:
         """One conversation."""
         record = read_record(raw, where, position)
         relevant = raw.get("relevant") if isinstance(raw, dict) else None
@@ -372,7 +370,7 @@ class RAGDataModule(AlignmentDataModule):
         """Questions with their answers; passages and tokens come when the retriever has been asked."""
         return RAGBatch(
             [self.predict_item(row, index) for row, index in zip(rows, planned.indices, strict=True)],
-            weights=[0.0 if planned.filler else 1.0] * len(rows),
+            weights=[0.0 if planned.dummy else 1.0] * len(rows),
             window_weight=planned.window_weight,
             window_examples=planned.window_examples,
         )

@@ -1,17 +1,16 @@
 """Passages to encode, and questions with their passages for the warm-up of a retriever."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
-from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.base import AlignmentDataModule
-from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
-from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
-from lit_alignment.data.encoding.messages import Record, value_kind
-from lit_alignment.data.encoding.prompts import ROW_FEATURES, Item
+from lit_alignment.data.batching.packing import PlannedBatch
+from lit_alignment.data.encoding.messages import value_kind
+from lit_alignment.data.encoding.rows import ROW_FEATURES
+from lit_alignment.data.encoding.tokenizer import num_tokens
 from lit_alignment.data.passages import Passage, read_passage
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
@@ -23,19 +22,17 @@ QUESTION_ROW = datasets.Features(
 )
 
 
-class NoTemplate(Encoder):
-    """What stands for the encoder of conversations where there are none."""
+@dataclass
+class PassageItem:
+    """One passage to encode.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: EncodingConfig, seed: int = 0) -> None:
-        """Keep the settings; there is no chat template."""
-        self.tokenizer, self.config, self.seed = tokenizer, config, seed
-        self.template: Any = None
+    Args:
+        index: Position among all, its row in the index.
+        title: What it is about; may be empty.
+        text: The text.
+    """
 
-
-@dataclass(kw_only=True)
-class PassageItem(Item):
-    """One passage to encode."""
-
+    index: int
     title: str
     text: str
 
@@ -48,18 +45,22 @@ class PassageBatch:
 
 
 @dataclass
-class QuestionRecord(Record):
+class QuestionRecord:
     """A question with a passage that answers it, and others that only look like it.
 
     Args:
+        id: Its own id, or its position in the file.
         query: The question.
         positive: Title and text of the passage that answers it.
         negatives: Titles and texts of hard negatives.
+        where: File and line, for error messages.
     """
 
-    query: str = ""
-    positive: list[str] = field(default_factory=list)
-    negatives: list[list[str]] = field(default_factory=list)
+    id: str
+    query: str
+    positive: list[str]
+    negatives: list[list[str]]
+    where: str
 
 
 @dataclass
@@ -70,7 +71,7 @@ class QuestionBatch:
         queries: B questions.
         passages: Titles and texts, N of them: the questions' own in their order, then the hard negatives.
         weights: Weight of each question; 0 for one that only keeps its rank in step.
-        window_weight: Questions of the whole optimiser step.
+        window_weight: Questions of the whole optimizer step.
         ids: Where each came from.
     """
 
@@ -87,10 +88,7 @@ class PassageDataModule(AlignmentDataModule):
     Settings are those of AlignmentDataModule.
     """
 
-    record_type = Passage
-    encoder_type = NoTemplate
-
-    def read(self, raw: object, where: str, position: int) -> Record:
+    def read(self, raw: object, where: str, position: int) -> Passage:
         """One passage."""
         return read_passage(raw, where, position)
 
@@ -104,20 +102,18 @@ class PassageDataModule(AlignmentDataModule):
         """Columns of a passage."""
         return PASSAGE_ROW
 
-    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
+    def encode_record(self, record: Passage, source: SourceConfig) -> dict[str, Any]:
         """Refuse to train on passages alone."""
         raise ConfigError("PassageDataModule has nothing to train on; use RetrieverDataModule or RAGDataModule.")
 
-    def predict_row(self, record: Record, source: SourceConfig) -> dict[str, Any]:
-        """Title and text."""
-        if not isinstance(record, Passage):
-            raise TypeError(f"{type(record).__name__} is no passage.")
-        return {"length": len(record.title) + len(record.text), "title": record.title, "text": record.text}
+    def predict_row(self, record: Passage, source: SourceConfig) -> dict[str, Any]:
+        """Title and text, and their number of tokens before any is cut off."""
+        length = num_tokens(self.tokenizer, [record.title, record.text])
+        return {"length": length, "title": record.title, "text": record.text}
 
     def predict_item(self, row: dict[str, Any], index: int) -> PassageItem:
         """One passage."""
-        rest = {name: row[name] for name in ("id", "dataset", "title", "text")}
-        return PassageItem(index=index, messages=[], label=None, meta=None, **rest)
+        return PassageItem(index, row["title"], row["text"])
 
     def predict_collate(self, items: list[Any]) -> Any:
         """Passages of similar length."""
@@ -132,13 +128,15 @@ class RetrieverDataModule(AlignmentDataModule):
     """Questions `{id?, query, positive, negatives?}`, where passages are texts or `{title?, text}`.
 
     Settings are those of AlignmentDataModule; each of the `batch_size` questions of a batch has the passages of all
-    others as negatives besides its own hard ones, so the batch size is a part of the loss.
+    others as negatives besides its own hard ones, so the batch size is a part of the loss, and `packing` plays none.
     """
 
-    record_type = QuestionRecord
-    encoder_type = NoTemplate
+    def check_settings(self) -> None:
+        """Questions are never packed into rows."""
+        self.packing = False
+        super().check_settings()
 
-    def read(self, raw: object, where: str, position: int) -> Record:
+    def read(self, raw: object, where: str, position: int) -> QuestionRecord:
         """One question."""
         if not isinstance(raw, dict):
             raise RecordError(where, "", f"the record is {value_kind(raw)}", 'Write {"query", "positive"}.')
@@ -153,12 +151,11 @@ class RetrieverDataModule(AlignmentDataModule):
             raise RecordError(where, "negatives", f"is {value_kind(negatives)}", "Make it a list of passages.")
         positive, *others = (read_passage(each, where, 0) for each in (raw["positive"], *negatives))
         return QuestionRecord(
-            str(raw.get("id", position)),
-            [],
-            where,
+            id=str(raw.get("id", position)),
             query=query,
             positive=[positive.title, positive.text],
             negatives=[[other.title, other.text] for other in others],
+            where=where,
         )
 
     @property
@@ -166,25 +163,19 @@ class RetrieverDataModule(AlignmentDataModule):
         """Columns of a question."""
         return QUESTION_ROW
 
-    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
-        """The question and its passages."""
-        if not isinstance(record, QuestionRecord):
-            raise TypeError(f"{type(record).__name__} is no question.")
-        passages = json.dumps([record.positive, *record.negatives])
-        return {"length": len(record.query), "query": record.query, "passages": passages, "weight": 1.0}
-
-    def plan(self, split: Any) -> BatchPlan:
-        """Batches of questions, never packed rows."""
-        self.packing = False
-        return super().plan(split)
+    def encode_record(self, record: QuestionRecord, source: SourceConfig) -> dict[str, Any]:
+        """The question and its passages, and the number of all their tokens before any is cut off."""
+        passages = [record.positive, *record.negatives]
+        length = num_tokens(self.tokenizer, [record.query, *(text for passage in passages for text in passage)])
+        return {"length": length, "query": record.query, "passages": json.dumps(passages), "weight": 1.0}
 
     def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> QuestionBatch:
-        """Questions and passages as texts; the module's tokenizer makes tokens of them."""
+        """Questions and passages as texts, of which the module makes tokens."""
         passages = [[tuple(each) for each in json.loads(row["passages"])] for row in rows]
         return QuestionBatch(
             queries=[row["query"] for row in rows],
             passages=[own[0] for own in passages] + [other for own in passages for other in own[1:]],
-            weights=[0.0 if planned.filler else 1.0] * len(rows),
+            weights=[0.0 if planned.dummy else 1.0] * len(rows),
             window_weight=planned.window_weight,
             ids=[f"{row['dataset']}/{row['id']}" for row in rows],
         )

@@ -4,16 +4,16 @@ from typing import Any
 
 import datasets
 
-from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.batching.collate import TargetBatch, collate_packed, collate_padded
 from lit_alignment.data.batching.packing import PlannedBatch
+from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.encoder import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
-from lit_alignment.data.encoding.prompts import ROW_FEATURES
+from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.sources.records import SourceConfig
 
 
-class SFTDataModule(AlignmentDataModule):
+class SFTDataModule(ConversationDataModule):
     """Chat records as token batches whose labels stand on the trained messages.
 
     Records are `{id?, messages: [{role, content, train?, weight?}], label?, meta?, tools?}`, or one of the other
@@ -53,7 +53,7 @@ class SFTDataModule(AlignmentDataModule):
     def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> TargetBatch:
         """A packed row, or padded rows."""
         examples = [Example(row["input_ids"], row["labels"], row["weights"]) for row in rows]
-        if planned.filler:  # it takes part in every collective and adds nothing to the loss
+        if planned.dummy:  # it takes part in every collective and adds nothing to the loss
             for example in examples:
                 example.labels = [IGNORE_INDEX] * len(example.labels)
                 example.weights = [0.0] * len(example.weights)

@@ -64,7 +64,7 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         cpu_offload: Keep shards, and run the optimizer, in the memory of the host.
         sequence_parallel_size: Neighbouring processes that share each packed row, for rows that are too long for one.
         tensor_parallel_size: Neighbouring processes that share each decoder layer's matrices.
-        async_save: Write checkpoints in a thread while training goes on; each process holds a copy of its shards.
+        async_save: Write checkpoints in a thread while training continues; each process holds a copy of its shards.
         process_group_backend: By default NCCL on GPUs, gloo on CPUs.
         timeout: How long a process waits for the others.
 

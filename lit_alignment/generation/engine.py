@@ -99,7 +99,7 @@ class Completion:
         """As predictions on disk have it; what was not asked for is left out.
 
         Args:
-            number: Its place among the completions of its prompt, from 0.
+            number: Its position among the completions of its prompt, from 0.
         """
         line: dict[str, Any] = {"id": str(number), "content": self.text, "finish_reason": self.finish_reason}
         line["num_tokens"] = self.num_tokens

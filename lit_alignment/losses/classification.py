@@ -26,7 +26,7 @@ def focal_loss(
     Args:
         logits: Scores of the classes, [B, K]; the softmax is taken in fp32.
         targets: Indices of the true classes, [B].
-        gamma: How strongly easy examples are turned down; the paper uses 2.
+        gamma: How strongly easy examples are down-weighted; the paper uses 2.
         class_weights: alpha, [K]; None means 1.
         label_smoothing: s, the probability spread evenly over the classes.
 

@@ -29,7 +29,7 @@ def rag_sequence_loss(scores: Tensor, answer_logps: Tensor) -> Tensor:
         ValueError: If the shapes differ.
 
     Source: Lewis et al. 2020 (arXiv:2005.11401). transformers' own RAG loss does not divide scores by a temperature,
-    and turbo-alignment's read the log-probability of each token one place too early.
+    and turbo-alignment's read the log-probability of each token one position too early.
     """
     _same_shape(scores, answer_logps)
     return -(wide(scores).log_softmax(-1) + wide(answer_logps)).logsumexp(-1)
@@ -149,9 +149,9 @@ def info_nce_loss(scores: Tensor, positives: Tensor, excluded: Tensor | None = N
 
     Args:
         scores: Similarity of each question with each passage of the batch, divided by the temperature, [B, N].
-        positives: Place of each question's own passage, [B].
+        positives: Position of each question's own passage, [B].
         excluded: True where a passage is no negative of a question, since it is a copy of its own one, [B, N]; the
-            own place itself always counts.
+            own position itself always counts.
 
     Returns:
         Nats a question, fp32, [B].

@@ -1,4 +1,4 @@
-"""Metrics of classifiers over a whole data set, and the temperature that makes their probabilities honest.
+"""Metrics of classifiers over a whole data set, and the temperature that calibrates their probabilities.
 
 N examples, K labels
 """

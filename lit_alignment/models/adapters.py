@@ -37,11 +37,11 @@ MUTATING_INITS = ("pissa", "olora", "corda")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """An adapter that exists.
+    """An existing adapter.
 
     Args:
         path: Its folder, with adapter_config.json.
-        trainable: Go on training it; else it stays as it is.
+        trainable: Train it further; else it stays as it is.
     """
 
     path: str
@@ -116,7 +116,7 @@ def train_token_rows(model: nn.Module, config: PeftConfig, added: dict[str, int]
 
 
 def load_adapter(model: nn.Module, adapter: AdapterConfig, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
-    """Wrap a model in an adapter that exists.
+    """Wrap a model in an existing adapter.
 
     Raises:
         CheckpointError: If it was trained with another vocabulary, or does not fit the model.
@@ -124,7 +124,7 @@ def load_adapter(model: nn.Module, adapter: AdapterConfig, tokenizer: PreTrained
     folder = Path(adapter.path).expanduser()
     if adapter.trainable and PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
         raise ConfigError(
-            f"model.adapter: {adapter.path} holds learned vectors without the encoder that made them, so they cannot "
+            f"model.adapter: {adapter.path} holds virtual tokens without the encoder that made them, so they cannot "
             "train on. Resume from the checkpoint instead: --ckpt_path."
         )
     if (folder / "tokenizer_config.json").is_file():
@@ -140,17 +140,17 @@ def load_adapter(model: nn.Module, adapter: AdapterConfig, tokenizer: PreTrained
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{adapter.path}: this adapter does not fit the backbone ({reason}).") from error
     if not adapter.trainable:
-        wrapped.requires_grad_(False)  # peft leaves learned vectors trainable
+        wrapped.requires_grad_(False)  # peft leaves virtual tokens trainable
     return wrapped
 
 
 def is_prompt_learning(model: nn.Module) -> bool:
-    """Whether a model has learned vectors before its tokens (prefix tuning, prompt tuning, P-tuning)."""
+    """Whether a model has virtual tokens before the prompt (prefix tuning, prompt tuning, P-tuning)."""
     return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
 
 
 def prefix_cache(network: PeftModel, batch_size: int) -> Cache:
-    """Keys and values of the learned vectors, as if they had been read before the tokens, for a batch."""
+    """Keys and values of the virtual tokens, as if they had been read before the tokens, for a batch."""
     prompt = network.get_prompt(batch_size)
     if isinstance(prompt, Cache):
         return prompt
@@ -217,8 +217,8 @@ def merged_state(network: PeftModel, dtype: torch.dtype | None = None) -> dict[s
     """
     if is_prompt_learning(network):
         raise ConfigError(
-            f"{type(network.active_peft_config).__name__}: vectors before the tokens cannot be merged into weights. "
-            "Export the adapter instead."
+            f"{type(network.active_peft_config).__name__}: virtual tokens before the prompt cannot be merged into "
+            "weights. Export the adapter instead."
         )
     base = base_model(network)
     merged: dict[str, dict[str, Tensor]] = {}

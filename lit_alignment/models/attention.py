@@ -54,8 +54,8 @@ def document_attention(
         dropout: Dropout on the attention weights.
         scaling: Factor on the scores.
         document_lengths: Lengths of the documents in a packed row, which sum to T.
-        document_parents: For each document the one that it goes on from, whose tokens it sees too, or -1; responses
-            that share one prompt in the row go on from it. None if there are none.
+        document_parents: For each document the one that it continues, whose tokens it sees too, or -1; responses
+            that share one prompt in the row continue it. None if there are none.
         sliding_window: How many positions back a token may look, itself included.
         softcap: Refused; SDPA cannot cap scores.
         s_aux: Refused; SDPA has no attention sinks.
@@ -136,7 +136,7 @@ def choose_attention(
         packing: Whether rows hold several documents.
         device_type: cpu, cuda, ...
         config: The model's configuration.
-        shared_prompts: Whether documents of a row go on from another one, which only SDPA by document can do.
+        shared_prompts: Whether documents of a row continue another one, which only SDPA by document can do.
 
     Raises:
         ConfigError: If documents cannot be kept apart that way; the message names the ways that can.

@@ -17,7 +17,7 @@ class SequenceGroup:
 
     Args:
         group: Their process group.
-        rank: This one's place among them.
+        rank: This one's position among them.
         size: Their number.
 
     Source: Jacobs et al. 2023, DeepSpeed Ulysses (arXiv:2309.14509).

@@ -86,7 +86,7 @@ def _forward(head: nn.Module, function: Callable[[Tensor], Any]) -> Iterator[Non
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Last hidden states as the output head gets them, [B, T, D], from an ordinary forward pass of the model.
 
-    Positions of vectors that prompt learning puts before the tokens are left out.
+    Positions of virtual tokens of prompt learning are left out.
     """
     captured: list[Tensor] = []
 

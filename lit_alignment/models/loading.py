@@ -146,6 +146,23 @@ def load_network(
     }
     model = _load_base(backbone, head, config, options)
     fit_vocabulary(model, tokenizer, added or {}, tokens)
+    _speed_up(model, backbone, wrapped)
+    network: nn.Module = model
+    if peft is not None:
+        network = add_adapters(model, peft, added or {}, train_head=head is not None)
+    elif adapter is not None:
+        network = load_adapter(model, adapter, tokenizer)
+    if packing and isinstance(network, PeftModel) and is_prompt_learning(network):
+        raise ConfigError(
+            f"model.peft: {type(network.active_peft_config).__name__} puts its virtual tokens before each row, so the "
+            "conversations of a packed row could not all see them. Set data's packing: false."
+        )
+    # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
+    return network.train()
+
+
+def _speed_up(model: PreTrainedModel, backbone: BackboneConfig, wrapped: bool) -> None:
+    """Liger's kernels, gradient checkpointing and compilation, as the backbone asks."""
     if backbone.liger:
         _apply_liger(model)
     if backbone.gradient_checkpointing:
@@ -154,18 +171,6 @@ def load_network(
             model.enable_input_require_grads()
     if backbone.compile:
         model.get_decoder().compile(dynamic=True)
-    network: nn.Module = model
-    if peft is not None:
-        network = add_adapters(model, peft, added or {}, train_head=head is not None)
-    elif adapter is not None:
-        network = load_adapter(model, adapter, tokenizer)
-    if packing and isinstance(network, PeftModel) and is_prompt_learning(network):
-        raise ConfigError(
-            f"model.peft: {type(network.active_peft_config).__name__} puts its vectors before each row, so the "
-            "conversations of a packed row could not all see them. Set data's packing: false."
-        )
-    # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
-    return network.train()
 
 
 def _load_base(

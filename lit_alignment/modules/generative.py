@@ -12,8 +12,8 @@ from torch import nn
 from lit_alignment.checkpoints.export import ExportParts
 from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.restore import Saved
-from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.encoding.prompts import PromptBatch
+from lit_alignment.data.batching.items import PromptBatch
+from lit_alignment.data.conversation import conversations_of
 from lit_alignment.generation.engine import Completion, EngineNeeds, ItemRequests, Request, Response, step_seed
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.generation.transformers_engine import TransformersEngine
@@ -55,7 +55,7 @@ class GenerativeModule(AlignmentModule):
     def stop(self) -> StopRule:
         """What ends a turn: EOS, and what the data module trains as the end of a response."""
         if self._stop is None:
-            self._stop = stop_rule(self.tokenizer, datamodule_of(self.trainer).encoder.end_of_turn())
+            self._stop = stop_rule(self.tokenizer, conversations_of(self.trainer).encoder.end_of_turn())
         return self._stop
 
     def checkpoint_metadata(self) -> dict[str, Any]:

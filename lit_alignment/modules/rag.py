@@ -5,6 +5,7 @@ B questions, K passages of a question, T answer tokens, D width
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,6 @@ from lit_alignment.generation.marginal import (
 )
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
-from lit_alignment.losses import rag_sequence_loss, rag_token_loss, retriever_loss
 from lit_alignment.metrics import TokenMean
 from lit_alignment.metrics.retrieval import retrieval_sums
 from lit_alignment.models.adapters import AdapterConfig
@@ -41,19 +41,10 @@ from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
+from lit_alignment.retrieval.objectives import Objective, check_objective, objective_losses
 from lit_alignment.retrieval.passage_retriever import PassageRetriever, TrainedTowers
 
-Objective = Literal[
-    "language_modeling",
-    "rag_sequence",
-    "rag_token",
-    "emdr2",
-    "perplexity_distillation",
-    "leave_one_out",
-    "replug",
-]
 Decoding = Literal["concatenate", "rag_sequence", "rag_sequence_fast", "rag_token"]
-MARGINAL = ("rag_sequence", "rag_token")
 RECALL_AT = (1, 5, 20)
 
 
@@ -119,12 +110,13 @@ class RAGModule(GenerativeModule):
         self.train_retriever, self.train_generator = train_retriever, train_generator
         self.retriever_weight, self.retriever_learning_rate = retriever_weight, retriever_learning_rate
         self.target_temperature = target_temperature
+        self._recall_at = [k for k in RECALL_AT if k <= num_passages]
         as_trained: Decoding = "concatenate"
         if objective == "rag_sequence" or objective == "rag_token":
             as_trained = objective
         self.decoding = decoding or as_trained
         self.dual: DualEncoder | None = None  # the retriever's towers, under whose name checkpoints have them
-        _check_settings(objective, num_passages, train_retriever, train_generator, retriever)
+        check_objective(objective, num_passages, train_retriever, train_generator, retriever)
 
     @property
     def data(self) -> RAGDataModule:
@@ -153,19 +145,18 @@ class RAGModule(GenerativeModule):
 
     def extra_networks(self) -> dict[str, nn.Module]:
         """The towers of the retriever, which may be one."""
-        encoder = self.passage_retriever.encoder
-        query, passage = encoder.query_tower, encoder.passage_tower
+        query, passage = self.passage_retriever.encoder.query_tower, self.passage_retriever.encoder.passage_tower
         return {"retriever": query} if query is passage else {"query tower": query, "passage tower": passage}
 
     def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
         """Also the retriever, in `retriever/`."""
         retriever = self.passage_retriever
         encoder = load_retriever(retriever.config) if self.is_sharded else retriever.encoder
-
-        def write(folder: Path) -> None:
-            save_retriever(encoder, folder / "retriever", saved.networks.get(DUAL, {}))
-
-        return replace(super().export_parts(saved, network, form), beside=write)
+        trained = saved.networks.get(DUAL, {})
+        return replace(
+            super().export_parts(saved, network, form),
+            beside=lambda folder: save_retriever(encoder, folder / "retriever", trained),
+        )
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """Also the retriever's settings, and whether the generator stays as it is."""
@@ -190,9 +181,7 @@ class RAGModule(GenerativeModule):
         if self.trainer.state.fn != "fit":
             self.passage_retriever.check_index()
 
-    def on_test_start(self) -> None:
-        """Refuse a stale index."""
-        self.passage_retriever.check_index()
+    on_test_start = on_validation_start
 
     def on_predict_start(self) -> None:
         """Refuse a stale index."""
@@ -205,10 +194,6 @@ class RAGModule(GenerativeModule):
         """Means over trained tokens (`loss`) and over questions."""
         retrieval = [f"recall@{k}" for k in self._recall_at]
         return {name: TokenMean() for name in ("loss", "passage_entropy", "retriever_loss", "mrr", *retrieval)}
-
-    @property
-    def _recall_at(self) -> list[int]:
-        return [k for k in RECALL_AT if k <= self.num_passages]
 
     def step(self, batch: RAGBatch, stage: Stage) -> Tensor:
         """Loss of the answers and of the retriever."""
@@ -245,32 +230,9 @@ class RAGModule(GenerativeModule):
             passages: K passages of each.
             scores: Their scores, [B, K].
         """
-        if self.objective in MARGINAL:
-            logps, weights = self.token_logps(items, [[[each] for each in own] for own in passages])
-            if self.objective == "rag_token":
-                return rag_token_loss(scores, logps, weights), None, weights.sum(-1)
-            return rag_sequence_loss(scores, (logps * weights[:, None]).sum(-1)), None, weights.sum(-1)
-        together, weights = self.token_logps(items, [[own] for own in passages])
-        answers = -(together[:, 0] * weights).sum(-1)
-        if self.train_retriever == "none":
-            return answers, None, weights.sum(-1)
-        if not self.train_generator:
-            answers = answers.detach()
-        return answers, self._retriever_losses(items, passages, scores), weights.sum(-1)
-
-    def _retriever_losses(
-        self, items: Sequence[RAGItem], passages: Sequence[Sequence[Passage]], scores: Tensor
-    ) -> Tensor:
-        """Loss of the retriever for each question, [B], from what the generator makes of parts of its passages."""
-        if self.objective == "leave_one_out":
-            contexts = [[[*own[:k], *own[k + 1 :]] for k in range(len(own))] for own in passages]
-        else:
-            contexts = [[[each] for each in own] for own in passages]
-        with torch.no_grad():
-            logps, weights = self.token_logps(items, contexts)
-            sums = (logps * weights[:, None]).sum(-1)  # [B, K]
-            means = sums / weights.sum(-1, keepdim=True)
-        return retriever_loss(self.objective, scores, sums, means, self.target_temperature)
+        learns = self.train_retriever != "none", self.train_generator
+        answer_logps = partial(self.token_logps, items)
+        return objective_losses(self.objective, answer_logps, passages, scores, *learns, self.target_temperature)
 
     # Metrics.
 
@@ -386,42 +348,3 @@ class RAGModule(GenerativeModule):
         if self.train_retriever != "none":
             gradients = [p.grad for p in self.passage_retriever.encoder.parameters() if p.grad is not None]
             self.log("train/retriever_grad_norm", torch.nn.utils.get_total_norm(gradients))
-
-
-def _check_settings(
-    objective: Objective,
-    num_passages: int,
-    train_retriever: TrainedTowers,
-    train_generator: bool,
-    retriever: RetrieverConfig,
-) -> None:
-    """Refuse what would train nothing, or something else than it says.
-
-    Raises:
-        ConfigError: Naming the setting.
-    """
-    learns = train_retriever != "none"
-    if learns and num_passages < 2:
-        raise ConfigError(
-            f"model.num_passages is {num_passages}: the softmax over one passage is always 1, so the "
-            "retriever would get no gradient. Use 2 or more, or set train_retriever to none."
-        )
-    if learns and objective == "language_modeling":
-        raise ConfigError(
-            "model.objective: language_modeling does not train a retriever. Choose another objective, "
-            "or set train_retriever to none."
-        )
-    if not learns and objective not in ("language_modeling", *MARGINAL):
-        raise ConfigError(
-            f"model.objective: {objective} is a loss of the retriever, and train_retriever is none. "
-            "Use language_modeling, or train the retriever."
-        )
-    if not learns and not train_generator:
-        raise ConfigError("model.train_generator is false and train_retriever none: nothing would learn.")
-    if train_retriever == "query" and retriever.towers == "shared":
-        raise ConfigError(
-            "model.train_retriever: the query tower cannot train alone while the towers are shared. "
-            "Set retriever.towers to separate, or train_retriever to both."
-        )
-    if objective == "leave_one_out" and num_passages < 2:
-        raise ConfigError("model.objective: leave_one_out needs num_passages of 2 or more.")

@@ -93,12 +93,12 @@ class RewardModule(ScoringModule):
         margins = [0.0] * len(batch.groups) if batch.margins is None else batch.margins
         found = []
         groups = zip(torch.split(scores, batch.groups), torch.split(batch.targets, batch.groups), margins, strict=True)
-        for own, ranks, margin in groups:
+        for own, targets, margin in groups:
             if len(own) == 2:
-                best, worst = own[ranks.argmin()][None], own[ranks.argmax()][None]
+                best, worst = own[targets.argmax()][None], own[targets.argmin()][None]
                 loss = bradley_terry_loss(best, worst, torch.as_tensor(margin)[None] if self.use_margin else None).sum()
             else:
-                loss = plackett_luce_loss(own, ranks)
+                loss = plackett_luce_loss(own, -targets)  # ranks are lower the better
             found.append(loss + self.center * centering_penalty(own) if self.center else loss)
         return torch.stack(found)
 
@@ -119,14 +119,14 @@ class RewardModule(ScoringModule):
         number = (sizes * batch.weights).sum() if self.data.kind == "steps" else batch.weights.sum()
         metrics = self.metrics_of(stage)
         metrics["loss"].update(loss_sum, number)
-        counted = batch.weights.repeat_interleave(sizes) > 0  # one place a score
+        counted = batch.weights.repeat_interleave(sizes) > 0  # one position a score
         metrics["moments"].update(scores[counted])
         if self.data.kind == "preferences":
             pairs = metrics["pairs"]
             better, worse, records = ordered_pairs(batch)
             groups = [pairs.groups.index(batch.subsets[record] if stage == "test" else "") for record in records]
-            places = torch.tensor([better, worse, groups], dtype=torch.long, device=scores.device)
-            pairs.update(scores[places[0]], scores[places[1]], places[2])
+            positions = torch.tensor([better, worse, groups], dtype=torch.long, device=scores.device)
+            pairs.update(scores[positions[0]], scores[positions[1]], positions[2])
         else:
             metrics["judged"].update(scores[counted, None], batch.targets[counted, None])
         return loss_sum
@@ -179,13 +179,22 @@ class RewardModule(ScoringModule):
 
         The reward of a response made of steps is the log-probability that all of them are good (Lightman et al. 2023).
         """
-        return _prediction(item, self._normalized(scores[:, 0]))
+        found = self._normalized(scores[:, 0])
+        rewards = found.tolist()
+        if self.data.kind == "steps":
+            parts = torch.split(found, [len(positions) for positions in item.read_at])
+            rewards = [float(logsigmoid(part).sum()) for part in parts]
+        named = zip(item.answers, rewards, strict=True)
+        line = {"answers": item.answers, "rewards": {answer["id"]: reward for answer, reward in named}}
+        if self.data.kind == "steps" and len(item.answers) == 1:
+            line["step_rewards"] = found.tolist()
+        return line
 
     def scored_sample(self, item: ResponsesItem, predicted: dict[str, Any]) -> ScoredSample:
         """The rewards, and whether the best response has the highest one."""
         rewards: dict[str, float] = predicted["rewards"]
         text = "\n".join(f"{name} {reward:.3f}" for name, reward in rewards.items())
-        right = best_is_best(item.values, list(rewards.values()))
+        right = best_is_best(item.scores, list(rewards.values()))
         if rewards.keys() == {"chosen", "rejected"}:
             columns: dict[str, Any] = {f"{name}_reward": reward for name, reward in rewards.items()}
         else:
@@ -212,36 +221,28 @@ class RewardModule(ScoringModule):
         return (scores - measured["reward_mean"]) / max(measured["reward_std"], 1e-12)
 
 
-def _prediction(item: ResponsesItem, rewards: Tensor) -> dict[str, Any]:
-    if len(rewards) == len(item.answers) and len(item.read_at[0]) == 1:
-        named = zip(item.answers, rewards.tolist(), strict=True)
-        return {"answers": item.answers, "rewards": {answer["id"]: reward for answer, reward in named}}
-    whole = float(logsigmoid(rewards).sum())
-    return {"answers": item.answers, "rewards": {item.answers[0]["id"]: whole}, "step_rewards": rewards.tolist()}
-
-
-def best_is_best(values: list[float | None], rewards: list[float]) -> bool | None:
-    """Whether a response of the best rank has the highest reward; None if the ranks are not known.
+def best_is_best(scores: list[float | None], rewards: list[float]) -> bool | None:
+    """Whether a response of the best score has the highest reward; None if the scores are not known.
 
     Args:
-        values: Rank of each response, 1 for the best.
+        scores: What is known of each response, higher is better.
         rewards: Their rewards.
     """
-    known = [value for value in values if value is not None]
+    known = [score for score in scores if score is not None]
     if len(known) < 2 or len(known) != len(rewards):
         return None
-    return known[max(range(len(rewards)), key=rewards.__getitem__)] == min(known)
+    return known[max(range(len(rewards)), key=rewards.__getitem__)] == max(known)
 
 
 def ordered_pairs(batch: ScoreBatch) -> tuple[list[int], list[int], list[int]]:
-    """Places of the better and of the worse score of every pair whose ranks differ, and of its record.
+    """Positions of the better and of the worse score of every pair whose targets differ, and of its record.
 
     Records of weight 0 are left out.
     """
     better, worse, records, start = [], [], [], 0
     for record, (size, weight) in enumerate(zip(batch.groups, batch.weights.tolist(), strict=True)):
-        ranks = batch.targets[start : start + size].tolist()
-        for i, j in ((i, j) for i in range(size) for j in range(size) if weight and ranks[i] < ranks[j]):
+        targets = batch.targets[start : start + size].tolist()
+        for i, j in ((i, j) for i in range(size) for j in range(size) if weight and targets[i] > targets[j]):
             better.append(start + i)
             worse.append(start + j)
             records.append(record)

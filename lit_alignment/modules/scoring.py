@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, Saved, head_of, read_head, restore
-from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import ScoreBatch, local_positions
-from lit_alignment.data.encoding.prompts import ItemBatch
+from lit_alignment.data.batching.items import ItemBatch
+from lit_alignment.data.conversation import conversations_of
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request
 from lit_alignment.hooks import Stage
@@ -67,7 +67,7 @@ class ScoringModule(AlignmentModule):
     def configure_model(self) -> None:
         """Load the weights, once."""
         super().configure_model()
-        if self.tokenizer.pad_token_id in datamodule_of(self.trainer).encoder.last_ids():
+        if self.tokenizer.pad_token_id in conversations_of(self.trainer).encoder.last_ids():
             rank_zero_warn(
                 f"conversations end with {self.tokenizer.pad_token}, which is the padding token too: this run is fine "
                 "but transformers' own forward would read an exported model's scores one token too early. "
@@ -84,7 +84,7 @@ class ScoringModule(AlignmentModule):
         inputs = row_inputs(self.network, batch, sequence)
         if sequence is None:
             return scores_at(self.network, batch.read_at, **inputs)
-        # Only packed rows are shared, which stand alone: a place counted through the rows is then a position.
+        # Only packed rows are shared, which stand alone: a position counted through the rows is then a position.
         tokens = sequence.own(batch.input_ids.shape[1])
         local = local_positions(batch.read_at, tokens) if batch.local is None else batch.local
         found = scores_at(self.network, batch.read_at.index_select(0, local) - tokens.start, **inputs)
@@ -103,7 +103,7 @@ class ScoringModule(AlignmentModule):
         """The batch's share of the loss in training; else its loss, after adding it to the metrics.
 
         Args:
-            scores: At the batch's places, [N, K].
+            scores: At the batch's positions, [N, K].
             batch: What they should be.
             stage: What it is for.
         """
@@ -184,7 +184,7 @@ class ScoringModule(AlignmentModule):
 def tell_pad_apart(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a tokenizer that pads with EOS another padding token from its own vocabulary, if it has one.
 
-    Our scores are read at places that are told, but transformers finds the last token of a row by the padding token's
+    Our scores are read at given positions, but transformers finds the last token of a row by the padding token's
     id, and would pass over an EOS that ends the conversation.
     """
     if tokenizer.pad_token_id != tokenizer.eos_token_id:

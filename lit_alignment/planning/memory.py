@@ -137,7 +137,7 @@ def step_memory(
     dtype: torch.dtype | None = None,
     device_type: str = "cpu",
 ) -> StepMemory:
-    """Memory of the second training step, when gradients and optimiser states exist.
+    """Memory of the second training step, when gradients and optimizer states exist.
 
     Args:
         backbone: The model; only its configuration is read.

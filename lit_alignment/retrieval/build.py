@@ -61,11 +61,11 @@ class IndexBuilder:
         except OSError as error:
             raise CheckpointError(f"{self.target}: cannot write the index ({error}).") from error
 
-    def write(self, places: Sequence[int], embeddings: Tensor) -> None:
-        """Put embeddings, [B, D], at their places among all passages."""
+    def write(self, positions: Sequence[int], embeddings: Tensor) -> None:
+        """Put embeddings, [B, D], at their positions among all passages."""
         if self._shards is None:
             self._shards = map_shards(self.folder, self.manifest, writable=True)
-        wanted = torch.tensor(places)
+        wanted = torch.tensor(positions)
         start = 0
         for shard in self._shards:
             inside = (wanted >= start) & (wanted < start + len(shard))

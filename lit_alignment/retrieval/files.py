@@ -39,7 +39,7 @@ class Manifest:
         count: N.
         shards: File name and number of rows of each shard, in order.
         search: `exact`, or the kind of the FAISS index beside the embeddings.
-        step: Optimiser step at which the embeddings were made, in a training run.
+        step: Optimizer step at which the embeddings were made, in a training run.
         format: Version of this layout.
     """
 

@@ -78,7 +78,7 @@ class PassageIndex:
     ) -> None:
         """Check that the parts belong together."""
         self.manifest, self.shards, self.passages, self.faiss = manifest, shards, passages, faiss
-        self._part: tuple[Tensor, int] | None = None  # embeddings of this process, and the first one's place
+        self._part: tuple[Tensor, int] | None = None  # embeddings of this process, and the first one's position
         rows = sum(len(shard) for shard in shards)
         if not len(passages) == rows == manifest.count:
             raise ConfigError(
@@ -147,7 +147,7 @@ class PassageIndex:
             )
 
     def search(self, queries: Tensor, k: int, together: bool = False) -> tuple[Tensor, Tensor]:
-        """Scores and places of the K best passages, both [B, K], best first; fewer if there are fewer.
+        """Scores and positions of the K best passages, both [B, K], best first; fewer if there are fewer.
 
         Args:
             queries: [B, D].
@@ -161,12 +161,12 @@ class PassageIndex:
             return sharded_search(queries, *self._own_part(queries.device), k)
         if self.faiss is None:
             return exact_search(queries, self.shards, k)
-        scores, places = self.faiss.search(queries.float().cpu().numpy(), k)
-        scores, places = torch.from_numpy(scores).to(queries.device), torch.from_numpy(places).to(queries.device)
-        short = (places < 0).any(1)  # the clusters that were looked into held fewer than K
+        scores, positions = self.faiss.search(queries.float().cpu().numpy(), k)
+        scores, positions = torch.from_numpy(scores).to(queries.device), torch.from_numpy(positions).to(queries.device)
+        short = (positions < 0).any(1)  # the clusters that were looked into held fewer than K
         if short.any():
-            scores[short], places[short] = exact_search(queries[short].float(), self.shards, k)
-        return scores, places
+            scores[short], positions[short] = exact_search(queries[short].float(), self.shards, k)
+        return scores, positions
 
     def _own_part(self, device: torch.device) -> tuple[Tensor, int]:
         """This process's part of the embeddings, on its device, and the place of the first."""
@@ -180,22 +180,22 @@ class PassageIndex:
             self._part = torch.cat(rows).to(device), first
         return self._part
 
-    def embeddings(self, places: Tensor) -> Tensor:
-        """Stored embeddings at the given places, fp32, [..., D]."""
-        flat = places.reshape(-1).cpu()
+    def embeddings(self, positions: Tensor) -> Tensor:
+        """Stored embeddings at the given positions, fp32, [..., D]."""
+        flat = positions.reshape(-1).cpu()
         found = torch.empty(len(flat), self.manifest.dimension, dtype=torch.float32)
         start = 0
         for shard in self.shards:
             inside = (flat >= start) & (flat < start + len(shard))
             found[inside] = shard[flat[inside] - start].float().cpu()
             start += len(shard)
-        return found.view(*places.shape, -1).to(places.device)
+        return found.view(*positions.shape, -1).to(positions.device)
 
-    def at(self, places: Tensor) -> list[Passage]:
-        """The passages at the given places, [K]."""
-        rows = self.passages[places.tolist()]
+    def at(self, positions: Tensor) -> list[Passage]:
+        """The passages at the given positions, [K]."""
+        rows = self.passages[positions.tolist()]
         columns = zip(rows["id"], rows["title"], rows["text"], strict=True)
-        return [Passage(id, [], "", title=title, text=text) for id, title, text in columns]
+        return [Passage(id, title, text) for id, title, text in columns]
 
 
 def make_faiss(shards: list[Tensor], config: IndexConfig) -> Any:

@@ -26,7 +26,7 @@ def exact_search(queries: Tensor, shards: Sequence[Tensor], k: int, block: int =
         block: Passages a block.
 
     Returns:
-        Scores, fp32, and places among all passages, both [B, K], best first, on the queries' device.
+        Scores, fp32, and positions among all passages, both [B, K], best first, on the queries' device.
 
     Raises:
         ValueError: If K is larger than N.
@@ -37,18 +37,18 @@ def exact_search(queries: Tensor, shards: Sequence[Tensor], k: int, block: int =
     device = queries.device
     queries = queries.to(shards[0].device)
     best = queries.new_full((len(queries), k), -torch.inf, dtype=torch.float32)
-    places = torch.full_like(best, -1, dtype=torch.long)
+    positions = torch.full_like(best, -1, dtype=torch.long)
     if len(queries) == 0:
-        return best.to(device), places.to(device)
+        return best.to(device), positions.to(device)
     start = 0
     for shard in shards:
         for rows in torch.split(shard, block):
             found = (queries.to(rows.dtype) @ rows.T).float()
             scores, own = _candidates(found, best[:, -1:], k)
             best, order = torch.cat([best, scores], 1).topk(k)
-            places = torch.cat([places, own + start], 1).gather(1, order)
+            positions = torch.cat([positions, own + start], 1).gather(1, order)
             start += len(rows)
-    return best.to(device), places.to(device)
+    return best.to(device), positions.to(device)
 
 
 @torch.no_grad()
@@ -60,11 +60,11 @@ def sharded_search(queries: Tensor, part: Tensor, start: int, k: int) -> tuple[T
     Args:
         queries: This process's own, [B, D]; each may have another B.
         part: Embeddings of its passages, [n, D].
-        start: Place of the first of them among all passages.
+        start: Position of the first of them among all passages.
         k: K, at most N.
 
     Returns:
-        Scores, fp32, and places among all passages, both [B, K], best first.
+        Scores, fp32, and positions among all passages, both [B, K], best first.
     """
     world = range(dist.get_world_size())
     counts = [torch.zeros((), dtype=torch.long, device=queries.device) for _ in world]
@@ -74,9 +74,9 @@ def sharded_search(queries: Tensor, part: Tensor, start: int, k: int) -> tuple[T
     padded[: len(queries)] = queries
     everyone = [torch.empty_like(padded) for _ in world]
     dist.all_gather(everyone, padded)
-    scores, places = exact_search(torch.cat(everyone), [part], min(k, len(part)))  # [W * max B, k of this part]
+    scores, positions = exact_search(torch.cat(everyone), [part], min(k, len(part)))  # [W * max B, k of this part]
     found = torch.nn.functional.pad(scores, (0, k - scores.shape[1]), value=-torch.inf)
-    where = torch.nn.functional.pad(places + start, (0, k - places.shape[1]), value=-1)
+    where = torch.nn.functional.pad(positions + start, (0, k - positions.shape[1]), value=-1)
     all_scores, all_places = [torch.empty_like(found) for _ in world], [torch.empty_like(where) for _ in world]
     dist.all_gather(all_scores, found)
     dist.all_gather(all_places, where)

@@ -38,7 +38,7 @@ class Sharding:
         devices: Devices that share.
         weights: Whether weights are split; likewise `gradients` and `optimizer`.
         gradients: Whether gradients are split.
-        optimizer: Whether optimiser states are split.
+        optimizer: Whether optimizer states are split.
         buckets: Whether gradients are copied into buckets for their reduction.
         sequence: Devices that share the tokens of a row.
         tensor: Devices that share the matrices of a layer.
@@ -102,7 +102,7 @@ def _scale(
     """FSDP2 on several numbers of devices.
 
     Raises:
-        ConfigError: If these are no numbers, or devices that share a micro-batch do not divide them.
+        ConfigError: If these are not numbers, or devices that share a micro-batch do not divide them.
     """
     try:
         counts = [int(each) for each in options.scale.split(",")]
@@ -159,7 +159,7 @@ def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
     kinds = {"bf16": torch.bfloat16, "16": torch.float16}
     kind = kinds.get(precision.partition("-")[0])
     mixed = precision.endswith("mixed")
-    length = data.encoder.config.max_length
+    length = data.encoding.max_length
     lengths: list[int] = []
     if data.packing:
         whole, rest = divmod(data.tokens_per_batch, length)
@@ -213,7 +213,7 @@ def per_device(memory: StepMemory, sharding: Sharding) -> dict[str, int]:
     parts = {
         "weights": split(memory.weights, sharding.weights) + outside,
         "gradients": split(memory.gradients, sharding.gradients),
-        "optimiser": split(memory.optimizer, sharding.optimizer),
+        "optimizer": split(memory.optimizer, sharding.optimizer),
         "activations": memory.activations // sharding.sequence,
         "logits and loss": memory.loss,  # chunks of a fixed size, and the gradient of the output embedding
     }

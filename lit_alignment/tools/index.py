@@ -122,7 +122,7 @@ class EmbeddingWriter(Callback):
         self._builder = IndexBuilder(self.index, manifest)
         if trainer.is_global_zero:
             columns = zip(rows["id"], rows["title"], rows["text"], strict=True)
-            self._builder.create([Passage(id, [], "", title=title, text=text) for id, title, text in columns])
+            self._builder.create([Passage(id, title, text) for id, title, text in columns])
         trainer.strategy.barrier("index")
 
     def on_predict_batch_end(
@@ -178,8 +178,8 @@ def evaluate(retriever: RetrieverConfig, index: IndexConfig, options: argparse.N
     groups = [questions[start : start + QUESTIONS_TOGETHER] for start in range(0, len(questions), QUESTIONS_TOGETHER)]
     for group in track(groups, "searching", transient=True, disable=not Console().is_terminal):
         with torch.no_grad():
-            _, places = found.search(encoder.queries([query for query, _ in group]), max(ks))
-        for row, (_, relevant) in zip(places, group, strict=True):
+            _, positions = found.search(encoder.queries([query for query, _ in group]), max(ks))
+        for row, (_, relevant) in zip(positions, group, strict=True):
             metrics.append(ranking_metrics([passage.id for passage in found.at(row)], relevant, ks))
     means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
     table = Table("metric", "value", title=f"{len(questions)} questions, {len(found)} passages", title_justify="left")

@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
             )
     console.rule("lengths", align="left")
     lengths = np.array(data.examples[options.split]["length"])
-    console.print(terminal_histogram(lengths, data.encoder.config.max_length))
+    console.print(terminal_histogram(lengths, data.encoding.max_length))
     console.rule("records", align="left")
     console.print(data.reports[options.split].line(), soft_wrap=True)
     if options.split != "predict" and data.packing:
@@ -203,8 +203,9 @@ def histogram_svg(lengths: np.ndarray[Any, Any], width: int = 640, height: int =
 def _packing_line(data: AlignmentDataModule, split: Split) -> str:
     plan = data.plan(split)
     rows = len(plan.groups(0))
-    filled = data.reports[split].tokens / (rows * data.tokens_per_batch)
-    return f"packed into {rows} rows of up to {data.tokens_per_batch} tokens, {filled:.1%} full"
+    longest = max(data.tokens_per_batch, data.reports[split].longest)
+    filled = data.reports[split].tokens / (rows * longest)
+    return f"packed into {rows} rows of up to {longest} tokens, {filled:.1%} full"
 
 
 def render_page(

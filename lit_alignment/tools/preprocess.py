@@ -117,7 +117,7 @@ class FeatureModule(LightningModule):
 
 
 class FeatureWriter(Callback):
-    """Write features as they come; a killed run goes on after its last shard.
+    """Write features as they come; a killed run resumes after its last shard.
 
     Args:
         folder: The cache.
@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lit-alignment preprocess",
         description="Encode the images (or sounds) of a configuration once, with a Trainer on its devices. Set "
-        "model.image.cache to the folder afterwards. A killed run goes on where it stopped. Any setting of the "
+        "model.image.cache to the folder afterwards. A killed run resumes where it stopped. Any setting of the "
         "configuration can be given too.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
@@ -233,7 +233,7 @@ def preprocess(paths: list[Path], shape: MediaShape, devices: dict[str, Any], op
     done = written_names(folder)
     files = [(name, str(path)) for path in paths if (name := relative_name(path, root)) not in done]
     if done:
-        print(f"{len(done)} files are encoded in {folder}; going on.")
+        print(f"{len(done)} files are encoded in {folder}; resuming.")
     trainer = Trainer(
         **devices,
         logger=False,

@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
 
     Raises:
         ConfigError: If the options contradict each other, or the output exists.
-        RecordError: Naming the line and the field at fault; an output that is there already is left as it is.
+        RecordError: Naming the line and the offending field; an output that is there already is left as it is.
     """
     given = _parser().parse_args(arguments)
     if given.out.exists() and not given.overwrite:
@@ -312,7 +312,7 @@ def read_lines(
 
     Raises:
         FileNotFoundError: If a file is not there.
-        RecordError: Naming the line and the field at fault.
+        RecordError: Naming the line and the offending field.
     """
     for line, record in read_predictions(paths):
         yield line, _different(read_candidates(line, record.where, needs_rewards), counts)
@@ -322,7 +322,7 @@ def read_candidates(line: dict[str, Any], where: str, needs_rewards: bool) -> li
     """The answers of one line, with their rewards.
 
     Raises:
-        RecordError: Naming the field at fault.
+        RecordError: Naming the offending field.
     """
     answers, rewards = line["answers"], line.get("rewards")
     if rewards is None and needs_rewards:

@@ -72,7 +72,7 @@ def _refuse(saved: Saved, source: Path) -> None:
         peft = PeftConfig.from_pretrained(saved.adapter.path)
     if peft is not None and peft.is_prompt_learning:
         raise ConfigError(
-            f"{source}: {type(peft).__name__} puts vectors before the tokens, which vLLM does not. "
+            f"{source}: {type(peft).__name__} puts virtual tokens before the prompt, which vLLM does not. "
             "Use engine: transformers."
         )
 

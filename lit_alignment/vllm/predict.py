@@ -170,7 +170,7 @@ def _untrained(module: AlignmentModule) -> Served:
     elif module.added_tokens:
         why = "the rows of new tokens are not trained"
     elif module.peft_config is not None and module.peft_config.is_prompt_learning:
-        why = f"the vectors of {type(module.peft_config).__name__} are not trained"
+        why = f"the virtual tokens of {type(module.peft_config).__name__} are not trained"
     elif module.head is not None and module.adapter is None and not _is_classifier(backbone.path):
         why = "the head is not trained"
     if why:

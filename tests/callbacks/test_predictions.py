@@ -1,4 +1,4 @@
-"""Prediction files: order, several settings, and going on after a kill."""
+"""Prediction files: order, several settings, and resuming after a kill."""
 
 import json
 

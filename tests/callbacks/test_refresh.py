@@ -1,4 +1,4 @@
-"""Refreshing the index: what changes, what is kept, and that a resumed run goes on as it would have."""
+"""Refreshing the index: what changes, what is kept, and that a resumed run continues as it would have."""
 
 from types import SimpleNamespace
 

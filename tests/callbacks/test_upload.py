@@ -18,8 +18,7 @@ from lit_alignment.checkpoints import remote
 from lit_alignment.checkpoints.remote import RemoteFolder, RemoteItem, describe, sha256
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.trainer_cli import build
-from tests.checkpoints.test_checkpoints import Seen
-from tests.helpers import chats, sft_data, sft_module, trainer, write_jsonl
+from tests.helpers import Seen, chats, sft_data, sft_module, trainer, write_jsonl
 
 
 class Faulty(MemoryFileSystem):

@@ -1,9 +1,9 @@
-"""Checkpoints written while training goes on: what they hold, in which order, and what happens when one fails."""
+"""Checkpoints written while training continues: what they hold, in which order, and what happens when one fails."""
 
 import json
-import subprocess
-import sys
+import random
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 
 from lit_alignment import AsyncCheckpointIO, AtomicCheckpointIO, Export, FSDP2Strategy, Upload, wait_for_saves
 from lit_alignment.checkpoints.background import start_saving
+from lit_alignment.distributed import fsdp2
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.trainer_cli import build
-from tests.checkpoints.test_checkpoints import Seen
-from tests.helpers import ROOT, chats, run_on_ranks, sft_data, sft_module, trainer
+from tests.helpers import Seen, chats, sft_data, sft_module, trainer
+from tests.helpers.ranks import kill_after_first, run_on_ranks
 
 
 class Held:
@@ -230,56 +231,67 @@ def test_command_takes_the_plugin_from_yaml(tmp_path):
     assert (Path(best).parent / "export" / "config.json").is_file() or list(Path(best).parent.glob("export/*"))
 
 
+def fit_without_space(folder, sharded):
+    """On each of two ranks, of which the first cannot finish a checkpoint; each writes what it was told."""
+
+    def no_space(*_):
+        raise OSError("no space")
+
+    if sharded:
+        fsdp2.put_in_place = no_space
+    else:
+        torch.save = no_space
+    strategy = FSDP2Strategy(sharded, process_group_backend="gloo", async_save=True)
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1)
+    options = {"max_steps": 3, "enable_checkpointing": True, "callbacks": [saver]}
+    runner = trainer(folder, strategy=strategy, devices=2, **options)
+    module = sft_module()
+    try:
+        runner.fit(module, sft_data(module, chats(20), packing=False, batch_size=2))
+    except CheckpointError as error:
+        (folder / f"{runner.global_rank}.txt").write_text(str(error))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [True, False])
 def test_rank_that_cannot_save_stops_all_ranks(sharded, tmp_path):
-    run_on_ranks("checkpoints.failed_save_script", str(tmp_path), str(int(sharded)))
+    run_on_ranks(fit_without_space, tmp_path, sharded)
     for rank in (0, 1):
         assert "step=1.ckpt: cannot save the checkpoint (no space)" in (tmp_path / f"{rank}.txt").read_text()
     assert [path.name for path in tmp_path.glob("*.ckpt")] == []
 
 
-KILLER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from lit_alignment import AsyncCheckpointIO, AtomicCheckpointIO
+def save_in_the_background(folder, number):
+    plugin, weight = AsyncCheckpointIO(), torch.zeros(400_000)
+    plugin.saves.start()
+    before = list(folder.glob("*.ckpt"))
+    while True:
+        number += 1
+        weight.fill_(number)
+        path = folder / f"{number}.ckpt"
+        plugin.save_checkpoint({"number": number, "x": weight}, path)
+        for old in before:
+            plugin.remove_checkpoint(old)
+        before = [path]
 
-folder, generator, interrupted, earlier = Path(sys.argv[1]), random.Random(0), 0, 0
-for _ in range(50):
-    child = os.fork()
-    if child == 0:
-        plugin, number, weight = AsyncCheckpointIO(), earlier, torch.zeros(400_000)
-        plugin.saves.start()
-        before = [path for path in folder.glob("*.ckpt")]
-        while True:
-            number += 1
-            weight.fill_(number)
-            path = folder / f"{number}.ckpt"
-            plugin.save_checkpoint({"number": number, "x": weight}, path)
-            for old in before:
-                plugin.remove_checkpoint(old)
-            before = [path]
-    time.sleep(generator.uniform(0.05, 0.3))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    interrupted += any(file.name.endswith(".partial") for file in folder.iterdir())
-    for file in folder.glob(".*.partial"):
-        file.unlink()
-    found = [AtomicCheckpointIO().load_checkpoint(path) for path in folder.glob("*.ckpt")]
-    assert all(state["x"].tolist() == [float(state["number"])] * 400_000 for state in found)
-    newest = max((state["number"] for state in found), default=0)
-    assert newest >= earlier, (newest, earlier)
-    earlier = newest
-print(interrupted, earlier)
-"""
+
+def kill_savers_in_the_background(folder):
+    """Fifty runs that save, remove and change the weights without pause, each killed after its first save."""
+    generator, interrupted, earlier = random.Random(0), 0, 0
+    for _ in range(50):
+        run = partial(save_in_the_background, folder, earlier)
+        kill_after_first(run, folder / f"{earlier + 1}.ckpt", generator.uniform(0, 0.05))
+        interrupted += any(file.name.endswith(".partial") for file in folder.iterdir())
+        for file in folder.glob(".*.partial"):
+            file.unlink()
+        found = [AtomicCheckpointIO().load_checkpoint(path) for path in folder.glob("*.ckpt")]
+        assert all(state["x"].tolist() == [float(state["number"])] * 400_000 for state in found)
+        newest = max(state["number"] for state in found)
+        assert newest > earlier
+        earlier = newest
+    assert interrupted > 5
 
 
 @pytest.mark.slow
 def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path):
-    """Fifty runs that save, remove and change the weights without pause, each killed at a random moment."""
-    arguments = [sys.executable, "-c", KILLER, str(tmp_path)]
-    result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    interrupted, reached = map(int, result.stdout.split())
-    assert interrupted > 5 and reached > 50
+    run_on_ranks(kill_savers_in_the_background, tmp_path, ranks=1)

@@ -1,37 +1,20 @@
 """Slim, atomic checkpoints, and resuming inside an epoch."""
 
-import subprocess
-import sys
+import random
+import resource
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_alignment import AtomicCheckpointIO
 from lit_alignment.errors import CheckpointError
 from lit_alignment.models.loading import BackboneConfig
-from tests.helpers import ROOT, chats, sft_data, sft_module, trainer, weights
-
-
-class Seen(Callback):
-    """Record ids and losses of each batch; optionally dies before a given one."""
-
-    def __init__(self, die_at=None):
-        self.ids, self.losses, self.die_at = [], [], die_at
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.die_at is not None and len(self.ids) == self.die_at:
-            raise Killed
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.ids.append(batch.ids)
-        self.losses.append(float(outputs["loss"]))
-
-
-class Killed(Exception):
-    pass
+from tests.helpers import Killed, Seen, chats, sft_data, sft_module, trainer, weights
+from tests.helpers.ranks import kill_after_first, run_on_ranks
 
 
 def run(folder, die_at=None, resume=None, **data):
@@ -63,7 +46,7 @@ def test_resume_sees_the_same_records_and_losses(tmp_path, data):
         seen, resume, offset = [], None, 0
         for kill in [*kills, None]:
             part, runner, resumed = run(tmp_path / name, None if kill is None else kill - offset, resume, **data)
-            # What came after the last checkpoint, which stands at the last finished optimiser step, is seen again.
+            # What came after the last checkpoint, which stands at the last finished optimizer step, is seen again.
             seen = seen[:offset] + list(zip(part.ids, part.losses, strict=True))
             if kill is not None:
                 resume = newest(tmp_path / name)
@@ -76,7 +59,7 @@ def test_resume_sees_the_same_records_and_losses(tmp_path, data):
 
 
 def batches_after(steps, per_epoch):
-    """Batches that so many optimiser steps used, with windows of two and a short one at the end of an epoch."""
+    """Batches that so many optimizer steps used, with windows of two and a short one at the end of an epoch."""
     windows = -(-per_epoch // 2)
     epochs, rest = divmod(steps, windows)
     return epochs * per_epoch + min(rest * 2, per_epoch)
@@ -136,61 +119,46 @@ def test_truncated_checkpoint_is_named(tmp_path):
         AtomicCheckpointIO().load_checkpoint(path)
 
 
-def test_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+def save_twice_of_which_once_fits(path):
     """A file-size limit stands in for a full disk: the kernel refuses the write in the same way."""
-    code = (
-        "import resource, signal, torch\n"
-        "from lit_alignment import AtomicCheckpointIO\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"path = {str(tmp_path / 'a.ckpt')!r}\n"
-        "AtomicCheckpointIO().save_checkpoint({'x': torch.zeros(10)}, path)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "AtomicCheckpointIO().save_checkpoint({'x': torch.zeros(1_000_000)}, path)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert "CheckpointError" in result.stderr and "Earlier checkpoints are untouched" in result.stderr
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(10)}, path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    with pytest.raises(CheckpointError, match="Earlier checkpoints are untouched"):
+        AtomicCheckpointIO().save_checkpoint({"x": torch.zeros(1_000_000)}, path)
+
+
+@pytest.mark.slow
+def test_full_disk_leaves_the_earlier_checkpoint(tmp_path):
+    run_on_ranks(save_twice_of_which_once_fits, tmp_path / "a.ckpt", ranks=1)
     assert len(AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["x"]) == 10
     assert [path.name for path in tmp_path.glob("*") if path.is_file()] == ["a.ckpt"]
 
 
-KILLER = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-from lit_alignment import AtomicCheckpointIO
+def save_without_pause(path):
+    number = 0
+    while True:
+        number += 1
+        AtomicCheckpointIO().save_checkpoint({"number": number, "x": torch.full((400_000,), float(number))}, path)
 
-path, generator, interrupted, loaded_times = Path(sys.argv[1]), random.Random(0), 0, 0
-for _ in range(50):
-    child = os.fork()
-    if child == 0:
-        number = 0
-        while True:
-            number += 1
-            AtomicCheckpointIO().save_checkpoint({"number": number, "x": torch.full((400_000,), float(number))}, path)
-    time.sleep(generator.uniform(0.05, 0.3))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    interrupted += any(file.name.endswith(".partial") for file in path.parent.iterdir())
-    if path.exists():
+
+def kill_savers(path):
+    """Fifty processes that save without pause, each killed at a random moment after its first save."""
+    generator, interrupted = random.Random(0), 0
+    for _ in range(50):
+        for file in path.parent.iterdir():
+            file.unlink()
+        kill_after_first(partial(save_without_pause, path), path, generator.uniform(0, 0.05))
+        interrupted += len(list(path.parent.iterdir())) > 1
         state = AtomicCheckpointIO().load_checkpoint(path)
         assert state["x"].tolist() == [float(state["number"])] * 400_000
-        loaded_times += 1
-print(interrupted, loaded_times)
-"""
+    assert interrupted > 5  # the kills did fall into saves
 
 
 @pytest.mark.slow
 def test_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path):
-    """Fifty processes that save without pause, each killed at a random moment.
-
-    They are forked from one process that has imported everything and run nothing: starting Python fifty times
-    would take minutes, and a fork of this one would inherit locked thread pools.
-    """
-    arguments = [sys.executable, "-c", KILLER, str(tmp_path / "last.ckpt")]
-    result = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    interrupted, loaded = map(int, result.stdout.split())
-    assert loaded >= 49 and interrupted > 5  # the kills did fall into saves
+    (tmp_path / "run").mkdir()
+    run_on_ranks(kill_savers, tmp_path / "run" / "last.ckpt", ranks=1)
 
 
 def test_backbone_is_written_down_in_plain_values(tmp_path):

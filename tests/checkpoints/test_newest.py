@@ -1,4 +1,4 @@
-"""`--ckpt_path newest`: go on where a run stopped, past checkpoints that are damaged."""
+"""`--ckpt_path newest`: continue where a run stopped, past checkpoints that are damaged."""
 
 import os
 
@@ -113,7 +113,7 @@ def test_command_starts_and_then_goes_on(tmp_path, capsys, monkeypatch):
         return training_step(self, batch, batch_idx)
 
     monkeypatch.setattr(SFTModule, "training_step", watched)
-    for epochs, said in ((1, "no checkpoint yet: starting"), (2, "going on from")):
+    for epochs, said in ((1, "no checkpoint yet: starting"), (2, "resuming from")):
         ids.append([])
         options = [*places, f"--trainer.max_epochs={epochs}", "--trainer.callbacks=null", "--ckpt_path=newest"]
         run = build(["fit", "--config", "configs/sft/tiny.yaml", *options], run=True)

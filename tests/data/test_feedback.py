@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_alignment.data.feedback import read_comparison
+from lit_alignment.data.encoding.feedback import read_feedback
 from lit_alignment.errors import RecordError
 from tests.helpers import response_encoder
 
@@ -11,11 +11,11 @@ GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "con
 
 
 def read(**raw):
-    return read_comparison(raw, "pairs.jsonl:3", 2)
+    return read_feedback(raw, "pairs.jsonl:3", 2)
 
 
 def responses(record):
-    return [(r["id"], r["message"]["content"], r["value"]) for r in record.responses]
+    return [(r["id"], r["message"]["content"], r["score"]) for r in record.responses]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def responses(record):
 def test_every_form_of_a_pair_is_read_alike(raw):
     record = read(id=5, **raw)
     assert record.messages == [ASK] and record.id == "5"
-    assert responses(record) == [("chosen", "good", 1.0), ("rejected", "bad", 2.0)]
+    assert responses(record) == [("chosen", "good", 1.0), ("rejected", "bad", 0.0)]
 
 
 def test_margin_has_two_names_and_subset_is_kept():
@@ -51,13 +51,13 @@ def test_system_message_beside_a_prompt_is_read():
     assert [message["role"] for message in record.messages] == ["system", "user"]
 
 
-def test_rankings_and_sampled_answers_become_ranks():
+def test_of_two_responses_the_better_has_the_higher_score():
     ranked = read(prompt="q", candidates=["a", {"id": "x", "content": "b"}, [GOOD]], ranking=[2, 1, 3])
-    assert responses(ranked) == [("0", "a", 2.0), ("x", "b", 1.0), ("2", "good", 3.0)]
+    assert responses(ranked) == [("0", "a", -2.0), ("x", "b", -1.0), ("2", "good", -3.0)]
     answers = [{"id": 1, "content": "a"}, {"id": 2, "content": "b"}]
     sampled = read(messages=[ASK], answers=answers, rewards={"1": 0.5, "2": 2.5})
-    assert responses(sampled) == [("1", "a", -0.5), ("2", "b", -2.5)]
-    assert [r["value"] for r in read(messages=[ASK], answers=answers).responses] == [None, None]
+    assert responses(sampled) == [("1", "a", 0.5), ("2", "b", 2.5)]
+    assert [r["score"] for r in read(messages=[ASK], answers=answers).responses] == [None, None]
 
 
 def test_judged_responses_have_three_forms():
@@ -67,7 +67,7 @@ def test_judged_responses_have_three_forms():
         {"context": [ASK], "answer": GOOD, "is_desirable": True},
     ):
         assert responses(read(**raw)) == [("0", "good", 1.0)]
-    assert read(messages=[ASK, GOOD]).responses[0]["value"] is None
+    assert read(messages=[ASK, GOOD]).responses[0]["score"] is None
 
 
 def test_steps_have_labels_of_their_own():
@@ -115,7 +115,7 @@ def test_mistake_is_named_with_place_and_field(raw, message):
 
 def test_record_that_is_no_object_is_refused():
     with pytest.raises(RecordError, match="pairs.jsonl:3: the record is a list"):
-        read_comparison([], "pairs.jsonl:3", 0)
+        read_feedback([], "pairs.jsonl:3", 0)
 
 
 def test_separator_that_a_template_would_change_is_refused(tokenizer):

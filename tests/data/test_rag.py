@@ -9,7 +9,7 @@ from lit_alignment.data.rag import PassagePlacementConfig, RAGEncoder, query_tex
 from lit_alignment.errors import ConfigError, RecordError
 from tests.helpers import encoded_index, knowledge, rag_data, rag_module, record, table
 
-PASSAGES = [Passage("a", [], "", title="scale", text="the scale is red"), Passage("b", [], "", text="order it")]
+PASSAGES = [Passage("a", "scale", "the scale is red"), Passage("b", text="order it")]
 
 
 def rag_encoder(tokenizer, placement=None, **settings):
@@ -73,7 +73,7 @@ def test_prompt_of_predict_is_what_training_saw_before_the_answer(tokenizer):
 
 
 def test_passages_are_cut_until_all_fits_and_the_question_never(tokenizer):
-    long = [Passage(str(i), [], "", title="t", text="the scale is red " * 50) for i in range(3)]
+    long = [Passage(str(i), "t", "the scale is red " * 50) for i in range(3)]
     encoder = rag_encoder(tokenizer, max_length=120)
     asked, answer = encoder.split(record("what color?", "it is red"))
     example = encoder.example(asked, answer, long)

@@ -1,6 +1,5 @@
-"""Load a model on two gloo ranks under FSDP2; each rank writes its memory. Started by test_distributed.py."""
+"""Load a model on two gloo ranks under FSDP2; each rank writes its memory."""
 
-import sys
 import threading
 import time
 from pathlib import Path
@@ -41,9 +40,8 @@ class Watched(SFTModule):
         self.most = max(self.most, memory() - before)
 
 
-def main(kind: str, folder: str) -> None:
+def load(kind: str, folder: str) -> None:
     """Load and train a step."""
-    torch.set_num_threads(1)
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
     module = Watched(BackboneConfig(f"{folder}/base", dtype="float32"), optimizer=optimizer)
     strategy = FSDP2Strategy(process_group_backend="gloo") if kind == "fsdp2" else "auto"
@@ -59,7 +57,3 @@ def main(kind: str, folder: str) -> None:
         {"most": module.most, "loss": float(runner.callback_metrics["train/loss"])},
         Path(folder) / f"{kind}-{runner.global_rank}.pt",
     )
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

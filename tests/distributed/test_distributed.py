@@ -1,16 +1,15 @@
 """Gradients and losses on two gloo ranks equal those of one process."""
 
+from functools import cache
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import base_model_folder, run_on_ranks
-
-
-def launch(kind, lora, folder, part="all", method="sft"):
-    run_on_ranks("distributed.distributed_script", kind, lora, str(folder), part, method)
-    return torch.load(folder / f"{kind}-{part.split(',')[-1]}-0.pt")
-
+from tests.distributed.loading_script import load
+from tests.helpers import base_model_folder
+from tests.helpers.rank_runs import train
+from tests.helpers.ranks import run_on_ranks
 
 SHARING = ["sft", "classification", "reward"]  # methods whose ranks can share a batch
 METHODS = [*SHARING, "rag", "vlm"]
@@ -18,17 +17,12 @@ METHODS = [*SHARING, "rag", "vlm"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What a method found under a strategy; all methods train in the same processes, once."""
-    folders = {}
+    """What a method found under a strategy, where each trains once."""
+    folder = tmp_path_factory.mktemp("trained")
 
+    @cache
     def found(kind, lora, method):
-        if (kind, lora) not in folders:
-            folders[kind, lora] = tmp_path_factory.mktemp(f"{kind}-{lora}")
-            methods = SHARING if kind.startswith(("sequence", "tensor")) else METHODS
-            run_on_ranks(
-                "distributed.distributed_script", kind, lora, str(folders[kind, lora]), "all", ",".join(methods)
-            )
-        return torch.load(folders[kind, lora] / method / f"{kind}-all-0.pt")
+        return train(kind, lora, folder / f"{kind}-{lora}-{method}", method=method)
 
     return found
 
@@ -38,7 +32,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("lora", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_equal_one_process(method, kind, lora, trained):
-    """The same micro-batches, dealt to two ranks with half the accumulation; the last window is a short one."""
+    """The same micro-batches, sharded to two ranks with half the accumulation; the last window is a short one."""
     one, two = trained("one", lora, method), trained(kind, lora, method)
     assert one["ids"] != two["ids"]
     assert_same_training(one, two)
@@ -92,7 +86,7 @@ def assert_same_training(one, two):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_rank_without_an_image_keeps_in_step(kind, tmp_path):
     """Where only one rank has images, the other still takes part in every exchange."""
-    launch(kind, "full", tmp_path, method="vlm")
+    train(kind, "full", tmp_path, method="vlm")
     ranks = [torch.load(tmp_path / f"{kind}-all-{rank}.pt")["pictures"] for rank in (0, 1)]
     assert sorted(ranks) == [[False, True], [True, False]]
 
@@ -112,11 +106,11 @@ def test_rank_without_an_image_keeps_in_step(kind, tmp_path):
     ],
 )
 def test_resume_on_two_ranks_sees_the_same_records(kind, lora, tmp_path):
-    """Stopped in the middle of the first epoch; each rank goes on with its own records.
+    """Stopped in the middle of the first epoch; each rank continues with its own records.
 
     `async` saves in the background; under `fsdp2-async` the weights change before their checkpoint is written.
     """
-    launch(kind, lora, tmp_path, "whole,first,rest")
+    train(kind, lora, tmp_path, "whole,first,rest")
     assert (tmp_path / "saved.ckpt").is_dir() == kind.startswith(("fsdp2", "deepspeed"))
     for rank in (0, 1):
         whole, first, rest = (torch.load(tmp_path / f"{kind}-{p}-{rank}.pt") for p in ("whole", "first", "rest"))
@@ -140,9 +134,9 @@ def test_resume_on_two_ranks_sees_the_same_records(kind, lora, tmp_path):
 )
 def test_checkpoint_resumes_on_another_number_of_ranks(before, after, lora, tmp_path):
     """Two ranks with one micro-batch each take the steps of one process that accumulates two."""
-    first = launch(before, lora, tmp_path, "pairs-whole,pairs-first")
+    first = train(before, lora, tmp_path, "pairs-whole,pairs-first")
     whole = torch.load(tmp_path / f"{before}-pairs-whole-0.pt")
-    rest = launch(after, lora, tmp_path, "pairs-rest")
+    rest = train(after, lora, tmp_path, "pairs-rest")
     assert 0 < len(first["losses"]) < len(whole["losses"])
     assert first["losses"] + rest["losses"] == pytest.approx(whole["losses"], rel=1e-4)
     assert first["norms"] + rest["norms"] == pytest.approx(whole["norms"], rel=1e-3)
@@ -158,7 +152,7 @@ def test_each_rank_holds_its_shards_alone_while_a_model_is_loaded(stored, tmp_pa
     copy = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "base").parameters())
     assert copy > 300e6
     for kind in ("one", "fsdp2"):
-        run_on_ranks("distributed.loading_script", kind, str(tmp_path))
+        run_on_ranks(load, kind, str(tmp_path), ranks=1 if kind == "one" else 2)
     one, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "fsdp2-0", "fsdp2-1"))
     assert sum(rank["most"] for rank in ranks) < 1.3 * copy
     assert ranks[0]["loss"] == pytest.approx(one["loss"], rel=1e-5)

@@ -10,9 +10,8 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.losses import token_cross_entropy
 from lit_alignment.models.attention import choose_attention, document_arguments, document_attention
 from lit_alignment.models.head import check_head, head_loss, hidden_states, output_head
+from tests.helpers import DECODER_SIZE
 
-SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300}
-SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 16}
 ARCHITECTURES = {
     "llama": {},
     "qwen2": {},
@@ -30,7 +29,7 @@ LENGTHS = [5, 11, 1, 8]
 def build(name, attention="sdpa"):
     torch.manual_seed(0)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model(name, **(SIZE | special | ARCHITECTURES[name]))
+    config = AutoConfig.for_model(name, **(DECODER_SIZE | special | ARCHITECTURES[name]))
     implementation = choose_attention(attention, True, "cpu", config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     return model.eval(), implementation
@@ -160,7 +159,7 @@ def test_packed_equals_separate_on_gpu(attention):
     if attention == "flash_attention_2":
         pytest.importorskip("flash_attn")
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **SIZE)
+    config = AutoConfig.for_model("llama", **DECODER_SIZE)
     implementation = choose_attention(attention, True, "cuda", config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16).cuda()
     documents, row, positions = packed_inputs()

@@ -8,7 +8,7 @@ from lit_alignment.data.batching.collate import Sequences, pack_sequences, pad_s
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.attention import choose_attention, document_arguments
 from lit_alignment.models.head import scores_at
-from tests.models.test_attention import SIZE
+from tests.helpers import DECODER_SIZE
 
 ARCHITECTURES = {
     "llama": {},
@@ -29,7 +29,7 @@ ARCHITECTURES = {
 def test_scores_are_those_of_transformers(name):
     torch.manual_seed(0)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "num_labels": 3}
-    config = AutoConfig.for_model(name, **(SIZE | special | ARCHITECTURES[name]))
+    config = AutoConfig.for_model(name, **(DECODER_SIZE | special | ARCHITECTURES[name]))
     implementation = choose_attention("auto", True, "cpu", config)
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation=implementation).eval()
     conversations = [torch.randint(3, 300, (length,)).tolist() for length in (5, 11, 2, 8)]

@@ -247,7 +247,7 @@ def test_validation_loss_is_a_mean_over_conversations_under_any_batching(tmp_pat
         ([1.0], "regression", "Give 3 finite numbers"),
     ],
 )
-def test_label_at_fault_is_named_with_its_place(label, problem, message):
+def test_offending_label_is_named_with_its_place(label, problem, message):
     model = classifier(problem=problem)
     loader = class_data(model, [labelled(1)[0] | {"label": label}])
     with pytest.raises(RecordError, match=message):

@@ -132,14 +132,14 @@ def test_filler_question_trains_nothing(tmp_path):
     module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=3, objective="perplexity_distillation")
     data = rag_data(module, chats(3), batch_size=2)
     trainer(tmp_path, max_steps=0).fit(module, data)
-    filler = data.plan("train").batches(0, rank=2, world_size=3)[0]
-    assert filler.filler and filler.window_examples == 3
+    dummy = data.plan("train").batches(0, rank=2, world_size=3)[0]
+    assert dummy.dummy and dummy.window_examples == 3
     seen = []
     module.step_loss = lambda loss_sum, weight: seen.append((float(loss_sum), weight)) or loss_sum
     module.log = lambda *args, **kwargs: None
-    batch = data.collate([data.examples["train"][index] for index in filler.indices], filler)
+    batch = data.collate([data.examples["train"][index] for index in dummy.indices], dummy)
     module.training_step(batch, 0)
-    assert seen == [(0.0, filler.window_weight), (0.0, 3)]
+    assert seen == [(0.0, dummy.window_weight), (0.0, 3)]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from tests.helpers import (
     step_gradients,
     trainer,
 )
-from tests.models.test_adapters import PROMPTS
+from tests.helpers.adapters import PROMPTS
 
 PROMPT = {"prompt": "order the kitchen scale"}
 RANKING = PROMPT | {"candidates": ["yes please", "no", "repair it now"], "ranking": [2, 3, 1]}
@@ -309,6 +309,19 @@ def test_reward_of_steps_is_the_log_probability_that_all_are_good(tmp_path):
     assert len(line["step_rewards"]) == 3 and line["rewards"] == pytest.approx({"0": float(expected)}, abs=1e-5)
 
 
+def test_reward_of_one_step_is_a_log_probability_too(tmp_path):
+    one = PROMPT | {"id": "one", "steps": ["yes please"]}
+    (line,) = predict(reward_model(), [one], tmp_path, kind="steps", step_separator="\n")
+    (logit,) = line["step_rewards"]
+    expected = torch.nn.functional.logsigmoid(torch.tensor(logit))
+    assert line["rewards"] == pytest.approx({"0": float(expected)}, abs=1e-5)
+
+
+def test_steps_are_not_scored_as_whole_responses(tmp_path):
+    with pytest.raises(RecordError, match="field 'steps' is there, which data.kind: preferences does not take"):
+        predict(reward_model(), [STEPS], tmp_path)
+
+
 def test_normalised_rewards_have_the_validation_data_s_mean_and_deviation(tmp_path):
     model = reward_model()
     data = reward_data(model, pairs(6), pairs(5, seed=1))
@@ -345,18 +358,6 @@ def test_benchmark_is_reported_by_subset_and_by_section(tmp_path):
     assert result["test/accuracy"] == pytest.approx(sum(result[f"test/accuracy/{name}"] for name in names) / 5)
 
 
-def test_labels_of_the_responses_are_there_when_asked_for():
-    model = reward_model()
-    for settings in ({}, {"packing": False}):
-        batch = first_batch(reward_data(model, val=pairs(3), add_labels=True, **settings), "validate")
-        trained = batch.labels != -100
-        assert (batch.input_ids[trained] == batch.labels[trained]).all()
-        texts = model.tokenizer.decode(batch.labels[trained])
-        assert all(record[name] in texts for record in pairs(3) for name in ("chosen", "rejected"))
-        assert not any(f"user\n{record['prompt']}" in texts for record in pairs(3))
-    assert first_batch(reward_data(model, val=pairs(3)), "validate").labels is None
-
-
 def test_record_longer_than_a_row_has_a_row_of_its_own():
     model = reward_model()
     many = PROMPT | {"candidates": [f"{'scale ' * 20}{i}" for i in range(8)], "ranking": list(range(8))}
@@ -364,6 +365,8 @@ def test_record_longer_than_a_row_has_a_row_of_its_own():
     data.setup("validate")
     batches = list(data.val_dataloader())
     assert max(batch.num_tokens for batch in batches) > 300
+    assert data.tokens_per_batch == 300  # planning changes no other row, and no other split
+    assert [batch.ids for batch in batches if batch.num_tokens > 300] == [["val/0"]]
     assert sorted(name for batch in batches for name in batch.ids) == ["val/0", "val/r0", "val/r1"]
 
 

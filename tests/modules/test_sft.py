@@ -16,14 +16,14 @@ ONE_BATCH = {"tokens_per_batch": 100_000}
 
 
 class Recorder(Callback):
-    """Gradients, losses and record ids of each optimiser step."""
+    """Gradients, losses and record ids of each optimizer step."""
 
     def __init__(self):
         self.gradients, self.losses, self.ids = [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.ids.append(batch.ids)
-        if len(self.gradients) > len(self.losses):  # this batch ended an optimiser step
+        if len(self.gradients) > len(self.losses):  # this batch ended an optimizer step
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from lit_alignment.callbacks.export import Export
+from lit_alignment.data.batching.items import PromptBatch
 from lit_alignment.data.encoding.encoder import EncodingConfig
-from lit_alignment.data.encoding.prompts import PromptBatch
 from lit_alignment.data.multimodal.media import open_image
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import DecodingConfig

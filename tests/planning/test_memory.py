@@ -1,20 +1,73 @@
 """The simulated step against arithmetic by hand, and against the memory of real training."""
 
+import ctypes
 import json
-import os
-import subprocess
-import sys
+import resource
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from lightning.pytorch import Callback
+from peft import LoraConfig, PrefixTuningConfig
 from transformers import AutoTokenizer, LlamaConfig
 
+from lit_alignment import SFTDataModule, SFTModule
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.models.loading import BackboneConfig, load_tokenizer
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.planning.memory import LiveMemory, Workload, step_memory
-from tests.helpers import ROOT
-from tests.planning.memory_script import ADAPTERS, LENGTH
+from tests.helpers import ROOT, trainer
+from tests.helpers.ranks import run_on_ranks
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc
+LENGTH = 2048
+ADAPTERS = {
+    "full": None,
+    "checkpointing": None,
+    "lora": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "prefix": PrefixTuningConfig(num_virtual_tokens=8, task_type="CAUSAL_LM"),
+}
+
+
+def module_and_data(kind: str, folder: str) -> tuple[SFTModule, SFTDataModule]:
+    words = ["kitchen scale order repair"] * 2000
+    records = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"{i} " + " ".join(words)}]}
+        for i in range(4)
+    ]
+    backbone = BackboneConfig(folder, weights="random", gradient_checkpointing=kind == "checkpointing")
+    module = SFTModule(backbone, ADAPTERS[kind])
+    data = SFTDataModule(
+        module.tokenizer,
+        train=[SourceConfig(records=records)],
+        encoding=EncodingConfig(max_length=LENGTH, truncation="keep_start", truncation_unit="tokens"),
+        packing=kind != "prefix",
+        batch_size=1,
+        cache_dir=f"{folder}/cache",
+    )
+    return module, data
+
+
+class Resident(Callback):
+    """Resident bytes of the process before the model is loaded."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak(kind, folder):
+    """Bytes that a few steps take beyond the libraries, in a process of their own, written into a file. Linux only."""
+    libc = ctypes.CDLL(
+        None
+    )  # each tensor gets pages of its own: a malloc that keeps what is freed is measured with them
+    assert libc.mallopt(M_MMAP_THRESHOLD, 65536) and libc.mallopt(M_TRIM_THRESHOLD, 65536)
+    module, data = module_and_data(kind, folder)
+    resident = Resident()
+    trainer(Path(folder), callbacks=[resident], max_steps=3, max_epochs=-1).fit(module, data)
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident.before
+    (Path(folder) / "taken.json").write_text(json.dumps(taken))
+
 
 V, D, F, LAYERS = 16_000, 512, 1408, 8
 MATRICES = LAYERS * (4 * D * D + 3 * D * F) + 2 * V * D
@@ -101,16 +154,8 @@ def test_live_memory_counts_a_storage_once_and_forgets_it():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_estimate_is_within_15_percent_of_what_training_takes(kind, folder):
-    """Each tensor gets pages of its own: a malloc that keeps what is freed would be measured along with them."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.planning.memory_script", kind, folder],
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    measured = json.loads(result.stdout.strip().splitlines()[-1])
+    run_on_ranks(peak, kind, folder, ranks=1)
+    measured = json.loads((Path(folder) / "taken.json").read_text())
     assert simulated(folder, kind).total == pytest.approx(measured, rel=0.15)
 
 

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from lightning.pytorch import Callback
 from transformers import AutoConfig
 
+from lit_alignment import FSDP2Strategy
 from lit_alignment.models.loading import BackboneConfig, decoder_flops_per_token
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.planning.memory import StepMemory, Workload, step_memory
@@ -16,7 +20,8 @@ from lit_alignment.planning.scaling import (
     sequence_bytes_per_token,
     tensor_bytes_per_token,
 )
-from tests.helpers import run_on_ranks
+from tests.helpers import chats, sft_data, sft_module, trainer
+from tests.helpers.ranks import run_on_ranks
 
 EIGHT_B = {
     "hidden_size": 4096,
@@ -36,9 +41,53 @@ def test_published_speed_of_lora_on_one_gpu_is_that_of_its_operations():
     assert 402e12 / flops == pytest.approx(12_500, rel=0.05)
 
 
+sent = {"gathered": 0, "scattered": 0, "exchanged": 0, "summed": 0}
+
+
+class Window(Callback):
+    """Counts during the second micro-batch alone: the first sets things up."""
+
+    def __init__(self):
+        self.before = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before, self.tokens = dict(sent), batch.input_ids.numel()
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.found = {name: sent[name] - self.before[name] for name in sent} | {"tokens": self.tokens}
+
+
+def counted(name, function, of, times=1):
+    """The function, the whole tensor of which is counted: what comes from, or goes to, the other rank."""
+
+    def call(*arguments, **named):
+        whole = named[of] if of in named else arguments[0]
+        ranks = dist.get_world_size()
+        sent[name] += times * whole.numel() * whole.element_size() * (ranks - 1) // ranks
+        return function(*arguments, **named)
+
+    return call
+
+
+def count(folder, kind):
+    """Bytes that a micro-batch of FSDP2 sends, on each of two ranks."""
+    dist.all_gather_single = counted("gathered", dist.all_gather_single, "output")
+    dist.reduce_scatter_single = counted("scattered", dist.reduce_scatter_single, "input")
+    dist.all_to_all_single = counted("exchanged", dist.all_to_all_single, "input")
+    funcol.all_reduce = counted("summed", funcol.all_reduce, "self", times=2)
+    window = Window()
+    sharing = {} if kind == "fsdp2" else {f"{kind}_parallel_size": 2}
+    strategy = FSDP2Strategy(process_group_backend="gloo", **sharing)
+    runner = trainer(folder, strategy=strategy, devices=2, max_steps=2, callbacks=[window])
+    module = sft_module()
+    runner.fit(module, sft_data(module, chats(8), packing=kind == "sequence", tokens_per_batch=512, batch_size=2))
+    if runner.is_global_zero:
+        torch.save(window.found, folder / f"{kind}.pt")
+
+
 @pytest.mark.slow
 def test_bytes_of_two_ranks_are_those_on_paper(tokenizer, tmp_path):
-    run_on_ranks("distributed.traffic_script", str(tmp_path), "fsdp2")
+    run_on_ranks(count, tmp_path, "fsdp2")
     sent = torch.load(tmp_path / "fsdp2.pt")
     backbone = BackboneConfig("configs/tiny", weights="random")
     none = {"tokens": TokensConfig(), "added": {}, "peft": None, "adapter": None}
@@ -64,7 +113,7 @@ def test_memory_falls_and_the_network_comes_to_decide():
 def test_bytes_of_two_ranks_that_share_a_micro_batch_are_those_on_paper(tmp_path):
     """The tiny model has 2 layers of width 64, with 4 query heads and 2 key heads of width 16, in float32."""
     for kind in ("sequence", "tensor"):
-        run_on_ranks("distributed.traffic_script", str(tmp_path), kind)
+        run_on_ranks(count, tmp_path, kind)
     sequence, tensor = (torch.load(tmp_path / f"{kind}.pt") for kind in ("sequence", "tensor"))
     # A rank's slice is longer by one token if the row's length is odd.
     paper = sequence_bytes_per_token(2, 64, 32, 2, 4) * sequence["tokens"]

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.retrieval.index import IndexConfig, PassageIndex
 from lit_alignment.retrieval.search import exact_search
-from tests.helpers import knowledge_index, run_on_ranks
+from tests.helpers import knowledge_index
+from tests.helpers.ranks import run_on_ranks
 
 
 def sorted_by_hand(queries, embeddings, k):
@@ -63,11 +65,26 @@ def test_search_in_too_few_clusters_still_gives_k_passages(tmp_path):
     assert all(len(set(row)) == 30 for row in places.tolist())
 
 
+def search_in_parts(folder):
+    """On each of two ranks, which holds a part of the index."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    index = PassageIndex.load(folder)
+    generator = torch.Generator().manual_seed(rank)
+    for number in ((3, 2), (1, 0), (2, 2)):  # unequal numbers of questions, and once none
+        queries = torch.randn(number[rank], 8, generator=generator)
+        for k in (1, 5, len(index)):
+            found, expected = index.search(queries, k, together=True), exact_search(queries, index.shards, k)
+            torch.testing.assert_close(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+    dist.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_index_in_parts_finds_what_the_whole_finds(tmp_path):
     embeddings = torch.randn(23, 8, generator=torch.Generator().manual_seed(0))
     folder = knowledge_index(IndexConfig(str(tmp_path / "index"), rows_per_shard=10), embeddings)
-    run_on_ranks("retrieval.sharded_script", str(folder))
+    run_on_ranks(search_in_parts, folder)
 
 
 def test_parts_of_an_approximate_index_are_refused(tmp_path):

@@ -38,7 +38,7 @@ def asked(strategy, devices=4, num_nodes=1):
 )  # fmt: skip
 def test_strategies_split_what_they_split(strategy, weights, gradients, optimizer):
     parts = per_device(MEMORY, sharding_of(asked(strategy)))
-    assert (parts["weights"], parts["gradients"], parts["optimiser"]) == (weights, gradients, optimizer)
+    assert (parts["weights"], parts["gradients"], parts["optimizer"]) == (weights, gradients, optimizer)
     assert parts["activations"] == 300 and parts["logits and loss"] == 40
 
 
@@ -60,7 +60,7 @@ def test_estimate_names_parts_and_says_whether_it_fits(capsys):
     main(["--config", TINY, "--memory", "1"])
     out = capsys.readouterr().out
     assert "parameters: " in out and "one packed row of 1024 tokens" in out and "fits into 1 GiB" in out
-    assert all(part in out for part in ("weights", "gradients", "optimiser", "activations", "logits and loss", "total"))
+    assert all(part in out for part in ("weights", "gradients", "optimizer", "activations", "logits and loss", "total"))
     main(["--config", TINY, "--memory", "0.001"])
     out = capsys.readouterr().out
     assert "does not fit into 0.001 GiB" in out and "set model.backbone.gradient_checkpointing to true" in out

@@ -8,7 +8,8 @@ from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.tools.evaluate import main
-from tests.helpers import chats, command, sft_data, sft_module, trainer, write_jsonl
+from tests.helpers import chats, sft_data, sft_module, trainer, write_jsonl
+from tests.helpers.commands import command
 
 ASK = [{"role": "user", "content": "the kitchen scale"}]
 ASKED = '{"id": "a", "messages": [{"role": "user", "content": "q"}]'
@@ -39,9 +40,10 @@ def test_text_metrics_of_each_data_set(file, tmp_path, capsys):
 
 def test_model_metrics_of_what_predict_wrote(tmp_path, capsys):
     """Perplexity under the model that answered, from its own files."""
-    from lit_alignment import PredictionWriter
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lit_alignment import Export, PredictionWriter
     from lit_alignment.generation.settings import DecodingConfig
-    from tests.callbacks.test_export import Export, ModelCheckpoint
 
     module = sft_module(generation={"greedy": DecodingConfig(max_new_tokens=5, logprobs=True)})
     saver = ModelCheckpoint(tmp_path / "ckpt")

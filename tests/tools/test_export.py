@@ -15,11 +15,9 @@ from lit_alignment.checkpoints.restore import read_saved, restore
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.tools import export, merge
-from tests.distributed.test_distributed import launch
 from tests.helpers import (
     base_model_folder,
     chats,
-    command,
     pairs,
     reward_data,
     reward_model,
@@ -27,7 +25,9 @@ from tests.helpers import (
     trainer,
     write_jsonl,
 )
-from tests.models.test_adapters import ADAPTERS, PROMPTS, WEIGHTS, fit, logits, module_with
+from tests.helpers.adapters import ADAPTERS, PROMPTS, WEIGHTS, fit, logits, module_with
+from tests.helpers.commands import command
+from tests.helpers.rank_runs import train
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_full_training_is_exported_and_has_nothing_to_merge(base, tmp_path):
 )
 def test_sharded_checkpoint_of_two_ranks_is_exported(strategy, kind, base, tmp_path):
     """Written on two gloo ranks; a plain from_pretrained has the logits of the gathered weights."""
-    launch(strategy, kind, tmp_path, "sharded")
+    train(strategy, kind, tmp_path, "sharded")
     assert (tmp_path / "saved.ckpt").is_dir()
     export.main([str(tmp_path / "saved.ckpt"), "--out", str(tmp_path / "out"), "--dtype", "float32"])
     if kind == "lora":

@@ -12,7 +12,8 @@ from lit_alignment.models.stop_rule import stop_rule
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.paths import local_path
 from lit_alignment.tools import fetch
-from tests.helpers import command, generate, record, table
+from tests.helpers import generate, record, table
+from tests.helpers.commands import command
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -14,7 +14,8 @@ from lit_alignment.models.dual_encoder import load_retriever, weights_hash
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import PassageIndex
 from lit_alignment.tools import index
-from tests.helpers import RETRIEVER, ROOT, base_model_folder, chats, command, trainer, write_jsonl
+from tests.helpers import RETRIEVER, ROOT, base_model_folder, chats, trainer, write_jsonl
+from tests.helpers.commands import command, command_in_a_process
 
 PASSAGES = [{"id": f"n{i}", "title": f"note {i}", "text": chats(9)[i]["messages"][0]["content"]} for i in range(9)]
 
@@ -64,7 +65,7 @@ def test_two_processes_build_the_same_index(config, tmp_path):
     one = PassageIndex.load(tmp_path / "index")
     two = tmp_path / "two"
     settings = [f"--model.index.path={two}", "--model.index.batch_size=2", "--trainer.devices=2"]
-    run = command("index", "build", "--config", str(config), *settings)
+    run = command_in_a_process("index", "build", "--config", str(config), *settings)
     assert run.returncode == 0, run.stderr[-2000:]
     made = PassageIndex.load(two)
     assert made.manifest.encoder_hash == one.manifest.encoder_hash and made.passages["id"] == one.passages["id"]

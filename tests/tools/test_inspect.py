@@ -11,7 +11,6 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.tools.inspect import collapsed, histogram, main, run_table, shown_tokens
 from tests.helpers import (
     chats,
-    command,
     encoder,
     picture,
     record,
@@ -21,6 +20,7 @@ from tests.helpers import (
     vlm_module,
     write_jsonl,
 )
+from tests.helpers.commands import command
 
 TINY = "configs/sft/tiny.yaml"
 ANSWER = {"role": "assistant", "content": "order"}

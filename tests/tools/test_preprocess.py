@@ -1,4 +1,4 @@
-"""`lit-alignment preprocess`: the cache gives the same training, goes on after a kill, and tells what it is made of."""
+"""`lit-alignment preprocess`: the cache gives the same training, resumes after a kill, tells what it is made of."""
 
 import json
 import shutil
@@ -23,13 +23,13 @@ from tests.helpers import (
     ROOT,
     VISION,
     assert_same_gradients,
-    command,
     picture,
     seen,
     step_gradients,
     vlm_data,
     vlm_module,
 )
+from tests.helpers.ranks import run_on_ranks
 
 
 @pytest.fixture
@@ -172,8 +172,7 @@ def test_an_encoder_alone_needs_no_configuration(config, tmp_path):
 def test_two_processes_make_one_cache(config, tmp_path):
     out = tmp_path / "cache"
     files = ["--files", str(tmp_path / "pictures"), "--per-shard", "2", "--trainer.devices=2"]
-    done = command("preprocess", "--config", str(config), "--out", str(out), *files)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_ranks(main, ["--config", str(config), "--out", str(out), *files])
     assert len(written_names(out)) == 7 and {shard.name[:13] for shard in shards_of(out)} == {
         "features-r000",
         "features-r001",

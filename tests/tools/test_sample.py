@@ -7,11 +7,12 @@ from collections import Counter
 
 import pytest
 
+from lit_alignment.data.encoding.feedback import read_feedback
 from lit_alignment.data.encoding.messages import read_record
-from lit_alignment.data.feedback import read_comparison
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.tools.sample import best_of_n, main, rejection_sample, worst_of_n
-from tests.helpers import command, write_jsonl
+from tests.helpers import write_jsonl
+from tests.helpers.commands import command
 
 ASK = [{"role": "user", "content": "q"}]
 LINE = {
@@ -98,7 +99,7 @@ def test_pairs_are_the_best_against_the_worst_with_their_margin(tmp_path):
         "margin": 3.5,
         "meta": {"m": 1},
     }
-    record = read_comparison(pair, "out.jsonl:1", 0)
+    record = read_feedback(pair, "out.jsonl:1", 0)
     assert record.margin == 3.5 and record.messages == ASK
 
 

@@ -12,30 +12,17 @@ from lit_alignment.generation.engine import Request
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
-from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.vllm import engine as vllm_engine
 from tests.helpers import chats, sft_data, sft_module
-from tests.vllm.helpers import by_transformers, by_vllm, lines, trained
+from tests.vllm.helpers import FAST, by_transformers, by_vllm, lines, same_answers, trained
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 GREEDY = {"greedy": DecodingConfig(max_new_tokens=12, logprobs=True)}
-FAST = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
 
 
 def lora(base, rank=4, **settings):
     peft = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return SFTModule(BackboneConfig(base), peft, optimizer=FAST, **{"generation": GREEDY, **settings})
-
-
-def same_answers(first, second, logprobs=True):
-    """Equal to the token, and in the same order."""
-    assert [line["id"] for line in first] == [line["id"] for line in second] and first
-    for one, other in zip(first, second, strict=True):
-        for a, b in zip(one["answers"], other["answers"], strict=True):
-            given = a.pop("logprob", 0.0), b.pop("logprob", 0.0)
-            assert a == b
-            if logprobs:
-                assert given[0] == pytest.approx(given[1], abs=1e-3)
 
 
 def full(base, **settings):

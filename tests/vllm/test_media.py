@@ -7,8 +7,7 @@ from lit_alignment.models.multimodal.modality import ModalityConfig
 from lit_alignment.models.multimodal.projectors import ProjectorConfig
 from lit_alignment.vllm.engine import collapsed
 from tests.helpers import VISION, seen, vlm_data, vlm_module
-from tests.vllm.helpers import by_transformers, by_vllm, lines, trained
-from tests.vllm.test_generation import same_answers
+from tests.vllm.helpers import by_transformers, by_vllm, lines, same_answers, trained
 
 GREEDY = {"greedy": DecodingConfig(max_new_tokens=10, logprobs=True)}
 

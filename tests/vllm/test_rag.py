@@ -7,8 +7,7 @@ from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.modules.rag import RAGModule
 from tests.helpers import RETRIEVER, chats, encoded_index, knowledge, rag_data
-from tests.vllm.helpers import by_transformers, by_vllm, lines, trained
-from tests.vllm.test_generation import FAST, same_answers
+from tests.vllm.helpers import FAST, by_transformers, by_vllm, lines, same_answers, trained
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 GREEDY = {"greedy": DecodingConfig(max_new_tokens=8, logprobs=True)}

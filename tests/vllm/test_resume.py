@@ -1,4 +1,4 @@
-"""A killed run goes on: no prompt is answered twice, and none is lost."""
+"""A killed run continues: no prompt is answered twice, and none is lost."""
 
 import json
 import os

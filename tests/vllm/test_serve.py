@@ -18,8 +18,7 @@ from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.tools.serve import command
 from lit_alignment.vllm.model import Served
 from tests.helpers import ROOT, pairs, reward_data, reward_model, sft_data
-from tests.vllm.helpers import by_transformers, lines, trained
-from tests.vllm.test_generation import FAST
+from tests.vllm.helpers import FAST, by_transformers, lines, trained
 
 
 def test_server_listens_on_this_machine_alone_by_default(tmp_path):

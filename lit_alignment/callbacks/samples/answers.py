@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_alignment.callbacks.samples.base import PickReport
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.conversation import conversations_of
 from lit_alignment.data.encoding.prompts import PromptItem
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.evaluation.answers import build_metric
@@ -25,7 +25,7 @@ class CherryPicks(PickReport):
     Args:
         sources: Where the prompts come from; the validation sources by default.
         num_samples: Take the first so many of them.
-        generation: How to answer.
+        generation: The decoding configuration.
         batch_size: Prompts to answer together.
         every_n_validations: Answer at every n-th validation only.
         before_training: Also answer before the first step.
@@ -73,7 +73,7 @@ class CherryPicks(PickReport):
         path = self.reward_model if "reward" in self.metrics else None
         reward = None if path is None else RewardScorer(path)
         network = alignment_module(pl_module).network
-        self._scorer = Scorer(self.metrics, datamodule_of(trainer).encoder, network, None, reward)
+        self._scorer = Scorer(self.metrics, conversations_of(trainer).encoder, network, None, reward)
 
     def show(self, trainer: Trainer, module: LightningModule, step: int) -> tuple[list[str], list[list[Any]]]:
         """Answer the prompts."""

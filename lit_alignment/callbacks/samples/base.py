@@ -1,4 +1,4 @@
-"""What reports over fixed records share: when they are made, their curves, their files, and going on after a resume."""
+"""What reports over fixed records share: when they are made, their curves and files, and what a resume restores."""
 
 import json
 import math
@@ -151,7 +151,7 @@ class PickReport(Callback):
         os.replace(fresh, directory / "cherry_picks.html")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on with the same report."""
+        """What a resumed run needs to continue the same report."""
         return {
             "curves": {name: [list(point) for point in points] for name, points in self.curves.items()},
             "picks": [vars(pick) for pick in self.picks],

@@ -41,10 +41,10 @@ class CherryPick:
         id: Id of its record.
         messages: The conversation that the model saw.
         known: What the record says beside it, by column: the reference, the label, or the responses.
-        answers: What the model made of it, by optimiser step.
-        right: Whether that is what the record says, by optimiser step; missing where it says nothing.
-        scores: Values of metrics by optimiser step and name.
-        documents: What the model looked up, each on a line with its score, by optimiser step.
+        answers: What the model made of it, by optimizer step.
+        right: Whether that is what the record says, by optimizer step; missing where it says nothing.
+        scores: Values of metrics by optimizer step and name.
+        documents: What the model retrieved, each on a line with its score, by optimizer step.
     """
 
     dataset: str
@@ -68,7 +68,7 @@ def render_report(
 
     Args:
         title: Name of the run.
-        curves: Points over optimiser steps, by name.
+        curves: Points over optimizer steps, by name.
         picks: The records.
         right: What is counted where a record has been met.
         pictures: Inline pictures by heading.
@@ -139,13 +139,13 @@ def _known(pick: CherryPick) -> str:
 
 def _answer(pick: CherryPick, step: int) -> str:
     attribute = " class=match" if pick.right.get(step) else ""
-    looked_up = "\n".join(pick.documents.get(step, []))
-    shown = f"<small>{escape(looked_up)}</small>" if looked_up else ""
+    retrieved = "\n".join(pick.documents.get(step, []))
+    shown = f"<small>{escape(retrieved)}</small>" if retrieved else ""
     return f"<td{attribute}>{escape(pick.answers.get(step, ''))}{shown}</td>"
 
 
 def curve_svg(curves: Mapping[str, Curve], width: int = 640, height: int = 240) -> str:
-    """Curves over optimiser steps as an inline picture; nothing if there are no points."""
+    """Curves over optimizer steps as an inline picture; nothing if there are no points."""
     points = [point for curve in curves.values() for point in curve]
     if not points:
         return ""

@@ -16,7 +16,7 @@ def log_table(loggers: Sequence[Logger], key: str, columns: list[str], rows: lis
         key: Name of the table, the same at every step, so that steps can be compared.
         columns: Headings.
         rows: Cells, one list a row.
-        step: Optimiser step.
+        step: Optimizer step.
     """
     for logger in loggers:
         match logger:

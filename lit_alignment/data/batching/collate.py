@@ -87,7 +87,6 @@ class ScoreBatch(Rows):
         groups: Number of scores of each record, in order; they sum to N.
         weights: Weight of each record, [R]; 0 for one that only keeps its rank in step.
         margins: How far apart the scores of a pair should be, [R]; only for rewards.
-        labels: Token ids of the responses, else IGNORE_INDEX, [B, T], where the data module was asked for them.
         subsets: The part of a benchmark that each record belongs to; "" if none.
     """
 
@@ -96,7 +95,6 @@ class ScoreBatch(Rows):
     groups: list[int]
     weights: Tensor
     margins: Tensor | None = None
-    labels: Tensor | None = None
     subsets: list[str] = field(default_factory=list)
 
     @property

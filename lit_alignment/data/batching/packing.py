@@ -21,15 +21,15 @@ class PlannedBatch:
 
     Args:
         indices: Examples in it.
-        window_weight: Trained weight of all micro-batches on all ranks that share its optimiser step.
+        window_weight: Trained weight of all micro-batches on all ranks that share its optimizer step.
         window_examples: Number of examples in these micro-batches.
-        filler: Whether it only keeps this rank in step with the others; its labels are then ignored.
+        dummy: Whether it only keeps this rank in step with the others; its labels are then ignored.
     """
 
     indices: list[int]
     window_weight: float
     window_examples: int = 0
-    filler: bool = False
+    dummy: bool = False
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -71,7 +71,8 @@ class BatchPlan:
     Args:
         lengths: Tokens of each example.
         weights: Trained weight of each example.
-        tokens_per_batch: Tokens in a packed row; None plans `batch_size` examples a batch instead.
+        tokens_per_batch: Tokens in a packed row; None plans `batch_size` examples a batch instead. An example that is
+            longer has a row of its own.
         batch_size: Examples in an unpacked batch.
         shuffle: New order each epoch; without it, order is by position.
         seed: Seed of the order.
@@ -93,11 +94,13 @@ class BatchPlan:
         rows: list[list[int]] = []
         for start in range(0, len(order), PACKING_BUFFER):
             part = order[start : start + PACKING_BUFFER]
-            rows += [part[row].tolist() for row in pack(self.lengths[part].tolist(), self.tokens_per_batch or 0)]
+            capacity = self.tokens_per_batch or 0
+            lengths = np.minimum(self.lengths[part], capacity)  # one that is longer fills a row
+            rows += [part[row].tolist() for row in pack(lengths.tolist(), capacity)]
         return rows
 
     def groups(self, epoch: int) -> list[list[int]]:
-        """The micro-batches of an epoch in order, before they are dealt to ranks.
+        """The micro-batches of an epoch in order, before they are sharded across ranks.
 
         Packed rows are shuffled in two ways: examples of equal length change places, and rows change order.
         Both keep the lengths of the rows, so every epoch has the same number of batches and steps.
@@ -121,13 +124,13 @@ class BatchPlan:
         """The micro-batches of one rank.
 
         Micro-batch k of an epoch goes to rank k % world_size; `accumulate` x `world_size` neighbours make one
-        optimiser step. Where the last round has too few, the ranks without one get a filler of weight 0.
+        optimizer step. Where the last round has too few, the ranks without one get a dummy of weight 0.
 
         Args:
             epoch: Epoch number.
             rank: This process.
             world_size: Number of processes.
-            accumulate: Micro-batches a rank sees in one optimiser step.
+            accumulate: Micro-batches a rank sees in one optimizer step.
             limit: Only this many micro-batches a rank.
         """
         groups = self.groups(epoch)
@@ -147,5 +150,5 @@ class BatchPlan:
                 planned.append(PlannedBatch(groups[position], total, size))
             else:
                 shortest = min(groups[first], key=lambda i: self.lengths[i])
-                planned.append(PlannedBatch([int(shortest)], total, size, filler=True))
+                planned.append(PlannedBatch([int(shortest)], total, size, dummy=True))
         return planned

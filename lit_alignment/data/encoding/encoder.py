@@ -49,7 +49,7 @@ class Prompt:
     Args:
         input_ids: Token ids, [T].
         messages: The messages behind them.
-        reference: The response that the record has at this place, if any.
+        reference: The response that the record has at this position, if any.
         media: Files that placeholders among the ids stand for, by modality.
     """
 
@@ -222,7 +222,7 @@ class Encoder:
         trained = self._trained(messages)
         responses = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         text, turns = self.template.turns(messages, tools, sorted({*trained, *responses}))
-        # A token must not reach over the place where a prompt ends, or the prompt's ids would differ in predict.
+        # A token must not reach over the position where a prompt ends, or the prompt's ids would differ in predict.
         ids, offsets = self._tokenize(text, [turns[index].start for index in responses])
         labels = [IGNORE_INDEX] * len(ids)
         weights = [0.0] * len(ids)
@@ -274,12 +274,12 @@ class Encoder:
         if self.config.truncation_unit == "tokens":
             pinned = self._pinned(messages, record)
             kept = shorten_tokens(len(example.input_ids), policy, self.config.max_length, pinned)
-            places = [place for begin, end in kept for place in range(begin, end)]
+            positions = [position for begin, end in kept for position in range(begin, end)]
             return replace(
                 example,
-                input_ids=[example.input_ids[place] for place in places],
-                labels=[example.labels[place] for place in places],
-                weights=[example.weights[place] for place in places],
+                input_ids=[example.input_ids[position] for position in positions],
+                labels=[example.labels[position] for position in positions],
+                weights=[example.weights[position] for position in positions],
             )
 
         def encode(shorter: list[Message]) -> Example:

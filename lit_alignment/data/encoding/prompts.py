@@ -6,18 +6,11 @@ from typing import Any
 
 import datasets
 
-from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.encoding.encoder import Encoder, Prompt
 from lit_alignment.data.encoding.messages import Message, Record
+from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.sources.records import SourceConfig
 
-ROW_FEATURES = {
-    "id": datasets.Value("string"),
-    "dataset": datasets.Value("string"),
-    "dropped": datasets.Value("string"),
-    "detail": datasets.Value("string"),
-    "length": datasets.Value("int64"),
-}
 PROMPT_FEATURES = datasets.Features(
     {
         **ROW_FEATURES,
@@ -41,6 +34,7 @@ class Item:
         messages: The messages that the model sees.
         label: The record's label.
         meta: The record's meta.
+        reference: The response that the record has here, if any.
     """
 
     index: int
@@ -49,6 +43,7 @@ class Item:
     messages: list[Message]
     label: Any
     meta: Any
+    reference: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -57,26 +52,9 @@ class PromptItem(Item):
 
     Args:
         input_ids: Token ids.
-        reference: The response that the record has here, if any.
     """
 
     input_ids: list[int]
-    reference: str | None
-
-
-@dataclass
-class PromptBatch:
-    """Prompts to answer together."""
-
-    items: list[PromptItem]
-
-
-@dataclass
-class ItemBatch:
-    """What is scored together: the items, and their tokens."""
-
-    items: list[Any]
-    scores: ScoreBatch
 
 
 def prompt_row(encoder: Encoder, record: Record, source: SourceConfig) -> dict[str, Any]:
@@ -101,7 +79,7 @@ def prompt_columns(record: Record, prompt: Prompt) -> dict[str, Any]:
 
 
 def prompt_item(row: dict[str, Any], index: int) -> PromptItem:
-    """One row of PROMPT_FEATURES as an item; `index` is its place among all prompts."""
+    """One row of PROMPT_FEATURES as an item; `index` is its position among all prompts."""
     loaded = {name: json.loads(row[name]) for name in ("messages", "label", "meta")}
     rest = {name: row[name] for name in ("id", "dataset", "input_ids", "reference")}
     return PromptItem(index=index, **rest, **loaded)

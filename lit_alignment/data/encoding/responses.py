@@ -55,7 +55,7 @@ class ResponseEncoder(Encoder):
     def encode_steps(
         self, record: Record, steps: list[str], separator: str, system_prompt: str | None = None
     ) -> tuple[list[int], list[int]]:
-        """The ids of a response made of steps, and the places where each step's separator ends.
+        """The ids of a response made of steps, and the positions where each step's separator ends.
 
         Args:
             record: The conversation up to the response.

@@ -3,22 +3,19 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.arrow_writer import ArrowWriter
-from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.sources.records import SourceConfig
-
-FORMAT = 2  # raise when what the encoder writes changes
 
 
 def fingerprint(*parts: Any) -> str:
     """A hash of settings; equal parts give equal hashes in every process and on every day."""
-    text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
+    text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -28,12 +25,9 @@ def source_fingerprint(source: SourceConfig) -> list[Any]:
     return files or [source.path, source.subset, source.split, source.records]
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides ids: vocabulary, merges, special tokens, normalisation."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    return fingerprint(backend.to_str(), tokenizer.special_tokens_map)
+def files_fingerprint(files: Iterable[Path]) -> str:
+    """A hash of the names and contents of files, wherever they are."""
+    return fingerprint(sorted((file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files))
 
 
 def cached_dataset(

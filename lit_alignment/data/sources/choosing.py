@@ -1,7 +1,7 @@
 """Which records of each source are seen, each choice seeded by the source alone."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,19 @@ def choose_records(source: SourceConfig, num_records: int, seed: int) -> Indices
     if source.sample_rate is not None:
         return chosen[source_generator(source, seed, "sample_rate").random(len(chosen)) < source.sample_rate]
     return chosen
+
+
+def record_filter(source: SourceConfig, seed: int) -> Callable[[int], bool]:
+    """Whether the record at a position is one of those that `choose_records` keeps, for reading them one by one.
+
+    Drawing needs the number of records, so these are counted first where the source draws.
+    """
+    if source.num_samples is None and source.sample_rate is None:
+        stop = float("inf") if source.num_rows is None else source.offset + source.num_rows
+        return lambda position: source.offset <= position < stop
+    kept = np.zeros(sum(1 for _ in source.read()), dtype=bool)
+    kept[choose_records(source, len(kept), seed)] = True
+    return lambda position: bool(kept[position])
 
 
 def repeat_records(indices: Indices, times: float, generator: np.random.Generator) -> Indices:

@@ -1,4 +1,4 @@
-"""Features of images put among the embeddings of tokens, in any transformers model.
+"""Features of images merged into the token embeddings, in any transformers model.
 
 B rows, T tokens, N images, Q embeddings of an image, D width
 """

@@ -233,7 +233,7 @@ class CAbstractor(nn.Module):
 
 
 class DAbstractor(nn.Module):
-    """Each embedding looks at a few places of the image around its own place in the grid, which it chooses itself.
+    """Each embedding looks at a few positions of the image around its own in the grid, which it chooses itself.
 
     The queries begin as the average-pooled features. Q is any square, whatever P is.
 
@@ -270,7 +270,7 @@ class DAbstractor(nn.Module):
 class DeformableLayer(nn.Module):
     """Deformable cross-attention of the queries to the image, and an MLP, each with its residual."""
 
-    POINTS = 4  # places that a head looks at
+    POINTS = 4  # positions that a head looks at
 
     def __init__(self, width: int, heads: int) -> None:
         """Offsets begin in a different direction for each head, and grow with the point."""
@@ -293,16 +293,16 @@ class DeformableLayer(nn.Module):
         Args:
             queries: [B, Q, D].
             image: [B, D, H, W].
-            centres: Place of each query, from -1 to 1, [1, Q, 1, 1, 2].
+            centres: Position of each query, from -1 to 1, [1, Q, 1, 1, 2].
         """
         batch, number, width = queries.shape
         normed = self.norm(queries)
-        places = centres + self.offsets(normed).view(batch, number, self.heads, self.POINTS, 2)
+        positions = centres + self.offsets(normed).view(batch, number, self.heads, self.POINTS, 2)
         weights = self.weights(normed).view(batch, number, self.heads, self.POINTS).softmax(-1)
         values = self.values(image).reshape(batch * self.heads, width // self.heads, *image.shape[2:])
-        places = places.permute(0, 2, 1, 3, 4).reshape(batch * self.heads, number, self.POINTS, 2)
+        positions = positions.permute(0, 2, 1, 3, 4).reshape(batch * self.heads, number, self.POINTS, 2)
         seen = functional.grid_sample(
-            values, places, align_corners=False, padding_mode="border"
+            values, positions, align_corners=False, padding_mode="border"
         )  # [B*H, D/H, Q, points]
         weights = weights.permute(0, 2, 1, 3).reshape(batch * self.heads, 1, number, self.POINTS)
         mixed = (seen * weights).sum(-1).reshape(batch, width, number).transpose(1, 2)

@@ -64,7 +64,7 @@ class FeatureEncoder(nn.Module):
 
 
 class VisionEncoder(FeatureEncoder):
-    """A transformers vision model: of its tokens the patches', or the places of its last feature maps.
+    """A transformers vision model: of its tokens the patches', or the positions of its last feature maps.
 
     Args:
         model: Any model with `pixel_values` and hidden states [B, T, D] or [B, D, H, W].
@@ -94,7 +94,7 @@ class VisionEncoder(FeatureEncoder):
             return hidden[:, prefix:]
         if prefix == 0:
             raise ConfigError(f"{self.path} has no class token: set encoder.keep_cls to false.")
-        return torch.cat([hidden[:, :1], hidden[:, prefix:]], 1)  # registers between the two say nothing of a place
+        return torch.cat([hidden[:, :1], hidden[:, prefix:]], 1)  # registers between the two say nothing of a position
 
     def _patches(self, pixel_values: Tensor) -> int:
         """Number of patches of an image; what stands before them are class token and registers."""

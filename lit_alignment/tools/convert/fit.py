@@ -11,8 +11,8 @@ from lit_alignment.tools.convert.trainer import logger, section, training, uploa
 
 PACKING = """packing: false keeps the old step of batch_size conversations. Packed rows train the same loss faster: \
 remove packing, and set tokens_per_batch."""
-PADDING = """packing: false also since eager attention, and vectors before the tokens, cannot keep the conversations \
-of a packed row apart."""
+PADDING = """packing: false also since eager attention, and virtual tokens before the prompt, cannot keep the \
+conversations of a packed row apart."""
 NO_CHECKPOINTING = "prefix tuning hands over a cache of keys and values, which it cannot recompute"
 LOSS = "The loss is a mean over all trained tokens of a step, whatever micro-batch they stand in."
 LAST = """last.ckpt is written at each epoch's end, for the model that was saved at the end there; a run shorter than \

@@ -19,7 +19,7 @@ BOTH_TABLES = """there only Llama's input embedding was set, its output embeddin
 left as they were without a word; here both are set for all"""
 ROWS_TRAIN = """under LoRA the rows of new tokens stayed there as they began, without modules_to_save; here these rows \
 train, and no others"""
-NO_ROWS = "vectors before the tokens cannot train rows of new tokens; take a tokenizer that has them, or LoRA"
+NO_ROWS = "virtual tokens before the prompt cannot train rows of new tokens; take a tokenizer that has them, or LoRA"
 LIGER = "its kernels were never switched on there, since the package was looked for under a wrong name; here they are"
 LIGER_LOSS = "the loss stays ours, which also needs no table of all logits"
 NO_LENGTH = "prefix tuning could not be used there: it had no num_virtual_tokens; here there are 32"
@@ -66,7 +66,9 @@ def backbone(model: Settings, tokenizer: Settings, scores: bool = False) -> dict
     base = kind.removesuffix("_with_ulysses")
     model.leave_out("sequence parallelism is not there yet", "model_type", when=kind != base)
     other = scores and not base.startswith("seq_cls")
-    model.leave_out("a layer of scores is put on any decoder", "model_type", when=other, shown=f" '{kind}'")
+    model.leave_out(
+        "a scalar or classification head is put on any decoder", "model_type", when=other, shown=f" '{kind}'"
+    )
     if not scores and base not in ("causal", "gemma", "qwen", "qwen3"):
         raise ConfigError(f"{model.path_of('model_type')} is '{kind}': only causal models can be converted here.")
     if (path := tokenizer.take("tokenizer_path", ours["path"])) != ours["path"]:

@@ -19,7 +19,7 @@ FRAMES = "sounds were one mean vector there, and could not be loaded; here they 
 MEASURED = "predict writes the answers; lit-alignment evaluate measures them"
 READER = "the processor beside the encoder reads files"
 STREAMED = """one unreadable picture stopped the run there, and all pictures and features stood in memory; here they \
-stream, in folders below as well, a killed run goes on, and unreadable files are listed"""
+stream, in folders below as well, a killed run resumes, and unreadable files are listed"""
 REMARKS = ("train_language_model: false trains the projector alone, which there was done by training with no adapter.",)
 ENCODERS, PROJECTORS = "modality_encoder_settings_mapping", "modality_projector_mapping"
 START, END, TOKENS = "start_modality_token", "end_modality_token", "modality_token_mapping"

@@ -135,7 +135,7 @@ def _checkpoint(old: Settings, validated: bool) -> dict[str, Any]:
 
 def _optimizer(old: Settings) -> dict[str, Any]:
     name = old.take("optim", "adamw_torch")
-    old.leave_out(f"'{name}'; the optimiser is AdamW", "optim", when=name not in ADAMW)
+    old.leave_out(f"'{name}'; the optimizer is AdamW", "optim", when=name not in ADAMW)
     kind = old.take("lr_scheduler_type", "linear")
     schedule = SCHEDULES.get(kind, kind)
     if schedule not in ("cosine", "linear", "constant", "wsd"):

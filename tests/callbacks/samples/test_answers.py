@@ -9,14 +9,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 
-from lit_alignment import CherryPicks, Throughput
+from lit_alignment import CherryPicks, FSDP2Strategy, Throughput
 from lit_alignment.callbacks.samples.html import CherryPick, curve_svg, render_report
 from lit_alignment.callbacks.samples.loggers import log_table, markdown_table
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.evaluation.answers import Answered, Perplexity
 from lit_alignment.generation.settings import DecodingConfig
-from tests.helpers import chats, run_on_ranks, sft_data, sft_module, trainer
+from tests.helpers import chats, sft_data, sft_module, trainer
+from tests.helpers.ranks import run_on_ranks
 
 SHORT = DecodingConfig(max_new_tokens=5)
 
@@ -175,10 +178,28 @@ def test_impossible_metric_is_refused_before_training(tmp_path):
         fit(tmp_path, callback)
 
 
+def pick_on_ranks(kind, folder):
+    """Train one epoch with picks; then gather a metric of which each rank has a part."""
+    strategies = {
+        "ddp": DDPStrategy(process_group_backend="gloo"),
+        "fsdp2": FSDP2Strategy(process_group_backend="gloo"),
+    }
+    generation = DecodingConfig(max_new_tokens=4)
+    callback = CherryPicks(num_samples=2, generation=generation, metrics=["length", "perplexity", "kl"])
+    logger = CSVLogger(folder, name="", version="")
+    runner = trainer(folder, strategy=strategies[kind], devices=2, callbacks=[callback], logger=logger)
+    module = sft_module(lora=True)
+    runner.fit(module, sft_data(module, chats(4), chats(3, seed=1)))
+    metric = Perplexity()
+    metric.update(Answered(["a"], logps=[[-1.0] if runner.global_rank == 0 else [-4.0, -4.0]]))
+    keep = {"scores": [pick.scores for pick in callback.picks], "gathered": metric.compute(), "own": metric.means()}
+    torch.save(keep, folder / f"{runner.global_rank}.pt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_score_the_same_answers_and_gather_what_each_has(kind, tmp_path):
-    run_on_ranks("callbacks.samples.cherry_picks_script", kind, str(tmp_path))
+    run_on_ranks(pick_on_ranks, kind, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first["scores"] == second["scores"] and len(first["scores"][0]) == 2  # before, and after an epoch
     assert first["scores"][0][0]["kl"] == pytest.approx(0, abs=1e-6)

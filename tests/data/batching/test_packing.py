@@ -31,6 +31,14 @@ def test_example_longer_than_a_row_is_refused():
         pack([11], 10)
 
 
+def test_longer_example_has_a_row_of_its_own_in_every_epoch():
+    lengths = np.array([30, 300, 40, 256, 20])
+    planned = BatchPlan(lengths, lengths / 1.0, 256, batch_size=4, shuffle=True, seed=0)
+    for epoch in range(3):
+        groups = planned.groups(epoch)
+        assert sorted(map(sorted, groups)) == [[0, 2, 4], [1], [3]]
+
+
 def test_every_example_stands_once_in_each_epoch_and_rows_fit():
     planned = plan()
     for epoch in range(3):
@@ -58,7 +66,7 @@ def test_window_weight_is_what_its_batches_on_all_ranks_hold(world_size, accumul
     seen = []
     for start in range(0, len(ranks[0]), accumulate):
         window = [b for batches in ranks for b in batches[start : start + accumulate]]
-        real = [b for b in window if not b.filler]
+        real = [b for b in window if not b.dummy]
         weight = sum(planned.weights[b.indices].sum() for b in real)
         assert {round(b.window_weight, 6) for b in window} == {round(weight, 6)}
         seen += [i for b in real for i in b.indices]

@@ -1,15 +1,14 @@
-"""One run on two gloo ranks; rank 0 writes gradients and losses. Started by test_distributed.py."""
+"""Runs of every method under every strategy, to be called on gloo ranks; each rank writes gradients and losses."""
 
-import os
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy
 
 from lit_alignment import Export, FSDP2Strategy
 from lit_alignment.callbacks.refresh import IndexRefresh
@@ -36,6 +35,8 @@ from tests.helpers import (
     vlm_data,
     vlm_module,
 )
+from tests.helpers.deepspeed_on_cpu import DeepSpeedOnCPU
+from tests.helpers.ranks import run_on_ranks
 
 SHARED = replace(RETRIEVER, towers="shared")
 PICTURED = (0, 9)  # records with images: of the micro-batches of either rank one has some and one has none
@@ -119,28 +120,28 @@ def build(method: str, lora: bool, part: str, folder: Path):
             return module, rag_data(module, chats(11, longest=6), chats(7, seed=1), **settings)
 
 
-def main(kind: str, lora: str, folder: str, parts: str = "all", methods: str = "sft") -> None:
-    """One run after another in the same processes; several methods have a folder each."""
-    torch.set_num_threads(1)
-    places = {m: Path(folder) / m if "," in methods else Path(folder) for m in methods.split(",")}
-    if "rag" in places and not (places["rag"] / "index").exists():  # rank 0 comes here before it starts the others
-        places["rag"].mkdir(exist_ok=True)
-        encoded_index(places["rag"], knowledge(6), SHARED)
-    for method, place in places.items():
-        place.mkdir(exist_ok=True)
-        for part in parts.split(","):
-            run(kind, lora, str(place), part, method)
+def train(kind: str, lora: str, folder: Path, parts: str = "all", method: str = "sft") -> dict[str, Any]:
+    """One run after another on as many ranks as the strategy takes; what rank 0 found in the last one."""
+    folder.mkdir(exist_ok=True)
+    if method == "rag":
+        encoded_index(folder, knowledge(6), SHARED)
+    if method == "vlm":
+        seen(folder, 11), seen(folder, 7, seed=1)
+    run_on_ranks(runs, kind, lora, folder, parts, method, ranks=ranks_of(kind))
+    return torch.load(folder / f"{kind}-{parts.split(',')[-1]}-0.pt")
 
 
-def deepspeed(stage: int) -> Strategy:
-    """ZeRO on CPUs; the library looks for its accelerator when it is imported."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from tests.distributed.deepspeed_strategy import DeepSpeedOnCPU
-
-    return DeepSpeedOnCPU(stage)
+def ranks_of(kind: str) -> int:
+    return 1 if kind == "one" else 4 if kind.endswith("-4") else 2  # two groups of two ranks
 
 
-def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
+def runs(kind: str, lora: str, folder: Path, parts: str, method: str) -> None:
+    """One run after another in the same processes."""
+    for part in parts.split(","):
+        run(kind, lora, folder, part, method)
+
+
+def run(kind: str, lora: str, folder: Path, part: str, method: str) -> None:
     """Train an epoch or two (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`).
 
     `pairs-` before these takes two micro-batches a step on any number of ranks. `sharded` trains one epoch over
@@ -159,7 +160,6 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
         "gathered-async": FSDP2Strategy(False, process_group_backend="gloo", async_save=True),
     }
     recorder = Recorder()
-    pair_of_pairs = kind.endswith("-4")  # two groups of two ranks
     alone = kind in ("one", "sequence", "tensor")  # all ranks have the same batches
     accumulate = 1 if part != "all" else 6 if alone else 3
     every = {} if part == "sharded" else {"every_n_train_steps": 1}
@@ -174,9 +174,9 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
     }
     pairs, _, part = part.rpartition("-")  # two micro-batches a step, however many ranks there are
     runner = trainer(
-        Path(folder),
-        strategy=deepspeed(int(kind[-1])) if kind.startswith("deepspeed") else strategies[kind],
-        devices=1 if kind == "one" else 4 if pair_of_pairs else 2,
+        folder,
+        strategy=DeepSpeedOnCPU(int(kind[-1])) if kind.startswith("deepspeed") else strategies[kind],
+        devices=ranks_of(kind),
         accumulate_grad_batches=(2 if alone else 1) if pairs else accumulate,
         callbacks=[
             recorder,
@@ -189,16 +189,16 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
         enable_checkpointing=part in ("first", "sharded"),
         **limits.get(part, {}),
     )
-    module, data = build(method, lora == "lora", part, Path(folder))
+    module, data = build(method, lora == "lora", part, folder)
     if part == "sharded":
         module.backbone = BackboneConfig(f"{folder}/base")
-    runner.fit(module, data, ckpt_path=Path(folder) / "saved.ckpt" if part == "rest" else None)
+    runner.fit(module, data, ckpt_path=folder / "saved.ckpt" if part == "rest" else None)
     if part == "sharded":
         module.network.eval()
         with torch.no_grad():
             found = full(module.network(input_ids=torch.arange(3, 40)[None]).logits)
         if runner.is_global_zero:
-            torch.save(found, Path(folder) / "logits.pt")
+            torch.save(found, folder / "logits.pt")
     keep = {
         "gradients": recorder.gradients,
         "losses": recorder.losses,
@@ -208,8 +208,4 @@ def run(kind: str, lora: str, folder: str, part: str, method: str) -> None:
         "pictures": recorder.pictures,
     }
     name = f"{pairs}-{part}" if pairs else part
-    torch.save(keep, Path(folder) / f"{kind}-{name}-{runner.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.save(keep, folder / f"{kind}-{name}-{runner.global_rank}.pt")

@@ -1,16 +1,12 @@
 """Small models, data and runs that many tests share."""
 
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from peft import LoraConfig
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -46,8 +42,11 @@ from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
 from lit_alignment.retrieval.index import IndexConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WORDS = "the kitchen scale does not work please reply order urgent billing product repair null true".split()
+# Of decoders of any architecture.
+DECODER_SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300}
+DECODER_SIZE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 16}
 
 
 def chats(number: int, seed: int = 0, longest: int = 40) -> list[dict[str, Any]]:
@@ -136,37 +135,27 @@ def trainer(folder: Path, **settings: Any) -> Trainer:
     return Trainer(**(options | settings))
 
 
+class Seen(Callback):
+    """Record ids and losses of each batch; optionally dies before a given one."""
+
+    def __init__(self, die_at=None):
+        self.ids, self.losses, self.die_at = [], [], die_at
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.die_at is not None and len(self.ids) == self.die_at:
+            raise Killed
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.ids.append(batch.ids)
+        self.losses.append(float(outputs["loss"]))
+
+
+class Killed(Exception):
+    pass
+
+
 def weights(module: SFTModule) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
-def run_on_ranks(script: str, *arguments: str) -> None:
-    """Run a script of the tests that starts its other ranks itself, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    run = subprocess.run(
-        [sys.executable, "-m", f"tests.{script}", *arguments],
-        env=os.environ | {"MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `lit-alignment` as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", "lit_alignment", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        cwd=ROOT,
-        check=False,
-    )
 
 
 LABELS = ["bad", "fine", "good"]
@@ -229,7 +218,7 @@ def reward_data(module: RewardModule, train=None, val=None, **settings: Any) -> 
 
 
 def step_gradients(folder: Path, module, data, **options: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the first optimiser step."""
+    """Gradients of the first optimizer step."""
     captured = {}
     module.on_before_optimizer_step = lambda optimizer: captured.update(
         {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
@@ -248,7 +237,7 @@ def knowledge_index(config: IndexConfig, embeddings: torch.Tensor) -> Path:
     """An index with the given embeddings and passages p0, p1, ..."""
     manifest = Manifest({"path": "tiny", "pooling": "mean"}, "abc", embeddings.shape[1], config.dtype, len(embeddings))
     builder = IndexBuilder(config, manifest)
-    builder.create([Passage(f"p{i}", [], "", title=f"title {i}", text=f"text of {i}") for i in range(len(embeddings))])
+    builder.create([Passage(f"p{i}", f"title {i}", f"text of {i}") for i in range(len(embeddings))])
     order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0))
     for part in order.split(3):  # as several processes would, in any order
         builder.write(part.tolist(), embeddings[part])
@@ -262,7 +251,7 @@ def knowledge(number: int, seed: int = 0) -> list[Passage]:
     """Passages of very unequal lengths."""
     generator = random.Random(seed)
     texts = [" ".join(generator.choices(WORDS, k=generator.choice((2, 5, 30)))) for _ in range(number)]
-    return [Passage(f"p{i}", [], "", title=f"note {i}", text=text) for i, text in enumerate(texts)]
+    return [Passage(f"p{i}", f"note {i}", text) for i, text in enumerate(texts)]
 
 
 def encoded_index(
@@ -298,7 +287,9 @@ IMAGE = ModalityConfig([VISION], ProjectorConfig("mlp"))
 
 
 def picture(path: Path, seed: int) -> str:
-    """A picture of two colors, with noise."""
+    """A picture of two colors, with noise; one that is there stays, as another rank may read it."""
+    if path.exists():
+        return str(path)
     generator = torch.Generator().manual_seed(seed)
     colors = torch.randint(0, 192, (2, 1, 3), generator=generator).repeat_interleave(torch.tensor([20, 20]), 0)
     pixels = (colors + torch.randint(0, 64, (40, 50, 3), generator=generator)).to(torch.uint8)

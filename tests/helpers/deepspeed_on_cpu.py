@@ -23,5 +23,9 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         self.accelerator.setup_device(self.root_device)
-        with patch.object(lightning_deepspeed, "_validate_device_index_selection"):
+        with (
+            patch.object(lightning_deepspeed, "_validate_device_index_selection"),
+            # gloo sums without a kernel for shared memory, which takes minutes to compile.
+            patch("deepspeed.comm.torch.build_shm_op", return_value=None),
+        ):
             self.setup_distributed()

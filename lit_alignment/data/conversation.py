@@ -1,0 +1,84 @@
+"""Data modules whose records are conversations: one encoder for training and for prompts."""
+
+from dataclasses import asdict
+from typing import Any
+
+import datasets
+from lightning.pytorch import Trainer
+
+from lit_alignment.data.base import AlignmentDataModule, datamodule_of
+from lit_alignment.data.batching.items import ItemBatch, PromptBatch
+from lit_alignment.data.encoding.encoder import Encoder, Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, Item, prompt_item, prompt_row
+from lit_alignment.data.encoding.templates import JinjaTemplate, PrefixSuffixTemplate
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.errors import ConfigError
+
+
+class ConversationDataModule(AlignmentDataModule):
+    """Conversations, their encoder, and the prompts that predict and cherry picks make of them.
+
+    Settings are those of AlignmentDataModule.
+    """
+
+    encoder_type: type[Encoder] = Encoder
+    encoder: Encoder
+
+    def check_settings(self) -> None:
+        """Also build the encoder, which refuses a tokenizer without a chat template."""
+        super().check_settings()
+        self.encoder = self.encoder_type(self.tokenizer, self.encoding, self.seed)
+
+    def read(self, raw: object, where: str, position: int) -> Record:
+        """One conversation."""
+        return read_record(raw, where, position)
+
+    @property
+    def predict_features(self) -> datasets.Features:
+        """Columns of a prompt."""
+        return PROMPT_FEATURES
+
+    def predict_row(self, record: Any, source: SourceConfig) -> dict[str, Any]:
+        """The prompt of a conversation."""
+        return prompt_row(self.encoder, record, source)
+
+    def predict_item(self, row: dict[str, Any], index: int) -> Item:
+        """One prompt."""
+        return prompt_item(row, index)
+
+    def predict_collate(self, items: list[Any]) -> PromptBatch | ItemBatch:
+        """Prompts to answer together."""
+        return PromptBatch(items)
+
+    def decides_encoding(self) -> list[Any]:
+        """Also settings and template of the encoder."""
+        return [*super().decides_encoding(), asdict(self.encoder.config), self.chat_template()]
+
+    def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:
+        """The one sequence of a row."""
+        ids = row["input_ids"]
+        labels = row.get("labels", [IGNORE_INDEX] * len(ids))
+        return [("", Example(ids, labels, row.get("weights", [0.0] * len(ids))))]
+
+    def chat_template(self) -> str | None:
+        """What conversations are rendered with, as a Jinja template to be saved with the model."""
+        match self.encoder.template:
+            case JinjaTemplate(source=source):
+                return source
+            case PrefixSuffixTemplate() as template:
+                return template.as_jinja()
+            case _:
+                return None
+
+
+def conversations_of(trainer: Trainer) -> ConversationDataModule:
+    """The data module that a trainer runs on, where that has conversations and their encoder.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    data = datamodule_of(trainer)
+    if not isinstance(data, ConversationDataModule):
+        raise ConfigError(f"a data module of conversations is needed here, not {type(data).__name__}.")
+    return data

@@ -1,0 +1,146 @@
+"""From sources to the examples of an epoch: read, choose, encode once into a cache, mix, report."""
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.utils import tqdm
+
+from lit_alignment.data.encoding.rows import RowEncoder
+from lit_alignment.data.sources.cache import cached_dataset, files_fingerprint, fingerprint, source_fingerprint
+from lit_alignment.data.sources.choosing import mixture_repeats, record_filter, repeat_records, source_generator
+from lit_alignment.data.sources.parallel import ordered_map
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.data.sources.report import DataReport
+from lit_alignment.errors import RecordError
+
+ROOT = Path(__file__).parent.parent.parent  # where the package is
+PARTS = ("lit_alignment.data.", "lit_alignment.errors")  # what may decide a row
+LATER = "lit_alignment.data.batching."  # decides batches of rows, and no row
+
+
+@dataclass(frozen=True)
+class ExampleMaker:
+    """Makes the examples of sources.
+
+    Args:
+        rows: How a record becomes a row.
+        decides: What decides a row besides its source and the seed, for the cache's names.
+        cache_dir: Where encoded data are kept.
+        seed: Seed of every choice.
+        num_proc: Processes that read and encode.
+    """
+
+    rows: RowEncoder
+    decides: list[Any]
+    cache_dir: Path
+    seed: int
+    num_proc: int = 1
+
+    def load(self, sources: Sequence[SourceConfig], split: str) -> tuple[datasets.Dataset, DataReport]:
+        """The examples of an epoch over all sources, and what became of their records."""
+        report = DataReport(split)
+        parts = []
+        for source in sources:
+            encoded = self.encoded(source)
+            report.sources[source.title] = report.sources.get(source.title, 0) + len(encoded)
+            reasons = np.array(encoded["dropped"], dtype=object)
+            report.dropped.update(reason for reason in reasons if reason)
+            for reason, detail in zip(reasons, encoded["detail"], strict=True):
+                if detail:
+                    report.details.setdefault(reason, detail)
+            parts.append(encoded.select(np.flatnonzero(reasons == "")))
+        repeats = mixture_repeats(sources, [len(part) for part in parts])
+        mixed = []
+        for source, part, repeat in zip(sources, parts, repeats, strict=True):
+            indices = repeat_records(np.arange(len(part)), repeat, source_generator(source, self.seed, "repeat"))
+            mixed.append(part.select(indices))
+        dataset = datasets.concatenate_datasets(mixed)
+        lengths = np.array(dataset["length"], dtype=np.int64)
+        report.examples, report.tokens = len(dataset), int(lengths.sum())
+        report.longest = int(lengths.max(initial=0))
+        if "num_trained" in dataset.column_names:
+            report.trained_tokens = int(np.sum(dataset["num_trained"]))
+        return dataset, report
+
+    def encoded(self, source: SourceConfig) -> datasets.Dataset:
+        """The rows of a source's chosen records, from the cache if they are there; dropped ones carry their reason."""
+        name = fingerprint(self.decides, source_fingerprint(source), asdict(source), self.seed)
+        return cached_dataset(
+            self.cache_dir / f"examples-{name}.arrow", lambda: self._validated_rows(source), self.rows.features
+        )
+
+    def fresh_rows(self, source: SourceConfig) -> Iterator[dict[str, Any]]:
+        """The rows of a source's chosen records, without the cache; the other records are not looked at."""
+        wanted = record_filter(source, self.seed)
+        for position, (where, raw) in enumerate(source.read()):
+            if wanted(position):
+                yield self.rows.row(self.rows.read(raw, where, position), source)
+
+    def _validated_rows(self, source: SourceConfig) -> Iterator[dict[str, Any]]:
+        """The same; all records of the source are validated, and their ids are all different.
+
+        Raises:
+            RecordError: If a record cannot be used, or has another one's id.
+        """
+        wanted = record_filter(source, self.seed)
+
+        def encode(numbered: tuple[int, tuple[str, Any]]) -> tuple[str, str, dict[str, Any] | None]:
+            position, (where, raw) = numbered
+            record = self.rows.read(raw, where, position)
+            return record.id, where, self.rows.row(record, source) if wanted(position) else None
+
+        positions: dict[str, int] = {}
+        found = ordered_map(encode, enumerate(source.read()), self.num_proc)
+        for position, (record_id, where, row) in enumerate(tqdm(found, f"Encoding {source.title}", unit="")):
+            first = positions.setdefault(record_id, position)
+            if first != position:
+                before, _ = next(islice(source.read(), first, None))
+                raise RecordError(where, "id", f"'{record_id}' is also the id of {before}", "Give each record its own.")
+            if row is not None:
+                yield row
+
+
+@cache
+def code_fingerprint(modules: tuple[str, ...]) -> str:
+    """A hash of the code that makes rows, so that a cache is never read by another version; once per process.
+
+    Args:
+        modules: The modules in which a method's data module is written.
+    """
+    return files_fingerprint(code_files(modules))
+
+
+def code_files(modules: Iterable[str]) -> set[Path]:
+    """The files of some modules, and of what these import of the package's reading and encoding, at any depth.
+
+    Args:
+        modules: Names of imported modules, of this package or another one.
+    """
+    own = [vars(sys.modules[name]).get("__file__") for name in modules]  # None in a notebook
+    open_files = [Path(path) for path in own if path is not None]
+    open_files += (ROOT / "lit_alignment/data/encoding").glob("*.py")
+    found: set[Path] = set()
+    while open_files:
+        file = open_files.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            names = [name for name in names if name.startswith(PARTS) and not name.startswith(LATER)]
+            files = [ROOT / f"{name.replace('.', '/')}.py" for name in names]
+            open_files += [file for file in files if file.is_file()]
+    return found
