@@ -139,11 +139,12 @@ def test_export_without_checkpoints_is_refused(tmp_path):
         trainer(tmp_path, callbacks=[Export()]).fit(module, sft_data(module, chats(2)))
 
 
-def test_best_checkpoint_is_exported_where_the_last_one_is_another(tmp_path):
+@pytest.mark.parametrize("which", ["best", "kept"])
+def test_best_checkpoint_is_exported_where_the_last_one_is_another(which, tmp_path):
     """The loss falls, and the highest is asked for: the best checkpoint is the first."""
     module = sft_module()
     saver = ModelCheckpoint(tmp_path / "ckpt", monitor="val/loss", mode="max", save_top_k=2, save_last=True)
-    runner = trainer(tmp_path, callbacks=[Export(), saver], enable_checkpointing=True, max_epochs=3)
+    runner = trainer(tmp_path, callbacks=[Export(which), saver], enable_checkpointing=True, max_epochs=3)
     runner.fit(module, sft_data(module, chats(8), chats(4)))
     last = logits(module.model).clone()
     link = tmp_path / "ckpt/export"
