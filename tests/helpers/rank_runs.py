@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lit_alignment import Export, FSDP2Strategy
 from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.distributed import fsdp2
+from lit_alignment.distributed.features import features_of
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.retrieval.index import IndexConfig
 from tests.helpers import (
@@ -60,8 +61,8 @@ class Recorder(Callback):
         if len(self.gradients) > len(self.losses):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             logged = trainer.callback_metrics.get("train/grad_norm")
-            engine = getattr(trainer.strategy, "gradient_norm", None)
-            self.norms.append(float(full(logged)) if engine is None else engine())
+            engines = features_of(trainer.strategy).gradient_norm()
+            self.norms.append(float(full(logged)) if engines is None else engines)
 
 
 class Late(Callback):
