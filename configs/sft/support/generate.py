@@ -50,7 +50,7 @@ BODIES = {
             "The courier left my {p} at the wrong house.",
             "Can you change the delivery address for the {p}?",
             "My parcel with the {p} is lost.",
-            "The {p} is late again, what is resuming?",
+            "The {p} is late again, what is going on?",
             "Nobody delivered the {p} today as promised.",
             "The {p} did not come, how long do I have to wait?",
             "Is the {p} on its way?",
