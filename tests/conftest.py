@@ -13,6 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[1]  # nothing heavy is imported here: the process that only distributes tests would wait
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Of torch in this process; a plugin may have loaded its thread pool before the variables above were set."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
     """Every test has its own cache, and runs from the root, as the README's commands do."""
