@@ -50,7 +50,7 @@ def explain(message: str, arguments: list[str]) -> str:
 
 
 def find_null(value: Any, kind: Any, key: str) -> str | None:
-    """The key of a null in one of our settings whose type allows none, which the parser lets through.
+    """What is wrong with a null, or a list in place of an object, that the parser lets through; else None.
 
     Args:
         value: A part of the parsed configuration.
@@ -58,7 +58,9 @@ def find_null(value: Any, kind: Any, key: str) -> str | None:
         key: Its key.
     """
     if value is None:
-        return None if kind is Any or type(None) in typing.get_args(kind) or kind is type(None) else key
+        return None if kind is Any or type(None) in typing.get_args(kind) or kind is type(None) else f"{key} is null"
+    if isinstance(value, list) and dataclasses.is_dataclass(kind):
+        return f"{key} is a list, not settings by name"
     for each in [kind, *typing.get_args(kind)]:
         if isinstance(value, list) and typing.get_origin(each) is list:
             (inner,) = typing.get_args(each)

@@ -93,8 +93,8 @@ class AlignmentCLI(LightningCLI):
         ):
             if locate(str(config[part].class_path)) is kind:  # what the parser takes without one
                 raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
-            if (key := find_null(config[part], kind, part)) is not None:
-                raise ConfigError(f"{key} is null. Give a value, or leave it out for the default.")
+            if (problem := find_null(config[part], kind, part)) is not None:
+                raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
         if self.uses_vllm:
             _ask(self.config[self.subcommand].trainer, NO_DEVICE)
 
