@@ -49,8 +49,8 @@ def explain(message: str, arguments: list[str]) -> str:
     return _shortened(message)
 
 
-def find_null(value: Any, kind: Any, key: str) -> str | None:
-    """What is wrong with a null, or a list in place of an object, that the parser lets through; else None.
+def find_misfit(value: Any, kind: Any, key: str) -> str | None:
+    """What is wrong with a null, or a list in place of settings, that the parser lets through; else None.
 
     Args:
         value: A part of the parsed configuration.
@@ -59,29 +59,33 @@ def find_null(value: Any, kind: Any, key: str) -> str | None:
     """
     if value is None:
         return None if kind is Any or type(None) in typing.get_args(kind) or kind is type(None) else f"{key} is null"
-    if isinstance(value, list) and dataclasses.is_dataclass(kind):
+    kinds = [kind, *typing.get_args(kind)]
+    takes_list = any(typing.get_origin(each) is list for each in kinds)
+    if isinstance(value, list) and not takes_list and any(map(dataclasses.is_dataclass, kinds)):
         return f"{key} is a list, not settings by name"
-    for each in [kind, *typing.get_args(kind)]:
+    for each in kinds:
         if isinstance(value, list) and typing.get_origin(each) is list:
             (inner,) = typing.get_args(each)
-            found = (find_null(one, inner, f"{key}[{number}]") for number, one in enumerate(value))
+            found = (find_misfit(one, inner, f"{key}[{number}]") for number, one in enumerate(value))
             return next(filter(None, found), None)
         if isinstance(value, dict) and typing.get_origin(each) is dict:
             inner = typing.get_args(each)[1]
-            return next(filter(None, (find_null(one, inner, f"{key}.{name}") for name, one in value.items())), None)
+            return next(filter(None, (find_misfit(one, inner, f"{key}.{name}") for name, one in value.items())), None)
         if isinstance(value, Namespace) and dataclasses.is_dataclass(each):
-            return _null_in(value, typing.get_type_hints(each), key)
+            return _misfit_in(value, typing.get_type_hints(each), key)
     if isinstance(value, Namespace) and str(value.get("class_path", "")).startswith("lit_alignment."):
         module, _, name = str(value.class_path).rpartition(".")
         given = value.get("init_args")
         hints = _arguments(getattr(importlib.import_module(module), name))
-        return _null_in(given, hints, f"{key}.init_args") if isinstance(given, Namespace) else None
+        return _misfit_in(given, hints, f"{key}.init_args") if isinstance(given, Namespace) else None
     return None
 
 
-def _null_in(values: Namespace, hints: dict[str, Any], key: str) -> str | None:
+def _misfit_in(values: Namespace, hints: dict[str, Any], key: str) -> str | None:
     found = (
-        find_null(values[name], hints[name], f"{key}.{name}") for name in vars(values) if name in hints.keys() - LINKED
+        find_misfit(values[name], hints[name], f"{key}.{name}")
+        for name in vars(values)
+        if name in hints.keys() - LINKED
     )
     return next(filter(None, found), None)
 
@@ -141,6 +145,9 @@ def _shortened(message: str) -> str:
         "Errors:",
         "Given value type:",
         "Given value: {",
+        "Subclass types expect one of:",
+        "- a class path (str)",
+        "- a dict with",
         "- Expected a <class 'NoneType'>",
     )
     kept = [line.removeprefix("- ") for line in lines if not line.startswith(noise)]

@@ -3,7 +3,7 @@
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -82,6 +82,26 @@ NAMES = {
     "Source": "SourceConfig",
     "read_comparison": "read_feedback",
 }
+MOVED_NAMES = {  # those that left a module which stays, or which moved elsewhere
+    "data.cache.tokenizer_fingerprint": "data.encoding.tokenizer.tokenizer_fingerprint",
+    "data.prompts.ItemBatch": "data.batching.items.ItemBatch",
+    "data.prompts.PromptBatch": "data.batching.items.PromptBatch",
+    "data.reward.SEQUENCE_FEATURES": "data.feedback.RESPONSE_FEATURES",
+    "generation.scoring.RewardScorer": "generation.reward_scorer.RewardScorer",
+    "generation.settings.Answer": "generation.engine.Completion",
+    "generation.settings.FinishReason": "generation.engine.FinishReason",
+    "generation.transformers_engine.StopRule": "models.stop_rule.StopRule",
+    "generation.transformers_engine.cut_answer": "generation.engine.cut_completion",
+    "generation.transformers_engine.generation_config": "models.stop_rule.generation_config",
+    "generation.transformers_engine.stop_rule": "models.stop_rule.stop_rule",
+    "tools.export.Difference": "checkpoints.comparing.Difference",
+    "tools.export.TOLERANCE": "checkpoints.export.TOLERANCE",
+    "tools.export.compare": "checkpoints.comparing.compare",
+    "tools.export.encode_prompts": "checkpoints.comparing.encode_prompts",
+    "tools.export.logits": "checkpoints.comparing.logits",
+    "tools.export.reload": "checkpoints.export.reload",
+    "tools.export.scores": "checkpoints.comparing.scores",
+}
 
 
 def renamed(module: str, name: str) -> Any:
@@ -90,10 +110,13 @@ def renamed(module: str, name: str) -> Any:
     Raises:
         AttributeError: If there never was such a name.
     """
-    if name not in NAMES:
+    old = f"{module}.{name}"
+    if (moved := MOVED_NAMES.get(old.removeprefix(ROOT))) is not None:
+        module, _, new = f"{ROOT}{moved}".rpartition(".")
+    elif (new := NAMES.get(name, "")) == "":
         raise AttributeError(f"module '{module}' has no attribute '{name}'")
-    _warn(f"{module}.{name}", f"{module}.{NAMES[name]}")
-    return getattr(importlib.import_module(module), NAMES[name])
+    _warn(old, f"{module}.{new}")
+    return getattr(importlib.import_module(module), new)
 
 
 class MovedModules(MetaPathFinder, Loader):
@@ -118,14 +141,22 @@ class MovedModules(MetaPathFinder, Loader):
         if name in MODULES:
             new = ROOT + MODULES[name]
             _warn(module.__name__, new)
-            found = importlib.import_module(new)
-            module.__getattr__ = lambda each: getattr(found, NAMES.get(each, each))  # type: ignore[method-assign]
+            module.__getattr__ = _names_of(name, importlib.import_module(new))  # type: ignore[method-assign]
 
 
 def install() -> None:
     """Let imports find what has moved; asked after every other finder."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(MovedModules())
+
+
+def _names_of(old: str, new: ModuleType) -> Callable[[str], Any]:
+    """`__getattr__` of a module that has moved."""
+
+    def find(name: str) -> Any:
+        return renamed(ROOT + old, name) if f"{old}.{name}" in MOVED_NAMES else getattr(new, NAMES.get(name, name))
+
+    return find
 
 
 def _warn(old: str, new: str) -> None:

@@ -15,7 +15,7 @@ from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.newest import newest_checkpoint
-from lit_alignment.config_errors import explain, find_null
+from lit_alignment.config_errors import explain, find_misfit
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.modules.base import AlignmentModule
@@ -93,7 +93,7 @@ class AlignmentCLI(LightningCLI):
         ):
             if locate(str(config[part].class_path)) is kind:  # what the parser takes without one
                 raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
-            if (problem := find_null(config[part], kind, part)) is not None:
+            if (problem := find_misfit(config[part], kind, part)) is not None:
                 raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
         if self.uses_vllm:
             _ask(self.config[self.subcommand].trainer, NO_DEVICE)

@@ -50,6 +50,21 @@ CASES = {
     "missing-model": ({"model": {"init_args": {"backbone": {"path": "./nowhere"}}}}, [], "./nowhere: no such model"),
     "missing-data": ({"data": {"init_args": {"train": [{"path": "no.jsonl"}]}}}, [], "no.jsonl: no such file"),
     "bad-value": ({"data": {"init_args": {"encoding": {"max_length": 1}}}}, [], "max_length is 1; use 2 or more"),
+    "null": (
+        {"model": {"init_args": {"optimizer": {"learning_rate": None}}}},
+        [],
+        "model.init_args.optimizer.learning_rate is null. Give a value, or leave it out",
+    ),
+    "list-for-settings": (
+        {"data": {"init_args": {"encoding": []}}},
+        [],
+        "data.init_args.encoding is a list, not settings by name",
+    ),
+    "list-for-optional-settings": (
+        {"model": {"init_args": {"adapter": []}}},
+        [],
+        'Parser key "adapter": Not a valid subclass of AdapterConfig Given value: []',
+    ),
     "eager-packing": (
         {"model": {"init_args": {"backbone": {"attention": "eager"}}}},
         [],

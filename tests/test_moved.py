@@ -39,6 +39,16 @@ def test_moved_module_is_found_with_a_warning(old):
     assert public and all(getattr(found, each) is getattr(new, each) for each in public)
 
 
+@pytest.mark.filterwarnings("ignore:lit_alignment.* is now")
+@pytest.mark.parametrize("old", sorted(moved.MOVED_NAMES))
+def test_name_that_left_its_module_is_found_with_a_warning(old):
+    module, _, name = f"lit_alignment.{old}".rpartition(".")
+    new_module, _, new = f"lit_alignment.{moved.MOVED_NAMES[old]}".rpartition(".")
+    found = importlib.import_module(module)
+    with pytest.warns(FutureWarning, match=f"{module}.{name} is now {new_module}.{new};"):
+        assert getattr(found, name) is getattr(importlib.import_module(new_module), new)
+
+
 def test_code_of_the_earlier_version_runs():
     code = """
 from lit_alignment.data.records import Source

@@ -16,6 +16,7 @@ from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.data.feedback import IDS, FeedbackDataModule, FeedbackItem, FeedbackKind
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import RecordError
+from lit_alignment.moved import renamed
 
 # Positions in each response whose scores are read: its last token, or the ends of its steps.
 READ_AT = {"read_at": datasets.List(IDS)}
@@ -161,3 +162,7 @@ class RewardDataModule(FeedbackDataModule):
     def predict_collate(self, items: list[Any]) -> ItemBatch:
         """All responses of the records, to score in one forward pass."""
         return ItemBatch(items, self._score_batch([i.sequences for i in items], [i.read_at for i in items]))
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

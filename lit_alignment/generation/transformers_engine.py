@@ -22,6 +22,7 @@ from lit_alignment.models.adapters import is_prompt_learning, prefix_cache
 from lit_alignment.models.head import base_model, scores_at
 from lit_alignment.models.logprobs import row_inputs, target_logps
 from lit_alignment.models.multimodal.placing import Placement, placed
+from lit_alignment.moved import renamed
 
 
 class TransformersEngine(Engine):
@@ -185,3 +186,7 @@ def _generation_config(
         suppress_tokens=list(request.never) or None,
         **sampling,
     )
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

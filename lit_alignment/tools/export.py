@@ -2,8 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from lit_alignment.checkpoints.export import DTYPES, ExportConfig, export
+from lit_alignment.moved import renamed
 
 
 def main(arguments: list[str], merge: bool = False) -> None:
@@ -36,3 +38,7 @@ def _parser(merge: bool) -> argparse.ArgumentParser:
     parser.add_argument("--dequantize", action="store_true", help="merge what was trained over quantised weights")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     return parser
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)
