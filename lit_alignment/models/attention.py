@@ -80,9 +80,7 @@ def document_attention(
         # Unpacked and unmasked: each row is one document, whose sliding window plain SDPA would not know of.
         document_lengths = [query.shape[2]]
     if not document_lengths:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return output, None
     return _by_document(query, key, value, document_lengths, document_parents, dropout, scaling, sliding_window), None
 

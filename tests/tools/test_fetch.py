@@ -34,7 +34,7 @@ def folder():
             yield fetch.fetch(NAME)
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_packaged_model_loads_and_answers(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = SFTModule(BackboneConfig(str(folder))).load_model(packing=True)
@@ -45,7 +45,7 @@ def test_packaged_model_loads_and_answers(folder):
     assert "Paris" in answer.text and answer.finish_reason == "stop"
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_real_template_gives_exact_spans_and_prompt_ids(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = Encoder(tokenizer, EncodingConfig())
@@ -61,7 +61,7 @@ def test_real_template_gives_exact_spans_and_prompt_ids(folder):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_packed_loss_of_the_real_model_equals_separate_conversations(folder):
     """The unpacked side is transformers' own model and loss."""
     from lit_alignment.data.batching.collate import collate_packed
@@ -87,7 +87,7 @@ def test_packed_loss_of_the_real_model_equals_separate_conversations(folder):
     assert float(packed) == pytest.approx(separate, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_fetched_name_is_found_and_not_fetched_again(folder, monkeypatch):
     monkeypatch.setenv("LIT_ALIGNMENT_CACHE", str(folder.parent.parent))
     monkeypatch.setattr(fetch, "_from_package", None)
