@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from lit_alignment.callbacks.interrupt import Interrupt
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
@@ -99,7 +100,7 @@ class AlignmentCLI(LightningCLI):
             _ask(self.config[self.subcommand].trainer, NO_DEVICE)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A trainer with atomic checkpoints, a progress bar for people, and in predict a writer."""
+        """A trainer with atomic checkpoints, a Ctrl-C that is not lost, and in predict a writer."""
         # Our loaders shard batches across ranks themselves; Lightning's sampler would shuffle what must stay in order.
         kwargs["use_distributed_sampler"] = False
         trainer = super().instantiate_trainer(**kwargs)
@@ -109,6 +110,7 @@ class AlignmentCLI(LightningCLI):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
             callbacks.append(PredictionWriter())
+        callbacks.append(Interrupt())
         return trainer
 
     def _fetch_checkpoint(self, subcommand: str) -> None:

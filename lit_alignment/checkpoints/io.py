@@ -32,9 +32,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         unfinished = partial_path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
+            torch.save(checkpoint, unfinished)  # by its path: into a file of Python's, Ctrl-C ends the process at once
+            with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
             swap(unfinished, path)
         except (OSError, RuntimeError) as error:  # torch reports a short write as a RuntimeError

@@ -48,13 +48,10 @@ def put_in_place(partial: Path, path: Path, rest: dict[str, Any]) -> None:
         path: Its name; a checkpoint that has it stays until the new one is there.
         rest: What is no shard.
     """
-    with (partial / REST).open("wb") as file:
-        torch.save(rest, file)
-        file.flush()
-        os.fsync(file.fileno())
-    for shard in partial.glob("*.distcp"):
-        with shard.open("rb") as handle:
-            os.fsync(handle.fileno())
+    torch.save(rest, partial / REST)
+    for written in (partial / REST, *partial.glob("*.distcp")):
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
     swap(partial, path)
 
 

@@ -135,6 +135,24 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.glob("*") if path.is_file()] == ["a.ckpt"]
 
 
+def interrupt_saves(path):
+    """Two hundred Ctrl-C at random moments of saves; each is repeated, as a destructor may swallow it."""
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    generator, state = random.Random(0), {"state": {str(number): torch.zeros(1000) for number in range(300)}}
+    for _ in range(200):
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, generator.uniform(0.0005, 0.012), 0.5)
+            while True:
+                AtomicCheckpointIO().save_checkpoint(state, path)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_a_save_ends_it_and_nothing_else(tmp_path):
+    run_on_ranks(interrupt_saves, tmp_path / "a.ckpt", ranks=1)
+    assert [path.name for path in tmp_path.glob("*") if path.is_file()] == ["a.ckpt"]
+
+
 def save_without_pause(path):
     number = 0
     while True:
