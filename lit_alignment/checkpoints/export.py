@@ -164,7 +164,7 @@ def media_parts(
     trained: dict[str, Tensor],
     network: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    template: str | None,
+    template: str | dict[str, str] | None,
     form: Form,
 ) -> ExportParts:
     """A composed model as a LLaVA if it can be one, else its projectors beside the language model, in `media/`.

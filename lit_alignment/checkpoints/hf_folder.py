@@ -36,7 +36,7 @@ class Companions:
 
     tokenizer: PreTrainedTokenizerBase
     generation_config: GenerationConfig | None
-    chat_template: str | None = None
+    chat_template: str | dict[str, str] | None = None
     beside: Callable[[Path], None] | None = None
     full_weights: Callable[[Path, dict[str, Tensor]], None] | None = None
 
@@ -79,9 +79,9 @@ def write_folder(
     try:
         partial.mkdir(parents=True)
         _write_weights(network, trained, partial, form, max_shard_size, dtype, companions.full_weights)
-        companions.tokenizer.save_pretrained(partial)
-        if companions.chat_template not in (None, companions.tokenizer.chat_template):
-            (partial / "chat_template.jinja").write_text(str(companions.chat_template), encoding="utf-8")
+        tokenizer = copy.copy(companions.tokenizer)
+        tokenizer.chat_template = companions.chat_template or tokenizer.chat_template
+        tokenizer.save_pretrained(partial)
         if companions.generation_config is not None:
             companions.generation_config.save_pretrained(partial)
         if companions.beside is not None:

@@ -55,7 +55,7 @@ class Saved:
     tokens: TokensConfig
     trained: dict[str, Tensor]
     stop: dict[str, Any] | None
-    chat_template: str | None
+    chat_template: str | dict[str, str] | None
     head: HeadConfig | None = None
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
     networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)

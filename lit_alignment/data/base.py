@@ -170,7 +170,7 @@ class AlignmentDataModule(LightningDataModule):
         """The token sequences of one encoded row, each with its name, for people to look at."""
         return []
 
-    def chat_template(self) -> str | None:
+    def chat_template(self) -> str | dict[str, str] | None:
         """What conversations are rendered with, as a Jinja template to be saved with the model."""
         return None
 

@@ -61,11 +61,11 @@ class ConversationDataModule(AlignmentDataModule):
         labels = row.get("labels", [IGNORE_INDEX] * len(ids))
         return [("", Example(ids, labels, row.get("weights", [0.0] * len(ids))))]
 
-    def chat_template(self) -> str | None:
-        """What conversations are rendered with, as a Jinja template to be saved with the model."""
+    def chat_template(self) -> str | dict[str, str] | None:
+        """What conversations are rendered with, as Jinja templates to be saved with the model."""
         match self.encoder.template:
-            case JinjaTemplate(source=source):
-                return source
+            case JinjaTemplate(sources=sources):
+                return sources if len(sources) > 1 else sources["default"]
             case PrefixSuffixTemplate() as template:
                 return template.as_jinja()
             case _:

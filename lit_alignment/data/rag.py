@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
-from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig, Example, Prompt
+from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig, Example, Prompt, dropped
 from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record, read_record, value_kind
 from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.encoding.rows import ROW_FEATURES
@@ -99,7 +99,7 @@ class RAGEncoder(Encoder):
                 lambda message: message is answer,
             )
         except TemplateError as error:
-            raise Dropped("template_error", f"{record.where}: {error}") from error
+            raise dropped(record, error) from error
         if not any(message["role"] == "user" for message in kept):
             raise Dropped("too_long")
         return kept[:-1], answer
@@ -157,7 +157,8 @@ class RAGEncoder(Encoder):
             documents = [{"title": title, "text": text} for title, text in texts]
             template.variables = {**template.variables, "documents": documents}
             own = copy.copy(self)
-            own.template = template
+            own.template, own.locator = template, copy.copy(self.locator)
+            own.locator.template = template
             return asked, own
         written = placement.separator.join(format_passage(placement.passage, *each) for each in texts)
         messages = list(asked)

@@ -47,7 +47,7 @@ def test_documents_go_to_a_template_that_takes_them(tokenizer):
     )
     own = TemplateConfig(file=None)
     encoder = rag_encoder(tokenizer, PassagePlacementConfig(place="documents"), template=own)
-    encoder.template.source = source
+    encoder.template.sources = {"default": source}
     asked, answer = encoder.split(record("what color?", "it is red"))
     text = tokenizer.decode(encoder.example(asked, answer, PASSAGES).input_ids)
     assert text.startswith("<scale:the scale is red><:order it>[user]what color?")

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message, Record
-from lit_alignment.data.encoding.templates import TemplateConfig, Turn, build_template
+from lit_alignment.data.encoding.spans import THINKING, HistoryDiffers, Locator, NotRendered, Rendered, Turn
+from lit_alignment.data.encoding.templates import TemplateConfig, build_template
 from lit_alignment.data.encoding.truncation import Policy, Unit, shorten_messages, shorten_tokens
 from lit_alignment.errors import ConfigError, RecordError, TemplateError
 
@@ -59,6 +61,9 @@ class Prompt:
     media: dict[str, list[str]] = field(default_factory=dict)
 
 
+HISTORY_DIFFERS = "history_differs"
+
+
 class Dropped(Exception):
     """A record that does not become an example, with the reason that the drop report counts."""
 
@@ -81,6 +86,10 @@ class EncodingConfig:
         end_of_turn: Whether the end-of-turn text is trained on each trained message, the last, or none.
         ignore_system_prompt: Leave out the conversation's own system message.
         random_cut: For prompts, cut each conversation before a random response, seeded by the record's id.
+        add_stop: Add what ends a turn behind the last response where the template writes it with the next message.
+        split_turns: What becomes of a conversation whose template renders what stands before a response otherwise than
+            the model would see it: `auto` makes one example of each trained response, `never` drops the record.
+        reasoning: Which reasoning is trained: what the template renders, that of the last response only, or none.
     """
 
     template: TemplateConfig = field(default_factory=TemplateConfig)
@@ -91,6 +100,9 @@ class EncodingConfig:
     end_of_turn: EndOfTurn = "turn"
     ignore_system_prompt: bool = False
     random_cut: bool = False
+    add_stop: bool = True
+    split_turns: Literal["auto", "never"] = "auto"
+    reasoning: Literal["as_rendered", "last_only", "none"] = "as_rendered"
 
 
 class Encoder:
@@ -110,6 +122,40 @@ class Encoder:
         self.config = config
         self.seed = seed
         self.template = build_template(config.template, tokenizer)
+        special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        longest_first = sorted(filter(None, special | set(tokenizer.all_special_tokens)), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.locator = Locator(
+            self.template,
+            self.special,
+            tokenizer.eos_token or "",
+            tokenizer.bos_token or "",
+            train_empty_thinking=config.template.train_empty_thinking,
+            add_stop=config.add_stop,
+        )
+
+    def examples(self, record: Record, system_prompt: str | None = None) -> list[Example]:
+        """The training examples of a record: one, or one for each trained response where they see different histories.
+
+        Args:
+            record: The conversation.
+            system_prompt: Replaces its system message.
+
+        Raises:
+            Dropped: With the reason, if it does not become an example.
+            RecordError: If it is too long and the policy says `error`.
+        """
+        try:
+            return [self.encode(record, system_prompt)]
+        except Dropped as drop:
+            if drop.reason != HISTORY_DIFFERS or self.config.split_turns == "never":
+                raise
+        messages = self._with_system_prompt(record.messages, system_prompt)
+        examples = []
+        for number in self._trained(messages):
+            own = [{**message, "train": i == number} for i, message in enumerate(messages[: number + 1])]
+            examples.append(self.encode(replace(record, messages=own)))
+        return examples
 
     def encode(self, record: Record, system_prompt: str | None = None) -> Example:
         """The training example of a record.
@@ -131,7 +177,7 @@ class Encoder:
             if len(example.input_ids) > self.config.max_length:
                 example = self._shorten(record, messages, example)
         except TemplateError as error:
-            raise Dropped("template_error", f"{record.where}: {error}") from error
+            raise dropped(record, error) from error
         if example.num_trained == 0:
             raise Dropped("no_trained_token")
         return example
@@ -163,7 +209,7 @@ class Encoder:
                 lambda message: message["role"] != "assistant",
             )
         except TemplateError as error:
-            raise Dropped("template_error", f"{record.where}: {error}") from error
+            raise dropped(record, error) from error
         return Prompt(ids, messages, reference)
 
     def encode_conversation(self, record: Record, system_prompt: str | None = None) -> Prompt:
@@ -181,7 +227,7 @@ class Encoder:
         try:
             ids, messages = self._shorten_ids(record, messages, encode, lambda message: True)
         except TemplateError as error:
-            raise Dropped("template_error", f"{record.where}: {error}") from error
+            raise dropped(record, error) from error
         return Prompt(ids, messages, None)
 
     def end_of_turn(self) -> list[int]:
@@ -220,10 +266,9 @@ class Encoder:
 
     def _encode_messages(self, messages: list[Message], tools: list[Any]) -> Example:
         trained = self._trained(messages)
-        responses = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        text, turns = self.template.turns(messages, tools, sorted({*trained, *responses}))
-        # A token must not reach over the position where a prompt ends, or the prompt's ids would differ in predict.
-        ids, offsets = self._tokenize(text, [turns[index].start for index in responses])
+        rendered = self._rendered(messages, tools, trained)
+        turns = rendered.turns
+        ids, offsets = self._tokenize(rendered.text, [turn.boundary for turn in turns.values()])
         labels = [IGNORE_INDEX] * len(ids)
         weights = [0.0] * len(ids)
         for index in trained:
@@ -231,22 +276,33 @@ class Encoder:
             stop = turn.stop
             if self.config.end_of_turn == "none" or (self.config.end_of_turn == "last" and index != trained[-1]):
                 stop = turn.content_end
-            for position in range(bisect_left(offsets, (turn.start, 0)), len(offsets)):
+            start = self._behind_reasoning(rendered, turn, index == trained[-1])
+            for position in range(bisect_left(offsets, (turn.boundary, 0)), len(offsets)):
                 begin, end = offsets[position]
                 if end > stop:
                     break
-                if begin < end:
+                if begin < end and end > start:  # white space before the start may be a part of the first token
                     labels[position] = ids[position]
                     weights[position] = messages[index].get("weight", 1.0)
-        return Example(ids, labels, weights, self._end_of_turn(ids, offsets, turns, responses))
+        responses = [index for index in turns if messages[index]["role"] == "assistant"]
+        closing = turns[responses[-1]] if responses else None
+        return Example(ids, labels, weights, [] if closing is None else self._end_of_turn(ids, offsets, closing))
+
+    def _rendered(self, messages: list[Message], tools: list[Any], trained: list[int]) -> Rendered:
+        """The text, and where its messages stand; a last response stands behind its prompt as predict renders it."""
+        if trained == [len(messages) - 1]:
+            return self.locator.locate_last(messages, tools)
+        return self.locator.locate(messages, tools, trained)
+
+    def _behind_reasoning(self, rendered: Rendered, turn: Turn, is_last: bool) -> int:
+        """Where the trained part of a turn begins if its reasoning is not trained."""
+        if self.config.reasoning == "as_rendered" or (self.config.reasoning == "last_only" and is_last):
+            return turn.start
+        block = THINKING.match(rendered.text, turn.start, turn.content_end)
+        return turn.start if block is None else block.end()
 
     @staticmethod
-    def _end_of_turn(
-        ids: list[int], offsets: list[tuple[int, int]], turns: dict[int, Turn], responses: list[int]
-    ) -> list[int]:
-        if not responses:
-            return []
-        turn = turns[responses[-1]]
+    def _end_of_turn(ids: list[int], offsets: list[tuple[int, int]], turn: Turn) -> list[int]:
         return [i for i, (begin, end) in zip(ids, offsets, strict=True) if turn.content_end <= begin < end <= turn.stop]
 
     def _tokenize(self, text: str, boundaries: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
@@ -298,9 +354,7 @@ class Encoder:
 
     def _prompt_ids(self, record: Record, messages: list[Message]) -> list[int]:
         # Earlier responses are split from their prompts exactly as in training.
-        responses = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        text = self.template.render(messages, record.tools, prompt=True)
-        boundaries = [len(self.template.render(messages[:i], record.tools, prompt=True)) for i in responses if i]
+        text, boundaries = self.locator.starts(messages, record.tools)
         return self._tokenize(text, boundaries)[0]
 
     def _shorten_ids(
@@ -349,3 +403,15 @@ class Encoder:
         except TemplateError:
             return 0  # a template that cannot render a system message alone has it inside the user's
         return len(self._tokenize(text, [])[0])
+
+
+def dropped(record: Record, error: TemplateError) -> Dropped:
+    """The reason for which a record that its template cannot render as it should is dropped."""
+    match error:
+        case HistoryDiffers():
+            reason = HISTORY_DIFFERS
+        case NotRendered():
+            reason = "not_rendered"
+        case _:
+            reason = "template_error"
+    return Dropped(reason, f"{record.where}: {error}")

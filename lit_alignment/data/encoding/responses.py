@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import TypeVar
 
-from lit_alignment.data.encoding.encoder import Dropped, Encoder, Example
+from lit_alignment.data.encoding.encoder import Dropped, Encoder, Example, dropped
 from lit_alignment.data.encoding.messages import Message, Record
 from lit_alignment.data.encoding.truncation import shorten_messages
 from lit_alignment.errors import ConfigError, TemplateError
@@ -36,7 +36,7 @@ class ResponseEncoder(Encoder):
             RecordError: If it is too long and the policy says `error`.
         """
         if not allow_empty and not all(
-            message["content"].strip() or message.get("tool_calls") for message in responses
+            (message["content"] or "").strip() or message.get("tool_calls") for message in responses
         ):
             raise Dropped("empty_response")
         trained = [{**message, "train": True} for message in responses]
@@ -75,8 +75,9 @@ class ResponseEncoder(Encoder):
         ends = list(accumulate(len(step) + len(separator) for step in steps))
 
         def encode(prompt: list[Message]) -> tuple[list[int], list[int]]:
-            text, turns = self.template.turns([*prompt, response], record.tools, [len(prompt)])
-            start = text.find(content, turns[len(prompt)].start)
+            rendered = self.locator.locate_last([*prompt, response], record.tools)
+            text, turn = rendered.text, rendered.turns[len(prompt)]
+            start = text.find(content, turn.boundary)
             if start < 0:
                 raise ConfigError(
                     f"data.step_separator {separator!r}: the template changes it at the end of a response. "
@@ -111,5 +112,5 @@ class ResponseEncoder(Encoder):
                     raise Dropped("too_long")
                 encoded = encode(shorter)
         except TemplateError as error:
-            raise Dropped("template_error", f"{record.where}: {error}") from error
+            raise dropped(record, error) from error
         return encoded

@@ -141,7 +141,7 @@ def composed_writer(
     trained: dict[str, Tensor],
     network: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    chat_template: str | None,
+    chat_template: str | dict[str, str] | None,
 ) -> tuple[Callable[[Path, dict[str, Tensor]], None] | None, str]:
     """What writes a composed model as a LLaVA, given the language model's weights, or why it cannot be one.
 

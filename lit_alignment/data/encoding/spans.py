@@ -1,0 +1,342 @@
+"""Where the responses stand in a rendered conversation, from the end of their prompt to the token that stops them.
+
+Stock templates carry no generation tags, and the assistant masks of transformers are all zero under them. So a response
+is found by marks in its own text; its prompt, rendered as in predict, says where it begins; and what closes it is
+what a template writes behind responses whatever they say, which four short conversations show.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from lit_alignment.data.encoding.marks import TOOLS, Marked, Template, common_prefix, mark
+from lit_alignment.data.encoding.messages import Message
+from lit_alignment.errors import TemplateError
+
+THINK = r"(?:<\|?(?:START_)?(?:\w+:)?think(?:ing)?\|?>|\[THINK\])"
+THINK_END = r"(?:<\|?(?:/|END_|/\w+:)think(?:ing)?\|?>|\[/THINK\])"
+EMPTY_THINKING = re.compile(rf"\s*(?:{THINK}\s*)?{THINK_END}\s*", re.IGNORECASE)
+THINKING = re.compile(rf"\s*(?:{THINK})?.*?{THINK_END}\s*", re.IGNORECASE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Character range of one response.
+
+    Args:
+        boundary: Where the prompt for it ends; no token reaches over it.
+        start: First character that is trained.
+        content_end: One past the last character of the content; the end-of-turn text begins here.
+        stop: One past the end-of-turn text.
+        closed: Whether the text that stops the model stands there.
+    """
+
+    boundary: int
+    start: int
+    content_end: int
+    stop: int
+    closed: bool
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation.
+
+    Args:
+        text: All of it, with what was added behind the last response.
+        turns: Ranges of the messages that were asked for, and of all responses whose prompt is a part of the text.
+        added: What was added.
+    """
+
+    text: str
+    turns: dict[int, Turn]
+    added: str = ""
+
+
+class HistoryDiffers(TemplateError):
+    """What stands before a response in the conversation is not what the model would have seen."""
+
+
+class NotRendered(TemplateError):
+    """The template leaves out a part of the conversation."""
+
+
+@dataclass(frozen=True)
+class Closings:
+    """What a template writes behind responses.
+
+    Args:
+        tokens: Special tokens that belong to the end of a turn.
+        plain: Text that ends turns where no special token does.
+        next_header: Whether only the header of the next message ends a turn.
+        added: What ends a turn where the template leaves that to the next message; "" if it always does itself.
+        added_call: The same behind a tool call.
+    """
+
+    tokens: frozenset[str] = frozenset()
+    plain: str = ""
+    next_header: bool = False
+    added: str = ""
+    added_call: str = ""
+
+
+class Locator:
+    """Finds responses in what a template renders."""
+
+    def __init__(
+        self,
+        template: Template,
+        special: re.Pattern[str],
+        eos: str,
+        bos: str,
+        train_empty_thinking: bool,
+        add_stop: bool,
+    ) -> None:
+        """Keep the template.
+
+        Args:
+            template: Renders conversations.
+            special: Matches the tokenizer's special tokens.
+            eos: Its EOS token, or "".
+            bos: Its BOS token, or "".
+            train_empty_thinking: Whether an empty think block before an answer is trained.
+            add_stop: Whether what ends a turn is added behind the last response, where the template does not write it.
+        """
+        self.template, self.special, self.eos, self.bos = template, special, eos, bos
+        self.train_empty_thinking, self.add_stop = train_empty_thinking, add_stop
+
+    def locate(self, messages: list[Message], tools: list[Any], wanted: list[int]) -> Rendered:
+        """The text of a finished conversation and the range of each wanted message in it.
+
+        Raises:
+            HistoryDiffers: If the prompt of a wanted response is not what stands before it.
+            NotRendered: If the template leaves out tools, a call, or a wanted message.
+            TemplateError: If a wanted message cannot be found.
+        """
+        marked = mark(self.template, messages, tools)
+        self._check(messages, tools, marked, wanted)
+        return self._found(messages, tools, marked, wanted)
+
+    def locate_last(self, messages: list[Message], tools: list[Any]) -> Rendered:
+        """A finished conversation as the model would see it at its last response: the prompt, then the response.
+
+        Raises:
+            NotRendered: If the template leaves out tools, a call, or the response.
+            TemplateError: If the response cannot be found.
+        """
+        last = len(messages) - 1
+        try:
+            return self.locate(messages, tools, [last])
+        except HistoryDiffers:
+            pass
+        whole = mark(self.template, messages, tools)
+        asked = mark(self.template, messages[:last], tools, prompt=True)
+        before, behind = (each.end(last - 1, _calls(messages[last - 1])) for each in (asked, whole))
+        if before is None or behind is None:
+            raise TemplateError(f"the chat template moves message {last - 1}, so the response behind it is not found")
+        shared = common_prefix(asked.text[before:], whole.text[behind:])
+        shift = (before + shared) - (behind + shared)
+        text = asked.text[: before + shared] + whole.text[behind + shared :]
+        places = {
+            last: {p: [at + shift for at in found] for p, found in whole.places.get(last, {}).items()},
+            **{number: found for number, found in asked.places.items() if number < last},
+        }
+        composed = Marked(text, places)
+        self._check(messages, tools, composed, [last])
+        return self._found(messages, tools, composed, [last])
+
+    def starts(self, messages: list[Message], tools: list[Any]) -> tuple[str, list[int]]:
+        """The prompt of a conversation, and where the responses in it begin; as in training, no token reaches over."""
+        marked = mark(self.template, messages, tools, prompt=True)
+        responses = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        boundaries = (self._boundary(messages, tools, number, marked) for number in responses)
+        return marked.text, [boundary for boundary in boundaries if boundary is not None]
+
+    def _check(self, messages: list[Message], tools: list[Any], marked: Marked, wanted: list[int]) -> None:
+        if tools and _is_named(tools[0]) and marked.first(TOOLS, "call") is None:
+            raise NotRendered("the chat template has no place for tools")
+        for number, message in enumerate(messages):
+            calls = _calls(message)
+            if len(marked.places.get(number, {}).get("call", [])) < calls:
+                raise NotRendered(f"the chat template leaves out a tool call of message {number}")
+            shown = marked.first(number, "open") is not None or marked.first(number, "close") is not None
+            if number in wanted and not shown and (message.get("content") or "").strip():
+                raise NotRendered(f"the chat template leaves out or rewrites the text of message {number}")
+
+    def _found(self, messages: list[Message], tools: list[Any], marked: Marked, wanted: list[int]) -> Rendered:
+        turns: dict[int, Turn] = {}
+        text, added = marked.text, ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant" and number not in wanted:
+                continue
+            boundary = self._boundary(messages, tools, number, marked)
+            if boundary is None:
+                if number in wanted:
+                    raise HistoryDiffers(f"the chat template renders what stands before message {number} differently")
+                continue
+            turn = self._turn(message, number, boundary, marked)
+            if number == len(messages) - 1 and message["role"] == "assistant" and self.add_stop and not turn.closed:
+                added = self.closings.added_call if _calls(message) else self.closings.added
+                text = _joined(text, added)
+                turn = replace(turn, stop=max(turn.stop, len(text)), closed=True) if added else turn
+            turns[number] = turn
+        if self.template.ending and not text.rstrip().endswith(self.template.ending):
+            text += self.template.ending
+            if (turn_last := turns.get(len(messages) - 1)) is not None:
+                turns[len(messages) - 1] = replace(turn_last, stop=len(text), closed=True)
+        return Rendered(text, turns, added)
+
+    def _boundary(self, messages: list[Message], tools: list[Any], number: int, marked: Marked) -> int | None:
+        """Where the prompt of a message ends in the text, or None if the text before it is another than the prompt."""
+        text = marked.text
+        if messages[number]["role"] != "assistant":
+            return marked.first(number, "open")
+        try:
+            prompt = self.template.render(messages[:number], tools, True)
+        except TemplateError:
+            if number:
+                raise
+            return marked.first(0, "open")
+        shared = common_prefix(prompt, text)
+        if shared == len(prompt):
+            return shared
+        if number == 0:
+            return marked.first(0, "open")
+        # A header may end otherwise than in the prompt, which has a think block then; the history may not differ.
+        before = marked.end(number - 1, _calls(messages[number - 1]))
+        shared = self._outside(text, shared)
+        return shared if before is not None and shared >= before else None
+
+    def _outside(self, text: str, position: int) -> int:
+        """The position, or the beginning of the special token that it would cut."""
+        for each in self.special.finditer(text, max(0, position - 100), position + 100):
+            if each.start() < position < each.end():
+                return each.start()
+        return position
+
+    def _turn(self, message: Message, number: int, boundary: int, marked: Marked) -> Turn:
+        text, calls = marked.text, _calls(message)
+        opened = marked.first(number, "open")
+        start = boundary
+        if message["role"] == "assistant" and self.header and text.startswith(self.header, boundary):
+            start += len(self.header)
+        if message["role"] == "assistant" and not self.train_empty_thinking and marked.first(number, "reason") is None:
+            block = EMPTY_THINKING.match(text, start)
+            if block is not None and (opened is None or block.end() <= opened):
+                start = block.end()
+        end = max(marked.end(number, calls) or start, start)
+        limit = marked.next_after(number, end)
+        closing = self._closing(text, end, limit)
+        if closing is None:
+            return Turn(boundary, start, end, end, closed=False)
+        first, stop = closing
+        return Turn(boundary, start, first if calls else end, stop, closed=True)
+
+    def _closing(self, text: str, end: int, limit: int) -> tuple[int, int] | None:
+        """Begin and end of what closes a turn, looked for up to the next message; None if it is not there."""
+        closings = self.closings
+        tokens = list(self.special.finditer(text, end, limit))
+        index = next((i for i, t in enumerate(tokens) if closings.next_header or t[0] in closings.tokens), None)
+        if index is None:
+            if closings.plain and text.startswith(closings.plain, end):
+                return end, end + len(closings.plain)
+            return None
+        first, stop = tokens[index].start(), tokens[index].end()
+        for token in tokens[index + 1 :]:
+            if closings.next_header or token[0] not in closings.tokens or text[stop : token.start()].strip():
+                break
+            stop = token.end()
+        return first, stop
+
+    @cached_property
+    def closings(self) -> Closings:
+        """What the template writes behind responses, found on short conversations."""
+        ask, answer, again, last = (
+            {"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)
+        )
+        try:
+            marked = mark(self.template, [ask, answer, again, last], [])
+        except TemplateError:
+            return Closings(added=self.eos, added_call=self.eos)
+        ends = [marked.end(1, 0), marked.first(2, "open"), marked.end(3, 0), marked.first(0, "open")]
+        if None in ends:
+            return Closings(added=self.eos, added_call=self.eos)
+        behind, header, tail_at, opened = (int(end or 0) for end in ends)
+        between, tail, head = marked.text[behind:header], marked.text[tail_at:], marked.text[:opened]
+        closing = tail if tail.strip() and between.startswith(tail) else between[: self._header_at(head, between)]
+        mid, final = self.special.findall(closing), self.special.findall(tail)
+        shared = [a for a, b in zip(mid, final, strict=False) if a == b]
+        calls, added_call = self._call_closings(ask, last, mid[-1:])
+        plain = closing[: common_prefix(closing, tail)]
+        if final:
+            tokens = frozenset([*(shared or ([self.eos] if self.eos in final else final[:1])), *mid, *calls])
+            return Closings(tokens, plain, added_call=added_call)
+        if mid:
+            added = closing[: closing.rindex(mid[-1]) + len(mid[-1])]
+            return Closings(frozenset([*mid, *calls]), plain, added=added, added_call=added_call or added)
+        header_tokens = [token for token in self.special.findall(between) if token not in (self.bos, self.eos)]
+        if header_tokens and not plain.strip() and not closing.strip():
+            return Closings(next_header=True, added=header_tokens[0], added_call=added_call or header_tokens[0])
+        if plain.strip() or (plain and not self.eos):
+            return Closings(plain=plain, tokens=frozenset(calls))
+        return Closings(frozenset([self.eos, *calls]), plain, added="" if plain else self.eos, added_call=added_call)
+
+    @cached_property
+    def header(self) -> str:
+        """What a prompt ends with to ask for a response."""
+        asked: list[Message] = [{"role": "user", "content": "a"}]
+        try:
+            text, prompt = (self.template.render(asked, [], ask) for ask in (False, True))
+        except TemplateError:
+            return ""
+        return prompt.removeprefix(text) if prompt.startswith(text) else ""
+
+    def _header_at(self, head: str, between: str) -> int:
+        """Where the header of the next message begins in what stands between two turns."""
+        opening = self.special.match(self.header)
+        if opening is not None and opening[0] in between:  # the headers of all roles begin alike
+            return between.rindex(opening[0])
+        shared = common_prefix(head[::-1], between[::-1])
+        position = len(between) - shared
+        cut = next((t for t in self.special.finditer(between) if t.start() < position < t.end()), None)
+        return position if cut is None else cut.end()
+
+    def _call_closings(self, ask: Message, last: Message, stops: list[str]) -> tuple[list[str], str]:
+        """Special tokens that close a turn of tool calls, and what to add where only the next message does."""
+        call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": "y"}}}
+        asked: list[Message] = [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        result: Message = {"role": "tool", "name": "f", "tool_call_id": "call00000", "content": "c"}
+        try:
+            alone = mark(self.template, asked, [])
+            whole = mark(self.template, [*asked, result, last], [])
+        except TemplateError:
+            return [], ""
+        end, later = alone.end(1, 1), whole.end(1, 1)
+        opened = whole.first(2, "open")
+        if end is None or later is None or opened is None:
+            return [], ""
+        tail, between = alone.text[end:], whole.text[later:opened]
+        begin = len(tail) if between.startswith(tail) else 0
+        rest = list(self.special.finditer(between, begin))
+        if (stop := next((token for token in rest if token[0] in stops), None)) is not None:
+            return [stop[0]], between[begin : stop.end()]
+        final = list(self.special.finditer(tail))
+        if final and not tail[final[-1].end() :].strip():
+            return [final[-1][0]], ""
+        return ([rest[0][0]], between[begin : rest[0].end()]) if rest else ([], "")
+
+
+def _joined(text: str, added: str) -> str:
+    """A text with another behind it, whose white space is not repeated."""
+    space = added[: len(added) - len(added.lstrip())]
+    return (text.removesuffix(space) if space else text) + added
+
+
+def _calls(message: Message) -> int:
+    return len(message.get("tool_calls") or ())
+
+
+def _is_named(tool: Any) -> bool:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
