@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Are exactly the responses trained, under real chat templates with real tokenizers?
 
     python benchmarks/chat_templates.py                    # fetches tokenizers and templates, once
@@ -51,7 +52,7 @@ FAMILIES = {
     "": "qwen3",
 }
 # What stops a response; the first that a template has.
-STOPS = {  # ruff: noqa: RUF001
+STOPS = {
     "gptoss": ("<|return|>", "<|end|>", "<|call|>"),
     "deepseek": ("<｜end▁of▁sentence｜>",),
     "gemma4": ("<turn|>", "<|tool_response>"),

@@ -166,6 +166,10 @@ class AlignmentDataModule(LightningDataModule):
         """What decides the columns of an example, for the cache's names; a method adds its own to these."""
         return [type(self).__name__, tokenizer_fingerprint(self.tokenizer)]
 
+    def split_record(self, record: Any) -> list[Any]:
+        """The parts of a record whose responses do not fit into one example, as they see other histories."""
+        return []
+
     def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:
         """The token sequences of one encoded row, each with its name, for people to look at."""
         return []
@@ -209,7 +213,7 @@ class AlignmentDataModule(LightningDataModule):
         if prompts:
             rows = RowEncoder(self.read, self.predict_row, self.predict_features)
         else:
-            rows = RowEncoder(self.read, self.encode_record, self.features)
+            rows = RowEncoder(self.read, self.encode_record, self.features, self.split_record)
         written_in = tuple(kind.__module__ for kind in type(self).__mro__ if issubclass(kind, AlignmentDataModule))
         decides = ["predict" if prompts else "train", code_fingerprint(written_in), *self.decides_encoding()]
         return ExampleMaker(rows, decides, self.cache_dir, self.seed, self.num_proc)

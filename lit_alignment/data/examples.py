@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -11,9 +12,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.utils import tqdm
 
-from lit_alignment.data.encoding.rows import RowEncoder
+from lit_alignment.data.encoding.rows import FURTHER, RowEncoder
 from lit_alignment.data.sources.cache import cached_dataset, files_fingerprint, fingerprint, source_fingerprint
 from lit_alignment.data.sources.choosing import mixture_repeats, record_filter, repeat_records, source_generator
 from lit_alignment.data.sources.parallel import ordered_map
@@ -50,24 +53,29 @@ class ExampleMaker:
         parts = []
         for source in sources:
             encoded = self.encoded(source)
-            report.sources[source.title] = report.sources.get(source.title, 0) + len(encoded)
-            reasons = np.array(encoded["dropped"], dtype=object)
-            report.dropped.update(reason for reason in reasons if reason)
-            for reason, detail in zip(reasons, encoded["detail"], strict=True):
-                if detail:
-                    report.details.setdefault(reason, detail)
-            parts.append(encoded.select(np.flatnonzero(reasons == "")))
+            columns = {name: encoded.data.column(name) for name in ("dropped", "detail", "notes")}
+            notes = _counts(pc.list_flatten(columns["notes"]))
+            records = len(encoded) - notes[FURTHER]
+            report.sources[source.title] = report.sources.get(source.title, 0) + records
+            report.notes.update(notes)
+            kept = pc.equal(columns["dropped"], "")
+            report.dropped.update(_counts(columns["dropped"].filter(pc.invert(kept))))
+            for reason in report.dropped:
+                told = columns["detail"].filter(pc.equal(columns["dropped"], reason))
+                if len(told) and told[0].as_py():
+                    report.details.setdefault(reason, told[0].as_py())
+            parts.append(encoded.select(np.flatnonzero(kept.to_numpy())))
         repeats = mixture_repeats(sources, [len(part) for part in parts])
         mixed = []
         for source, part, repeat in zip(sources, parts, repeats, strict=True):
             indices = repeat_records(np.arange(len(part)), repeat, source_generator(source, self.seed, "repeat"))
             mixed.append(part.select(indices))
         dataset = datasets.concatenate_datasets(mixed)
-        lengths = np.array(dataset["length"], dtype=np.int64)
+        lengths = column(dataset, "length")
         report.examples, report.tokens = len(dataset), int(lengths.sum())
         report.longest = int(lengths.max(initial=0))
         if "num_trained" in dataset.column_names:
-            report.trained_tokens = int(np.sum(dataset["num_trained"]))
+            report.trained_tokens = int(column(dataset, "num_trained").sum())
         return dataset, report
 
     def encoded(self, source: SourceConfig) -> datasets.Dataset:
@@ -82,7 +90,7 @@ class ExampleMaker:
         wanted = record_filter(source, self.seed)
         for position, (where, raw) in enumerate(source.read()):
             if wanted(position):
-                yield self.rows.row(self.rows.read(raw, where, position), source)
+                yield from self.rows.rows(self.rows.read(raw, where, position), source)
 
     def _validated_rows(self, source: SourceConfig) -> Iterator[dict[str, Any]]:
         """The same; all records of the source are validated, and their ids are all different.
@@ -92,20 +100,34 @@ class ExampleMaker:
         """
         wanted = record_filter(source, self.seed)
 
-        def encode(numbered: tuple[int, tuple[str, Any]]) -> tuple[str, str, dict[str, Any] | None]:
+        def encode(numbered: tuple[int, tuple[str, Any]]) -> tuple[str, str, list[dict[str, Any]]]:
             position, (where, raw) = numbered
             record = self.rows.read(raw, where, position)
-            return record.id, where, self.rows.row(record, source) if wanted(position) else None
+            return record.id, where, self.rows.rows(record, source) if wanted(position) else []
 
         positions: dict[str, int] = {}
         found = ordered_map(encode, enumerate(source.read()), self.num_proc)
-        for position, (record_id, where, row) in enumerate(tqdm(found, f"Encoding {source.title}", unit="")):
+        for position, (record_id, where, rows) in enumerate(tqdm(found, f"Encoding {source.title}", unit="")):
             first = positions.setdefault(record_id, position)
             if first != position:
                 before, _ = next(islice(source.read(), first, None))
                 raise RecordError(where, "id", f"'{record_id}' is also the id of {before}", "Give each record its own.")
-            if row is not None:
-                yield row
+            yield from rows
+
+
+def column(dataset: datasets.Dataset, name: str) -> np.ndarray[Any, Any]:
+    """A column of numbers, without a Python object for each.
+
+    Args:
+        dataset: Any, as long as it is.
+        name: The column.
+    """
+    values: np.ndarray[Any, Any] = dataset.select_columns([name]).with_format("arrow")[:][name].to_numpy()
+    return values
+
+
+def _counts(values: pa.ChunkedArray) -> Counter[str]:
+    return Counter({pair["values"].as_py(): pair["counts"].as_py() for pair in pc.value_counts(values)})
 
 
 @cache

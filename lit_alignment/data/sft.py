@@ -38,6 +38,10 @@ class SFTDataModule(ConversationDataModule):
         """Token ids, labels and weights of one conversation."""
         return self.columns(self.encoder.encode(record, source.system_prompt))
 
+    def split_record(self, record: Record) -> list[Record]:
+        """A record for each trained response."""
+        return self.encoder.split_turns(record)
+
     @staticmethod
     def columns(example: Example) -> dict[str, Any]:
         """The columns of an example."""
@@ -48,6 +52,7 @@ class SFTDataModule(ConversationDataModule):
             "weights": example.weights,
             "weight": sum(example.weights[1:]),
             "num_trained": example.num_trained,
+            "notes": [note for note, number in example.notes.items() for _ in range(number)],
         }
 
     def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> TargetBatch:

@@ -139,6 +139,7 @@ def interrupt_saves(path):
     """Two hundred Ctrl-C at random moments of saves; each is repeated, as a destructor may swallow it."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     generator, state = random.Random(0), {"state": {str(number): torch.zeros(1000) for number in range(300)}}
+    AtomicCheckpointIO().save_checkpoint(state, path)
     for _ in range(200):
         with pytest.raises(KeyboardInterrupt):
             signal.setitimer(signal.ITIMER_REAL, generator.uniform(0.0005, 0.012), 0.5)

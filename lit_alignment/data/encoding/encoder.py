@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message, Record
 from lit_alignment.data.encoding.spans import THINKING, HistoryDiffers, Locator, NotRendered, Rendered, Turn
 from lit_alignment.data.encoding.templates import TemplateConfig, build_template
+from lit_alignment.data.encoding.tokenizer import TextTokenizer
 from lit_alignment.data.encoding.truncation import Policy, Unit, shorten_messages, shorten_tokens
 from lit_alignment.errors import ConfigError, RecordError, TemplateError
 
@@ -30,6 +31,7 @@ class Example:
         weights: Weight of each label in the loss, [T].
         end_of_turn: Ids of the text that closes a response.
         media: Files that placeholders among the ids stand for, by modality.
+        notes: How often something happened that is worth a line in the report.
     """
 
     input_ids: list[int]
@@ -37,6 +39,7 @@ class Example:
     weights: list[float]
     end_of_turn: list[int] = field(default_factory=list)
     media: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_trained(self) -> int:
@@ -62,6 +65,8 @@ class Prompt:
 
 
 HISTORY_DIFFERS = "history_differs"
+# What an example's notes count.
+SPLIT, STOP_ADDED, UNCLOSED = "tokens split where a prompt ends", "end of turn added", "turns without an end"
 
 
 class Dropped(Exception):
@@ -122,6 +127,7 @@ class Encoder:
         self.config = config
         self.seed = seed
         self.template = build_template(config.template, tokenizer)
+        self.tokenize = TextTokenizer(tokenizer)
         special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
         longest_first = sorted(filter(None, special | set(tokenizer.all_special_tokens)), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -134,28 +140,17 @@ class Encoder:
             add_stop=config.add_stop,
         )
 
-    def examples(self, record: Record, system_prompt: str | None = None) -> list[Example]:
-        """The training examples of a record: one, or one for each trained response where they see different histories.
-
-        Args:
-            record: The conversation.
-            system_prompt: Replaces its system message.
-
-        Raises:
-            Dropped: With the reason, if it does not become an example.
-            RecordError: If it is too long and the policy says `error`.
-        """
-        try:
-            return [self.encode(record, system_prompt)]
-        except Dropped as drop:
-            if drop.reason != HISTORY_DIFFERS or self.config.split_turns == "never":
-                raise
-        messages = self._with_system_prompt(record.messages, system_prompt)
-        examples = []
-        for number in self._trained(messages):
-            own = [{**message, "train": i == number} for i, message in enumerate(messages[: number + 1])]
-            examples.append(self.encode(replace(record, messages=own)))
-        return examples
+    def split_turns(self, record: Record) -> list[Record]:
+        """A record for each trained response, which alone is trained in it and ends it; none if that is not wanted."""
+        if self.config.split_turns == "never":
+            return []
+        responses = [number for number, message in enumerate(record.messages) if message["role"] == "assistant"]
+        parts = []
+        for last in self._trained(record.messages):
+            messages = [{**message, "train": i == last} for i, message in enumerate(record.messages[: last + 1])]
+            turn = responses.index(last) + 1 if last in responses else last
+            parts.append(replace(record, id=f"{record.id}#{turn}", messages=messages))
+        return parts
 
     def encode(self, record: Record, system_prompt: str | None = None) -> Example:
         """The training example of a record.
@@ -268,25 +263,30 @@ class Encoder:
         trained = self._trained(messages)
         rendered = self._rendered(messages, tools, trained)
         turns = rendered.turns
-        ids, offsets = self._tokenize(rendered.text, [turn.boundary for turn in turns.values()])
-        labels = [IGNORE_INDEX] * len(ids)
-        weights = [0.0] * len(ids)
+        tokens = self.tokenize(rendered.text, [turn.boundary for turn in turns.values()])
+        labels = [IGNORE_INDEX] * len(tokens.ids)
+        weights = [0.0] * len(tokens.ids)
         for index in trained:
             turn = turns[index]
             stop = turn.stop
             if self.config.end_of_turn == "none" or (self.config.end_of_turn == "last" and index != trained[-1]):
                 stop = turn.content_end
             start = self._behind_reasoning(rendered, turn, index == trained[-1])
-            for position in range(bisect_left(offsets, (turn.boundary, 0)), len(offsets)):
-                begin, end = offsets[position]
+            for position in range(bisect_left(tokens.starts, turn.boundary), len(tokens.ids)):
+                begin, end = tokens.starts[position], tokens.ends[position]
                 if end > stop:
                     break
                 if begin < end and end > start:  # white space before the start may be a part of the first token
-                    labels[position] = ids[position]
+                    labels[position] = tokens.ids[position]
                     weights[position] = messages[index].get("weight", 1.0)
-        responses = [index for index in turns if messages[index]["role"] == "assistant"]
-        closing = turns[responses[-1]] if responses else None
-        return Example(ids, labels, weights, [] if closing is None else self._end_of_turn(ids, offsets, closing))
+        example = Example(tokens.ids, labels, weights)
+        closing = next((t for i, t in reversed(turns.items()) if messages[i]["role"] == "assistant"), None)
+        if closing is not None:
+            behind = range(bisect_left(tokens.starts, closing.content_end), len(tokens.ids))
+            example.end_of_turn = [tokens.ids[i] for i in behind if tokens.starts[i] < tokens.ends[i] <= closing.stop]
+        example.notes = {SPLIT: tokens.splits, STOP_ADDED: int(rendered.added != "")}
+        example.notes[UNCLOSED] = sum(not turns[index].closed for index in trained)
+        return example
 
     def _rendered(self, messages: list[Message], tools: list[Any], trained: list[int]) -> Rendered:
         """The text, and where its messages stand; a last response stands behind its prompt as predict renders it."""
@@ -300,30 +300,6 @@ class Encoder:
             return turn.start
         block = THINKING.match(rendered.text, turn.start, turn.content_end)
         return turn.start if block is None else block.end()
-
-    @staticmethod
-    def _end_of_turn(ids: list[int], offsets: list[tuple[int, int]], turn: Turn) -> list[int]:
-        return [i for i, (begin, end) in zip(ids, offsets, strict=True) if turn.content_end <= begin < end <= turn.stop]
-
-    def _tokenize(self, text: str, boundaries: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character offsets; the text is tokenised as a whole unless a token would cross a boundary."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), [tuple(o) for o in encoded["offset_mapping"]]
-        crossed = [b for b in boundaries if any(begin < b < end for begin, end in offsets)]
-        if crossed:
-            ids, offsets = [], []
-            for begin, end in zip([0, *crossed], [*crossed, len(text)], strict=True):
-                part = self.tokenizer(text[begin:end], add_special_tokens=False, return_offsets_mapping=True)
-                ids += part["input_ids"]
-                offsets += [(a + begin, b + begin) for a, b in part["offset_mapping"]]
-        return self._single_bos(ids, offsets)
-
-    def _single_bos(self, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Remove a doubled BOS: some templates write one and some tokenizers add another."""
-        bos = self.tokenizer.bos_token_id
-        while bos is not None and ids[:2] == [bos, bos]:
-            ids, offsets = ids[1:], offsets[1:]
-        return ids, offsets
 
     def _shorten(self, record: Record, messages: list[Message], example: Example) -> Example:
         policy = self._policy(record, len(example.input_ids))
@@ -355,7 +331,7 @@ class Encoder:
     def _prompt_ids(self, record: Record, messages: list[Message]) -> list[int]:
         # Earlier responses are split from their prompts exactly as in training.
         text, boundaries = self.locator.starts(messages, record.tools)
-        return self._tokenize(text, boundaries)[0]
+        return self.tokenize(text, boundaries).ids
 
     def _shorten_ids(
         self,
@@ -402,7 +378,7 @@ class Encoder:
             text = self.template.render(messages[:1], record.tools, prompt=False)
         except TemplateError:
             return 0  # a template that cannot render a system message alone has it inside the user's
-        return len(self._tokenize(text, [])[0])
+        return len(self.tokenize(text, []).ids)
 
 
 def dropped(record: Record, error: TemplateError) -> Dropped:

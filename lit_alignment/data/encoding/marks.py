@@ -126,7 +126,7 @@ class _Marks:
         message = dict(message)
         for key, (opening, closing) in ENDS.items():
             value = message.get(key)
-            if isinstance(value, str) and value.strip():
+            if isinstance(value, str) and value:
                 before = self._mark(number, opening) if (number, opening) in chosen else ""
                 after = self._mark(number, closing) if (number, closing) in chosen else ""
                 message[key] = _within(value, before, after)
@@ -147,6 +147,8 @@ class _Marks:
 
 def _within(text: str, before: str, after: str) -> str:
     """A text with marks inside of the white space around it, which a template may trim."""
+    if not text.strip():  # where a template trims it away, the marks change what it writes, and are not believed
+        return before + text + after
     start = len(text) - len(text.lstrip())
     end = len(text.rstrip())
     return text[:start] + before + text[start:end] + after + text[end:]

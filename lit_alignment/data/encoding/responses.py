@@ -84,9 +84,8 @@ class ResponseEncoder(Encoder):
                     "Use one that is not white space, such as a token of model.tokens.new."
                 )
             stops = [start + end for end in ends]
-            ids, offsets = self._tokenize(text, [start, *stops])
-            begins = [begin for begin, _ in offsets]
-            return ids, [bisect_left(begins, stop) - 1 for stop in stops]
+            tokens = self.tokenize(text, [start, *stops])
+            return tokens.ids, [bisect_left(tokens.starts, stop) - 1 for stop in stops]
 
         return self._behind_prompt(record, system_prompt, encode, lambda found: len(found[0]))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from lit_alignment.data.encoding.encoder import Dropped
+from lit_alignment.data.encoding.encoder import HISTORY_DIFFERS, Dropped
 from lit_alignment.data.sources.records import SourceConfig
 
 # What every row says, whatever the method.
@@ -16,7 +16,9 @@ ROW_FEATURES = {
     "dropped": datasets.Value("string"),
     "detail": datasets.Value("string"),
     "length": datasets.Value("int64"),
+    "notes": datasets.List(datasets.Value("string")),
 }
+FURTHER = "further responses of split conversations"  # a note of all rows of a record but its first
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,26 @@ class RowEncoder:
         read: A validated record, with at least an `id`, of a raw one, its file and line, and its position.
         encode_record: The columns of a record but for those of ROW_FEATURES other than `length`; may raise Dropped.
         features: All columns.
+        split: The parts of a record whose responses do not fit into one example; none if it has none.
     """
 
     read: Callable[[object, str, int], Any]
     encode_record: Callable[[Any, SourceConfig], dict[str, Any]]
     features: datasets.Features
+    split: Callable[[Any], list[Any]] = lambda record: []
+
+    def rows(self, record: Any, source: SourceConfig) -> list[dict[str, Any]]:
+        """The rows of a record: one, or one for each of its parts."""
+        row = self.row(record, source)
+        parts = self.split(record) if row["dropped"] == HISTORY_DIFFERS else []
+        rows = [self.row(part, source) for part in parts] or [row]
+        for further in rows[1:]:
+            further["notes"] = [*further["notes"], FURTHER]
+        return rows
 
     def row(self, record: Any, source: SourceConfig) -> dict[str, Any]:
         """The columns of a record; a dropped one carries its reason."""
-        base = {"id": record.id, "dataset": source.title, "dropped": "", "detail": ""}
+        base = {"id": record.id, "dataset": source.title, "dropped": "", "detail": "", "notes": []}
         try:
             return base | self.encode_record(record, source)
         except Dropped as drop:

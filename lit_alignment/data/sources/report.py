@@ -19,6 +19,7 @@ class DataReport:
         tokens: Tokens in the examples.
         trained_tokens: Tokens that the loss applies to.
         longest: Tokens of the longest example.
+        notes: How often something happened in encoding that is worth a word.
     """
 
     split: str
@@ -29,15 +30,17 @@ class DataReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
         """One line for the console."""
         share = f", {self.trained_tokens / self.tokens:.1%} of them trained" if self.trained_tokens else ""
         dropped = "; ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         detail = "".join(f"\n  {reason}: {text}" for reason, text in sorted(self.details.items()))
+        notes = "".join(f"; {count} {note}" for note, count in sorted(self.notes.items()))
         return (
             f"{self.split}: {self.examples} examples from {sum(self.sources.values())} records, "
-            f"{self.tokens} tokens{share}, longest {self.longest}; dropped: {dropped or 'none'}{detail}"
+            f"{self.tokens} tokens{share}, longest {self.longest}; dropped: {dropped or 'none'}{notes}{detail}"
         )
 
 
