@@ -31,7 +31,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig, Example
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
+from lit_alignment.data.encoding.example import Dropped, Example
 from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.paths import cache_dir

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
+from lit_alignment.data.encoding.example import Dropped
 from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
-from lit_alignment.data.encoding.encoder import EncodingConfig, Example
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.rows import RowEncoder
 from lit_alignment.data.encoding.tokenizer import tokenizer_fingerprint
 from lit_alignment.data.examples import ExampleMaker, code_fingerprint
@@ -170,6 +171,10 @@ class AlignmentDataModule(LightningDataModule):
         """The parts of a record whose responses do not fit into one example, as they see other histories."""
         return []
 
+    def remarks(self) -> list[str]:
+        """What somebody should know about the way of encoding, before training."""
+        return []
+
     def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:
         """The token sequences of one encoded row, each with its name, for people to look at."""
         return []
@@ -191,6 +196,8 @@ class AlignmentDataModule(LightningDataModule):
         """Load the splits of a stage and report what became of their records."""
         for split in self._needed(stage):
             dataset, report = self._maker(split == "predict").load(self.sources[split], split)
+            if not self.reports:  # said once
+                report.remarks = self.remarks()
             self.examples[split], self.reports[split] = dataset, report
             rank_zero_info(report.line())
             if self.on_drop == "error" and report.dropped:

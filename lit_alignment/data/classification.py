@@ -12,7 +12,7 @@ from lit_alignment.data.batching.collate import ScoreBatch, Sequences, pack_sequ
 from lit_alignment.data.batching.items import ItemBatch
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
 from lit_alignment.data.encoding.prompts import prompt_columns
 from lit_alignment.data.encoding.rows import ROW_FEATURES

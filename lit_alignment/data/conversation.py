@@ -8,7 +8,8 @@ from lightning.pytorch import Trainer
 
 from lit_alignment.data.base import AlignmentDataModule, datamodule_of
 from lit_alignment.data.batching.items import ItemBatch, PromptBatch
-from lit_alignment.data.encoding.encoder import Encoder, Example
+from lit_alignment.data.encoding.encoder import Encoder
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, Item, prompt_item, prompt_row
 from lit_alignment.data.encoding.templates import JinjaTemplate, PrefixSuffixTemplate
@@ -50,6 +51,10 @@ class ConversationDataModule(AlignmentDataModule):
     def predict_collate(self, items: list[Any]) -> PromptBatch | ItemBatch:
         """Prompts to answer together."""
         return PromptBatch(items)
+
+    def remarks(self) -> list[str]:
+        """What the encoder says about its template."""
+        return self.encoder.remarks()
 
     def decides_encoding(self) -> list[Any]:
         """Also settings and template of the encoder."""

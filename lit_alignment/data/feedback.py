@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.collate import Sequences
 from lit_alignment.data.conversation import ConversationDataModule
-from lit_alignment.data.encoding.encoder import Dropped, Example
+from lit_alignment.data.encoding.example import Dropped, Example
 from lit_alignment.data.encoding.feedback import Feedback, read_feedback
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.data.encoding.prompts import Item

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
-from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig, Example, Prompt, dropped
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
+from lit_alignment.data.encoding.example import Dropped, Example, Prompt
 from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record, read_record, value_kind
 from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.encoding.rows import ROW_FEATURES
@@ -83,7 +84,7 @@ class RAGEncoder(Encoder):
         Raises:
             Dropped: If there is no response to train on, no question before it, or it is too long.
         """
-        messages = self._with_system_prompt(record.messages, system_prompt)
+        messages = self._prepared(record, system_prompt)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
         if last < 0 or not messages[last].get("train", True) or messages[last].get("weight", 1.0) <= 0:
             raise Dropped("no_trained_message")
@@ -99,7 +100,7 @@ class RAGEncoder(Encoder):
                 lambda message: message is answer,
             )
         except TemplateError as error:
-            raise dropped(record, error) from error
+            raise self.dropped(record, error) from error
         if not any(message["role"] == "user" for message in kept):
             raise Dropped("too_long")
         return kept[:-1], answer

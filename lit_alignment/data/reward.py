@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_alignment.data.batching.collate import ScoreBatch, Sequences, pack_sequences, pad_sequences
 from lit_alignment.data.batching.items import ItemBatch
 from lit_alignment.data.batching.packing import PlannedBatch
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.feedback import Feedback, ScoredResponse
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.data.feedback import IDS, FeedbackDataModule, FeedbackItem, FeedbackKind

@@ -7,7 +7,7 @@ import datasets
 from lit_alignment.data.batching.collate import TargetBatch, collate_packed, collate_padded
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
 from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.sources.records import SourceConfig

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.batching.packing import PlannedBatch
-from lit_alignment.data.encoding.encoder import Dropped, Encoder, EncodingConfig, Example, Prompt
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
+from lit_alignment.data.encoding.example import Dropped, Example, Prompt
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message, Record, read_record
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, PromptItem, prompt_columns, prompt_item
 from lit_alignment.data.multimodal.media import (
@@ -52,6 +53,11 @@ class VLMEncoder(Encoder):
             raise ConfigError("encoding.truncation_unit: tokens would cut images; use messages.")
         super().__init__(tokenizer, config, seed)
         self.media: dict[str, MediaTokens] = {}
+
+    @property
+    def placeholders(self) -> set[str]:
+        """The tokens of files."""
+        return {media.token for media in self.media.values()}
 
     def encode(self, record: Record, system_prompt: str | None = None) -> Example:
         """The training example of a record, with the files that its placeholders stand for."""
@@ -102,7 +108,7 @@ class VLMEncoder(Encoder):
         for message in messages:
             content = message["content"]
             for media in self.media.values():
-                content = content.replace(media.token, media.expanded())
+                content = content and content.replace(media.token, media.expanded())
             found.append({**message, "content": content})
         return found
 

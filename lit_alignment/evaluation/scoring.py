@@ -13,7 +13,8 @@ from peft import PeftModel
 from torch import nn
 
 from lit_alignment.data.batching.collate import collate_padded
-from lit_alignment.data.encoding.encoder import Dropped, Encoder, Example
+from lit_alignment.data.encoding.encoder import Encoder
+from lit_alignment.data.encoding.example import Dropped, Example
 from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record, value_kind
 from lit_alignment.data.passages import format_passage, read_passage
 from lit_alignment.errors import ConfigError, RecordError

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lit_alignment.data.batching.collate import collate_responses, pad_prompts
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.passages import Passage
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.engine import Completion, ItemRequests, Request, Response, cut_completion

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.collate import Sequences, collate_padded, pad_prompts, pad_sequences
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.generation.engine import Completion, Engine, Request, Result, cut_completion, prompt_seed
 from lit_alignment.generation.settings import DecodingConfig

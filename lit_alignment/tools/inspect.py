@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.callbacks.samples.html import STYLE
 from lit_alignment.data.base import AlignmentDataModule, Split
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
 from lit_alignment.trainer_cli import build_for_tool

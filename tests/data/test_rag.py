@@ -2,7 +2,8 @@
 
 import pytest
 
-from lit_alignment.data.encoding.encoder import Dropped, EncodingConfig
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.example import Dropped
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.data.passages import Passage, format_passage, read_passage
 from lit_alignment.data.rag import PassagePlacementConfig, RAGEncoder, query_text

@@ -24,7 +24,8 @@ from lit_alignment import (
     VLMDataModule,
     VLMModule,
 )
-from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig, Example
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.encoding.responses import ResponseEncoder
 from lit_alignment.data.encoding.templates import TemplateConfig

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from lit_alignment.data.batching.collate import Sequences, collate_packed, pack_sequences
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses import token_cross_entropy
 from lit_alignment.models.attention import choose_attention, document_arguments, document_attention

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_alignment.data.batching.collate import collate_responses
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.losses import linear_logps_and_entropies
 from lit_alignment.models.head import head_loss
 from lit_alignment.models.logprobs import hidden_at_targets, target_logps

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.errors import ConfigError
 from lit_alignment.tools.inspect import collapsed, histogram, main, run_table, shown_tokens
 from tests.helpers import (

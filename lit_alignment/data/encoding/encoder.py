@@ -10,72 +10,25 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_alignment.data.encoding.example import (
+    CONTROL_TOKENS,
+    HISTORY_DIFFERS,
+    SPLIT,
+    STOP_ADDED,
+    UNCLOSED,
+    Dropped,
+    Example,
+    Prompt,
+)
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message, Record
 from lit_alignment.data.encoding.spans import THINKING, HistoryDiffers, Locator, NotRendered, Rendered, Turn
-from lit_alignment.data.encoding.templates import TemplateConfig, build_template
+from lit_alignment.data.encoding.templates import JinjaTemplate, TemplateConfig, build_template
 from lit_alignment.data.encoding.tokenizer import TextTokenizer
 from lit_alignment.data.encoding.truncation import Policy, Unit, shorten_messages, shorten_tokens
 from lit_alignment.errors import ConfigError, RecordError, TemplateError
 
 LossOn = Literal["all", "assistant", "last_assistant"]
 EndOfTurn = Literal["turn", "last", "none"]
-
-
-@dataclass
-class Example:
-    """One encoded conversation.
-
-    Args:
-        input_ids: Token ids, [T].
-        labels: The same ids where the loss applies, else IGNORE_INDEX, [T]; aligned with `input_ids`.
-        weights: Weight of each label in the loss, [T].
-        end_of_turn: Ids of the text that closes a response.
-        media: Files that placeholders among the ids stand for, by modality.
-        notes: How often something happened that is worth a line in the report.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    weights: list[float]
-    end_of_turn: list[int] = field(default_factory=list)
-    media: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def num_trained(self) -> int:
-        """Labels that count: the first token has no prediction, so its label never does."""
-        return sum(label != IGNORE_INDEX and w > 0 for label, w in zip(self.labels[1:], self.weights[1:], strict=True))
-
-
-@dataclass
-class Prompt:
-    """What a model is asked: ids up to where its response begins.
-
-    Args:
-        input_ids: Token ids, [T].
-        messages: The messages behind them.
-        reference: The response that the record has at this position, if any.
-        media: Files that placeholders among the ids stand for, by modality.
-    """
-
-    input_ids: list[int]
-    messages: list[Message]
-    reference: str | None
-    media: dict[str, list[str]] = field(default_factory=dict)
-
-
-HISTORY_DIFFERS = "history_differs"
-# What an example's notes count.
-SPLIT, STOP_ADDED, UNCLOSED = "tokens split where a prompt ends", "end of turn added", "turns without an end"
-
-
-class Dropped(Exception):
-    """A record that does not become an example, with the reason that the drop report counts."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        """Keep the reason."""
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
@@ -95,6 +48,9 @@ class EncodingConfig:
         split_turns: What becomes of a conversation whose template renders what stands before a response otherwise than
             the model would see it: `auto` makes one example of each trained response, `never` drops the record.
         reasoning: Which reasoning is trained: what the template renders, that of the last response only, or none.
+        control_tokens: What becomes of special tokens in the texts of messages: `keep` reads them as control tokens,
+            `escape` as text, with a zero-width space in each, `error` ends the run.
+        continue_final_message: A prompt may end with the beginning of a response, which the model goes on from.
     """
 
     template: TemplateConfig = field(default_factory=TemplateConfig)
@@ -108,6 +64,8 @@ class EncodingConfig:
     add_stop: bool = True
     split_turns: Literal["auto", "never"] = "auto"
     reasoning: Literal["as_rendered", "last_only", "none"] = "as_rendered"
+    control_tokens: Literal["keep", "escape", "error"] = "keep"
+    continue_final_message: bool = False
 
 
 class Encoder:
@@ -138,6 +96,7 @@ class Encoder:
             tokenizer.bos_token or "",
             train_empty_thinking=config.template.train_empty_thinking,
             add_stop=config.add_stop,
+            prompt_block=config.template.prompt_block,
         )
 
     def split_turns(self, record: Record) -> list[Record]:
@@ -163,7 +122,7 @@ class Encoder:
             Dropped: With the reason, if it does not become an example.
             RecordError: If it is too long and the policy says `error`.
         """
-        messages = self._with_system_prompt(record.messages, system_prompt)
+        messages = self._prepared(record, system_prompt)
         wanted = self._trained(messages)
         if not wanted:
             raise Dropped("no_trained_message")
@@ -172,7 +131,7 @@ class Encoder:
             if len(example.input_ids) > self.config.max_length:
                 example = self._shorten(record, messages, example)
         except TemplateError as error:
-            raise dropped(record, error) from error
+            raise self.dropped(record, error) from error
         if example.num_trained == 0:
             raise Dropped("no_trained_token")
         return example
@@ -184,13 +143,13 @@ class Encoder:
             Dropped: With the reason, if nothing is left to answer, or it is too long and the policy says so.
             RecordError: If it is too long and the policy says `error`.
         """
-        messages = self._with_system_prompt(record.messages, system_prompt)
+        messages = self._prepared(record, system_prompt)
         responses = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
         cut = len(messages)
         if self.config.random_cut and responses:
             digest = hashlib.sha256(f"{self.seed}/{record.id}/random_cut".encode()).digest()
             cut = random.Random(digest).choice(responses)
-        elif messages and messages[-1]["role"] == "assistant":
+        elif messages and messages[-1]["role"] == "assistant" and not self.config.continue_final_message:
             cut -= 1
         reference = messages[cut]["content"] if cut < len(messages) else None
         messages = messages[:cut]
@@ -204,7 +163,7 @@ class Encoder:
                 lambda message: message["role"] != "assistant",
             )
         except TemplateError as error:
-            raise dropped(record, error) from error
+            raise self.dropped(record, error) from error
         return Prompt(ids, messages, reference)
 
     def encode_conversation(self, record: Record, system_prompt: str | None = None) -> Prompt:
@@ -214,7 +173,7 @@ class Encoder:
             Dropped: With the reason, if it is too long and the policy says so.
             RecordError: If it is too long and the policy says `error`.
         """
-        messages = self._with_system_prompt(record.messages, system_prompt)
+        messages = self._prepared(record, system_prompt)
 
         def encode(shorter: list[Message]) -> list[int]:
             return self._encode_messages(shorter, record.tools).input_ids
@@ -222,8 +181,35 @@ class Encoder:
         try:
             ids, messages = self._shorten_ids(record, messages, encode, lambda message: True)
         except TemplateError as error:
-            raise dropped(record, error) from error
+            raise self.dropped(record, error) from error
         return Prompt(ids, messages, None)
+
+    def remarks(self) -> list[str]:
+        """What about the template somebody should know before training."""
+        found, template = [], self.template
+        sources = template.sources.values() if isinstance(template, JinjaTemplate) else []
+        if (block := self.locator.prompt_block) and self.config.template.prompt_block == "keep":
+            plain = ", or its variables: {enable_thinking: false}" * any("enable_thinking" in each for each in sources)
+            found.append(
+                f"prompts end with {block!r}, which the text of an answer without reasoning lacks. Set encoding."
+                f"template.prompt_block to drop (predict without it) or train (train behind it){plain}."
+            )
+        if isinstance(template, JinjaTemplate) and template.writes_today:
+            found.append("the chat template writes today's date: pin it by encoding.template.date.")
+        return found
+
+    def dropped(self, record: Record, error: TemplateError) -> Dropped:
+        """The reason for which a record that its template cannot render as it should is dropped."""
+        match error:
+            case HistoryDiffers():
+                reason = HISTORY_DIFFERS
+            case NotRendered():
+                reason = "not_rendered"
+            case _:
+                reason = "template_error"
+        has_system = any(message["role"] == "system" for message in record.messages)
+        hint = "; set encoding.ignore_system_prompt" if has_system and self.locator.refuses_system else ""
+        return Dropped(reason, f"{record.where}: {error}{hint}")
 
     def end_of_turn(self) -> list[int]:
         """Ids of the text that closes a response, found on a short conversation."""
@@ -235,12 +221,36 @@ class Encoder:
         messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         return {self._encode_messages(messages[:number], []).input_ids[-1] for number in (1, 2)}
 
-    def _with_system_prompt(self, messages: list[Message], system_prompt: str | None) -> list[Message]:
+    @property
+    def placeholders(self) -> set[str]:
+        """Special tokens that belong into texts."""
+        return set()
+
+    def _prepared(self, record: Record, system_prompt: str | None) -> list[Message]:
+        """The messages of a record as they are rendered: with the system prompt, and control tokens as asked for."""
+        messages = record.messages
         if (self.config.ignore_system_prompt or system_prompt is not None) and messages[0]["role"] == "system":
             messages = messages[1:]
         if system_prompt is not None:
             messages = [{"role": "system", "content": system_prompt, "train": False}, *messages]
-        return messages
+        if self.config.control_tokens == "keep" or not self._control_tokens(messages):
+            return messages
+        if self.config.control_tokens == "error":
+            raise RecordError(
+                record.where,
+                "",
+                f"a text holds the control token {self._control_tokens(messages)[0]}",
+                "Take it out, or set data's encoding.control_tokens to keep or escape.",
+            )
+        return [
+            {**message, "content": message["content"] and self.special.sub(_escaped, message["content"])}
+            for message in messages
+        ]
+
+    def _control_tokens(self, messages: list[Message]) -> list[str]:
+        """Special tokens in the texts of messages, but for placeholders of files."""
+        found = (each for message in messages for each in self.special.findall(message["content"] or ""))
+        return [token for token in found if token not in self.placeholders]
 
     def _trained(self, messages: list[Message]) -> list[int]:
         """Indices of the trained messages."""
@@ -285,6 +295,7 @@ class Encoder:
             behind = range(bisect_left(tokens.starts, closing.content_end), len(tokens.ids))
             example.end_of_turn = [tokens.ids[i] for i in behind if tokens.starts[i] < tokens.ends[i] <= closing.stop]
         example.notes = {SPLIT: tokens.splits, STOP_ADDED: int(rendered.added != "")}
+        example.notes[CONTROL_TOKENS] = len(self._control_tokens(messages))
         example.notes[UNCLOSED] = sum(not turns[index].closed for index in trained)
         return example
 
@@ -304,7 +315,7 @@ class Encoder:
     def _shorten(self, record: Record, messages: list[Message], example: Example) -> Example:
         policy = self._policy(record, len(example.input_ids))
         if self.config.truncation_unit == "tokens":
-            pinned = self._pinned(messages, record)
+            pinned = self._pinned(example.input_ids, messages, record)
             kept = shorten_tokens(len(example.input_ids), policy, self.config.max_length, pinned)
             positions = [position for begin, end in kept for position in range(begin, end)]
             return replace(
@@ -330,7 +341,10 @@ class Encoder:
 
     def _prompt_ids(self, record: Record, messages: list[Message]) -> list[int]:
         # Earlier responses are split from their prompts exactly as in training.
-        text, boundaries = self.locator.starts(messages, record.tools)
+        begun = messages[-1]["role"] == "assistant"
+        text, boundaries = (
+            self.locator.begun(messages, record.tools) if begun else self.locator.starts(messages, record.tools)
+        )
         return self.tokenize(text, boundaries).ids
 
     def _shorten_ids(
@@ -346,7 +360,7 @@ class Encoder:
             return ids, messages
         policy = self._policy(record, len(ids))
         if self.config.truncation_unit == "tokens":
-            kept = shorten_tokens(len(ids), policy, self.config.max_length, self._pinned(messages, record))
+            kept = shorten_tokens(len(ids), policy, self.config.max_length, self._pinned(ids, messages, record))
             return [ids[i] for a, b in kept for i in range(a, b)], messages
         shorter = shorten_messages(
             messages,
@@ -370,24 +384,18 @@ class Encoder:
             )
         return self.config.truncation
 
-    def _pinned(self, messages: list[Message], record: Record) -> int:
-        """Number of tokens of the system message, which token truncation keeps."""
+    def _pinned(self, ids: list[int], messages: list[Message], record: Record) -> int:
+        """Number of tokens that token truncation keeps: BOS, and the system message."""
+        first = self.tokenizer.bos_token_id
+        bos = int(first is not None and ids[:1] == [first] and ids.count(first) == 1)  # no header that begins turns
         if messages[0]["role"] != "system":
-            return 0
+            return bos
         try:
             text = self.template.render(messages[:1], record.tools, prompt=False)
         except TemplateError:
-            return 0  # a template that cannot render a system message alone has it inside the user's
-        return len(self.tokenize(text, []).ids)
+            return bos  # a template that cannot render a system message alone has it inside the user's
+        return max(bos, len(self.tokenize(text, []).ids))
 
 
-def dropped(record: Record, error: TemplateError) -> Dropped:
-    """The reason for which a record that its template cannot render as it should is dropped."""
-    match error:
-        case HistoryDiffers():
-            reason = HISTORY_DIFFERS
-        case NotRendered():
-            reason = "not_rendered"
-        case _:
-            reason = "template_error"
-    return Dropped(reason, f"{record.where}: {error}")
+def _escaped(token: re.Match[str]) -> str:
+    return f"{token[0][0]}\u200b{token[0][1:]}"

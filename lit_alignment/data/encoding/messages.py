@@ -169,13 +169,13 @@ def read_message(raw: object, index: int, where: str) -> Message:
     return message
 
 
-def _read_content(raw: dict[str, Any], path: str, where: str, may_be_missing: bool) -> str:
-    """Return the text of a message; OpenAI's list of text parts is joined."""
+def _read_content(raw: dict[str, Any], path: str, where: str, may_be_missing: bool) -> str | None:
+    """Return the text of a message; OpenAI's list of text parts is joined. Beside tool calls there may be none."""
     content = raw.get("content", raw.get("value"))
     if content is None and may_be_missing:
-        return ""
+        return None
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(part.get("text") or "" for part in content)
     if content is None:
         raise RecordError(where, f"{path}.content", "is missing", "Give the message's text.")
     if not isinstance(content, str):

@@ -6,7 +6,8 @@ from typing import Any
 
 import datasets
 
-from lit_alignment.data.encoding.encoder import Encoder, Prompt
+from lit_alignment.data.encoding.encoder import Encoder
+from lit_alignment.data.encoding.example import Prompt
 from lit_alignment.data.encoding.messages import Message, Record
 from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.sources.records import SourceConfig

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import TypeVar
 
-from lit_alignment.data.encoding.encoder import Dropped, Encoder, Example, dropped
+from lit_alignment.data.encoding.encoder import Encoder
+from lit_alignment.data.encoding.example import Dropped, Example
 from lit_alignment.data.encoding.messages import Message, Record
 from lit_alignment.data.encoding.truncation import shorten_messages
 from lit_alignment.errors import ConfigError, TemplateError
@@ -97,7 +98,7 @@ class ResponseEncoder(Encoder):
         length: Callable[[Encoded], int],
     ) -> Encoded:
         """What `encode` makes of the prompt, or of the longest end of it behind which the responses fit."""
-        prompt = [{**message, "train": False} for message in self._with_system_prompt(record.messages, system_prompt)]
+        prompt = [{**message, "train": False} for message in self._prepared(record, system_prompt)]
         try:
             encoded = encode(prompt)
             if length(encoded) > self.config.max_length:
@@ -111,5 +112,5 @@ class ResponseEncoder(Encoder):
                     raise Dropped("too_long")
                 encoded = encode(shorter)
         except TemplateError as error:
-            raise dropped(record, error) from error
+            raise self.dropped(record, error) from error
         return encoded

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from lit_alignment.data.encoding.encoder import HISTORY_DIFFERS, Dropped
+from lit_alignment.data.encoding.example import HISTORY_DIFFERS, Dropped
 from lit_alignment.data.sources.records import SourceConfig
 
 # What every row says, whatever the method.

@@ -8,7 +8,7 @@ what a template writes behind responses whatever they say, which four short conv
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from lit_alignment.data.encoding.marks import TOOLS, Marked, Template, common_prefix, mark
 from lit_alignment.data.encoding.messages import Message
@@ -92,6 +92,7 @@ class Locator:
         bos: str,
         train_empty_thinking: bool,
         add_stop: bool,
+        prompt_block: Literal["keep", "drop", "train"] = "keep",
     ) -> None:
         """Keep the template.
 
@@ -102,9 +103,11 @@ class Locator:
             bos: Its BOS token, or "".
             train_empty_thinking: Whether an empty think block before an answer is trained.
             add_stop: Whether what ends a turn is added behind the last response, where the template does not write it.
+            prompt_block: What becomes of a think block that stands in prompts alone.
         """
         self.template, self.special, self.eos, self.bos = template, special, eos, bos
         self.train_empty_thinking, self.add_stop = train_empty_thinking, add_stop
+        self.asked_block = prompt_block
 
     def locate(self, messages: list[Message], tools: list[Any], wanted: list[int]) -> Rendered:
         """The text of a finished conversation and the range of each wanted message in it.
@@ -136,8 +139,10 @@ class Locator:
         if before is None or behind is None:
             raise TemplateError(f"the chat template moves message {last - 1}, so the response behind it is not found")
         shared = common_prefix(asked.text[before:], whole.text[behind:])
-        shift = (before + shared) - (behind + shared)
-        text = asked.text[: before + shared] + whole.text[behind + shared :]
+        seen = asked.text[: before + shared]
+        if self.block_end and asked.text[len(seen) :] == self.prompt_block:
+            seen = asked.text + self.block_end
+        text, shift = seen + whole.text[behind + shared :], len(seen) - (behind + shared)
         places = {
             last: {p: [at + shift for at in found] for p, found in whole.places.get(last, {}).items()},
             **{number: found for number, found in asked.places.items() if number < last},
@@ -148,10 +153,26 @@ class Locator:
 
     def starts(self, messages: list[Message], tools: list[Any]) -> tuple[str, list[int]]:
         """The prompt of a conversation, and where the responses in it begin; as in training, no token reaches over."""
-        marked = mark(self.template, messages, tools, prompt=True)
+        text, boundaries = self._responses(messages, tools, mark(self.template, messages, tools, prompt=True))
+        return text.removesuffix(self.prompt_block if self.asked_block == "drop" else ""), boundaries
+
+    def _responses(self, messages: list[Message], tools: list[Any], marked: Marked) -> tuple[str, list[int]]:
         responses = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         boundaries = (self._boundary(messages, tools, number, marked) for number in responses)
         return marked.text, [boundary for boundary in boundaries if boundary is not None]
+
+    def begun(self, messages: list[Message], tools: list[Any]) -> tuple[str, list[int]]:
+        """A prompt that ends with the beginning of a response, and where the responses in it begin.
+
+        Raises:
+            TemplateError: If the template leaves out that beginning.
+        """
+        marked = mark(self.template, messages, tools)
+        end = marked.first(len(messages) - 1, "close")
+        if end is None:
+            raise TemplateError("the chat template leaves out the beginning of the response to go on from")
+        _, boundaries = self._responses(messages, tools, marked)
+        return marked.text[:end], boundaries
 
     def _check(self, messages: list[Message], tools: list[Any], marked: Marked, wanted: list[int]) -> None:
         if tools and _is_named(tools[0]) and marked.first(TOOLS, "call") is None:
@@ -206,6 +227,8 @@ class Locator:
         # A header may end otherwise than in the prompt, which has a think block then; the history may not differ.
         before = marked.end(number - 1, _calls(messages[number - 1]))
         shared = self._outside(text, shared)
+        if self.block_end and prompt[shared:] == self.prompt_block:
+            return None
         return shared if before is not None and shared >= before else None
 
     def _outside(self, text: str, position: int) -> int:
@@ -221,7 +244,8 @@ class Locator:
         start = boundary
         if message["role"] == "assistant" and self.header and text.startswith(self.header, boundary):
             start += len(self.header)
-        if message["role"] == "assistant" and not self.train_empty_thinking and marked.first(number, "reason") is None:
+        keeps_empty = self.train_empty_thinking or bool(self.block_end)
+        if message["role"] == "assistant" and not keeps_empty and marked.first(number, "reason") is None:
             block = EMPTY_THINKING.match(text, start)
             if block is not None and (opened is None or block.end() <= opened):
                 start = block.end()
@@ -291,6 +315,40 @@ class Locator:
         except TemplateError:
             return ""
         return prompt.removeprefix(text) if prompt.startswith(text) else ""
+
+    @cached_property
+    def prompt_block(self) -> str:
+        """What a prompt ends with that the text of an answer without reasoning lacks; mostly "" ."""
+        asked: list[Message] = [{"role": "user", "content": "a"}]
+        try:
+            prompt = self.template.render(asked, [], True)
+            text = self.template.render([*asked, {"role": "assistant", "content": "b"}], [], False)
+        except TemplateError:
+            return ""
+        return prompt[self._outside(text, common_prefix(prompt, text)) :]
+
+    @cached_property
+    def block_end(self) -> str:
+        """What closes the think block of a prompt, where answers are to be trained behind it."""
+        opened = re.search(THINK, self.prompt_block, re.IGNORECASE)
+        if self.asked_block != "train" or opened is None:
+            return ""
+        tag = opened[0]
+        return f"\n{tag.replace('START_', 'END_') if 'START_' in tag else f'{tag[0]}/{tag[1:]}'}\n\n"
+
+    @cached_property
+    def refuses_system(self) -> bool:
+        """Whether the template takes a question, but not behind a system message."""
+        asked: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+        try:
+            self.template.render(asked[1:], [], True)
+        except TemplateError:
+            return False
+        try:
+            self.template.render(asked, [], True)
+        except TemplateError:
+            return True
+        return False
 
     def _header_at(self, head: str, between: str) -> int:
         """Where the header of the next message begins in what stands between two turns."""

@@ -5,14 +5,20 @@ import re
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lit_alignment.data.encoding.marks import Template
 from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Role
 from lit_alignment.errors import ConfigError, TemplateError
 
+NoText = Literal["empty", "missing", "null"]  # how a template learns that no text stands beside a tool call
+NO_TEXT: dict[str | None, tuple[NoText, ...]] = {  # of "" and null in a record: as transformers has it, or else
+    "": ("empty", "missing", "null"),
+    None: ("missing", "empty", "null"),
+}
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
@@ -28,6 +34,8 @@ class TemplateConfig:
         role_names: What {role} becomes for system, user, assistant and tool.
         append_eos: In the prefix/suffix form, close a training conversation with the EOS token.
         train_empty_thinking: Also train the empty think block that some templates put before an answer.
+        prompt_block: What becomes of a think block that stands in prompts alone, before answers without reasoning:
+            `keep` prompts with it all the same, `drop` prompts without it, `train` trains answers behind it, closed.
         date: The day that templates write as today, such as "2026-01-31"; None for the day on which data are encoded.
     """
 
@@ -38,6 +46,7 @@ class TemplateConfig:
     role_names: dict[str, str] = field(default_factory=dict)
     append_eos: bool = True
     train_empty_thinking: bool = False
+    prompt_block: Literal["keep", "drop", "train"] = "keep"
     date: str | None = None
 
     def __post_init__(self) -> None:
@@ -94,10 +103,15 @@ class JinjaTemplate:
             }
         self.variables = config.variables
         self.tokenizer = tokenizer
-        self.arguments_as_text, self.null_content, self.text_as_parts = False, True, False
+        self.text_as_parts, self.arguments_as_text = False, False
         self.text_as_parts = not self._shows_text() and self._shows_text(as_parts=True)
-        self.arguments_as_text = not self._takes("") and self._takes("", as_text=True)
-        self.null_content = self._takes(None, self.arguments_as_text)
+        self.no_text: dict[str | None, NoText] = {}
+        for self.arguments_as_text in (False, True):
+            if takes := [form for form in NO_TEXT[""] if self._shows_call(form)]:
+                self.no_text = {given: next(f for f in forms if f in takes) for given, forms in NO_TEXT.items()}
+                break
+        else:
+            self.arguments_as_text, self.no_text = False, {"": "empty", None: "empty"}
 
     def source(self, tools: list[Any]) -> str:
         """The template for a conversation with these tools."""
@@ -110,13 +124,12 @@ class JinjaTemplate:
             TemplateError: If the template refuses it.
         """
         try:
-            text = self.tokenizer.apply_chat_template(
-                [self._visible(message) for message in messages],
+            (text,), _ = render_jinja_template(
+                conversations=[[self._visible(message) for message in messages]],
                 tools=tools or None,
                 chat_template=self.source(tools),
                 add_generation_prompt=prompt,
-                tokenize=False,
-                **self.variables,
+                **{**self.tokenizer.special_tokens_map, **self.variables},
             )
         except Exception as error:  # a template is a program, and fails in any way that programs do
             raise TemplateError(f"the chat template refuses this conversation ({error})") from error
@@ -125,9 +138,15 @@ class JinjaTemplate:
     def _visible(self, message: Message) -> Message:
         """What the template sees of a message, in the form that it takes."""
         visible = {key: message[key] for key in TEMPLATE_KEYS if key in message}
-        if visible["content"] is None and not self.null_content:
-            visible["content"] = ""
-        if self.text_as_parts and isinstance(visible["content"], str):
+        if visible["content"] is None or ("tool_calls" in visible and not visible["content"]):
+            match self.no_text[visible["content"]]:
+                case "empty":
+                    visible["content"] = ""
+                case "missing":
+                    del visible["content"]
+                case "null":
+                    visible["content"] = None
+        if self.text_as_parts and isinstance(visible.get("content"), str):
             visible["content"] = [{"type": "text", "text": visible["content"]}]
         if self.arguments_as_text and "tool_calls" in visible:
             visible["tool_calls"] = [_with_text(call) for call in visible["tool_calls"]]
@@ -143,17 +162,16 @@ class JinjaTemplate:
         finally:
             self.text_as_parts = before
 
-    def _takes(self, content: str | None, as_text: bool = False) -> bool:
-        """Whether the template renders a tool call with this content, and with arguments as JSON or as an object."""
-        before, self.arguments_as_text = self.arguments_as_text, as_text
-        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
-        answer: Message = {"role": "assistant", "content": content, "tool_calls": [call]}
+    def _shows_call(self, no_text: NoText) -> bool:
+        """Whether the template renders a tool call beside which no text stands in this form."""
+        call = {"id": "call00000", "type": "function", "function": {"name": "qwz", "arguments": {"x": "y"}}}
+        self.no_text = {"": no_text, None: no_text}
+        answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         try:
-            return "None" not in self.render([{"role": "user", "content": "a"}, answer], [], False)
+            text = self.render([{"role": "user", "content": "a"}, answer], [], False)
         except TemplateError:
             return False
-        finally:
-            self.arguments_as_text = before
+        return "qwz" in text and "None" not in text
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

@@ -183,7 +183,8 @@ def read_media_messages(
 
     Files stand in a message of their own (`{role, type: image, content: path}`), in a list of parts as OpenAI's,
     in `images` of a message, or in `image` or `images` of the record; in the last two forms the placeholder marks their
-    places in the texts, and the record's own stand before the first user message if no text has one.
+    places in the texts, or a part `{type: image}` without a file, as TRL's; the record's own stand before the first
+    user message if no text has one.
 
     Args:
         raw_messages: The messages as the record has them.
@@ -206,7 +207,7 @@ def read_media_messages(
             paths = [_path(each, plural, where) for each in (given if isinstance(given, list) else [given])]
             _deal(messages, paths, modality, token, where)
         for index, message in enumerate(messages):
-            found, files = message["content"].count(token), message.get(plural, [])
+            found, files = (message["content"] or "").count(token), message.get(plural, [])
             if found != len(files):
                 raise RecordError(
                     where,
@@ -220,12 +221,12 @@ def read_media_messages(
 def _deal(messages: list[Message], paths: list[str], modality: str, token: str, where: str) -> None:
     """Give the record's own files to its messages, in the order of the placeholders in them."""
     plural = PLURALS[modality]
-    if not any(token in message["content"] for message in messages):
+    if not any(token in (message["content"] or "") for message in messages):
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise RecordError(where, plural, "has no user message to stand in", f"Write {token} into a message.")
         first["content"] = token * len(paths) + "\n" + first["content"]
-    counts = [message["content"].count(token) - len(message.get(plural, [])) for message in messages]
+    counts = [(message["content"] or "").count(token) - len(message.get(plural, [])) for message in messages]
     if sum(counts) != len(paths):
         problem = f"has {len(paths)} files, and the texts have {sum(counts)} times {token}"
         raise RecordError(where, plural, problem, "Give one file for each.")
@@ -249,14 +250,15 @@ def _flattened(message: Any, path: str, where: str, tokens: dict[str, str]) -> t
             place = f"{path}.content[{number}]"
             modality, value = _part(part, place, where)
             if modality == "text":
-                pieces.append(str(value))
+                pieces.append(value or "")
                 continue
             if modality not in tokens:
                 taken = " and ".join(tokens)
                 raise RecordError(
                     where, f"{place}.type", f"is '{modality}', and the model takes {taken}", f"Set model.{modality}."
                 )
-            files[modality].append(_path(value, place, where))
+            if value is not None:  # else it is one of the record's own files
+                files[modality].append(_path(value, place, where))
             pieces.append(tokens[modality])
         message = {**message, "content": "".join(pieces)}
     for modality in tokens:

@@ -111,7 +111,17 @@ class SourceConfig:
                 f"({type(error).__name__}: {str(error).splitlines()[0]}). Check data's 'path'."
             ) from error
         for index, row in enumerate(rows):
-            yield f"{self.path}[{index}]", row
+            yield f"{self.path}[{index}]", without_nulls(row)
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table without its nulls, at any depth.
+
+    A table gives each row all keys that any row has, such as those of other rows' tool arguments.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -162,7 +172,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     index = 0
     for batch in file.iter_batches():
         for row in batch.to_pylist():
-            yield f"{path}[{index}]", row
+            yield f"{path}[{index}]", without_nulls(row)
             index += 1
 
 
@@ -175,7 +185,7 @@ def _read_arrow(path: Path) -> Iterator[tuple[str, Any]]:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise RecordError(str(path), "", f"not an Arrow file ({error})", "Check the file.") from error
     for index, row in enumerate(rows):
-        yield f"{path}[{index}]", row
+        yield f"{path}[{index}]", without_nulls(row)
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".arrow": _read_arrow}

@@ -20,6 +20,7 @@ class DataReport:
         trained_tokens: Tokens that the loss applies to.
         longest: Tokens of the longest example.
         notes: How often something happened in encoding that is worth a word.
+        remarks: What somebody should know about the way of encoding.
     """
 
     split: str
@@ -31,6 +32,7 @@ class DataReport:
     trained_tokens: int = 0
     longest: int = 0
     notes: Counter[str] = field(default_factory=Counter)
+    remarks: list[str] = field(default_factory=list)
 
     def line(self) -> str:
         """One line for the console."""
@@ -38,9 +40,10 @@ class DataReport:
         dropped = "; ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         detail = "".join(f"\n  {reason}: {text}" for reason, text in sorted(self.details.items()))
         notes = "".join(f"; {count} {note}" for note, count in sorted(self.notes.items()))
+        remarks = "".join(f"\n  note: {remark}" for remark in self.remarks)
         return (
             f"{self.split}: {self.examples} examples from {sum(self.sources.values())} records, "
-            f"{self.tokens} tokens{share}, longest {self.longest}; dropped: {dropped or 'none'}{notes}{detail}"
+            f"{self.tokens} tokens{share}, longest {self.longest}; dropped: {dropped or 'none'}{notes}{detail}{remarks}"
         )
 
 

@@ -11,7 +11,7 @@ from lit_alignment.data.batching.collate import (
 )
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, pack
-from lit_alignment.data.encoding.encoder import Example
+from lit_alignment.data.encoding.example import Example
 
 
 def plan(number=101, tokens=256, **settings):

@@ -1,6 +1,6 @@
 import pytest
 
-from lit_alignment.data.encoding.encoder import Dropped
+from lit_alignment.data.encoding.example import Dropped
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, read_record
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError

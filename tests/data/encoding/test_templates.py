@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_alignment.data.encoding.encoder import Dropped
+from lit_alignment.data.encoding.example import Dropped
 from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.data.encoding.templates import TemplateConfig, build_template
 from lit_alignment.errors import ConfigError

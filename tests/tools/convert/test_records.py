@@ -3,7 +3,8 @@
 import pytest
 
 from lit_alignment import SFTDataModule
-from lit_alignment.data.encoding.encoder import EncodingConfig, Example
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.data.sources.records import SourceConfig
