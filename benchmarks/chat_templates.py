@@ -32,7 +32,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
-from lit_alignment.data.encoding.example import Dropped, Example
+from lit_alignment.data.encoding.example import HISTORY_DIFFERS, Dropped, Example
 from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.paths import cache_dir
@@ -238,7 +238,12 @@ def judge(encoder: Encoder, raw: dict[str, Any], stops: tuple[str, ...], source:
     """What is wrong with the examples of one conversation."""
     tokenizer, wrong = encoder.tokenizer, []
     record = read_record(raw, "judge", 0)
-    examples = encoder.examples(record)
+    try:
+        examples = [encoder.encode(record)]
+    except Dropped as drop:
+        if drop.reason != HISTORY_DIFFERS:
+            raise
+        examples = [encoder.encode(part) for part in encoder.split_turns(record)]
     trained = [runs(tokenizer, e.input_ids, [label != -100 for label in e.labels]) for e in examples]
     whole = [tokenizer.decode(e.input_ids) for e in examples]
     words = Counter(word for text in trained for word in WORD.findall(text))

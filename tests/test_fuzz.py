@@ -81,6 +81,7 @@ def damaged(draw, value):
 
 
 @pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.slow
 def test_damaged_record_is_read_or_refused_with_its_place(name):
     read, good = RECORDS[name]
     read(copy.deepcopy(good), "f.jsonl:1", 0)  # undamaged it is fine

@@ -26,6 +26,7 @@ def fit(folder, logger):
     return runner
 
 
+@pytest.mark.slow
 def test_several_loggers_take_metrics_and_tables(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

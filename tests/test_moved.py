@@ -49,6 +49,7 @@ def test_name_that_left_its_module_is_found_with_a_warning(old):
         assert getattr(found, name) is getattr(importlib.import_module(new_module), new)
 
 
+@pytest.mark.slow
 def test_code_of_the_earlier_version_runs():
     code = """
 from lit_alignment.data.records import Source

@@ -117,6 +117,7 @@ def test_generation_config_stops_at_the_trained_end_of_turn(tmp_path):
     assert loaded.pad_token_id == tokenizer.pad_token_id
 
 
+@pytest.mark.slow
 def test_exported_model_stops_by_itself(tmp_path):
     """Overfitted on short answers, the folder alone must generate one and stop."""
     records = [{"id": "a", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]}]

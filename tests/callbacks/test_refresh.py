@@ -55,6 +55,7 @@ def test_index_changes_at_the_asked_steps_and_the_last_ones_are_kept(background,
         assert float(runner.callback_metrics["train/index_staleness"]) == 0
 
 
+@pytest.mark.slow
 def test_resumed_run_goes_on_with_its_index(tmp_path):
     whole = Losses()
     run(tmp_path / "whole", [IndexRefresh(every_n_steps=3), whole], max_epochs=2)

@@ -331,6 +331,7 @@ def test_damaged_missing_and_unfinished_checkpoints_are_refused(tmp_path):
         fetch_checkpoint("memory://run/step=2.ckpt", tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_command_line_takes_a_url(tmp_path):
     data = [{"path": write_jsonl(tmp_path / "d.jsonl", chats(6, longest=5))}]
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "runs")}}

@@ -129,6 +129,7 @@ def fit(folder, plugin, savers, resume=None, callbacks=(), **options):
     return seen, runner
 
 
+@pytest.mark.slow
 def test_resume_gives_the_losses_of_a_synchronous_run(tmp_path):
     def saver(name):
         return ModelCheckpoint(tmp_path / name, filename="{step}", every_n_train_steps=2, save_top_k=-1)
@@ -144,6 +145,7 @@ def test_resume_gives_the_losses_of_a_synchronous_run(tmp_path):
 
 
 @pytest.mark.parametrize("last", [True, "link"])
+@pytest.mark.slow
 def test_savers_keep_the_files_that_they_keep_without_a_thread(last, tmp_path):
     """Two in one folder with the same names, of which one is given a version; and the last one, or a link to it."""
 
@@ -220,6 +222,7 @@ def test_plugin_beside_fsdp2_is_refused(tmp_path):
         start_saving(runner)
 
 
+@pytest.mark.slow
 def test_command_takes_the_plugin_from_yaml(tmp_path):
     (tmp_path / "async.yaml").write_text("trainer: {plugins: [{class_path: lit_alignment.AsyncCheckpointIO}]}")
     places = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.enable_progress_bar=false"]

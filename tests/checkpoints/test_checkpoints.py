@@ -37,6 +37,7 @@ def newest(folder):
 @pytest.mark.parametrize(
     "data", [{"packing": False, "batch_size": 2}, {"tokens_per_batch": 512}], ids=["padded", "packed"]
 )
+@pytest.mark.slow
 def test_resume_sees_the_same_records_and_losses(tmp_path, data):
     """Killed in mid-epoch, then in the second epoch, then twice in one epoch."""
     whole, _, module = run(tmp_path / "whole", **data)
@@ -65,6 +66,7 @@ def batches_after(steps, per_epoch):
     return epochs * per_epoch + min(rest * 2, per_epoch)
 
 
+@pytest.mark.slow
 def test_resume_with_workers_sees_the_same_records(tmp_path):
     data = {"packing": False, "batch_size": 2, "num_workers": 2}
     whole, _, _ = run(tmp_path / "whole", **data)

@@ -100,6 +100,7 @@ def test_file_takes_the_place_of_a_folder_and_the_other_way_round(tmp_path, monk
     assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_command_starts_and_then_goes_on(tmp_path, capsys, monkeypatch):
     """The second run begins with the weights that the first one ended with, and trains on one more epoch alone."""
     places = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.enable_progress_bar=false"]

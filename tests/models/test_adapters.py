@@ -46,6 +46,7 @@ def test_adapter_trains_and_leaves_the_base_alone(name, base, tmp_path):
 
 
 @EACH
+@pytest.mark.slow
 def test_resumed_adapter_equals_an_uninterrupted_run(name, base, tmp_path):
     whole = module_with(base, ADAPTERS[name])
     fit(tmp_path / "whole", whole, epochs=2)

@@ -202,6 +202,7 @@ def overfit(folder, problem, labels, values, **settings):
     return runner.callback_metrics, [line["prediction"] for line in lines]
 
 
+@pytest.mark.slow
 def test_every_kind_of_label_can_be_learned(tmp_path):
     single = ["bad", 1, "good", 0, "fine", 2]
     metrics, predictions = overfit(tmp_path, "single_label", LABELS, single, class_weights="balanced")

@@ -162,6 +162,7 @@ def test_every_step_weighs_the_same_under_any_batching(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["preferences", "outcomes", "steps"])
+@pytest.mark.slow
 def test_every_kind_of_record_can_be_learned(kind, tmp_path):
     records = {"preferences": [*pairs(4), RANKING | {"id": "k"}], "outcomes": OUTCOMES, "steps": [STEPS]}[kind]
     model = reward_model(use_margin=False)

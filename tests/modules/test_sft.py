@@ -144,6 +144,7 @@ def test_message_weight_scales_its_share_of_the_loss(tmp_path):
     assert_equal_gradients(repeated.gradients[0], weighted.gradients[0])
 
 
+@pytest.mark.slow
 def test_tiny_model_overfits_eight_conversations(tmp_path):
     records = chats(8, longest=8)
     options = {"max_epochs": 60}

@@ -253,6 +253,7 @@ def test_projector_of_an_export_can_be_taken_up(tmp_path):
 # Learning.
 
 
+@pytest.mark.slow
 def test_answers_that_depend_on_the_image_alone_are_learned(tmp_path):
     """Eight pictures, one question: nothing but the picture tells which answer is right."""
     names = ["order", "billing", "product", "repair", "urgent", "kitchen", "please", "work"]

@@ -100,6 +100,7 @@ def test_weights_gradients_and_moments_are_counted_exactly(folder):
     assert found.largest_layer == 4 * (4 * D * D + 3 * D * F + 2 * D)
 
 
+@pytest.mark.slow
 def test_only_adapters_have_gradients_and_moments(folder):
     found = simulated(folder, "lora")
     rank = 8
@@ -108,23 +109,27 @@ def test_only_adapters_have_gradients_and_moments(folder):
     assert found.gradients == 4 * adapters and found.optimizer == 8 * adapters
 
 
+@pytest.mark.slow
 def test_half_precision_halves_the_weights(folder):
     full, half = simulated(folder), simulated(folder, dtype="bfloat16")
     assert half.gradients == full.gradients / 2
     assert half.activations == pytest.approx(full.activations / 2, rel=0.15)
 
 
+@pytest.mark.slow
 def test_activations_grow_with_tokens_and_shrink_with_checkpointing(folder):
     whole, half = simulated(folder), simulated(folder, workload=Workload([LENGTH // 2]))
     assert whole.activations == pytest.approx(2 * half.activations, rel=0.02)
     assert simulated(folder, "checkpointing").activations < whole.activations / 10
 
 
+@pytest.mark.slow
 def test_documents_of_a_packed_row_cost_no_square(folder):
     one, many = simulated(folder, workload=Workload([LENGTH])), simulated(folder, workload=Workload([128] * 16))
     assert many.activations == pytest.approx(one.activations, rel=0.1)
 
 
+@pytest.mark.slow
 def test_quantised_weights_take_half_a_byte(folder):
     plain, small = simulated(folder, "lora"), simulated(folder, "lora", quantization="nf4")
     linear = LAYERS * (4 * D * D + 3 * D * F)
@@ -159,6 +164,7 @@ def test_estimate_is_within_15_percent_of_what_training_takes(kind, folder):
     assert simulated(folder, kind).total == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
 def test_lora_on_every_kind_of_start_is_simulated(folder):
     base = BackboneConfig(folder)
     tokenizer, _ = load_tokenizer(base, TokensConfig())

@@ -56,6 +56,7 @@ def test_nodes_multiply_devices():
     assert sharding_of(asked("fsdp", devices=8, num_nodes=2)).devices == 16
 
 
+@pytest.mark.slow
 def test_estimate_names_parts_and_says_whether_it_fits(capsys):
     main(["--config", TINY, "--memory", "1"])
     out = capsys.readouterr().out
@@ -74,6 +75,7 @@ def test_gpu_configuration_is_estimated_without_a_gpu(capsys):
     assert GIB == 1024**3
 
 
+@pytest.mark.slow
 def test_scale_adds_devices_on_paper(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     main(["--config", TINY, "--scale", "1,8", "--network", "1"])
@@ -85,6 +87,7 @@ def test_scale_adds_devices_on_paper(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["sequence", "tensor"])
+@pytest.mark.slow
 def test_devices_that_share_a_micro_batch_do_its_work_together(kind, capsys):
     shared = ["--trainer.strategy", "lit_alignment.FSDP2Strategy", f"--trainer.strategy.{kind}_parallel_size", "2"]
     rows = []

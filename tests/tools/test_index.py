@@ -52,6 +52,7 @@ def test_eval_finds_a_passage_by_its_own_words(config, tmp_path, capsys):
     assert "9 questions, 9 passages" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_index_that_is_there_is_not_overwritten_unasked(config, tmp_path):
     index.main(["build", "--config", str(config)])
     with pytest.raises(ConfigError, match="exists. Choose another"):

@@ -3,7 +3,6 @@
 import hashlib
 import random
 import re
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -21,7 +20,8 @@ from lit_alignment.data.encoding.example import (
     Prompt,
 )
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message, Record
-from lit_alignment.data.encoding.spans import THINKING, HistoryDiffers, Locator, NotRendered, Rendered, Turn
+from lit_alignment.data.encoding.shapes import Rendered, Turn
+from lit_alignment.data.encoding.spans import THINKING, HistoryDiffers, Locator, NotRendered
 from lit_alignment.data.encoding.templates import JinjaTemplate, TemplateConfig, build_template
 from lit_alignment.data.encoding.tokenizer import TextTokenizer
 from lit_alignment.data.encoding.truncation import Policy, Unit, shorten_messages, shorten_tokens
@@ -281,19 +281,16 @@ class Encoder:
             stop = turn.stop
             if self.config.end_of_turn == "none" or (self.config.end_of_turn == "last" and index != trained[-1]):
                 stop = turn.content_end
+            first, last = tokens.begin(turn.boundary), tokens.end(stop)
             start = self._behind_reasoning(rendered, turn, index == trained[-1])
-            for position in range(bisect_left(tokens.starts, turn.boundary), len(tokens.ids)):
-                begin, end = tokens.starts[position], tokens.ends[position]
-                if end > stop:
-                    break
-                if begin < end and end > start:  # white space before the start may be a part of the first token
-                    labels[position] = tokens.ids[position]
-                    weights[position] = messages[index].get("weight", 1.0)
+            while first < last and tokens.place(first)[1] <= start:
+                first += 1  # white space before the start may be a part of the first token
+            labels[first:last] = tokens.ids[first:last]
+            weights[first:last] = [messages[index].get("weight", 1.0)] * (last - first)
         example = Example(tokens.ids, labels, weights)
         closing = next((t for i, t in reversed(turns.items()) if messages[i]["role"] == "assistant"), None)
         if closing is not None:
-            behind = range(bisect_left(tokens.starts, closing.content_end), len(tokens.ids))
-            example.end_of_turn = [tokens.ids[i] for i in behind if tokens.starts[i] < tokens.ends[i] <= closing.stop]
+            example.end_of_turn = tokens.ids[tokens.begin(closing.content_end) : tokens.end(closing.stop)]
         example.notes = {SPLIT: tokens.splits, STOP_ADDED: int(rendered.added != "")}
         example.notes[CONTROL_TOKENS] = len(self._control_tokens(messages))
         example.notes[UNCLOSED] = sum(not turns[index].closed for index in trained)

@@ -16,6 +16,7 @@ TOOLS = -1  # in place of a message's number
 # A mark is a letter for the part and one for the message: printable, without case, and no white space, so that a
 # template trims, writes as JSON and compares as before. Syllables of Vai and Yi, which may stand in a JSON escape.
 KINDS = [0xA500 + 8 * shift for shift in range(30)]
+VAI = re.compile("[\ua500-\ua5ff]")
 NUMBERS, MOST = 0xA000, 1165
 
 
@@ -24,9 +25,11 @@ class Template(Protocol):
 
     Args:
         ending: What closes a training conversation, whoever speaks last; "" for nothing.
+        looks_at: Matches in texts what the template may look for in them.
     """
 
     ending: str
+    looks_at: re.Pattern[str]
 
     def render(self, messages: list[Message], tools: list[Any], prompt: bool) -> str:
         """The text of a conversation; with `prompt`, up to where the next response begins."""
@@ -90,7 +93,7 @@ class _Marks:
         if len(messages) >= MOST:
             raise TemplateError(f"the conversation has {len(messages)} messages; {MOST - 1} is the most")
         self.messages, self.tools = messages, tools
-        letters = {letter for text in _texts([messages, tools]) for letter in text if "\ua500" <= letter < "\ua600"}
+        letters = {letter for text in _texts([messages, tools]) for letter in VAI.findall(text)}
         taken = {(ord(letter) - KINDS[0]) // 8 for letter in letters}
         self.kinds = next((kind for shift, kind in enumerate(KINDS) if shift not in taken), KINDS[0])
         plain = f"([{chr(self.kinds)}-{chr(self.kinds + 7)}])([{chr(NUMBERS)}-{chr(NUMBERS + MOST)}])"

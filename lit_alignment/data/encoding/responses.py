@@ -1,6 +1,5 @@
 """Several responses to one prompt, and responses made of steps, as token ids."""
 
-from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate
 from typing import TypeVar
@@ -86,7 +85,7 @@ class ResponseEncoder(Encoder):
                 )
             stops = [start + end for end in ends]
             tokens = self.tokenize(text, [start, *stops])
-            return tokens.ids, [bisect_left(tokens.starts, stop) - 1 for stop in stops]
+            return tokens.ids, [tokens.begin(stop) - 1 for stop in stops]
 
         return self._behind_prompt(record, system_prompt, encode, lambda found: len(found[0]))
 

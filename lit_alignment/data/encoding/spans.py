@@ -11,47 +11,15 @@ from functools import cached_property
 from typing import Any, Literal
 
 from lit_alignment.data.encoding.marks import TOOLS, Marked, Template, common_prefix, mark
-from lit_alignment.data.encoding.messages import Message
+from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message
+from lit_alignment.data.encoding.shapes import Rendered, Shape, Turn
 from lit_alignment.errors import TemplateError
 
+MOST_SHAPES = 1024
 THINK = r"(?:<\|?(?:START_)?(?:\w+:)?think(?:ing)?\|?>|\[THINK\])"
 THINK_END = r"(?:<\|?(?:/|END_|/\w+:)think(?:ing)?\|?>|\[/THINK\])"
 EMPTY_THINKING = re.compile(rf"\s*(?:{THINK}\s*)?{THINK_END}\s*", re.IGNORECASE)
 THINKING = re.compile(rf"\s*(?:{THINK})?.*?{THINK_END}\s*", re.IGNORECASE | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Character range of one response.
-
-    Args:
-        boundary: Where the prompt for it ends; no token reaches over it.
-        start: First character that is trained.
-        content_end: One past the last character of the content; the end-of-turn text begins here.
-        stop: One past the end-of-turn text.
-        closed: Whether the text that stops the model stands there.
-    """
-
-    boundary: int
-    start: int
-    content_end: int
-    stop: int
-    closed: bool
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A rendered conversation.
-
-    Args:
-        text: All of it, with what was added behind the last response.
-        turns: Ranges of the messages that were asked for, and of all responses whose prompt is a part of the text.
-        added: What was added.
-    """
-
-    text: str
-    turns: dict[int, Turn]
-    added: str = ""
 
 
 class HistoryDiffers(TemplateError):
@@ -108,6 +76,7 @@ class Locator:
         self.template, self.special, self.eos, self.bos = template, special, eos, bos
         self.train_empty_thinking, self.add_stop = train_empty_thinking, add_stop
         self.asked_block = prompt_block
+        self.shapes: dict[tuple[tuple[str, ...], tuple[int, ...]], Shape] = {}
 
     def locate(self, messages: list[Message], tools: list[Any], wanted: list[int]) -> Rendered:
         """The text of a finished conversation and the range of each wanted message in it.
@@ -117,9 +86,18 @@ class Locator:
             NotRendered: If the template leaves out tools, a call, or a wanted message.
             TemplateError: If a wanted message cannot be found.
         """
+        kind = (tuple(message["role"] for message in messages), tuple(wanted))
+        is_plain = not tools and all(map(self._is_plain, messages))
+        if is_plain and (shape := self.shapes.get(kind)) is not None:
+            filled = shape.fill(messages, self.template.render(messages, tools, False))
+            if filled is not None:
+                return filled
         marked = mark(self.template, messages, tools)
         self._check(messages, tools, marked, wanted)
-        return self._found(messages, tools, marked, wanted)
+        found = self._found(messages, tools, marked, wanted)
+        if is_plain and len(self.shapes) < MOST_SHAPES and (shape := Shape.of(messages, marked, found)) is not None:
+            self.shapes[kind] = shape
+        return found
 
     def locate_last(self, messages: list[Message], tools: list[Any]) -> Rendered:
         """A finished conversation as the model would see it at its last response: the prompt, then the response.
@@ -173,6 +151,14 @@ class Locator:
             raise TemplateError("the chat template leaves out the beginning of the response to go on from")
         _, boundaries = self._responses(messages, tools, marked)
         return marked.text[:end], boundaries
+
+    def _is_plain(self, message: Message) -> bool:
+        """Whether a message is but a text, and one that no template would look at more closely."""
+        content = message["content"]
+        if not isinstance(content, str) or not content or content[0].isspace() or content[-1].isspace():
+            return False
+        extra = any(key in message for key in TEMPLATE_KEYS[2:])
+        return not (extra or self.template.looks_at.search(content) or self.special.search(content))
 
     def _check(self, messages: list[Message], tools: list[Any], marked: Marked, wanted: list[int]) -> None:
         if tools and _is_named(tools[0]) and marked.first(TOOLS, "call") is None:

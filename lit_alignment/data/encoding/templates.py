@@ -19,6 +19,7 @@ NO_TEXT: dict[str | None, tuple[NoText, ...]] = {  # of "" and null in a record:
     "": ("empty", "missing", "null"),
     None: ("missing", "empty", "null"),
 }
+LITERAL = re.compile(r"""(["'])(.*?)\1""", re.DOTALL)
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
@@ -101,6 +102,9 @@ class JinjaTemplate:
                 name: TODAY.sub(lambda call: json.dumps(today.strftime(call[2])), each)
                 for name, each in self.sources.items()
             }
+        literals = {text for each in self.sources.values() for _, text in LITERAL.findall(each)}
+        tags = sorted(tag for text in literals if re.search(r"[<\[|#/]", tag := text.replace("\\n", "\n").strip()))
+        self.looks_at = re.compile("|".join(map(re.escape, tags)) or r"(?!)")
         self.variables = config.variables
         self.tokenizer = tokenizer
         self.text_as_parts, self.arguments_as_text = False, False
@@ -186,6 +190,7 @@ class PrefixSuffixTemplate:
         """Check the prefix by rendering it once."""
         self.prefix = config.prefix or ""
         self.suffix = config.suffix or ""
+        self.looks_at = re.compile(r"(?!)")
         self.role_names = config.role_names
         self.ending = (tokenizer.eos_token or "") if config.append_eos else ""
         self.bos = tokenizer.bos_token or ""

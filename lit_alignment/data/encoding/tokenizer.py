@@ -1,9 +1,9 @@
 """From text to token ids: with places that no token may reach over, and with what decides the ids."""
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.sources.cache import fingerprint
@@ -11,21 +11,77 @@ from lit_alignment.data.sources.cache import fingerprint
 REMEMBERED = 4096  # headers whose ids are kept
 
 
-@dataclass
-class Tokens:
-    """A tokenised text.
+@dataclass(frozen=True)
+class Part:
+    """A stretch of text that was tokenised by itself.
 
     Args:
-        ids: Token ids, [T].
-        starts: Where in the text each token begins, [T].
-        ends: One past where it ends, [T].
-        splits: Number of places where a token of the whole text was split.
+        encoding: Its tokens, behind those that were put in front of it.
+        hidden: Number of these.
+        origin: Where in the text the first character of the encoding would stand.
     """
 
-    ids: list[int]
-    starts: list[int]
-    ends: list[int]
-    splits: int = 0
+    encoding: Encoding
+    hidden: int
+    origin: int
+
+    def begin(self, position: int) -> int:
+        """The first of its tokens that begins at a position of the text or behind it."""
+        number = len(self.encoding.ids) - self.hidden
+        token, length = None, self.place(number - 1)[1] if number else 0
+        for place in range(position, length):
+            token = self.encoding.char_to_token(place - self.origin)
+            if token is not None:  # white space may belong to no token
+                return token - self.hidden + int(self.place(token - self.hidden)[0] < position)
+        return number
+
+    def place(self, token: int) -> tuple[int, int]:
+        """Where in the text one of its tokens begins and ends."""
+        begin, end = self.encoding.token_to_chars(token + self.hidden) or (0, 0)
+        return begin + self.origin, end + self.origin
+
+
+class Tokens:
+    """The tokens of a text, and where they stand in it.
+
+    Offsets are asked for where they are needed: a list of all would take a fifth as long as the tokens themselves.
+
+    Args:
+        parts: Stretches of the text, in order.
+        skipped: Tokens at the beginning that are left out.
+    """
+
+    def __init__(self, parts: list[Part], skipped: int = 0) -> None:
+        """Put the ids together."""
+        self.parts, self.skipped = parts, skipped
+        self.ids: list[int] = [index for part in parts for index in part.encoding.ids[part.hidden :]][skipped:]
+        self.splits = len(parts) - 1
+
+    def begin(self, position: int) -> int:
+        """The first token that begins at a position of the text or behind it, or the number of tokens."""
+        number = -self.skipped
+        for part, later in zip(self.parts, [*self.parts[1:], None], strict=True):
+            if later is None or position < later.place(0)[0]:
+                return max(0, number + part.begin(position))
+            number += len(part.encoding.ids) - part.hidden
+        return number
+
+    def end(self, position: int) -> int:
+        """One past the last token that ends at a position of the text or before it."""
+        token = self.begin(position)
+        while token > 0 and self.place(token - 1)[1] > position:
+            token -= 1
+        return token
+
+    def place(self, token: int) -> tuple[int, int]:
+        """Where in the text a token begins and ends."""
+        token += self.skipped
+        for part in self.parts:
+            number = len(part.encoding.ids) - part.hidden
+            if token < number:
+                return part.place(token)
+            token -= number
+        raise IndexError(token)
 
 
 class TextTokenizer:
@@ -53,36 +109,27 @@ class TextTokenizer:
             text: With all its special tokens.
             boundaries: Positions in it, in order.
         """
-        tokens = self._tokens(text, 0)
+        tokens = Tokens([self._part(text, 0)] if text else [])
         cuts = [each for each in boundaries if 0 < each < len(text) and self._differs(text, tokens, each)]
         if cuts:
-            parts = [
-                self._tokens(text[begin:end], begin) for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)
-            ]
-            tokens = Tokens(
-                [index for part in parts for index in part.ids],
-                [start for part in parts for start in part.starts],
-                [end for part in parts for end in part.ends],
-                len(cuts),
-            )
-        while self.bos is not None and tokens.ids[:2] == [self.bos, self.bos]:  # some templates write two
-            tokens = Tokens(tokens.ids[1:], tokens.starts[1:], tokens.ends[1:], tokens.splits)
-        return tokens
+            ends = zip([0, *cuts], [*cuts, len(text)], strict=True)
+            tokens = Tokens([self._part(text[begin:end], begin) for begin, end in ends])
+        doubled = 0
+        while self.bos is not None and tokens.ids[doubled : doubled + 2] == [self.bos, self.bos]:
+            doubled += 1  # some templates write two
+        return Tokens(tokens.parts, doubled) if doubled else tokens
 
-    def _tokens(self, text: str, begin: int) -> Tokens:
-        """Ids of a part of a text from a position on, where it gets nothing of what texts begin with."""
+    def _part(self, text: str, begin: int) -> Part:
+        """The tokens of a text that stands at a position, where it gets nothing of what whole texts begin with."""
         if begin and self.anchor:
-            encoded = self.backend.encode(self.anchor + text, add_special_tokens=False)
-            ids, offsets, shift = encoded.ids[1:], encoded.offsets[1:], begin - len(self.anchor)
-        else:
-            encoded = self.backend.encode(text, add_special_tokens=False)
-            ids, offsets, shift = encoded.ids, encoded.offsets, begin
-        return Tokens(ids, [start + shift for start, _ in offsets], [end + shift for _, end in offsets])
+            encoding = self.backend.encode(self.anchor + text, add_special_tokens=False)
+            return Part(encoding, 1, begin - len(self.anchor))
+        return Part(self.backend.encode(text, add_special_tokens=False), 0, begin)
 
     def _differs(self, text: str, tokens: Tokens, boundary: int) -> bool:
         """Whether the text before a boundary has other ids alone."""
-        behind = bisect_left(tokens.starts, boundary)
-        if behind and tokens.ends[behind - 1] > boundary:
+        behind = tokens.begin(boundary)
+        if behind and tokens.place(behind - 1)[1] > boundary:
             return True
         ids = tokens.ids
         if behind in (0, len(ids)) or ids[behind] in self.added or ids[behind - 1] in self.added:
@@ -90,7 +137,7 @@ class TextTokenizer:
         first = behind - 1
         while first > 0 and ids[first] not in self.added:
             first -= 1
-        before = text[tokens.starts[first] : boundary]
+        before = text[tokens.place(first)[0] : boundary]
         if before not in self._alone:
             if len(self._alone) >= REMEMBERED:
                 self._alone.clear()

@@ -56,6 +56,7 @@ def test_table_reaches_tensorboard(tmp_path):
     assert len(entries) == 3 and b"| prompt | reference | answer |" in entries[0].tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 def test_table_reaches_wandb_offline(tmp_path):
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="p")
     log_table([logger], "cherry_picks", ["prompt", "answer"], [["q", "a"]], 1)

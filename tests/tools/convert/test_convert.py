@@ -71,6 +71,7 @@ def convert(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [name for name in CONVERTED if name not in SCRIPTS])
+@pytest.mark.slow
 def test_converted_yaml_parses(name, convert, tmp_path, monkeypatch):
     convert(old(name))
     monkeypatch.setattr(AlignmentCLI, "instantiate_classes", lambda self: None)
