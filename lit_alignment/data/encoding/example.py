@@ -28,6 +28,9 @@ class Example:
     @property
     def num_trained(self) -> int:
         """Labels that count: the first token has no prediction, so its label never does."""
+        trained = len(self.labels) - self.labels.count(IGNORE_INDEX)
+        if len(self.weights) - self.weights.count(0.0) == trained and self.labels[:1] == [IGNORE_INDEX]:
+            return trained  # each label has a weight
         return sum(label != IGNORE_INDEX and w > 0 for label, w in zip(self.labels[1:], self.weights[1:], strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ class Part:
 
     def begin(self, position: int) -> int:
         """The first of its tokens that begins at a position of the text or behind it."""
-        number = len(self.encoding.ids) - self.hidden
+        number = len(self.encoding) - self.hidden
         token, length = None, self.place(number - 1)[1] if number else 0
         for place in range(position, length):
             token = self.encoding.char_to_token(place - self.origin)
@@ -54,16 +55,23 @@ class Tokens:
     def __init__(self, parts: list[Part], skipped: int = 0) -> None:
         """Put the ids together."""
         self.parts, self.skipped = parts, skipped
-        self.ids: list[int] = [index for part in parts for index in part.encoding.ids[part.hidden :]][skipped:]
+        ids = (part.encoding.ids[part.hidden :] for part in parts)
+        self.ids: list[int] = list(chain.from_iterable(ids))[skipped:] if len(parts) != 1 else next(ids)[skipped:]
+        self._begins: dict[int, int] = {}
         self.splits = len(parts) - 1
 
     def begin(self, position: int) -> int:
         """The first token that begins at a position of the text or behind it, or the number of tokens."""
+        if position not in self._begins:
+            self._begins[position] = self._begin(position)
+        return self._begins[position]
+
+    def _begin(self, position: int) -> int:
         number = -self.skipped
         for part, later in zip(self.parts, [*self.parts[1:], None], strict=True):
             if later is None or position < later.place(0)[0]:
                 return max(0, number + part.begin(position))
-            number += len(part.encoding.ids) - part.hidden
+            number += len(part.encoding) - part.hidden
         return number
 
     def end(self, position: int) -> int:
@@ -77,7 +85,7 @@ class Tokens:
         """Where in the text a token begins and ends."""
         token += self.skipped
         for part in self.parts:
-            number = len(part.encoding.ids) - part.hidden
+            number = len(part.encoding) - part.hidden
             if token < number:
                 return part.place(token)
             token -= number
