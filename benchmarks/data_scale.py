@@ -6,8 +6,8 @@
 
 Records are conversations of two exchanges with about 120 tokens each, under the tokenizer and template of Llama 3.1,
 which is fetched from a package index. Each size runs in a process of its own: reading, checking, encoding into the
-cache, and what a training needs before its first batch; then once more from the cache. Memory is the largest of any process
-(pages that it shares with the others included), less what the imports took.
+cache, and what a training needs before its first batch; then once more from the cache. Memory is the largest of any
+process (pages that it shares with the others included), less what the imports took.
 """
 
 import argparse

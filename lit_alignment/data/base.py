@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +16,7 @@ from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.rows import RowEncoder
 from lit_alignment.data.encoding.tokenizer import tokenizer_fingerprint
-from lit_alignment.data.examples import ExampleMaker, code_fingerprint
+from lit_alignment.data.examples import ExampleMaker, code_fingerprint, column
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport, write_reports
 from lit_alignment.errors import ConfigError
@@ -47,7 +46,7 @@ class AlignmentDataModule(LightningDataModule):
             several responses. A record that is longer has a row of its own.
         batch_size: Examples in an unpacked batch, and in a predict batch.
         num_workers: Processes that build batches ahead; building is cheap, so 0 is usually best.
-        num_proc: Processes that read and encode.
+        num_proc: Processes that read and encode; None for as many as there are cores, where a source is large.
         seed: Seed of every choice and order.
         on_drop: What to do when a record does not become an example.
         cache_dir: Where encoded data are kept; a folder in the user's cache by default.
@@ -65,7 +64,7 @@ class AlignmentDataModule(LightningDataModule):
         tokens_per_batch: int | None = None,
         batch_size: int = 8,
         num_workers: int = 0,
-        num_proc: int = 1,
+        num_proc: int | None = None,
         seed: int = 0,
         on_drop: Literal["warn", "error"] = "warn",
         cache_dir: str | None = None,
@@ -264,7 +263,7 @@ class AlignmentDataModule(LightningDataModule):
         answered = self.answered()
         keys = zip(dataset["dataset"], dataset["id"], strict=True)
         open_ones = [index for index, key in enumerate(keys) if key not in answered]
-        lengths = np.array(dataset["length"], dtype=np.int64)
+        lengths = column(dataset, "length")
         order = sorted(open_ones, key=lambda index: -lengths[index])
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -279,8 +278,8 @@ class AlignmentDataModule(LightningDataModule):
         """What decides the batches of a split that is loaded."""
         dataset = self.examples[split]
         return BatchPlan(
-            lengths=np.array(dataset["length"], dtype=np.int64),
-            weights=np.array(dataset["weight"], dtype=np.float64),
+            lengths=column(dataset, "length"),
+            weights=column(dataset, "weight"),
             tokens_per_batch=self.tokens_per_batch if self.packing else None,
             batch_size=self.batch_size,
             shuffle=split == "train",

@@ -38,14 +38,14 @@ class ExampleMaker:
         decides: What decides a row besides its source and the seed, for the cache's names.
         cache_dir: Where encoded data are kept.
         seed: Seed of every choice.
-        num_proc: Processes that read and encode.
+        num_proc: Processes that read and encode; None for as many as there are cores, where a source is large.
     """
 
     rows: RowEncoder
     decides: list[Any]
     cache_dir: Path
     seed: int
-    num_proc: int = 1
+    num_proc: int | None = None
 
     def load(self, sources: Sequence[SourceConfig], split: str) -> tuple[datasets.Dataset, DataReport]:
         """The examples of an epoch over all sources, and what became of their records."""

@@ -176,7 +176,8 @@ class Encoder:
         messages = self._prepared(record, system_prompt)
 
         def encode(shorter: list[Message]) -> list[int]:
-            return self._encode_messages(shorter, record.tools).input_ids
+            untrained = [{**message, "train": False} for message in shorter]
+            return self._encode_messages(untrained, record.tools).input_ids
 
         try:
             ids, messages = self._shorten_ids(record, messages, encode, lambda message: True)

@@ -1,6 +1,7 @@
 """What is trained under templates that move text, open think blocks, write calls or end turns in ways of their own."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from lit_alignment.data.encoding.example import HISTORY_DIFFERS, Dropped
 from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.errors import RecordError
-from tests.helpers import ROOT, encoder, record
+from tests.helpers import ROOT, encoder, record, response_encoder
 
 FOLDER = ROOT / "tests/data/encoding/templates"
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "ARG1"}}}
@@ -167,6 +168,25 @@ def test_next_header_that_is_no_stop_is_not_trained(rich):
     assert example.notes["turns without an end"] == 1
 
 
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", STOPS)
+def test_other_methods_read_the_same_conversations(name, chat, rich):
+    """Responses to be scored stand behind their prompt; a classifier reads whole conversations."""
+    wanted = conversation(CHATS[chat])
+    settings = TemplateConfig(file=str(FOLDER / f"{name}.jinja"))
+    scoring = response_encoder(rich, settings, max_length=10_000)
+    asked = replace(wanted, messages=wanted.messages[:-1])
+    answers = [wanted.messages[-1], {"role": "assistant", "content": "ANS9 no."}]
+    found = scoring.encode_responses(asked, answers)
+    assert [WORD.findall("".join(runs(rich, each))) for each in found] == [WORD.findall(a["content"]) for a in answers]
+    prompt = "".join(word for word in WORD.findall(scoring.template.render(asked.messages, [], prompt=True)))
+    for example in found:
+        assert "".join(WORD.findall(rich.decode(example.input_ids))).startswith(prompt)
+    read = under(rich, name).encode_conversation(wanted).input_ids
+    whole = rich.decode(read)
+    assert scoring.template.render(wanted.messages, [], prompt=False) in (whole, whole.removesuffix(STOPS[name][0]))
+
+
 @pytest.mark.parametrize(("chat", "tools"), [("call", []), ("one turn", [TOOL])])
 def test_calls_and_tools_that_a_template_leaves_out_drop_the_record(chat, tools, rich):
     with pytest.raises(Dropped) as drop:
@@ -282,6 +302,30 @@ def test_ids_are_those_of_the_whole_text_but_for_counted_splits(rich):
     whole = rich(text, add_special_tokens=False)["input_ids"]
     assert (example.input_ids == whole) is (example.notes["tokens split where a prompt ends"] == 0)
     assert rich.decode(example.input_ids) == rich.decode(whole)
+
+
+def test_conversation_of_a_known_shape_is_found_as_with_marks(rich, monkeypatch):
+    """Rendered once instead of four times; its texts differ in length, and one is what the template looks for."""
+    others = [record("Q", "A.", "Again?", "Yes, again."), record("longer " * 9 + "x", "b", "c", "d e f")]
+    looked_for = record("Q", "<think>no</think>\n\nA.", "Again?", "<think>hm</think>\n\nYes.")
+    fresh = [under(rich, "qwen3").encode(each) for each in (*others, looked_for)]
+    enc, rendered = under(rich, "qwen3"), []
+    enc.encode(record("first", "one", "of", "all"))
+    render = enc.template.render
+    monkeypatch.setattr(enc.template, "render", lambda *given: rendered.append(given) or render(*given))
+    assert [enc.encode(each) for each in others] == fresh[:2] and len(rendered) == 2
+    assert enc.encode(looked_for) == fresh[2] and len(rendered) > 4
+
+
+def test_template_that_renders_a_known_shape_otherwise_is_noticed(rich, tmp_path):
+    path = tmp_path / "counts.jinja"
+    path.write_text(
+        "{% for m in messages %}{% if m.content | length > 9 %}<|sys|>{% endif %}<|{{ m.role }}|>{{ m.content }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    enc = encoder(rich, TemplateConfig(file=str(path)))
+    assert runs(rich, enc.encode(record("a", "b"))) == ["b</s>"]
+    assert rich.decode(enc.encode(record("a" * 12, "b")).input_ids).startswith("<|sys|><|user|>aaaaaaaaaaaa</s>")
 
 
 def test_marks_in_a_message_are_its_own_text(rich):

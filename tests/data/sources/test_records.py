@@ -104,6 +104,17 @@ def test_weights_share_the_epoch_and_keep_its_length():
     assert mixture_repeats(sources, [100, 300, 50]) == pytest.approx([2.0, 2 / 3, 3.0])
 
 
+def test_nulls_that_a_table_fills_in_are_dropped(tmp_path):
+    """A row has all keys that any row has; in JSON a null is what somebody has written."""
+    calls = [{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "add", "arguments": {"x": 1}}]
+    records = [{"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]} for call in calls]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    from_table = [raw["messages"][0]["tool_calls"][0] for _, raw in SourceConfig(str(tmp_path / "a.parquet")).read()]
+    from_json = [raw for _, raw in SourceConfig(str(tmp_path / "a.jsonl")).read()]
+    assert from_table == calls and from_json == records
+
+
 def test_folder_that_datasets_has_saved_is_read(tmp_path):
     """Also that of an older passage index, with its embeddings."""
     rows = [{"title": f"t{i}", "text": f"text {i}", "embeddings": [0.5, float(i)]} for i in range(3)]
