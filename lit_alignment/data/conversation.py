@@ -54,7 +54,7 @@ class ConversationDataModule(AlignmentDataModule):
 
     def remarks(self) -> list[str]:
         """What the encoder says about its template."""
-        return self.encoder.remarks()
+        return [*self.encoder.locator.remarks(), *self.encoder.template.remarks()]
 
     def decides_encoding(self) -> list[Any]:
         """Also settings and template of the encoder."""

@@ -16,6 +16,7 @@ from lit_alignment.data.encoding.example import Dropped, Example, Prompt
 from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record, read_record, value_kind
 from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.encoding.rows import ROW_FEATURES
+from lit_alignment.data.encoding.spans import dropped
 from lit_alignment.data.encoding.templates import JinjaTemplate
 from lit_alignment.data.passages import Passage, check_format, format_passage
 from lit_alignment.data.sources.records import SourceConfig
@@ -100,7 +101,7 @@ class RAGEncoder(Encoder):
                 lambda message: message is answer,
             )
         except TemplateError as error:
-            raise self.dropped(record, error) from error
+            raise dropped(record, error, self.locator) from error
         if not any(message["role"] == "user" for message in kept):
             raise Dropped("too_long")
         return kept[:-1], answer

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_alignment.data.encoding.control import control_tokens, without_control_tokens
 from lit_alignment.data.encoding.example import (
     CONTROL_TOKENS,
-    HISTORY_DIFFERS,
     SPLIT,
     STOP_ADDED,
     UNCLOSED,
@@ -20,9 +20,10 @@ from lit_alignment.data.encoding.example import (
     Prompt,
 )
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message, Record
+from lit_alignment.data.encoding.probes import THINKING
 from lit_alignment.data.encoding.shapes import Rendered, Turn
-from lit_alignment.data.encoding.spans import THINKING, HistoryDiffers, Locator, NotRendered
-from lit_alignment.data.encoding.templates import JinjaTemplate, TemplateConfig, build_template
+from lit_alignment.data.encoding.spans import Locator, dropped
+from lit_alignment.data.encoding.templates import TemplateConfig, build_template
 from lit_alignment.data.encoding.tokenizer import TextTokenizer
 from lit_alignment.data.encoding.truncation import Policy, Unit, shorten_messages, shorten_tokens
 from lit_alignment.errors import ConfigError, RecordError, TemplateError
@@ -131,7 +132,7 @@ class Encoder:
             if len(example.input_ids) > self.config.max_length:
                 example = self._shorten(record, messages, example)
         except TemplateError as error:
-            raise self.dropped(record, error) from error
+            raise dropped(record, error, self.locator) from error
         if example.num_trained == 0:
             raise Dropped("no_trained_token")
         return example
@@ -163,7 +164,7 @@ class Encoder:
                 lambda message: message["role"] != "assistant",
             )
         except TemplateError as error:
-            raise self.dropped(record, error) from error
+            raise dropped(record, error, self.locator) from error
         return Prompt(ids, messages, reference)
 
     def encode_conversation(self, record: Record, system_prompt: str | None = None) -> Prompt:
@@ -182,35 +183,8 @@ class Encoder:
         try:
             ids, messages = self._shorten_ids(record, messages, encode, lambda message: True)
         except TemplateError as error:
-            raise self.dropped(record, error) from error
+            raise dropped(record, error, self.locator) from error
         return Prompt(ids, messages, None)
-
-    def remarks(self) -> list[str]:
-        """What about the template somebody should know before training."""
-        found, template = [], self.template
-        sources = template.sources.values() if isinstance(template, JinjaTemplate) else []
-        if (block := self.locator.prompt_block) and self.config.template.prompt_block == "keep":
-            plain = ", or its variables: {enable_thinking: false}" * any("enable_thinking" in each for each in sources)
-            found.append(
-                f"prompts end with {block!r}, which the text of an answer without reasoning lacks. Set encoding."
-                f"template.prompt_block to drop (predict without it) or train (train behind it){plain}."
-            )
-        if isinstance(template, JinjaTemplate) and template.writes_today:
-            found.append("the chat template writes today's date: pin it by encoding.template.date.")
-        return found
-
-    def dropped(self, record: Record, error: TemplateError) -> Dropped:
-        """The reason for which a record that its template cannot render as it should is dropped."""
-        match error:
-            case HistoryDiffers():
-                reason = HISTORY_DIFFERS
-            case NotRendered():
-                reason = "not_rendered"
-            case _:
-                reason = "template_error"
-        has_system = any(message["role"] == "system" for message in record.messages)
-        hint = "; set encoding.ignore_system_prompt" if has_system and self.locator.refuses_system else ""
-        return Dropped(reason, f"{record.where}: {error}{hint}")
 
     def end_of_turn(self) -> list[int]:
         """Ids of the text that closes a response, found on a short conversation."""
@@ -234,24 +208,10 @@ class Encoder:
             messages = messages[1:]
         if system_prompt is not None:
             messages = [{"role": "system", "content": system_prompt, "train": False}, *messages]
-        if self.config.control_tokens == "keep" or not self._control_tokens(messages):
-            return messages
-        if self.config.control_tokens == "error":
-            raise RecordError(
-                record.where,
-                "",
-                f"a text holds the control token {self._control_tokens(messages)[0]}",
-                "Take it out, or set data's encoding.control_tokens to keep or escape.",
-            )
-        return [
-            {**message, "content": message["content"] and self.special.sub(_escaped, message["content"])}
-            for message in messages
-        ]
-
-    def _control_tokens(self, messages: list[Message]) -> list[str]:
-        """Special tokens in the texts of messages, but for placeholders of files."""
-        found = (each for message in messages for each in self.special.findall(message["content"] or ""))
-        return [token for token in found if token not in self.placeholders]
+        handling = self.config.control_tokens
+        if handling != "keep" and (found := control_tokens(messages, self.special, self.placeholders)):
+            return without_control_tokens(messages, found, handling, record.where)
+        return messages
 
     def _trained(self, messages: list[Message]) -> list[int]:
         """Indices of the trained messages."""
@@ -293,7 +253,7 @@ class Encoder:
         if closing is not None:
             example.end_of_turn = tokens.ids[tokens.begin(closing.content_end) : tokens.end(closing.stop)]
         example.notes = {SPLIT: tokens.splits, STOP_ADDED: int(rendered.added != "")}
-        example.notes[CONTROL_TOKENS] = len(self._control_tokens(messages))
+        example.notes[CONTROL_TOKENS] = len(control_tokens(messages, self.special, self.placeholders))
         example.notes[UNCLOSED] = sum(not turns[index].closed for index in trained)
         return example
 
@@ -393,7 +353,3 @@ class Encoder:
         except TemplateError:
             return bos  # a template that cannot render a system message alone has it inside the user's
         return max(bos, len(self.tokenize(text, []).ids))
-
-
-def _escaped(token: re.Match[str]) -> str:
-    return f"{token[0][0]}\u200b{token[0][1:]}"

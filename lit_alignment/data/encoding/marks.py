@@ -35,6 +35,14 @@ class Template(Protocol):
         """The text of a conversation; with `prompt`, up to where the next response begins."""
         ...
 
+    def reads(self, variable: str) -> bool:
+        """Whether the template looks at a variable."""
+        ...
+
+    def remarks(self) -> list[str]:
+        """What about the template somebody should know before training."""
+        ...
+
 
 @dataclass(frozen=True)
 class Marked:

@@ -7,6 +7,7 @@ from typing import TypeVar
 from lit_alignment.data.encoding.encoder import Encoder
 from lit_alignment.data.encoding.example import Dropped, Example
 from lit_alignment.data.encoding.messages import Message, Record
+from lit_alignment.data.encoding.spans import dropped
 from lit_alignment.data.encoding.truncation import shorten_messages
 from lit_alignment.errors import ConfigError, TemplateError
 
@@ -111,5 +112,5 @@ class ResponseEncoder(Encoder):
                     raise Dropped("too_long")
                 encoded = encode(shorter)
         except TemplateError as error:
-            raise self.dropped(record, error) from error
+            raise dropped(record, error, self.locator) from error
         return encoded

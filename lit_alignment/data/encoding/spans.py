@@ -6,20 +6,18 @@ what a template writes behind responses whatever they say, which four short conv
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
+from lit_alignment.data.encoding.example import HISTORY_DIFFERS, Dropped
 from lit_alignment.data.encoding.marks import TOOLS, Marked, Template, common_prefix, mark
-from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message
+from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record
+from lit_alignment.data.encoding.probes import EMPTY_THINKING, THINK, TemplateProbe
 from lit_alignment.data.encoding.shapes import Rendered, Shape, Turn
 from lit_alignment.errors import TemplateError
 
 MOST_SHAPES = 1024
-THINK = r"(?:<\|?(?:START_)?(?:\w+:)?think(?:ing)?\|?>|\[THINK\])"
-THINK_END = r"(?:<\|?(?:/|END_|/\w+:)think(?:ing)?\|?>|\[/THINK\])"
-EMPTY_THINKING = re.compile(rf"\s*(?:{THINK}\s*)?{THINK_END}\s*", re.IGNORECASE)
-THINKING = re.compile(rf"\s*(?:{THINK})?.*?{THINK_END}\s*", re.IGNORECASE | re.DOTALL)
 
 
 class HistoryDiffers(TemplateError):
@@ -28,25 +26,6 @@ class HistoryDiffers(TemplateError):
 
 class NotRendered(TemplateError):
     """The template leaves out a part of the conversation."""
-
-
-@dataclass(frozen=True)
-class Closings:
-    """What a template writes behind responses.
-
-    Args:
-        tokens: Special tokens that belong to the end of a turn.
-        plain: Text that ends turns where no special token does.
-        next_header: Whether only the header of the next message ends a turn.
-        added: What ends a turn where the template leaves that to the next message; "" if it always does itself.
-        added_call: The same behind a tool call.
-    """
-
-    tokens: frozenset[str] = frozenset()
-    plain: str = ""
-    next_header: bool = False
-    added: str = ""
-    added_call: str = ""
 
 
 class Locator:
@@ -73,7 +52,8 @@ class Locator:
             add_stop: Whether what ends a turn is added behind the last response, where the template does not write it.
             prompt_block: What becomes of a think block that stands in prompts alone.
         """
-        self.template, self.special, self.eos, self.bos = template, special, eos, bos
+        self.template, self.special = template, special
+        self.probe = TemplateProbe(template, special, eos, bos)
         self.train_empty_thinking, self.add_stop = train_empty_thinking, add_stop
         self.asked_block = prompt_block
         self.shapes: dict[tuple[tuple[str, ...], tuple[int, ...]], Shape] = {}
@@ -118,7 +98,7 @@ class Locator:
             raise TemplateError(f"the chat template moves message {last - 1}, so the response behind it is not found")
         shared = common_prefix(asked.text[before:], whole.text[behind:])
         seen = asked.text[: before + shared]
-        if self.block_end and asked.text[len(seen) :] == self.prompt_block:
+        if self.block_end and asked.text[len(seen) :] == self.probe.prompt_block:
             seen = asked.text + self.block_end
         text, shift = seen + whole.text[behind + shared :], len(seen) - (behind + shared)
         places = {
@@ -132,7 +112,7 @@ class Locator:
     def starts(self, messages: list[Message], tools: list[Any]) -> tuple[str, list[int]]:
         """The prompt of a conversation, and where the responses in it begin; as in training, no token reaches over."""
         text, boundaries = self._responses(messages, tools, mark(self.template, messages, tools, prompt=True))
-        return text.removesuffix(self.prompt_block if self.asked_block == "drop" else ""), boundaries
+        return text.removesuffix(self.probe.prompt_block if self.asked_block == "drop" else ""), boundaries
 
     def _responses(self, messages: list[Message], tools: list[Any], marked: Marked) -> tuple[str, list[int]]:
         responses = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
@@ -184,7 +164,7 @@ class Locator:
                 continue
             turn = self._turn(message, number, boundary, marked)
             if number == len(messages) - 1 and message["role"] == "assistant" and self.add_stop and not turn.closed:
-                added = self.closings.added_call if _calls(message) else self.closings.added
+                added = self.probe.closings.added_call if _calls(message) else self.probe.closings.added
                 text = _joined(text, added)
                 turn = replace(turn, stop=max(turn.stop, len(text)), closed=True) if added else turn
             turns[number] = turn
@@ -212,24 +192,20 @@ class Locator:
             return marked.first(0, "open")
         # A header may end otherwise than in the prompt, which has a think block then; the history may not differ.
         before = marked.end(number - 1, _calls(messages[number - 1]))
-        shared = self._outside(text, shared)
-        if self.block_end and prompt[shared:] == self.prompt_block:
+        shared = self.probe.outside_special(text, shared)
+        rest = prompt[shared:]
+        if (self.block_end and rest == self.probe.prompt_block) or (
+            self.asked_block == "train" and rest == self.probe.history_block != self.probe.prompt_block
+        ):
             return None
         return shared if before is not None and shared >= before else None
-
-    def _outside(self, text: str, position: int) -> int:
-        """The position, or the beginning of the special token that it would cut."""
-        for each in self.special.finditer(text, max(0, position - 100), position + 100):
-            if each.start() < position < each.end():
-                return each.start()
-        return position
 
     def _turn(self, message: Message, number: int, boundary: int, marked: Marked) -> Turn:
         text, calls = marked.text, _calls(message)
         opened = marked.first(number, "open")
         start = boundary
-        if message["role"] == "assistant" and self.header and text.startswith(self.header, boundary):
-            start += len(self.header)
+        if message["role"] == "assistant" and self.probe.header and text.startswith(self.probe.header, boundary):
+            start += len(self.probe.header)
         keeps_empty = self.train_empty_thinking or bool(self.block_end)
         if message["role"] == "assistant" and not keeps_empty and marked.first(number, "reason") is None:
             block = EMPTY_THINKING.match(text, start)
@@ -245,7 +221,7 @@ class Locator:
 
     def _closing(self, text: str, end: int, limit: int) -> tuple[int, int] | None:
         """Begin and end of what closes a turn, looked for up to the next message; None if it is not there."""
-        closings = self.closings
+        closings = self.probe.closings
         tokens = list(self.special.finditer(text, end, limit))
         index = next((i for i, t in enumerate(tokens) if closings.next_header or t[0] in closings.tokens), None)
         if index is None:
@@ -259,122 +235,49 @@ class Locator:
             stop = token.end()
         return first, stop
 
-    @cached_property
-    def closings(self) -> Closings:
-        """What the template writes behind responses, found on short conversations."""
-        ask, answer, again, last = (
-            {"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)
-        )
-        try:
-            marked = mark(self.template, [ask, answer, again, last], [])
-        except TemplateError:
-            return Closings(added=self.eos, added_call=self.eos)
-        ends = [marked.end(1, 0), marked.first(2, "open"), marked.end(3, 0), marked.first(0, "open")]
-        if None in ends:
-            return Closings(added=self.eos, added_call=self.eos)
-        behind, header, tail_at, opened = (int(end or 0) for end in ends)
-        between, tail, head = marked.text[behind:header], marked.text[tail_at:], marked.text[:opened]
-        closing = tail if tail.strip() and between.startswith(tail) else between[: self._header_at(head, between)]
-        mid, final = self.special.findall(closing), self.special.findall(tail)
-        shared = [a for a, b in zip(mid, final, strict=False) if a == b]
-        calls, added_call = self._call_closings(ask, last, mid[-1:])
-        plain = closing[: common_prefix(closing, tail)]
-        if final:
-            tokens = frozenset([*(shared or ([self.eos] if self.eos in final else final[:1])), *mid, *calls])
-            return Closings(tokens, plain, added_call=added_call)
-        if mid:
-            added = closing[: closing.rindex(mid[-1]) + len(mid[-1])]
-            return Closings(frozenset([*mid, *calls]), plain, added=added, added_call=added_call or added)
-        header_tokens = [token for token in self.special.findall(between) if token not in (self.bos, self.eos)]
-        if header_tokens and not plain.strip() and not closing.strip():
-            return Closings(next_header=True, added=header_tokens[0], added_call=added_call or header_tokens[0])
-        if plain.strip() or (plain and not self.eos):
-            return Closings(plain=plain, tokens=frozenset(calls))
-        return Closings(frozenset([self.eos, *calls]), plain, added="" if plain else self.eos, added_call=added_call)
-
-    @cached_property
-    def header(self) -> str:
-        """What a prompt ends with to ask for a response."""
-        asked: list[Message] = [{"role": "user", "content": "a"}]
-        try:
-            text, prompt = (self.template.render(asked, [], ask) for ask in (False, True))
-        except TemplateError:
-            return ""
-        return prompt.removeprefix(text) if prompt.startswith(text) else ""
-
-    @cached_property
-    def prompt_block(self) -> str:
-        """What a prompt ends with that the text of an answer without reasoning lacks; mostly "" ."""
-        asked: list[Message] = [{"role": "user", "content": "a"}]
-        try:
-            prompt = self.template.render(asked, [], True)
-            text = self.template.render([*asked, {"role": "assistant", "content": "b"}], [], False)
-        except TemplateError:
-            return ""
-        return prompt[self._outside(text, common_prefix(prompt, text)) :]
+    def remarks(self) -> list[str]:
+        """What about prompts somebody should know before training."""
+        if self.asked_block != "keep" or not (self.probe.prompt_block or self.probe.history_block):
+            return []
+        if not self.probe.prompt_block:
+            return [
+                f"prompts end with {self.probe.history_block!r}, which the template takes out of earlier responses. Set "
+                "encoding.template.prompt_block to train (one example of each response, each behind its own prompt)."
+            ]
+        plain = ", or its variables: {enable_thinking: false}" if self.template.reads("enable_thinking") else ""
+        return [
+            f"prompts end with {self.probe.prompt_block!r}, which the text of an answer without reasoning lacks. Set "
+            f"encoding.template.prompt_block to drop (predict without it) or train (train behind it){plain}."
+        ]
 
     @cached_property
     def block_end(self) -> str:
         """What closes the think block of a prompt, where answers are to be trained behind it."""
-        opened = re.search(THINK, self.prompt_block, re.IGNORECASE)
+        opened = re.search(THINK, self.probe.prompt_block, re.IGNORECASE)
         if self.asked_block != "train" or opened is None:
             return ""
         tag = opened[0]
         return f"\n{tag.replace('START_', 'END_') if 'START_' in tag else f'{tag[0]}/{tag[1:]}'}\n\n"
-
-    @cached_property
-    def refuses_system(self) -> bool:
-        """Whether the template takes a question, but not behind a system message."""
-        asked: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
-        try:
-            self.template.render(asked[1:], [], True)
-        except TemplateError:
-            return False
-        try:
-            self.template.render(asked, [], True)
-        except TemplateError:
-            return True
-        return False
-
-    def _header_at(self, head: str, between: str) -> int:
-        """Where the header of the next message begins in what stands between two turns."""
-        opening = self.special.match(self.header)
-        if opening is not None and opening[0] in between:  # the headers of all roles begin alike
-            return between.rindex(opening[0])
-        shared = common_prefix(head[::-1], between[::-1])
-        position = len(between) - shared
-        cut = next((t for t in self.special.finditer(between) if t.start() < position < t.end()), None)
-        return position if cut is None else cut.end()
-
-    def _call_closings(self, ask: Message, last: Message, stops: list[str]) -> tuple[list[str], str]:
-        """Special tokens that close a turn of tool calls, and what to add where only the next message does."""
-        call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": "y"}}}
-        asked: list[Message] = [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        result: Message = {"role": "tool", "name": "f", "tool_call_id": "call00000", "content": "c"}
-        try:
-            alone = mark(self.template, asked, [])
-            whole = mark(self.template, [*asked, result, last], [])
-        except TemplateError:
-            return [], ""
-        end, later = alone.end(1, 1), whole.end(1, 1)
-        opened = whole.first(2, "open")
-        if end is None or later is None or opened is None:
-            return [], ""
-        tail, between = alone.text[end:], whole.text[later:opened]
-        begin = len(tail) if between.startswith(tail) else 0
-        rest = list(self.special.finditer(between, begin))
-        if (stop := next((token for token in rest if token[0] in stops), None)) is not None:
-            return [stop[0]], between[begin : stop.end()]
-        final = list(self.special.finditer(tail))
-        if final and not tail[final[-1].end() :].strip():
-            return [final[-1][0]], ""
-        return ([rest[0][0]], between[begin : rest[0].end()]) if rest else ([], "")
 
 
 def _joined(text: str, added: str) -> str:
     """A text with another behind it, whose white space is not repeated."""
     space = added[: len(added) - len(added.lstrip())]
     return (text.removesuffix(space) if space else text) + added
+
+
+def dropped(record: Record, error: TemplateError, locator: Locator) -> Dropped:
+    """The reason for which a record that its template cannot render as it should is dropped."""
+    match error:
+        case HistoryDiffers():
+            reason = HISTORY_DIFFERS
+        case NotRendered():
+            reason = "not_rendered"
+        case _:
+            reason = "template_error"
+    has_system = any(message["role"] == "system" for message in record.messages)
+    hint = "; set encoding.ignore_system_prompt" if has_system and locator.probe.refuses_system else ""
+    return Dropped(reason, f"{record.where}: {error}{hint}")
 
 
 def _calls(message: Message) -> int:

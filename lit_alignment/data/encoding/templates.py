@@ -36,7 +36,7 @@ class TemplateConfig:
         append_eos: In the prefix/suffix form, close a training conversation with the EOS token.
         train_empty_thinking: Also train the empty think block that some templates put before an answer.
         prompt_block: What becomes of a think block that stands in prompts alone, before answers without reasoning:
-            `keep` prompts with it all the same, `drop` prompts without it, `train` trains answers behind it, closed.
+            `keep` prompts with it all the same, `drop` without it, `train` trains each answer behind it, closed.
         date: The day that templates write as today, such as "2026-01-31"; None for the day on which data are encoded.
     """
 
@@ -139,6 +139,15 @@ class JinjaTemplate:
             raise TemplateError(f"the chat template refuses this conversation ({error})") from error
         return str(text)
 
+    def reads(self, variable: str) -> bool:
+        """Whether the name of a variable stands in the template."""
+        return any(variable in source for source in self.sources.values())
+
+    def remarks(self) -> list[str]:
+        """That data would differ from day to day."""
+        pin = "the chat template writes today's date: pin it by encoding.template.date."
+        return [pin] if self.writes_today else []
+
     def _visible(self, message: Message) -> Message:
         """What the template sees of a message, in the form that it takes."""
         visible = {key: message[key] for key in TEMPLATE_KEYS if key in message}
@@ -200,6 +209,14 @@ class PrefixSuffixTemplate:
             raise ConfigError(
                 f"template.prefix {self.prefix!r}: only {{role}} may stand in braces ({error!r})."
             ) from error
+
+    def reads(self, variable: str) -> bool:
+        """It has none."""
+        return False
+
+    def remarks(self) -> list[str]:
+        """There are none."""
+        return []
 
     def as_jinja(self) -> str:
         """The same as a Jinja chat template, for what reads an exported model; of the usual four roles."""

@@ -230,7 +230,7 @@ def test_block_of_the_prompt_alone_is_kept_dropped_or_trained_behind(rich):
         prompt = enc.encode_prompt(wanted).input_ids
         texts[choice] = [rich.decode(prompt)[-24:], *(text for each in found for text in runs(rich, each))]
         is_prefix = found[-1].input_ids[: len(prompt)] == prompt
-        assert is_prefix is (choice != "keep") and bool(enc.remarks()) is (choice == "keep")
+        assert is_prefix is (choice != "keep") and bool(enc.locator.remarks()) is (choice == "keep")
     assert texts == {
         "keep": ["re?<|Assistant|><think>\n", "ANS1 is it.<|eos|>", "ANS2 yes.<|eos|>"],
         "drop": [">USR2 more?<|Assistant|>", "ANS1 is it.<|eos|>", "ANS2 yes.<|eos|>"],
@@ -240,6 +240,20 @@ def test_block_of_the_prompt_alone_is_kept_dropped_or_trained_behind(rich):
             "\n</think>\n\nANS2 yes.<|eos|>",
         ],
     }
+
+
+def test_block_that_goes_when_the_conversation_goes_on_is_said_or_trained_behind(rich):
+    path = str(FOLDER / "reasoning.jinja")
+    wanted = conversation([*ASKED, *MORE])
+    keeps = encoder(rich, TemplateConfig(file=path), max_length=10_000)
+    assert "takes out of earlier responses" in keeps.locator.remarks()[0] and len(examples(keeps, wanted)) == 1
+    trains = encoder(rich, TemplateConfig(file=path, prompt_block="train"), max_length=10_000)
+    found = examples(trains, wanted)
+    assert not trains.locator.remarks() and len(found) == 2
+    for number, example in enumerate(found):
+        part = conversation([*ASKED, *MORE][: 2 * number + 2])
+        prompt = trains.encode_prompt(part).input_ids
+        assert example.input_ids[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("handling", ["keep", "escape", "error"])

@@ -1,0 +1,166 @@
+"""What a chat template does with every conversation, found on short ones."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from lit_alignment.data.encoding.marks import Template, common_prefix, mark
+from lit_alignment.data.encoding.messages import Message
+from lit_alignment.errors import TemplateError
+
+THINK = r"(?:<\|?(?:START_)?(?:\w+:)?think(?:ing)?\|?>|\[THINK\])"
+THINK_END = r"(?:<\|?(?:/|END_|/\w+:)think(?:ing)?\|?>|\[/THINK\])"
+EMPTY_THINKING = re.compile(rf"\s*(?:{THINK}\s*)?{THINK_END}\s*", re.IGNORECASE)
+THINKING = re.compile(rf"\s*(?:{THINK})?.*?{THINK_END}\s*", re.IGNORECASE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Closings:
+    """What a template writes behind responses.
+
+    Args:
+        tokens: Special tokens that belong to the end of a turn.
+        plain: Text that ends turns where no special token does.
+        next_header: Whether only the header of the next message ends a turn.
+        added: What ends a turn where the template leaves that to the next message; "" if it always does itself.
+        added_call: The same behind a tool call.
+    """
+
+    tokens: frozenset[str] = frozenset()
+    plain: str = ""
+    next_header: bool = False
+    added: str = ""
+    added_call: str = ""
+
+
+class TemplateProbe:
+    """What a template writes around responses, whatever they say.
+
+    Args:
+        template: Renders conversations.
+        special: Matches the tokenizer's special tokens.
+        eos: Its EOS token, or "".
+        bos: Its BOS token, or "".
+    """
+
+    def __init__(self, template: Template, special: re.Pattern[str], eos: str, bos: str) -> None:
+        """Keep the template; conversations are rendered as they are needed."""
+        self.template, self.special, self.eos, self.bos = template, special, eos, bos
+
+    @cached_property
+    def header(self) -> str:
+        """What a prompt ends with to ask for a response."""
+        asked: list[Message] = [{"role": "user", "content": "a"}]
+        try:
+            text, prompt = (self.template.render(asked, [], ask) for ask in (False, True))
+        except TemplateError:
+            return ""
+        return prompt.removeprefix(text) if prompt.startswith(text) else ""
+
+    @cached_property
+    def prompt_block(self) -> str:
+        """What a prompt ends with that the text of an answer without reasoning lacks; mostly "" ."""
+        return self._block([])
+
+    @cached_property
+    def history_block(self) -> str:
+        """What a prompt ends with that the text lacks when the conversation has gone on; mostly "" ."""
+        return self._block([{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}])
+
+    def _block(self, later: list[Message]) -> str:
+        asked: list[Message] = [{"role": "user", "content": "a"}]
+        try:
+            prompt = self.template.render(asked, [], True)
+            text = self.template.render([*asked, {"role": "assistant", "content": "b"}, *later], [], False)
+        except TemplateError:
+            return ""
+        return prompt[self.outside_special(text, common_prefix(prompt, text)) :]
+
+    @cached_property
+    def refuses_system(self) -> bool:
+        """Whether the template takes a question, but not behind a system message."""
+        asked: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+        try:
+            self.template.render(asked[1:], [], True)
+        except TemplateError:
+            return False
+        try:
+            self.template.render(asked, [], True)
+        except TemplateError:
+            return True
+        return False
+
+    @cached_property
+    def closings(self) -> Closings:
+        """What the template writes behind responses, found on short conversations."""
+        ask, answer, again, last = (
+            {"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)
+        )
+        try:
+            marked = mark(self.template, [ask, answer, again, last], [])
+        except TemplateError:
+            return Closings(added=self.eos, added_call=self.eos)
+        ends = [marked.end(1, 0), marked.first(2, "open"), marked.end(3, 0), marked.first(0, "open")]
+        if None in ends:
+            return Closings(added=self.eos, added_call=self.eos)
+        behind, header, tail_at, opened = (int(end or 0) for end in ends)
+        between, tail, head = marked.text[behind:header], marked.text[tail_at:], marked.text[:opened]
+        closing = tail if tail.strip() and between.startswith(tail) else between[: self._header_at(head, between)]
+        mid, final = self.special.findall(closing), self.special.findall(tail)
+        shared = [a for a, b in zip(mid, final, strict=False) if a == b]
+        calls, added_call = self._call_closings(ask, last, mid[-1:])
+        plain = closing[: common_prefix(closing, tail)]
+        if final:  # the last turn is closed: by what closes others too, or by a token of its own
+            tokens = frozenset([*(shared or ([self.eos] if self.eos in final else final[:1])), *mid, *calls])
+            return Closings(tokens, plain, added_call=added_call)
+        if mid:  # turns are closed when the next message comes
+            added = closing[: closing.rindex(mid[-1]) + len(mid[-1])]
+            return Closings(frozenset([*mid, *calls]), plain, added=added, added_call=added_call or added)
+        header_tokens = [token for token in self.special.findall(between) if token not in (self.bos, self.eos)]
+        # Nothing closes turns but the next header, or there are no special tokens at all.
+        if header_tokens and not plain.strip() and not closing.strip():
+            return Closings(next_header=True, added=header_tokens[0], added_call=added_call or header_tokens[0])
+        if plain.strip() or (plain and not self.eos):
+            return Closings(plain=plain, tokens=frozenset(calls))
+        return Closings(frozenset([self.eos, *calls]), plain, added="" if plain else self.eos, added_call=added_call)
+
+    def _header_at(self, head: str, between: str) -> int:
+        """Where the header of the next message begins in what stands between two turns."""
+        opening = self.special.match(self.header)
+        if opening is not None and opening[0] in between:  # the headers of all roles begin alike
+            return between.rindex(opening[0])
+        shared = common_prefix(head[::-1], between[::-1])
+        position = len(between) - shared
+        cut = next((t for t in self.special.finditer(between) if t.start() < position < t.end()), None)
+        return position if cut is None else cut.end()
+
+    def _call_closings(self, ask: Message, last: Message, stops: list[str]) -> tuple[list[str], str]:
+        """Special tokens that close a turn of tool calls, and what to add where only the next message does."""
+        call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": "y"}}}
+        asked: list[Message] = [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        result: Message = {"role": "tool", "name": "f", "tool_call_id": "call00000", "content": "c"}
+        try:
+            alone = mark(self.template, asked, [])
+            whole = mark(self.template, [*asked, result, last], [])
+        except TemplateError:
+            return [], ""
+        end, later = alone.end(1, 1), whole.end(1, 1)
+        opened = whole.first(2, "open")
+        if end is None or later is None or opened is None:
+            return [], ""
+        tail, between = alone.text[end:], whole.text[later:opened]
+        begin = len(tail) if between.startswith(tail) else 0
+        rest = list(self.special.finditer(between, begin))
+        if (stop := next((token for token in rest if token[0] in stops), None)) is not None:
+            return [stop[0]], between[begin : stop.end()]
+        final = list(self.special.finditer(tail))
+        if final and not tail[final[-1].end() :].strip():
+            return [final[-1][0]], ""
+        return ([rest[0][0]], between[begin : rest[0].end()]) if rest else ([], "")
+
+    def outside_special(self, text: str, position: int) -> int:
+        """The position, or the beginning of the special token that it would cut."""
+        for each in self.special.finditer(text, max(0, position - 100), position + 100):
+            if each.start() < position < each.end():
+                return each.start()
+        return position
