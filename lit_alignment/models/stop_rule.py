@@ -19,21 +19,26 @@ class StopRule:
     strings: list[str]
 
 
-def stop_rule(tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[int]) -> StopRule:
+def stop_rule(
+    tokenizer: PreTrainedTokenizerBase, end_of_turn: Sequence[int], end_of_call: Sequence[int] = ()
+) -> StopRule:
     """The stop rule that belongs to what was trained as the end of a turn.
 
     Args:
         tokenizer: Knows EOS and which tokens are special.
         end_of_turn: Ids that close a response in training.
+        end_of_call: Ids that close one with a tool call.
     """
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     closing = [i for i in end_of_turn if i in special]
     if closing:
-        ids += [closing[0]] if closing[0] not in ids else []
+        ids += [closing[-1]] if closing[-1] not in ids else []  # some close the response, and then the turn
         plain = list(end_of_turn[: list(end_of_turn).index(closing[0])])
     else:
         plain = list(end_of_turn)
+    after_call = [i for i in end_of_call if i in special]
+    ids += [after_call[-1]] if after_call and after_call[-1] not in ids else []
     text = tokenizer.decode(plain).strip() if plain else ""
     return StopRule(ids, [text] if text else [])
 

@@ -55,7 +55,8 @@ class GenerativeModule(AlignmentModule):
     def stop(self) -> StopRule:
         """What ends a turn: EOS, and what the data module trains as the end of a response."""
         if self._stop is None:
-            self._stop = stop_rule(self.tokenizer, conversations_of(self.trainer).encoder.end_of_turn())
+            encoder = conversations_of(self.trainer).encoder
+            self._stop = stop_rule(self.tokenizer, encoder.end_of_turn(), encoder.end_of_call())
         return self._stop
 
     def checkpoint_metadata(self) -> dict[str, Any]:

@@ -191,6 +191,15 @@ class Encoder:
         messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         return self._encode_messages(messages, []).end_of_turn
 
+    def end_of_call(self) -> list[int]:
+        """Ids of the text that closes a response with a tool call; none if the template has no place for calls."""
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
+        answer: Message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        try:
+            return self._encode_messages([{"role": "user", "content": "a"}, answer], []).end_of_turn
+        except TemplateError:
+            return []
+
     def last_ids(self) -> set[int]:
         """Ids with which a short conversation ends, after a question and after an answer."""
         messages: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

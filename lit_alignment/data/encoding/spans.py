@@ -241,8 +241,8 @@ class Locator:
             return []
         if not self.probe.prompt_block:
             return [
-                f"prompts end with {self.probe.history_block!r}, which the template takes out of earlier responses. Set "
-                "encoding.template.prompt_block to train (one example of each response, each behind its own prompt)."
+                f"prompts end with {self.probe.history_block!r}, which the template takes out of earlier responses. "
+                "Set encoding.template.prompt_block to train (one example of each response, behind its own prompt)."
             ]
         plain = ", or its variables: {enable_thinking: false}" if self.template.reads("enable_thinking") else ""
         return [

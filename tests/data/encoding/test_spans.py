@@ -9,6 +9,7 @@ from lit_alignment.data.encoding.example import HISTORY_DIFFERS, Dropped
 from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.errors import RecordError
+from lit_alignment.models.stop_rule import stop_rule
 from tests.helpers import ROOT, encoder, record, response_encoder
 
 FOLDER = ROOT / "tests/data/encoding/templates"
@@ -118,6 +119,14 @@ def test_exactly_the_whole_response_and_its_stop_are_trained(name, chat, rich):
     endings = [call_stop if "tool_calls" in message else stop for message in responses]
     assert len(trained) == len(endings), trained
     assert all(text.endswith(ending) for text, ending in zip(trained, endings, strict=True)), trained
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_stop_rule_is_what_was_trained(name, rich):
+    enc = under(rich, name)
+    stops = stop_rule(rich, enc.end_of_turn(), enc.end_of_call())
+    expected = {rich.eos_token, *STOPS[name]}
+    assert set(rich.convert_ids_to_tokens(stops.token_ids)) == expected and not stops.strings
 
 
 @pytest.mark.parametrize("chat", [*CHATS, *CALLS])
