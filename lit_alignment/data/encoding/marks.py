@@ -13,8 +13,9 @@ Part = Literal["open", "close", "call", "reason", "reasoned"]  # content and rea
 PARTS: tuple[Part, ...] = ("open", "close", "call", "reason", "reasoned")
 ENDS: dict[str, tuple[Part, Part]] = {"content": ("open", "close"), "reasoning_content": ("reason", "reasoned")}
 TOOLS = -1  # in place of a message's number
-# A mark is a letter for the part and one for the message: printable, without case, and no white space, so that a
-# template trims, writes as JSON and compares as before. Syllables of Vai and Yi, which may stand in a JSON escape.
+# A mark is a letter for the part, one for the message and one for which of its calls: printable, without case, and no
+# white space, so that a template trims, writes as JSON and compares as before. Syllables of Vai and Yi; JSON may escape
+# them.
 KINDS = [0xA500 + 8 * shift for shift in range(30)]
 VAI = re.compile("[\ua500-\ua5ff]")
 NUMBERS, MOST = 0xA000, 1165
@@ -50,7 +51,8 @@ class Marked:
 
     Args:
         text: As rendered, without marks.
-        places: By message and part, positions in the text where the template put it; nothing if it is left out.
+        places: By message and part, positions in the text where the template put it; nothing if it is left out. Of each
+            call the first alone, since a template may name it again beside its result.
     """
 
     text: str
@@ -104,8 +106,12 @@ class _Marks:
         letters = {letter for text in _texts([messages, tools]) for letter in VAI.findall(text)}
         taken = {(ord(letter) - KINDS[0]) // 8 for letter in letters}
         self.kinds = next((kind for shift, kind in enumerate(KINDS) if shift not in taken), KINDS[0])
-        plain = f"([{chr(self.kinds)}-{chr(self.kinds + 7)}])([{chr(NUMBERS)}-{chr(NUMBERS + MOST)}])"
-        self.pattern = re.compile(rf"{plain}|\\u({self.kinds >> 4:x}[0-9a-f])\\u(a[0-4][0-9a-f][0-9a-f])")
+        number = f"([{chr(NUMBERS)}-{chr(NUMBERS + MOST)}])"
+        escaped = r"\\u(a[0-4][0-9a-f][0-9a-f])"
+        self.pattern = re.compile(
+            rf"([{chr(self.kinds)}-{chr(self.kinds + 7)}]){number}{number}"
+            rf"|\\u({self.kinds >> 4:x}[0-9a-f]){escaped}{escaped}"
+        )
 
     def find(
         self, template: Template, wanted: Sequence[tuple[int, Part]], prompt: bool, text: str
@@ -115,23 +121,28 @@ class _Marks:
         messages = [self._marked(number, message, chosen) for number, message in enumerate(self.messages)]
         tools = self.tools
         if tools and (TOOLS, "call") in chosen:
-            tools = [self._named(tools[0], TOOLS), *tools[1:]]
+            tools = [self._named(tools[0], TOOLS, 0), *tools[1:]]
         try:
             rendered = template.render(messages, tools, prompt)
         except TemplateError:
             return None
         found: dict[int, dict[Part, list[int]]] = {}
-        pieces, position, begin = [], 0, 0
+        pieces, position, begin, calls = [], 0, 0, set()
         for each in self.pattern.finditer(rendered):
             pieces.append(rendered[begin : each.start()])
             position, begin = position + each.start() - begin, each.end()
-            kind, number = (ord(each[1]), ord(each[2])) if each[1] else (int(each[3], 16), int(each[4], 16))
-            places = found.setdefault(number - NUMBERS - 1, {})
-            places.setdefault(PARTS[kind - self.kinds], []).append(position)
+            letters = map(ord, each.groups()[:3]) if each[1] else (int(code, 16) for code in each.groups()[3:])
+            kind, number, call = letters
+            part = PARTS[kind - self.kinds]
+            if part == "call" and (number, call) in calls:
+                continue
+            found.setdefault(number - NUMBERS - 1, {}).setdefault(part, []).append(position)
+            if part == "call":
+                calls.add((number, call))
         return found if "".join([*pieces, rendered[begin:]]) == text else None
 
-    def _mark(self, number: int, part: Part) -> str:
-        return chr(self.kinds + PARTS.index(part)) + chr(NUMBERS + number + 1)
+    def _mark(self, number: int, part: Part, call: int = 0) -> str:
+        return chr(self.kinds + PARTS.index(part)) + chr(NUMBERS + number + 1) + chr(NUMBERS + call)
 
     def _marked(self, number: int, message: Message, chosen: set[tuple[int, Part]]) -> Message:
         message = dict(message)
@@ -142,17 +153,17 @@ class _Marks:
                 after = self._mark(number, closing) if (number, closing) in chosen else ""
                 message[key] = _within(value, before, after)
         if message.get("tool_calls") and (number, "call") in chosen:
-            message["tool_calls"] = [self._named(call, number) for call in message["tool_calls"]]
+            message["tool_calls"] = [self._named(call, number, i) for i, call in enumerate(message["tool_calls"])]
         return message
 
-    def _named(self, value: Any, number: int) -> Any:
+    def _named(self, value: Any, number: int, call: int) -> Any:
         """A call or tool whose function's name carries a mark."""
         if not isinstance(value, dict):
             return value
         if isinstance(value.get("function"), dict):
-            return {**value, "function": self._named(value["function"], number)}
+            return {**value, "function": self._named(value["function"], number, call)}
         if isinstance(value.get("name"), str):
-            return {**value, "name": value["name"] + self._mark(number, "call")}
+            return {**value, "name": value["name"] + self._mark(number, "call", call)}
         return value
 
 

@@ -21,14 +21,12 @@ class Closings:
     Args:
         tokens: Special tokens that belong to the end of a turn.
         plain: Text that ends turns where no special token does.
-        next_header: Whether only the header of the next message ends a turn.
         added: What ends a turn where the template leaves that to the next message; "" if it always does itself.
         added_call: The same behind a tool call.
     """
 
     tokens: frozenset[str] = frozenset()
     plain: str = ""
-    next_header: bool = False
     added: str = ""
     added_call: str = ""
 
@@ -119,7 +117,8 @@ class TemplateProbe:
         header_tokens = [token for token in self.special.findall(between) if token not in (self.bos, self.eos)]
         # Nothing closes turns but the next header, or there are no special tokens at all.
         if header_tokens and not plain.strip() and not closing.strip():
-            return Closings(next_header=True, added=header_tokens[0], added_call=added_call or header_tokens[0])
+            added = header_tokens[0]
+            return Closings(frozenset([added, *calls]), added=added, added_call=added_call or added)
         if plain.strip() or (plain and not self.eos):
             return Closings(plain=plain, tokens=frozenset(calls))
         return Closings(frozenset([self.eos, *calls]), plain, added="" if plain else self.eos, added_call=added_call)

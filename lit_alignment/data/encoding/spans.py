@@ -213,24 +213,32 @@ class Locator:
                 start = block.end()
         end = max(marked.end(number, calls) or start, start)
         limit = marked.next_after(number, end)
-        closing = self._closing(text, end, limit)
+        closing = self._closing(text, end, limit, bool(calls))
+        if closing is None and calls:  # where its arguments end is certain only at the end of the text
+            if limit < len(text):
+                raise HistoryDiffers(f"where the tool call of message {number} ends cannot be told from what follows")
+            end = len(text.rstrip())
         if closing is None:
             return Turn(boundary, start, end, end, closed=False)
         first, stop = closing
         return Turn(boundary, start, first if calls else end, stop, closed=True)
 
-    def _closing(self, text: str, end: int, limit: int) -> tuple[int, int] | None:
-        """Begin and end of what closes a turn, looked for up to the next message; None if it is not there."""
+    def _closing(self, text: str, end: int, limit: int, is_call: bool) -> tuple[int, int] | None:
+        """Begin and end of what closes a turn, looked for up to the next message; None if it is not there.
+
+        The arguments of a call stand between its name, which is all that is found of it, and the closing.
+        """
         closings = self.probe.closings
         tokens = list(self.special.finditer(text, end, limit))
-        index = next((i for i, t in enumerate(tokens) if closings.next_header or t[0] in closings.tokens), None)
+        index = next((i for i, token in enumerate(tokens) if token[0] in closings.tokens), None)
         if index is None:
-            if closings.plain and text.startswith(closings.plain, end):
-                return end, end + len(closings.plain)
+            first = text.find(closings.plain, end, limit) if closings.plain and is_call else end
+            if closings.plain and first >= 0 and text.startswith(closings.plain, first):
+                return first, first + len(closings.plain)
             return None
         first, stop = tokens[index].start(), tokens[index].end()
         for token in tokens[index + 1 :]:
-            if closings.next_header or token[0] not in closings.tokens or text[stop : token.start()].strip():
+            if token[0] not in closings.tokens or text[stop : token.start()].strip():
                 break
             stop = token.end()
         return first, stop

@@ -30,6 +30,14 @@ THOUGHT = [
     CALLED[2],
     {**CALLED[3], "reasoning_content": "THK2 hm"},
 ]
+SECOND = {"type": "function", "function": {"name": "weather", "arguments": {"city": "ARG2"}}}
+TWICE = [
+    CALLED[0],
+    {**CALLED[1], "tool_calls": [CALL, SECOND]},
+    CALLED[2],
+    {**CALLED[2], "content": "TOL2"},
+    CALLED[3],
+]
 SYSTEM = [{"role": "system", "content": "SYS1 be brief."}]
 CHATS = {
     "one turn": ASKED,
@@ -41,6 +49,7 @@ CALLS = {
     "call": CALLED[:2],
     "call and answer": CALLED,
     "call, answer, turn": [*CALLED, *THANKS],
+    "two calls": TWICE,
     "reasoning": THOUGHT,
     "reasoning, turn": [*THOUGHT, *THANKS],
 }
@@ -110,7 +119,7 @@ def test_exactly_the_whole_response_and_its_stop_are_trained(name, chat, rich):
     responses = [message for message in wanted.messages if message["role"] == "assistant"]
     assert not [word for word in words if word[:3] in ("USR", "SYS", "TOL")]
     for message in responses:
-        expected = ["ARG1"] if "tool_calls" in message else []
+        expected = [call["function"]["arguments"]["city"] for call in message.get("tool_calls", [])]
         expected += WORD.findall(message["content"] or "")
         expected += [w for w in WORD.findall(message.get("reasoning_content", "")) if w in whole]
         assert all(words.count(word) == 1 for word in expected), (expected, trained)
@@ -119,6 +128,38 @@ def test_exactly_the_whole_response_and_its_stop_are_trained(name, chat, rich):
     endings = [call_stop if "tool_calls" in message else stop for message in responses]
     assert len(trained) == len(endings), trained
     assert all(text.endswith(ending) for text, ending in zip(trained, endings, strict=True)), trained
+
+
+def test_call_that_is_left_out_beside_another_is_noticed(rich, tmp_path):
+    """The template writes the first call of a message alone, and its name again beside each result (gpt-oss)."""
+    path = tmp_path / "first_call.jinja"
+    path.write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}"
+        "{% elif m.role == 'tool' %}{{ messages[1].tool_calls[0].function.name }}: {{ m.content }}"
+        "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    enc = encoder(rich, TemplateConfig(file=str(path)))
+    assert WORD.findall("".join(runs(rich, enc.encode(conversation(CALLED))))) == ["ARG1", "ANS2"]
+    with pytest.raises(Dropped) as drop:
+        enc.encode(conversation(TWICE))
+    assert "leaves out a tool call of message 1" in drop.value.detail
+
+
+def test_marks_are_found_where_a_template_escapes_them(rich, tmp_path):
+    path = tmp_path / "escapes.jinja"
+    path.write_text(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content | tojson(ensure_ascii=true) }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    enc = encoder(rich, TemplateConfig(file=str(path)))
+    assert runs(rich, enc.encode(conversation(ASKED))) == ['"ANS1 is it."</s>']
+
+
+@pytest.mark.parametrize("name", ["reasoning", "two_ends", "think_in_prompt", "end_is_header"])
+def test_two_responses_in_a_row_are_trained(name, rich):
+    wanted = conversation([*ASKED, {"role": "assistant", "content": "ANS2 more."}])
+    trained = "".join(text for example in examples(under(rich, name), wanted) for text in runs(rich, example))
+    assert WORD.findall(trained) == ["ANS1", "ANS2"] and "USR1" not in trained
 
 
 @pytest.mark.parametrize("name", STOPS)
