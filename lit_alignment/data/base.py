@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
@@ -261,10 +262,10 @@ class AlignmentDataModule(LightningDataModule):
         """Prompts that are not answered yet, longest first, so that a batch too large for the memory fails at once."""
         dataset = self.examples["predict"]
         answered = self.answered()
-        keys = zip(dataset["dataset"], dataset["id"], strict=True)
-        open_ones = [index for index, key in enumerate(keys) if key not in answered]
-        lengths = column(dataset, "length")
-        order = sorted(open_ones, key=lambda index: -lengths[index])
+        order = np.argsort(-column(dataset, "length"), kind="stable").tolist()
+        if answered:
+            keys = list(zip(dataset["dataset"], dataset["id"], strict=True))
+            order = [index for index in order if keys[index] not in answered]
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 

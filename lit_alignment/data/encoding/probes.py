@@ -56,6 +56,19 @@ class TemplateProbe:
         return prompt.removeprefix(text) if prompt.startswith(text) else ""
 
     @cached_property
+    def empty_thinking(self) -> str:
+        """The empty think block, or its end, that the template writes between a prompt and an answer; mostly "" ."""
+        asked: list[Message] = [{"role": "user", "content": "a"}]
+        try:
+            prompt = self.template.render(asked, [], True)
+            marked = mark(self.template, [*asked, {"role": "assistant", "content": "b"}], [])
+        except TemplateError:
+            return ""
+        begin, opened = common_prefix(prompt, marked.text), marked.first(1, "open")
+        between = marked.text[begin:opened].removeprefix(self.header)
+        return between if EMPTY_THINKING.fullmatch(between) else ""
+
+    @cached_property
     def prompt_block(self) -> str:
         """What a prompt ends with that the text of an answer without reasoning lacks; mostly "" ."""
         return self._block([])

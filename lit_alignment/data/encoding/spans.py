@@ -214,7 +214,9 @@ class Locator:
         keeps_empty = self.train_empty_thinking or bool(self.block_end)
         if message["role"] == "assistant" and not keeps_empty and marked.first(number, "reason") is None:
             block = EMPTY_THINKING.match(text, start)
-            if block is not None and (opened is None or block.end() <= opened):
+            if self.probe.empty_thinking and text.startswith(self.probe.empty_thinking, start):
+                start += len(self.probe.empty_thinking)
+            elif block is not None and (opened is None or block.end() <= opened):
                 start = block.end()
         end = max(marked.end(number, calls) or start, start)
         limit = marked.next_after(number, end)

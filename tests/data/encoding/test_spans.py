@@ -344,6 +344,8 @@ def test_empty_think_block_in_the_prompt_is_not_trained(rich):
     """Its opening stands in the prompt, and its end is no answer."""
     example = under(rich, "reasoning").encode(conversation(ASKED))
     assert runs(rich, example) == ["ANS1 is it.<|im_end|>"]
+    called = under(rich, "reasoning").encode(conversation(CALLED[:2]))  # the line end belongs to the call
+    assert runs(rich, called) == ['\n<|tool_call_start|>weather({"city": "ARG1"})<|tool_call_end|><|im_end|>']
     without = under(rich, "reasoning", variables={"enable_thinking": False})
     assert without.encode(conversation(ASKED)).input_ids == example.input_ids
     prompt = without.encode_prompt(conversation(ASKED)).input_ids
