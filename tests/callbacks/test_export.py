@@ -100,6 +100,18 @@ def test_saved_tokenizer_and_template_encode_as_before(tmp_path):
     assert after.pad_token_id == module.tokenizer.pad_token_id
 
 
+def test_templates_by_name_are_exported_all_and_encode_as_before(tmp_path):
+    module = sft_module()
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    module.tokenizer.chat_template = {"default": plain, "tool_use": "{{ tools | tojson }}" + plain}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    before = [module.tokenizer.apply_chat_template(FIXTURE, tools=given, return_dict=False) for given in (None, tools)]
+    fit(tmp_path, module)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "ckpt/export")
+    after = [loaded.apply_chat_template(FIXTURE, tools=given, return_dict=False) for given in (None, tools)]
+    assert loaded.chat_template == module.tokenizer.chat_template and after == before and before[0] != before[1]
+
+
 def test_template_file_used_in_training_is_what_the_export_carries(tmp_path):
     file = ROOT / "tests/data/encoding/templates/plain.jinja"
     module = sft_module()
