@@ -25,7 +25,7 @@ import tempfile
 import urllib.request
 import zipfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ from transformers import AutoTokenizer
 
 from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
 from lit_alignment.data.encoding.example import HISTORY_DIFFERS, Dropped, Example
-from lit_alignment.data.encoding.messages import read_record
+from lit_alignment.data.encoding.messages import Record, read_record
+from lit_alignment.data.encoding.responses import ResponseEncoder
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.paths import cache_dir
 
@@ -286,6 +287,7 @@ def judge(encoder: Encoder, raw: dict[str, Any], stops: tuple[str, ...], source:
     ids, tagged = marked(tokenizer, raw, source)
     if len(examples) == 1:
         wrong += compare(tokenizer, examples[0], ids, "" if in_a_row else tagged, stops, verdict)
+    wrong += judge_others(encoder, record, said)
     prompt = encoder.encode_prompt(record).input_ids
     last = examples[-1]
     if last.input_ids[: len(prompt)] != prompt:
@@ -293,6 +295,23 @@ def judge(encoder: Encoder, raw: dict[str, Any], stops: tuple[str, ...], source:
         shared = next(i for i, (a, b) in enumerate(zip(prompt, last.input_ids, strict=False)) if a != b)
         if not BLOCK.fullmatch(rest := tokenizer.decode(prompt[shared:])):
             wrong.append(f"the prompt ends with {rest!r}, not {tokenizer.decode(last.input_ids[shared:])[:60]!r}")
+    return wrong
+
+
+def judge_others(encoder: Encoder, record: Record, said: list[str]) -> list[str]:
+    """What is wrong as other methods encode the conversation: a response to be scored, a text to be classified."""
+    scoring = ResponseEncoder(encoder.tokenizer, encoder.config)
+    asked, response = replace(record, messages=record.messages[:-1]), record.messages[-1]
+    wrong = []
+    if asked.messages and asked.messages[-1]["role"] != "assistant":
+        (example,) = scoring.encode_responses(asked, [response], allow_empty=True)
+        own = set(WORD.findall(json.dumps(response)))
+        trained = set(WORD.findall(runs(encoder.tokenizer, example.input_ids, [i != -100 for i in example.labels])))
+        if not trained <= own or (own - trained) & {word for word in own if word[:3] in ("ANS", "ARG")}:
+            wrong.append(f"a response to be scored trains {trained} of {own}")
+    shown = WORD.findall(encoder.tokenizer.decode(encoder.encode_conversation(record).input_ids))
+    if missing := [word for word in said if word[:3] in ("USR", "ANS", "ARG") and word not in shown]:
+        wrong.append(f"a classifier does not see {missing}")
     return wrong
 
 

@@ -87,7 +87,8 @@ def command(served: Served, name: str, host: str, port: int) -> list[str]:
         base = Path(served.folder).name
         words += ["--served-model-name", base if base != name else f"{base}-base", "--enable-lora"]
         words += ["--max-lora-rank", str(settings["max_lora_rank"]), "--lora-modules", f"{name}={served.adapter}"]
-    if (served.trained_folder / "chat_template.jinja").is_file():
+    several = (served.trained_folder / "additional_chat_templates").is_dir()  # by name; vLLM finds them in the folder
+    if (served.trained_folder / "chat_template.jinja").is_file() and not several:
         words += ["--chat-template", str(served.trained_folder / "chat_template.jinja")]
     if (served.trained_folder / "generation_config.json").is_file():
         words += ["--generation-config", str(served.trained_folder)]  # has the tokens that end a turn

@@ -285,14 +285,14 @@ def dropped(record: Record, error: TemplateError, locator: Locator) -> Dropped:
     """The reason for which a record that its template cannot render as it should is dropped."""
     match error:
         case HistoryDiffers():
-            reason = HISTORY_DIFFERS
+            reason, fix = HISTORY_DIFFERS, "set encoding.split_turns to auto, for one example of each response"
         case NotRendered():
-            reason = "not_rendered"
+            reason, fix = "not_rendered", "give a template that writes it in encoding.template.file"
         case _:
-            reason = "template_error"
-    has_system = any(message["role"] == "system" for message in record.messages)
-    hint = "; set encoding.ignore_system_prompt" if has_system and locator.probe.refuses_system else ""
-    return Dropped(reason, f"{record.where}: {error}{hint}")
+            reason, fix = "template_error", "change the record, or give another encoding.template.file"
+            if any(message["role"] == "system" for message in record.messages) and locator.probe.refuses_system:
+                fix = "set encoding.ignore_system_prompt"
+    return Dropped(reason, f"{record.where}: {error}; {fix}")
 
 
 def _calls(message: Message) -> int:

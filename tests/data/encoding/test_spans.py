@@ -5,9 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.example import HISTORY_DIFFERS, Dropped
-from lit_alignment.data.encoding.messages import read_record
+from lit_alignment.data.encoding.messages import Record, read_record
 from lit_alignment.data.encoding.templates import TemplateConfig
+from lit_alignment.data.multimodal.media import MediaTokens
+from lit_alignment.data.passages import Passage
+from lit_alignment.data.rag import PassagePlacementConfig, RAGEncoder
+from lit_alignment.data.vlm import VLMEncoder
 from lit_alignment.errors import RecordError
 from lit_alignment.models.stop_rule import stop_rule
 from tests.helpers import ROOT, encoder, record, response_encoder
@@ -235,6 +240,24 @@ def test_other_methods_read_the_same_conversations(name, chat, rich):
     read = under(rich, name).encode_conversation(wanted).input_ids
     whole = rich.decode(read)
     assert scoring.template.render(wanted.messages, [], prompt=False) in (whole, whole.removesuffix(STOPS[name][0]))
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_passages_and_images_stand_in_the_same_conversations(name, rich):
+    settings = EncodingConfig(template=TemplateConfig(file=str(FOLDER / f"{name}.jinja")), max_length=10_000)
+    rag = RAGEncoder(rich, settings)
+    rag.placement = PassagePlacementConfig()
+    asked, answer = rag.split(conversation(CHATS["system, two turns"]))
+    example = rag.example(asked, answer, [Passage("p", "PSG1", "PSG2 knows.")])
+    assert WORD.findall("".join(runs(rich, example))) == ["ANS2"]
+    assert {"SYS1", "PSG2", "USR2"} <= set(WORD.findall(rich.decode(example.input_ids)))
+    rich.add_tokens(["<image>"], special_tokens=True)
+    vlm = VLMEncoder(rich, settings)
+    vlm.media = {"image": MediaTokens("<image>", rich.convert_tokens_to_ids("<image>"), 3, "", "", None)}
+    seen = [{"role": "user", "content": "<image>\nUSR1 asks.", "images": ["a.png"]}, *ASKED[1:]]
+    example = vlm.encode(Record("a", seen, "f:1"))
+    assert example.input_ids.count(rich.convert_tokens_to_ids("<image>")) == 3 and example.media == {"image": ["a.png"]}
+    assert WORD.findall("".join(runs(rich, example))) == ["ANS1"]
 
 
 @pytest.mark.parametrize(("chat", "tools"), [("call", []), ("one turn", [TOOL])])
