@@ -1,8 +1,10 @@
 """What a chat template does with every conversation, found on short ones."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from lit_alignment.data.encoding.marks import Template, common_prefix, mark
 from lit_alignment.data.encoding.messages import Message
@@ -12,6 +14,9 @@ THINK = r"(?:<\|?(?:START_)?(?:\w+:)?think(?:ing)?\|?>|\[THINK\])"
 THINK_END = r"(?:<\|?(?:/|END_|/\w+:)think(?:ing)?\|?>|\[/THINK\])"
 EMPTY_THINKING = re.compile(rf"\s*(?:{THINK}\s*)?{THINK_END}\s*", re.IGNORECASE)
 THINKING = re.compile(rf"\s*(?:{THINK})?.*?{THINK_END}\s*", re.IGNORECASE | re.DOTALL)
+PROMPT_BLOCK = re.compile(  # at the end of a prompt
+    rf"(?:{THINK}\s*(?:{THINK_END}\s*)?|{THINK_END}\s*|<\|channel>thought\s*(?:<channel\|>)?\s*)\Z", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,14 @@ class Closings:
 
     Args:
         tokens: Special tokens that belong to the end of a turn.
-        plain: Text that ends turns where no special token does.
+        stops: Those of them that end it, after others that may stand inside of a response.
+        plain: All that stands behind every response, the last one too.
         added: What ends a turn where the template leaves that to the next message; "" if it always does itself.
         added_call: The same behind a tool call.
     """
 
     tokens: frozenset[str] = frozenset()
+    stops: frozenset[str] = frozenset()
     plain: str = ""
     added: str = ""
     added_call: str = ""
@@ -39,29 +46,33 @@ class TemplateProbe:
         special: Matches the tokenizer's special tokens.
         eos: Its EOS token, or "".
         bos: Its BOS token, or "".
+        tools: What conversations have as tools.
     """
 
-    def __init__(self, template: Template, special: re.Pattern[str], eos: str, bos: str) -> None:
+    def __init__(
+        self, template: Template, special: re.Pattern[str], eos: str, bos: str, tools: Sequence[Any] = ()
+    ) -> None:
         """Keep the template; conversations are rendered as they are needed."""
         self.template, self.special, self.eos, self.bos = template, special, eos, bos
+        self.tools = list(tools)
 
     @cached_property
     def header(self) -> str:
-        """What a prompt ends with to ask for a response."""
+        """What a prompt ends with to ask for a response, but for a think block."""
         asked: list[Message] = [{"role": "user", "content": "a"}]
         try:
-            text, prompt = (self.template.render(asked, [], ask) for ask in (False, True))
+            text, prompt = (self.template.render(asked, self.tools, ask) for ask in (False, True))
         except TemplateError:
             return ""
-        return prompt.removeprefix(text) if prompt.startswith(text) else ""
+        return without_block(prompt.removeprefix(text)) if prompt.startswith(text) else ""
 
     @cached_property
     def empty_thinking(self) -> str:
         """The empty think block, or its end, that the template writes between a prompt and an answer; mostly "" ."""
         asked: list[Message] = [{"role": "user", "content": "a"}]
         try:
-            prompt = self.template.render(asked, [], True)
-            marked = mark(self.template, [*asked, {"role": "assistant", "content": "b"}], [])
+            prompt = self.template.render(asked, self.tools, True)
+            marked = mark(self.template, [*asked, {"role": "assistant", "content": "b"}], self.tools)
         except TemplateError:
             return ""
         begin, opened = common_prefix(prompt, marked.text), marked.first(1, "open")
@@ -81,22 +92,23 @@ class TemplateProbe:
     def _block(self, later: list[Message]) -> str:
         asked: list[Message] = [{"role": "user", "content": "a"}]
         try:
-            prompt = self.template.render(asked, [], True)
-            text = self.template.render([*asked, {"role": "assistant", "content": "b"}, *later], [], False)
+            prompt = self.template.render(asked, self.tools, True)
+            text = self.template.render([*asked, {"role": "assistant", "content": "b"}, *later], self.tools, False)
         except TemplateError:
             return ""
-        return prompt[self.outside_special(text, common_prefix(prompt, text)) :]
+        base = without_block(prompt)
+        return prompt[len(base) :] if text.startswith(base) and not text.startswith(prompt) else ""
 
     @cached_property
     def refuses_system(self) -> bool:
         """Whether the template takes a question, but not behind a system message."""
         asked: list[Message] = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
         try:
-            self.template.render(asked[1:], [], True)
+            self.template.render(asked[1:], self.tools, True)
         except TemplateError:
             return False
         try:
-            self.template.render(asked, [], True)
+            self.template.render(asked, self.tools, True)
         except TemplateError:
             return True
         return False
@@ -104,11 +116,10 @@ class TemplateProbe:
     @cached_property
     def closings(self) -> Closings:
         """What the template writes behind responses, found on short conversations."""
-        ask, answer, again, last = (
-            {"role": role, "content": content} for role, content in zip(("user", "assistant") * 2, "abcd", strict=True)
-        )
+        roles, texts = ("user", "assistant") * 2, ("Aq", "Bq", "Cq", "Dq")
+        ask, answer, again, last = ({"role": r, "content": text} for r, text in zip(roles, texts, strict=True))
         try:
-            marked = mark(self.template, [ask, answer, again, last], [])
+            marked = mark(self.template, [ask, answer, again, last], self.tools)
         except TemplateError:
             return Closings(added=self.eos, added_call=self.eos)
         ends = [marked.end(1, 0), marked.first(2, "open"), marked.end(3, 0), marked.first(0, "open")]
@@ -117,24 +128,33 @@ class TemplateProbe:
         behind, header, tail_at, opened = (int(end or 0) for end in ends)
         between, tail, head = marked.text[behind:header], marked.text[tail_at:], marked.text[:opened]
         closing = tail if tail.strip() and between.startswith(tail) else between[: self._header_at(head, between)]
+        alike = between[: self.outside_special(between, common_prefix(between, tail))]
+        if self.eos and self.eos in alike[len(closing) :]:  # what follows it stands at the end of every text
+            closing = alike[: alike.rindex(self.eos) + len(self.eos)]
+            tail = closing
         mid, final = self.special.findall(closing), self.special.findall(tail)
         shared = [a for a, b in zip(mid, final, strict=False) if a == b]
+        plain = closing[: self.outside_special(closing, common_prefix(closing, tail))]
         calls, added_call = self._call_closings(ask, last, mid[-1:])
-        plain = closing[: common_prefix(closing, tail)]
         if final:  # the last turn is closed: by what closes others too, or by a token of its own
             tokens = frozenset([*(shared or ([self.eos] if self.eos in final else final[:1])), *mid, *calls])
-            return Closings(tokens, plain, added_call=added_call)
+            stop = shared[-1] if shared else self.eos if self.eos in final else final[0]
+            stops = frozenset([stop, *calls])
+            return Closings(tokens, stops, plain, added_call=added_call)
         if mid:  # turns are closed when the next message comes
             added = closing[: closing.rindex(mid[-1]) + len(mid[-1])]
-            return Closings(frozenset([*mid, *calls]), plain, added=added, added_call=added_call or added)
+            stops = frozenset([mid[-1], *calls])
+            return Closings(frozenset([*mid, *calls]), stops, plain, added=added, added_call=added_call or added)
         header_tokens = [token for token in self.special.findall(between) if token not in (self.bos, self.eos)]
         # Nothing closes turns but the next header, or there are no special tokens at all.
         if header_tokens and not plain.strip() and not closing.strip():
-            added = header_tokens[0]
-            return Closings(frozenset([added, *calls]), added=added, added_call=added_call or added)
+            added = between[: between.index(header_tokens[0]) + len(header_tokens[0])]
+            tokens = frozenset([header_tokens[0], *calls])
+            return Closings(tokens, tokens, added=added, added_call=added_call or added)
         if plain.strip() or (plain and not self.eos):
-            return Closings(plain=plain, tokens=frozenset(calls))
-        return Closings(frozenset([self.eos, *calls]), plain, added="" if plain else self.eos, added_call=added_call)
+            return Closings(frozenset(calls), frozenset(calls), plain)
+        tokens = frozenset([self.eos, *calls])
+        return Closings(tokens, tokens, plain, added="" if plain else self.eos, added_call=added_call)
 
     def _header_at(self, head: str, between: str) -> int:
         """Where the header of the next message begins in what stands between two turns."""
@@ -152,8 +172,8 @@ class TemplateProbe:
         asked: list[Message] = [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]
         result: Message = {"role": "tool", "name": "f", "tool_call_id": "call00000", "content": "c"}
         try:
-            alone = mark(self.template, asked, [])
-            whole = mark(self.template, [*asked, result, last], [])
+            alone = mark(self.template, asked, self.tools)
+            whole = mark(self.template, [*asked, result, last], self.tools)
         except TemplateError:
             return [], ""
         end, later = alone.end(1, 1), whole.end(1, 1)
@@ -161,11 +181,13 @@ class TemplateProbe:
         if end is None or later is None or opened is None:
             return [], ""
         tail, between = alone.text[end:], whole.text[later:opened]
-        begin = len(tail) if between.startswith(tail) else 0
+        begin = self.outside_special(between, common_prefix(between, tail))
         rest = list(self.special.finditer(between, begin))
         if (stop := next((token for token in rest if token[0] in stops), None)) is not None:
             return [stop[0]], between[begin : stop.end()]
         final = list(self.special.finditer(tail))
+        if any(token[0] == self.eos for token in final):
+            return [self.eos], ""
         if final and not tail[final[-1].end() :].strip():
             return [final[-1][0]], ""
         return ([rest[0][0]], between[begin : rest[0].end()]) if rest else ([], "")
@@ -176,3 +198,9 @@ class TemplateProbe:
             if each.start() < position < each.end():
                 return each.start()
         return position
+
+
+def without_block(prompt: str) -> str:
+    """A prompt without the think block at its end."""
+    found = PROMPT_BLOCK.search(prompt)
+    return prompt if found is None else prompt[: found.start()]

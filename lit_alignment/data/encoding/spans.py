@@ -13,11 +13,14 @@ from typing import Any, Literal
 from lit_alignment.data.encoding.example import HISTORY_DIFFERS, Dropped
 from lit_alignment.data.encoding.marks import TOOLS, Marked, Template, common_prefix, mark
 from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record
-from lit_alignment.data.encoding.probes import EMPTY_THINKING, THINK, TemplateProbe
+from lit_alignment.data.encoding.probes import EMPTY_THINKING, THINK, TemplateProbe, without_block
 from lit_alignment.data.encoding.shapes import Rendered, Shape, Turn
 from lit_alignment.errors import TemplateError
 
 MOST_SHAPES = 1024
+TEXT = {"type": "string", "description": "A text."}
+PARAMETERS = {"type": "object", "properties": {"x": TEXT}, "required": ["x"]}
+TOOL = {"type": "function", "function": {"name": "f", "description": "What it does.", "parameters": PARAMETERS}}
 
 
 class HistoryDiffers(TemplateError):
@@ -54,6 +57,7 @@ class Locator:
         """
         self.template, self.special = template, special
         self.probe = TemplateProbe(template, special, eos, bos)
+        self.tool_probe = TemplateProbe(template, special, eos, bos, [TOOL])
         self.train_empty_thinking, self.add_stop = train_empty_thinking, add_stop
         self.asked_block = prompt_block
         self.shapes: dict[tuple[tuple[str, ...], tuple[int, ...]], Shape] = {}
@@ -93,14 +97,15 @@ class Locator:
             pass
         whole = mark(self.template, messages, tools)
         asked = mark(self.template, messages[:last], tools, prompt=True)
-        before, behind = (each.end(last - 1, _calls(messages[last - 1])) for each in (asked, whole))
-        if before is None or behind is None:
-            raise TemplateError(f"the chat template moves message {last - 1}, so the response behind it is not found")
-        shared = common_prefix(asked.text[before:], whole.text[behind:])
-        seen = asked.text[: before + shared]
-        if self.block_end and asked.text[len(seen) :] == self.probe.prompt_block:
-            seen = asked.text + self.block_end
-        text, shift = seen + whole.text[behind + shared :], len(seen) - (behind + shared)
+        start = self._response_at(messages, tools, whole, asked)
+        seen = without_block(asked.text)
+        if block := asked.text[len(seen) :]:
+            empty = EMPTY_THINKING.match(whole.text, start)
+            if whole.text.startswith(block, start):
+                seen, start = asked.text, start + len(block)
+            elif self.block_end:
+                seen, start = asked.text + self.block_end, start if empty is None else empty.end()
+        text, shift = seen + whole.text[start:], len(seen) - start
         places = {
             last: {p: [at + shift for at in found] for p, found in whole.places.get(last, {}).items()},
             **{number: found for number, found in asked.places.items() if number < last},
@@ -108,6 +113,22 @@ class Locator:
         composed = Marked(text, places)
         self._check(messages, tools, composed, [last])
         return self._found(messages, tools, composed, [last])
+
+    def _response_at(self, messages: list[Message], tools: list[Any], whole: Marked, asked: Marked) -> int:
+        """Where the last response begins in a conversation whose beginning is not its prompt."""
+        last = len(messages) - 1
+        first = min((min(found) for found in whole.places.get(last, {}).values()), default=len(whole.text))
+        header = self._probe(tools).header
+        before, behind = (each.end(last - 1, _calls(messages[last - 1])) for each in (asked, whole))
+        if header and header in whole.text[behind or 0 : first]:
+            return whole.text.rindex(header, 0, first) + len(header)
+        if before is None or behind is None:
+            raise TemplateError(f"the chat template moves message {last - 1}, so the response behind it is not found")
+        shared = common_prefix(asked.text[before:], whole.text[behind:])
+        position = self._probe(tools).outside_special(whole.text, behind + shared)
+        if behind + shared < len(whole.text) and shared < len(asked.text) - before:
+            position = min(position, behind + self._probe(tools).outside_special(asked.text, before + shared) - before)
+        return min(position, first)
 
     def starts(self, messages: list[Message], tools: list[Any]) -> tuple[str, list[int]]:
         """The prompt of a conversation, and where the responses in it begin; as in training, no token reaches over."""
@@ -163,13 +184,14 @@ class Locator:
                     raise HistoryDiffers(f"the chat template renders what stands before message {number} differently")
                 continue
             try:
-                turn = self._turn(message, number, boundary, marked)
+                turn = self._turn(message, number, boundary, marked, tools)
             except HistoryDiffers:
                 if number in wanted:
                     raise
                 continue
             if number == len(messages) - 1 and message["role"] == "assistant" and self.add_stop and not turn.closed:
-                added = self.probe.closings.added_call if _calls(message) else self.probe.closings.added
+                closings = self._probe(tools).closings
+                added = closings.added_call if _calls(message) else closings.added
                 text = _joined(text, added)
                 turn = replace(turn, stop=max(turn.stop, len(text)), closed=True) if added else turn
             turns[number] = turn
@@ -195,17 +217,16 @@ class Locator:
             return shared
         if number == 0:
             return marked.first(0, "open")
-        # A header may end otherwise than in the prompt, which has a think block then; the history may not differ.
-        before = marked.end(number - 1, _calls(messages[number - 1]))
-        shared = self.probe.outside_special(text, shared)
-        rest = prompt[shared:]
+        # A prompt may end with a think block that the text lacks; in nothing else may they differ.
+        base = without_block(prompt)
+        rest = prompt[len(base) :]
         if (self.block_end and rest == self.probe.prompt_block) or (
             self.asked_block == "train" and rest == self.probe.history_block != self.probe.prompt_block
         ):
             return None
-        return shared if before is not None and shared >= before else None
+        return len(base) if rest and text.startswith(base) else None
 
-    def _turn(self, message: Message, number: int, boundary: int, marked: Marked) -> Turn:
+    def _turn(self, message: Message, number: int, boundary: int, marked: Marked, tools: list[Any]) -> Turn:
         text, calls = marked.text, _calls(message)
         opened = marked.first(number, "open")
         start = boundary
@@ -219,8 +240,16 @@ class Locator:
             elif block is not None and (opened is None or block.end() <= opened):
                 start = block.end()
         end = max(marked.end(number, calls) or start, start)
+        others = [parts for other, parts in marked.places.items() if other != number]
+        if any(start <= place < end for parts in others for places in parts.values() for place in places):
+            raise HistoryDiffers(f"the chat template writes other messages inside of message {number}")
+        content = message.get("content") or ""
+        space = content[len(content.rstrip()) :]
+        if not calls and space != content and text.startswith(space, end):
+            end += len(space)  # the template has not trimmed it
         limit = marked.next_after(number, end)
-        closing = self._closing(text, end, limit, bool(calls))
+        followed = number + 1 in marked.places or limit == len(text)
+        closing = self._closing(text, end, limit, calls > 0, followed, tools)
         if closing is None and calls:  # where its arguments end is certain only at the end of the text
             if limit < len(text):
                 raise HistoryDiffers(f"where the tool call of message {number} ends cannot be told from what follows")
@@ -230,25 +259,36 @@ class Locator:
         first, stop = closing
         return Turn(boundary, start, first if calls else end, stop, closed=True)
 
-    def _closing(self, text: str, end: int, limit: int, is_call: bool) -> tuple[int, int] | None:
+    def _closing(
+        self, text: str, end: int, limit: int, is_call: bool, followed: bool, tools: list[Any]
+    ) -> tuple[int, int] | None:
         """Begin and end of what closes a turn, looked for up to the next message; None if it is not there.
 
-        The arguments of a call stand between its name, which is all that is found of it, and the closing.
+        The arguments of a call stand between its name, which is all that is found of it, and the closing; they may hold
+        the text of a stop, so that the last one counts, unless a message without marks may stand there too.
         """
-        closings = self.probe.closings
-        tokens = list(self.special.finditer(text, end, limit))
-        index = next((i for i, token in enumerate(tokens) if token[0] in closings.tokens), None)
-        if index is None:
-            first = text.find(closings.plain, end, limit) if closings.plain and is_call else end
-            if closings.plain and first >= 0 and text.startswith(closings.plain, first):
-                return first, first + len(closings.plain)
-            return None
-        first, stop = tokens[index].start(), tokens[index].end()
-        for token in tokens[index + 1 :]:
-            if token[0] not in closings.tokens or text[stop : token.start()].strip():
+        closings = self._probe(tools).closings
+        if closings.plain and not is_call and text.startswith(closings.plain, end):
+            stop = end + len(closings.plain)
+            return end, end + len(closings.plain.rstrip()) if self.special.search(closings.plain) else stop
+        wanted = closings.stops if is_call else closings.tokens
+        found = [token for token in self.special.finditer(text, end, limit) if token[0] in wanted]
+        if not found:
+            find = text.rfind if followed else text.find
+            first = find(closings.plain, end, limit) if closings.plain and is_call else -1
+            return None if first < 0 else (first, first + len(closings.plain))
+        if is_call:
+            token = found[-1] if followed else found[0]
+            return token.start(), token.end()
+        stop = found[0].end()
+        for token in found[1:]:
+            if text[stop : token.start()].strip():
                 break
             stop = token.end()
-        return first, stop
+        return found[0].start(), stop
+
+    def _probe(self, tools: list[Any]) -> TemplateProbe:
+        return self.tool_probe if tools else self.probe
 
     def remarks(self) -> list[str]:
         """What about prompts somebody should know before training."""
