@@ -120,8 +120,10 @@ class Locator:
         first = min((min(found) for found in whole.places.get(last, {}).values()), default=len(whole.text))
         header = self._probe(tools).header
         before, behind = (each.end(last - 1, _calls(messages[last - 1])) for each in (asked, whole))
-        if header and header in whole.text[behind or 0 : first]:
-            return whole.text.rindex(header, 0, first) + len(header)
+        tokens = list(self.special.finditer(header))
+        for own in (header, header[tokens[-1].start() :] if tokens else ""):  # a prompt may say more than a header
+            if own and own in whole.text[behind or 0 : first]:
+                return whole.text.rindex(own, 0, first) + len(own)
         if before is None or behind is None:
             raise TemplateError(f"the chat template moves message {last - 1}, so the response behind it is not found")
         shared = common_prefix(asked.text[before:], whole.text[behind:])
@@ -184,7 +186,7 @@ class Locator:
                     raise HistoryDiffers(f"the chat template renders what stands before message {number} differently")
                 continue
             try:
-                turn = self._turn(message, number, boundary, marked, tools)
+                turn = self._turn(messages, number, boundary, marked, tools)
             except HistoryDiffers:
                 if number in wanted:
                     raise
@@ -226,8 +228,9 @@ class Locator:
             return None
         return len(base) if rest and text.startswith(base) else None
 
-    def _turn(self, message: Message, number: int, boundary: int, marked: Marked, tools: list[Any]) -> Turn:
-        text, calls = marked.text, _calls(message)
+    def _turn(self, messages: list[Message], number: int, boundary: int, marked: Marked, tools: list[Any]) -> Turn:
+        message, text = messages[number], marked.text
+        calls = _calls(message)
         opened = marked.first(number, "open")
         start = boundary
         if message["role"] == "assistant" and self.probe.header and text.startswith(self.probe.header, boundary):
@@ -240,7 +243,8 @@ class Locator:
             elif block is not None and (opened is None or block.end() <= opened):
                 start = block.end()
         end = max(marked.end(number, calls) or start, start)
-        others = [parts for other, parts in marked.places.items() if other != number]
+        not_ours = [other for other in marked.places if other < 0 or messages[other]["role"] != "assistant"]
+        others = [marked.places[other] for other in not_ours if other != number]
         if any(start <= place < end for parts in others for places in parts.values() for place in places):
             raise HistoryDiffers(f"the chat template writes other messages inside of message {number}")
         content = message.get("content") or ""

@@ -19,6 +19,10 @@ NO_TEXT: dict[str | None, tuple[NoText, ...]] = {  # of "" and null in a record:
     "": ("empty", "missing", "null"),
     None: ("missing", "empty", "null"),
 }
+RESULT: list[Message] = [
+    {"role": "tool", "name": "qwz", "tool_call_id": "call00000", "content": "b"},
+    {"role": "assistant", "content": "c"},
+]
 LITERAL = re.compile(r"""(["'])(.*?)\1""", re.DOTALL)
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -111,7 +115,8 @@ class JinjaTemplate:
         self.text_as_parts = not self._shows_text() and self._shows_text(as_parts=True)
         self.no_text: dict[str | None, NoText] = {}
         for self.arguments_as_text in (False, True):
-            if takes := [form for form in NO_TEXT[""] if self._shows_call(form)]:
+            takes = [form for form in NO_TEXT[""] if self._shows_call(form)]
+            if takes := [form for form in takes if self._shows_call(form, answered=True)] or takes:
                 self.no_text = {given: next(f for f in forms if f in takes) for given, forms in NO_TEXT.items()}
                 break
         else:
@@ -175,13 +180,13 @@ class JinjaTemplate:
         finally:
             self.text_as_parts = before
 
-    def _shows_call(self, no_text: NoText) -> bool:
-        """Whether the template renders a tool call beside which no text stands in this form."""
+    def _shows_call(self, no_text: NoText, answered: bool = False) -> bool:
+        """Whether the template renders a tool call beside which no text stands in this form, or one with its result."""
         call = {"id": "call00000", "type": "function", "function": {"name": "qwz", "arguments": {"x": "y"}}}
         self.no_text = {"": no_text, None: no_text}
         answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
         try:
-            text = self.render([{"role": "user", "content": "a"}, answer], [], False)
+            text = self.render([{"role": "user", "content": "a"}, answer, *(RESULT if answered else [])], [], False)
         except TemplateError:
             return False
         return "qwz" in text and "None" not in text

@@ -160,6 +160,94 @@ def test_marks_are_found_where_a_template_escapes_them(rich, tmp_path):
     assert runs(rich, enc.encode(conversation(ASKED))) == ['"ANS1 is it."</s>']
 
 
+HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+FOOT = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CALLS_OF = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+LETTERS = "{{ m.content or '' }}"
+STOPPING = {"function": {"name": "f", "arguments": {"x": "a<|im_end|>b"}}}
+# By what a template does: its text, the conversation, and what is to be trained.
+HABITS = {
+    "an answer begins like the think block of the prompt": (
+        HEAD + "{{ m.content }}" + FOOT.replace("assistant\n{%", "assistant\n<think>\n{%"),
+        [ASKED[0], {"role": "assistant", "content": "<b>ANS1"}],
+        ["<b>ANS1<|im_end|>"],
+    ),
+    "the last question has a word more": (
+        HEAD + "{{ m.content }}{% if loop.last and m.role == 'user' %} /no_think{% endif %}" + FOOT,
+        [*ASKED, *MORE],
+        ["ANS1 is it.<|im_end|>", "ANS2 yes.<|im_end|>"],
+    ),
+    "the prompt has a system message of its own": (
+        HEAD + "{{ m.content }}" + FOOT.replace("<|im_start|>a", "<|im_start|>system\nx<|im_end|>\n<|im_start|>a"),
+        ASKED,
+        ["ANS1 is it.<|im_end|>"],
+    ),
+    "a result stands between a call and its text": (
+        "{% for m in messages %}{% if m.role != 'tool' %}<|im_start|>{{ m.role }}\n"
+        + CALLS_OF
+        + "{% if m.tool_calls and loop.nextitem %}[{{ loop.nextitem.content }}]{% endif %}"
+        + LETTERS
+        + "<|im_end|>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        [ASKED[0], {**CALLED[1], "content": "ANS1 look."}, *CALLED[2:]],
+        ['{"name": "weather", "arguments": {"city": "ARG1"}}ANS1 look.<|im_end|>', "ANS2 is it.<|im_end|>"],
+    ),
+    "the last call ends otherwise": (
+        "{% for m in messages %}<|{{ m.role }}|>" + LETTERS + CALLS_OF + "{% if m.tool_calls %}]{% endif %}"
+        "{% if not loop.last %}<|eos|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|eos|><|assistant|>{% endif %}",
+        CALLED[:2],
+        ['{"name": "weather", "arguments": {"city": "ARG1"}}]<|eos|>'],
+    ),
+    "plain text stands between closing tokens": (
+        "{% for m in messages %}<|sys|>{{ m.role }}<|dev|>{{ m.content }}<|/sys|>{{ m.role }}<|/dev|>{% endfor %}"
+        "{% if add_generation_prompt %}<|sys|>assistant<|dev|>{% endif %}",
+        [*ASKED, *MORE],
+        ["ANS1 is it.<|/sys|>assistant<|/dev|>", "ANS2 yes.<|/sys|>assistant<|/dev|>"],
+    ),
+    "each text ends with a prompt": (
+        "<|bot|>x<|im_end|>{% for m in messages %}<|bot|>{% if m.role == 'user' %}<|usr|>{{ m.content }}<|im_end|>"
+        "{% else %}<|out|>{{ m.content }}<|/bot|><|im_end|>{% endif %}{% endfor %}<|bot|><|out|>",
+        [*ASKED, *MORE],
+        ["ANS1 is it.<|/bot|><|im_end|>", "ANS2 yes.<|/bot|><|im_end|>"],
+    ),
+    "an argument holds the text of a stop": (
+        HEAD + LETTERS + CALLS_OF + FOOT,
+        [
+            ASKED[0],
+            {**CALLED[1], "tool_calls": [{"function": {"name": "f", "arguments": {"x": "a<|im_end|>b"}}}]},
+            *THANKS,
+        ],
+        ['{"name": "f", "arguments": {"x": "a<|im_end|>b"}}<|im_end|>', "ANS3 bye.<|im_end|>"],
+    ),
+    "a plain end stands behind white space of the text": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '</turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        [ASKED[0], {"role": "assistant", "content": "ANS1 \n"}, *MORE],
+        ["ANS1 \n</turn>\n", "ANS2 yes.</turn>\n"],
+    ),
+    "a line end stands before the header that ends a turn": (
+        "{% for m in messages %}{{ '\n<|usr|>' + m.role + '\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n<|usr|>assistant\n' }}{% endif %}",
+        [*ASKED, *MORE],
+        ["ANS1 is it.\n<|usr|>", "ANS2 yes.\n<|usr|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_habits_of_templates(habit, rich, tmp_path):
+    source, messages, expected = HABITS[habit]
+    path = tmp_path / "habit.jinja"
+    path.write_text(source)
+    enc = encoder(rich, TemplateConfig(file=str(path)), max_length=10_000)
+    found = examples(enc, conversation(messages))
+    assert [text for each in found for text in runs(rich, each)] == expected
+    prompt, ids = enc.encode_prompt(conversation(messages)).input_ids, found[-1].input_ids
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
+    assert rich.decode(prompt[shared:]) in ("", "<think>\n")
+
+
 @pytest.mark.parametrize("name", ["reasoning", "two_ends", "think_in_prompt", "end_is_header"])
 def test_two_responses_in_a_row_are_trained(name, rich):
     wanted = conversation([*ASKED, {"role": "assistant", "content": "ANS2 more."}])
