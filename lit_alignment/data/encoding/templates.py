@@ -110,7 +110,7 @@ class JinjaTemplate:
         tags = sorted(tag for text in literals if re.search(r"[<\[|#/]", tag := text.replace("\\n", "\n").strip()))
         self.looks_at = re.compile("|".join(map(re.escape, tags)) or r"(?!)")
         self.variables = config.variables
-        self.tokenizer = tokenizer
+        self.special_tokens = dict(tokenizer.special_tokens_map)
         self.text_as_parts, self.arguments_as_text = False, False
         self.text_as_parts = not self._shows_text() and self._shows_text(as_parts=True)
         self.no_text: dict[str | None, NoText] = {}
@@ -138,7 +138,7 @@ class JinjaTemplate:
                 tools=tools or None,
                 chat_template=self.source(tools),
                 add_generation_prompt=prompt,
-                **{**self.tokenizer.special_tokens_map, **self.variables},
+                **{**self.special_tokens, **self.variables},
             )
         except Exception as error:  # a template is a program, and fails in any way that programs do
             raise TemplateError(f"the chat template refuses this conversation ({error})") from error
