@@ -19,10 +19,11 @@ from lit_alignment.data.encoding.example import (
     Example,
     Prompt,
 )
+from lit_alignment.data.encoding.marks import sample_call
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message, Record
 from lit_alignment.data.encoding.probes import THINKING
 from lit_alignment.data.encoding.shapes import Rendered, Turn
-from lit_alignment.data.encoding.spans import Locator, dropped
+from lit_alignment.data.encoding.spans import TOOL, Locator, dropped
 from lit_alignment.data.encoding.templates import TemplateConfig, build_template
 from lit_alignment.data.encoding.tokenizer import TextTokenizer
 from lit_alignment.data.encoding.truncation import Policy, Unit, shorten_messages, shorten_tokens
@@ -193,12 +194,13 @@ class Encoder:
 
     def end_of_call(self) -> list[int]:
         """Ids of the text that closes a response with a tool call; none if the template has no place for calls."""
-        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
-        answer: Message = {"role": "assistant", "content": None, "tool_calls": [call]}
-        try:
-            return self._encode_messages([{"role": "user", "content": "a"}, answer], []).end_of_turn
-        except TemplateError:
-            return []
+        answer: Message = {"role": "assistant", "content": None, "tool_calls": [sample_call("f")]}
+        for tools in ([TOOL], []):  # of several templates by name, one is for tools
+            try:
+                return self._encode_messages([{"role": "user", "content": "a"}, answer], tools).end_of_turn
+            except TemplateError:
+                continue
+        return []
 
     def last_ids(self) -> set[int]:
         """Ids with which a short conversation ends, after a question and after an answer."""

@@ -167,6 +167,11 @@ class _Marks:
         return value
 
 
+def sample_call(name: str) -> dict[str, Any]:
+    """A tool call by which a template's ways are found out."""
+    return {"id": "call00000", "type": "function", "function": {"name": name, "arguments": {"x": "y"}}}
+
+
 def _within(text: str, before: str, after: str) -> str:
     """A text with marks inside of the white space around it, which a template may trim."""
     if not text.strip():  # where a template trims it away, the marks change what it writes, and are not believed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lit_alignment.data.encoding.marks import Template, common_prefix, mark
+from lit_alignment.data.encoding.marks import Template, common_prefix, mark, sample_call
 from lit_alignment.data.encoding.messages import Message
 from lit_alignment.errors import TemplateError
 
@@ -168,8 +168,7 @@ class TemplateProbe:
 
     def _call_closings(self, ask: Message, last: Message, stops: list[str]) -> tuple[list[str], str]:
         """Special tokens that close a turn of tool calls, and what to add where only the next message does."""
-        call = {"type": "function", "id": "call00000", "function": {"name": "f", "arguments": {"x": "y"}}}
-        asked: list[Message] = [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        asked: list[Message] = [ask, {"role": "assistant", "content": "", "tool_calls": [sample_call("f")]}]
         result: Message = {"role": "tool", "name": "f", "tool_call_id": "call00000", "content": "c"}
         try:
             alone = mark(self.template, asked, self.tools)

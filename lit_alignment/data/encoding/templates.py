@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_alignment.data.encoding.marks import Template
+from lit_alignment.data.encoding.marks import Template, sample_call
 from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Role
 from lit_alignment.errors import ConfigError, TemplateError
 
@@ -182,9 +182,8 @@ class JinjaTemplate:
 
     def _shows_call(self, no_text: NoText, answered: bool = False) -> bool:
         """Whether the template renders a tool call beside which no text stands in this form, or one with its result."""
-        call = {"id": "call00000", "type": "function", "function": {"name": "qwz", "arguments": {"x": "y"}}}
         self.no_text = {"": no_text, None: no_text}
-        answer: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        answer: Message = {"role": "assistant", "content": "", "tool_calls": [sample_call("qwz")]}
         try:
             text = self.render([{"role": "user", "content": "a"}, answer, *(RESULT if answered else [])], [], False)
         except TemplateError:

@@ -535,6 +535,22 @@ def test_template_by_name_is_used_for_tools(rich):
     assert not rich.decode(enc.encode(conversation(ASKED)).input_ids).startswith("tools:")
 
 
+def test_template_for_tools_has_an_end_of_calls_of_its_own(rich):
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
+    calls = (
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}<|/tools|>{% else %}<|eos|>{% endif %}{% endfor %}"
+    )
+    prompt = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    rich.chat_template = {
+        "default": turns + "<|eos|>{% endfor %}" + prompt,
+        "tool_use": "{{ tools | tojson }}" + turns + calls + prompt,
+    }
+    enc = encoder(rich, max_length=10_000)
+    assert rich.decode(enc.end_of_call()) == "<|/tools|>" and rich.decode(enc.end_of_turn()) == "<|eos|>"
+    found = [text for each in examples(enc, conversation(CALLED, tools=[TOOL])) for text in runs(rich, each)]
+    assert found == ['{"name": "weather", "arguments": {"city": "ARG1"}}<|/tools|>', "ANS2 is it.<|eos|>"]
+
+
 def test_text_goes_as_parts_to_a_template_that_takes_only_these(rich, tmp_path):
     path = tmp_path / "parts.jinja"
     path.write_text(
