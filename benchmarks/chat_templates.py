@@ -8,7 +8,8 @@ The judge shares no code with the encoder. Every message carries words of its ow
 system, user or tool message is wrong, and so is a response's word without a label. Where TRL's copy of a template has
 generation tags, what is trained must be what they mark, but for white space behind the end of a turn, the response's
 own header, and an empty think block. Ids are compared with `apply_chat_template`, those of a prompt with the beginning
-of its training example. Behind each response stands a token of the table below, with a label.
+of its training example. Behind each response stands a token of the table below, with a label. The same holds where a
+response is scored, a conversation classified, passages stand in the question, and images in the conversation.
 
 A line for each template: the number of conversations that are right; those that are dropped under a reason; and those
 that are wrong, of which there must be none. The exit code is 1 if there are.
@@ -37,6 +38,10 @@ from lit_alignment.data.encoding.example import HISTORY_DIFFERS, Dropped, Exampl
 from lit_alignment.data.encoding.messages import Record, read_record
 from lit_alignment.data.encoding.responses import ResponseEncoder
 from lit_alignment.data.encoding.templates import TemplateConfig
+from lit_alignment.data.multimodal.media import MediaTokens
+from lit_alignment.data.passages import Passage
+from lit_alignment.data.rag import PassagePlacementConfig, RAGEncoder
+from lit_alignment.data.vlm import VLMEncoder
 from lit_alignment.paths import cache_dir
 
 TRL = "trl==1.16.0"
@@ -77,6 +82,7 @@ ENDS = re.compile(rf"{CONTROL.pattern}|</s>")
 BLOCK = re.compile(
     r"\s*((<[^<>]*think[^<>]*>|\[THINK\]|<\|channel>thought\s*<channel\|>)\s*(</think>)?\s*)?", re.IGNORECASE
 )
+IMAGE, PER_IMAGE = "<test_image>", 3
 SEPARATOR = " ## "  # between two runs of marked tokens
 WORD = re.compile(r"[A-Z]{3,}[0-9]")
 CALL = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "ARG1"}}}
@@ -215,7 +221,7 @@ def tokenizer_of(folder: Path, template: Path) -> Any:
     known = set(tokenizer.get_vocab())
     source = template.read_text(encoding="utf-8")
     stops = by_family(STOPS, template.stem)
-    added = sorted({each for each in CONTROL.findall(source) if each not in known} | (set(stops) - known))
+    added = sorted({each for each in CONTROL.findall(source) if each not in known} | (set(stops) - known) | {IMAGE})
     tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer
 
@@ -299,20 +305,84 @@ def judge(encoder: Encoder, raw: dict[str, Any], stops: tuple[str, ...], source:
 
 
 def judge_others(encoder: Encoder, record: Record, said: list[str]) -> list[str]:
-    """What is wrong as other methods encode the conversation: a response to be scored, a text to be classified."""
-    scoring = ResponseEncoder(encoder.tokenizer, encoder.config)
-    asked, response = replace(record, messages=record.messages[:-1]), record.messages[-1]
+    """What is wrong as other methods encode the conversation."""
     wrong = []
+    asked, response = replace(record, messages=record.messages[:-1]), record.messages[-1]
     if asked.messages and asked.messages[-1]["role"] != "assistant":
-        (example,) = scoring.encode_responses(asked, [response], allow_empty=True)
-        own = set(WORD.findall(json.dumps(response)))
-        trained = set(WORD.findall(runs(encoder.tokenizer, example.input_ids, [i != -100 for i in example.labels])))
-        if not trained <= own or (own - trained) & {word for word in own if word[:3] in ("ANS", "ARG")}:
-            wrong.append(f"a response to be scored trains {trained} of {own}")
+        (scored,) = ResponseEncoder(encoder.tokenizer, encoder.config).encode_responses(
+            asked, [response], allow_empty=True
+        )
+        wrong += judge_response("a response to be scored", encoder, scored, [response])
+        wrong += judge_passages(encoder, record)
     shown = WORD.findall(encoder.tokenizer.decode(encoder.encode_conversation(record).input_ids))
     if missing := [word for word in said if word[:3] in ("USR", "ANS", "ARG") and word not in shown]:
         wrong.append(f"a classifier does not see {missing}")
+    return wrong + judge_images(encoder, record)
+
+
+def judge_response(what: str, encoder: Encoder, example: Example, messages: list[Any]) -> list[str]:
+    """What is wrong if these messages alone are to be trained."""
+    own = set(WORD.findall(json.dumps(messages)))
+    trained = set(WORD.findall(runs(encoder.tokenizer, example.input_ids, [i != -100 for i in example.labels])))
+    if not trained <= own or {word for word in own - trained if word[:3] in ("ANS", "ARG")}:
+        return [f"{what} trains {trained} of {own}"]
+    return []
+
+
+def judge_passages(encoder: Encoder, record: Record) -> list[str]:
+    """What is wrong with the last response behind passages, in training and in predict."""
+    rag = RAGEncoder(encoder.tokenizer, encoder.config)
+    rag.placement = PassagePlacementConfig()
+    asked, answer = rag.split(record)
+    passages = [Passage("p", "PSG1", "PSG2 knows.")]
+    example = rag.example(asked, answer, passages, record.tools)
+    wrong = judge_response("a response behind passages", encoder, example, [answer])
+    prompt = rag.prompt(asked, passages, record.tools).input_ids
+    for what, ids in (("an example", example.input_ids), ("a prompt", prompt)):
+        if missing := {"PSG1", "PSG2"} - set(WORD.findall(encoder.tokenizer.decode(ids))):
+            wrong.append(f"{what} does not show the passages' {missing}")
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, example.input_ids, strict=False)) if a != b), len(prompt))
+    if not BLOCK.fullmatch(rest := encoder.tokenizer.decode(prompt[shared:])):
+        wrong.append(f"the prompt with passages ends with {rest!r}")
     return wrong
+
+
+def judge_images(encoder: Encoder, record: Record) -> list[str]:
+    """What is wrong with an image in the first message of the user."""
+    vlm = VLMEncoder(encoder.tokenizer, encoder.config)
+    index = encoder.tokenizer.convert_tokens_to_ids(IMAGE)
+    vlm.media = {"image": MediaTokens(IMAGE, index, PER_IMAGE, "", "", None)}
+    number = next(i for i, message in enumerate(record.messages) if message["role"] == "user")
+    messages = list(record.messages)
+    content = str(messages[number]["content"])
+    messages[number] = {**messages[number], "content": f"{IMAGE}\n{content}", "images": ["a.png"]}
+    seen = replace(record, messages=messages)
+    try:
+        examples = [vlm.encode(seen)]
+    except Dropped as drop:
+        if drop.reason != HISTORY_DIFFERS:
+            raise
+        examples = [vlm.encode(part) for part in vlm.split_turns(seen)]
+    wrong = []
+    for example in examples:
+        files = example.media.get("image", [])
+        if example.input_ids.count(index) != PER_IMAGE * len(files):
+            wrong.append(f"{len(files)} images have {example.input_ids.count(index)} placeholders")
+    labels = [label for example in examples for label in example.labels]
+    if index in labels:
+        wrong.append("trains a placeholder")
+    if not any(example.media.get("image") for example in examples):
+        wrong.append("an image is lost")
+    trained = set(WORD.findall(runs(encoder.tokenizer, labels_as_ids(labels), [label != -100 for label in labels])))
+    said = set(WORD.findall(json.dumps([m for m in record.messages if m["role"] == "assistant"])))
+    if not trained <= said or {word for word in said - trained if word[:3] in ("ANS", "ARG")}:
+        wrong.append(f"beside an image {trained} of {said} are trained")
+    return wrong
+
+
+def labels_as_ids(labels: list[int]) -> list[int]:
+    """Labels, with a token in place of those that are not trained."""
+    return [max(label, 0) for label in labels]
 
 
 def compare(

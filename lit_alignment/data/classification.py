@@ -4,7 +4,6 @@ import math
 from typing import Any, Literal
 
 import datasets
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +15,7 @@ from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
 from lit_alignment.data.encoding.prompts import prompt_columns
 from lit_alignment.data.encoding.rows import ROW_FEATURES
+from lit_alignment.data.examples import column
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 
@@ -114,9 +114,9 @@ class ClassificationDataModule(ConversationDataModule):
         """
         if self.problem == "regression":
             raise ConfigError("model.class_weights: numbers have no classes to weigh. Remove it.")
-        targets = np.array(self.examples["train"]["target"])
+        targets = column(self.examples["train"], "target")
         if self.problem == "multi_label":
-            return torch.tensor(targets.sum(0))
+            return torch.tensor(targets).double().sum(0)
         return torch.bincount(torch.tensor(targets[:, 0]).long(), minlength=len(self.labels))
 
     def target(self, record: Record) -> list[float]:

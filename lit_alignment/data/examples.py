@@ -116,14 +116,19 @@ class ExampleMaker:
 
 
 def column(dataset: datasets.Dataset, name: str) -> np.ndarray[Any, Any]:
-    """A column of numbers, without a Python object for each.
+    """A column of numbers, or of lists of equally many, without a Python object for each.
 
     Args:
         dataset: Any, as long as it is.
         name: The column.
+
+    Returns:
+        Of shape [len(dataset)], or [len(dataset), numbers in each].
     """
-    values: np.ndarray[Any, Any] = dataset.select_columns([name]).with_format("arrow")[:][name].to_numpy()
-    return values
+    values = dataset.select_columns([name]).with_format("arrow")[:][name]
+    if not isinstance(dataset.features[name], datasets.List):
+        return np.asarray(values)
+    return np.asarray(pc.list_flatten(values)).reshape(len(dataset), -1)
 
 
 def _counts(values: pa.ChunkedArray) -> Counter[str]:

@@ -226,20 +226,15 @@ class Encoder:
 
     def _trained(self, messages: list[Message]) -> list[int]:
         """Indices of the trained messages."""
-        trained = []
-        last_response = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
-        for index, message in enumerate(messages):
-            match self.config.loss_on:
-                case "all":
-                    by_role = True
-                case "assistant":
-                    by_role = message["role"] == "assistant"
-                case "last_assistant":
-                    by_role = index == last_response
-            # `train: false` takes a message out; `train: true` brings in one that its role leaves out.
-            if message.get("train", by_role) and message.get("weight", 1.0) > 0:
-                trained.append(index)
-        return trained
+        responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        by_role = {"all": range(len(messages)), "assistant": responses, "last_assistant": responses[-1:]}
+        chosen = set(by_role[self.config.loss_on])
+        # `train: false` takes a message out; `train: true` brings in one that its role leaves out.
+        return [
+            index
+            for index, message in enumerate(messages)
+            if message.get("train", index in chosen) and message.get("weight", 1.0) > 0
+        ]
 
     def _encode_messages(self, messages: list[Message], tools: list[Any]) -> Example:
         trained = self._trained(messages)

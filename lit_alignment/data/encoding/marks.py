@@ -11,6 +11,8 @@ from lit_alignment.errors import TemplateError
 
 Part = Literal["open", "close", "call", "reason", "reasoned"]  # content and reasoning have two ends, a call has one
 PARTS: tuple[Part, ...] = ("open", "close", "call", "reason", "reasoned")
+# What is tried if a template looks at what a mark changes; the mark of a call stands in its name, or in its arguments.
+ATTEMPTS = [(PARTS, True), (PARTS, False), *(((part,), True) for part in PARTS), (("call",), False)]
 ENDS: dict[str, tuple[Part, Part]] = {"content": ("open", "close"), "reasoning_content": ("reason", "reasoned")}
 TOOLS = -1  # in place of a message's number
 # A mark is a letter for the part, one for the message and one for which of its calls: printable, without case, and no
@@ -87,8 +89,8 @@ def mark(template: Template, messages: list[Message], tools: list[Any], prompt: 
     if found is None:  # the template looks at what a mark changes: each message by itself, then each part
         found = {}
         for number in range(TOOLS, len(messages)):
-            for parts in (PARTS, *((part,) for part in PARTS)):
-                own = marks.find(template, [(number, part) for part in parts], prompt, text)
+            for parts, in_name in ATTEMPTS:
+                own = marks.find(template, [(number, part) for part in parts], prompt, text, in_name)
                 if own is not None:
                     found[number] = {**found.get(number, {}), **own.get(number, {})}
                     if parts is PARTS:
@@ -114,14 +116,14 @@ class _Marks:
         )
 
     def find(
-        self, template: Template, wanted: Sequence[tuple[int, Part]], prompt: bool, text: str
+        self, template: Template, wanted: Sequence[tuple[int, Part]], prompt: bool, text: str, in_name: bool = True
     ) -> dict[int, dict[Part, list[int]]] | None:
         """Where the template puts these parts, or None if it writes another text with marks than without."""
         chosen = set(wanted)
-        messages = [self._marked(number, message, chosen) for number, message in enumerate(self.messages)]
+        messages = [self._marked(number, message, chosen, in_name) for number, message in enumerate(self.messages)]
         tools = self.tools
         if tools and (TOOLS, "call") in chosen:
-            tools = [self._named(tools[0], TOOLS, 0), *tools[1:]]
+            tools = [_called(tools[0], self._mark(TOOLS, "call"), in_name), *tools[1:]]
         try:
             rendered = template.render(messages, tools, prompt)
         except TemplateError:
@@ -144,7 +146,7 @@ class _Marks:
     def _mark(self, number: int, part: Part, call: int = 0) -> str:
         return chr(self.kinds + PARTS.index(part)) + chr(NUMBERS + number + 1) + chr(NUMBERS + call)
 
-    def _marked(self, number: int, message: Message, chosen: set[tuple[int, Part]]) -> Message:
+    def _marked(self, number: int, message: Message, chosen: set[tuple[int, Part]], in_name: bool) -> Message:
         message = dict(message)
         for key, (opening, closing) in ENDS.items():
             value = message.get(key)
@@ -153,18 +155,29 @@ class _Marks:
                 after = self._mark(number, closing) if (number, closing) in chosen else ""
                 message[key] = _within(value, before, after)
         if message.get("tool_calls") and (number, "call") in chosen:
-            message["tool_calls"] = [self._named(call, number, i) for i, call in enumerate(message["tool_calls"])]
+            calls = enumerate(message["tool_calls"])
+            message["tool_calls"] = [_called(call, self._mark(number, "call", i), in_name) for i, call in calls]
         return message
 
-    def _named(self, value: Any, number: int, call: int) -> Any:
-        """A call or tool whose function's name carries a mark."""
-        if not isinstance(value, dict):
-            return value
-        if isinstance(value.get("function"), dict):
-            return {**value, "function": self._named(value["function"], number, call)}
-        if isinstance(value.get("name"), str):
-            return {**value, "name": value["name"] + self._mark(number, "call", call)}
+
+def _called(value: Any, mark: str, in_name: bool) -> Any:
+    """A call or tool with a mark in its function's name, or in the first text of its arguments or description."""
+    if not isinstance(value, dict):
         return value
+    if isinstance(value.get("function"), dict):
+        return {**value, "function": _called(value["function"], mark, in_name)}
+    for key in ("name",) if in_name else ("arguments", "description"):
+        if key in value:
+            return {**value, key: _with_mark(value[key], mark)}
+    return value
+
+
+def _with_mark(value: Any, mark: str) -> Any:
+    """A text, or the first text of an object, with a mark behind it; anything else as it is."""
+    if isinstance(value, dict):
+        key = next((key for key, each in value.items() if isinstance(each, str)), None)
+        return value if key is None else {**value, key: value[key] + mark}
+    return value + mark if isinstance(value, str) else value
 
 
 def sample_call(name: str) -> dict[str, Any]:

@@ -116,45 +116,49 @@ class TemplateProbe:
     @cached_property
     def closings(self) -> Closings:
         """What the template writes behind responses, found on short conversations."""
-        roles, texts = ("user", "assistant") * 2, ("Aq", "Bq", "Cq", "Dq")
-        ask, answer, again, last = ({"role": r, "content": text} for r, text in zip(roles, texts, strict=True))
-        try:
-            marked = mark(self.template, [ask, answer, again, last], self.tools)
-        except TemplateError:
+        found = self._behind_turns()
+        if found is None:
             return Closings(added=self.eos, added_call=self.eos)
+        closing, tail, between = found
+        mid, final = self.special.findall(closing), self.special.findall(tail)
+        plain = closing[: self.outside_special(closing, common_prefix(closing, tail))]
+        headers = [token for token in self.special.findall(between) if token not in (self.bos, self.eos)]
+        calls, added_call = self._call_closings(mid[-1:])
+        added = ""
+        if final:  # the last turn is closed: by what closes others too, or by a token of its own
+            shared = [a for a, b in zip(mid, final, strict=False) if a == b]
+            own = shared or ([self.eos] if self.eos in final else final[:1])
+            tokens, stops = [*own, *mid], own[-1:]
+        elif mid:  # turns are closed when the next message comes
+            tokens, stops = mid, mid[-1:]
+            added = closing[: closing.rindex(mid[-1]) + len(mid[-1])]
+        elif headers and not closing.strip():  # nothing closes them but the next header
+            tokens, stops, plain = headers[:1], headers[:1], ""
+            added = between[: between.index(headers[0]) + len(headers[0])]
+        elif plain.strip() or (plain and not self.eos):  # a text does
+            tokens, stops = [], []
+        else:
+            tokens, stops = [self.eos], [self.eos]
+            added = "" if plain else self.eos
+        return Closings(frozenset(tokens + calls), frozenset(stops + calls), plain, added, added_call or added)
+
+    def _behind_turns(self) -> tuple[str, str, str] | None:
+        """What closes a turn, what stands behind the last one, and all that stands between a turn and the next text."""
+        texts = [("user", "Aq"), ("assistant", "Bq"), ("user", "Cq"), ("assistant", "Dq")]
+        try:
+            marked = mark(self.template, [{"role": role, "content": text} for role, text in texts], self.tools)
+        except TemplateError:
+            return None
         ends = [marked.end(1, 0), marked.first(2, "open"), marked.end(3, 0), marked.first(0, "open")]
         if None in ends:
-            return Closings(added=self.eos, added_call=self.eos)
+            return None
         behind, header, tail_at, opened = (int(end or 0) for end in ends)
         between, tail, head = marked.text[behind:header], marked.text[tail_at:], marked.text[:opened]
         closing = tail if tail.strip() and between.startswith(tail) else between[: self._header_at(head, between)]
         alike = between[: self.outside_special(between, common_prefix(between, tail))]
         if self.eos and self.eos in alike[len(closing) :]:  # what follows it stands at the end of every text
-            closing = alike[: alike.rindex(self.eos) + len(self.eos)]
-            tail = closing
-        mid, final = self.special.findall(closing), self.special.findall(tail)
-        shared = [a for a, b in zip(mid, final, strict=False) if a == b]
-        plain = closing[: self.outside_special(closing, common_prefix(closing, tail))]
-        calls, added_call = self._call_closings(ask, last, mid[-1:])
-        if final:  # the last turn is closed: by what closes others too, or by a token of its own
-            tokens = frozenset([*(shared or ([self.eos] if self.eos in final else final[:1])), *mid, *calls])
-            stop = shared[-1] if shared else self.eos if self.eos in final else final[0]
-            stops = frozenset([stop, *calls])
-            return Closings(tokens, stops, plain, added_call=added_call)
-        if mid:  # turns are closed when the next message comes
-            added = closing[: closing.rindex(mid[-1]) + len(mid[-1])]
-            stops = frozenset([mid[-1], *calls])
-            return Closings(frozenset([*mid, *calls]), stops, plain, added=added, added_call=added_call or added)
-        header_tokens = [token for token in self.special.findall(between) if token not in (self.bos, self.eos)]
-        # Nothing closes turns but the next header, or there are no special tokens at all.
-        if header_tokens and not plain.strip() and not closing.strip():
-            added = between[: between.index(header_tokens[0]) + len(header_tokens[0])]
-            tokens = frozenset([header_tokens[0], *calls])
-            return Closings(tokens, tokens, added=added, added_call=added_call or added)
-        if plain.strip() or (plain and not self.eos):
-            return Closings(frozenset(calls), frozenset(calls), plain)
-        tokens = frozenset([self.eos, *calls])
-        return Closings(tokens, tokens, plain, added="" if plain else self.eos, added_call=added_call)
+            closing = tail = alike[: alike.rindex(self.eos) + len(self.eos)]
+        return closing, tail, between
 
     def _header_at(self, head: str, between: str) -> int:
         """Where the header of the next message begins in what stands between two turns."""
@@ -166,10 +170,12 @@ class TemplateProbe:
         cut = next((t for t in self.special.finditer(between) if t.start() < position < t.end()), None)
         return position if cut is None else cut.end()
 
-    def _call_closings(self, ask: Message, last: Message, stops: list[str]) -> tuple[list[str], str]:
+    def _call_closings(self, stops: list[str]) -> tuple[list[str], str]:
         """Special tokens that close a turn of tool calls, and what to add where only the next message does."""
+        ask: Message = {"role": "user", "content": "Aq"}
         asked: list[Message] = [ask, {"role": "assistant", "content": "", "tool_calls": [sample_call("f")]}]
         result: Message = {"role": "tool", "name": "f", "tool_call_id": "call00000", "content": "c"}
+        last: Message = {"role": "assistant", "content": "Dq"}
         try:
             alone = mark(self.template, asked, self.tools)
             whole = mark(self.template, [*asked, result, last], self.tools)

@@ -28,13 +28,15 @@ class Part:
 
     def begin(self, position: int) -> int:
         """The first of its tokens that begins at a position of the text or behind it."""
-        number = len(self.encoding) - self.hidden
-        token, length = None, self.place(number - 1)[1] if number else 0
-        for place in range(position, length):
-            token = self.encoding.char_to_token(place - self.origin)
-            if token is not None:  # white space may belong to no token
-                return token - self.hidden + int(self.place(token - self.hidden)[0] < position)
-        return number
+        token = self.encoding.char_to_token(position - self.origin)
+        if token is None:  # white space may belong to no token
+            number = len(self.encoding) - self.hidden
+            length = self.place(number - 1)[1] if number else 0
+            later = (self.encoding.char_to_token(place - self.origin) for place in range(position + 1, length))
+            token = next((each for each in later if each is not None), None)
+            if token is None:
+                return number
+        return token - self.hidden + int(self.place(token - self.hidden)[0] < position)
 
     def place(self, token: int) -> tuple[int, int]:
         """Where in the text one of its tokens begins and ends."""
@@ -55,8 +57,10 @@ class Tokens:
     def __init__(self, parts: list[Part], skipped: int = 0) -> None:
         """Put the ids together."""
         self.parts, self.skipped = parts, skipped
-        ids = (part.encoding.ids[part.hidden :] for part in parts)
-        self.ids: list[int] = list(chain.from_iterable(ids))[skipped:] if len(parts) != 1 else next(ids)[skipped:]
+        self.ids: list[int] = parts[0].encoding.ids if len(parts) == 1 else []
+        if len(parts) > 1:
+            self.ids = list(chain.from_iterable(part.encoding.ids[part.hidden :] for part in parts))
+        self.ids = self.ids[skipped:] if skipped else self.ids
         self._begins: dict[int, int] = {}
         self.splits = len(parts) - 1
 

@@ -211,6 +211,18 @@ HABITS = {
         [*ASKED, *MORE],
         ["ANS1 is it.<|/bot|><|im_end|>", "ANS2 yes.<|/bot|><|im_end|>"],
     ),
+    "a call is written by what its name is": (
+        HEAD + LETTERS + "{% for c in m.tool_calls or [] %}{% if c.function.name == 'weather' %}<|sys|>"
+        "{{ c.function.arguments.city }}<|/sys|>{% else %}{{ raise_exception('unknown') }}{% endif %}{% endfor %}"
+        + FOOT,
+        CALLED,
+        ["<|sys|>ARG1<|/sys|><|im_end|>", "ANS2 is it.<|im_end|>"],
+    ),
+    "a text that is null is read once the conversation goes on": (
+        HEAD + "{{ (m.content or '') if loop.last else m.content.split('</think>')[-1] }}" + CALLS_OF + FOOT,
+        CALLED,
+        ['{"name": "weather", "arguments": {"city": "ARG1"}}<|im_end|>', "ANS2 is it.<|im_end|>"],
+    ),
     "an argument holds the text of a stop": (
         HEAD + LETTERS + CALLS_OF + FOOT,
         [
@@ -246,6 +258,16 @@ def test_habits_of_templates(habit, rich, tmp_path):
     prompt, ids = enc.encode_prompt(conversation(messages)).input_ids, found[-1].input_ids
     shared = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
     assert rich.decode(prompt[shared:]) in ("", "<think>\n")
+
+
+@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("asked", [{"role": "user", "content": ""}, {**CALLED[2], "content": ""}])
+def test_answers_to_empty_texts_are_trained(asked, name, rich):
+    before = CALLED[:2] if asked["role"] == "tool" else []
+    answer = {"role": "assistant", "content": "ANS5 so."}
+    wanted = conversation([*before, asked, answer], **({"tools": [TOOL]} if before else {}))
+    trained = examples(under(rich, name), wanted)[-1]
+    assert WORD.findall(runs(rich, trained)[-1]) == ["ANS5"] and runs(rich, trained)[-1].endswith(STOPS[name][0])
 
 
 @pytest.mark.parametrize("name", ["reasoning", "two_ends", "think_in_prompt", "end_is_header"])
