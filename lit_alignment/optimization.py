@@ -1,9 +1,9 @@
 """Optimizer and learning-rate schedule."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -45,6 +45,16 @@ class OptimizerConfig:
             raise ConfigError(f"optimizer.learning_rate is {self.learning_rate}; use a number above 0.")
         if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup > 1):
             raise ConfigError(f"optimizer.warmup is {self.warmup}; use steps (an integer) or a share between 0 and 1.")
+        if self.weight_decay < 0:
+            raise ConfigError(f"optimizer.weight_decay is {self.weight_decay}; use 0 or more.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas are {[*self.betas]}; use two numbers from 0 up to, but not, 1.")
+        if self.eps <= 0:
+            raise ConfigError(f"optimizer.eps is {self.eps}; use a number above 0.")
+        if not 0 <= self.min_ratio <= 1:
+            raise ConfigError(f"optimizer.min_ratio is {self.min_ratio}; use a share between 0 and 1.")
+        if not 0 < self.decay_share <= 1:
+            raise ConfigError(f"optimizer.decay_share is {self.decay_share}; use a share above 0, at most 1.")
 
 
 def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig) -> float:
@@ -58,10 +68,9 @@ def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig)
     Source: cosine: Loshchilov and Hutter 2017 (arXiv:1608.03983); wsd: Hu et al. 2024 (arXiv:2404.06395).
     """
     warmup = config.warmup if isinstance(config.warmup, int) else math.ceil(config.warmup * total_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.schedule == "constant":
-        return 1.0
+    rising = (step + 1) / warmup if step < warmup else 1.0
+    if config.schedule == "constant" or (config.schedule != "wsd" and step < warmup):
+        return rising
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     match config.schedule:
         case "cosine":
@@ -70,13 +79,13 @@ def learning_rate_factor(step: int, total_steps: float, config: OptimizerConfig)
             falling = 1 - progress
         case "wsd":
             falling = min(1.0, max(0.0, (total_steps - step) / max(1.0, config.decay_share * total_steps)))
-    return config.min_ratio + (1 - config.min_ratio) * falling
+    return min(rising, config.min_ratio + (1 - config.min_ratio) * falling)  # a short wsd falls before it has risen
 
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter],
     config: OptimizerConfig,
-    total_steps: float,
+    total_steps: float | Callable[[], float],
     fused: bool = True,
     other_rates: Sequence[tuple[Iterable[nn.Parameter], float]] = (),
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
@@ -85,7 +94,7 @@ def build_optimizer(
     Args:
         parameters: Candidates; those that do not require gradients are left out.
         config: Settings.
-        total_steps: Optimizer steps of the run, may be infinite.
+        total_steps: Optimizer steps of the run, may be infinite; called at each step, if it can be.
         fused: Use the fused kernel; the gradient scaler of fp16 training cannot clip with it.
         other_rates: Some of the parameters, and their highest learning rate.
 
@@ -96,19 +105,53 @@ def build_optimizer(
     if not trainable:
         raise ConfigError("no parameter is trainable: set model.peft, or model.adapter.trainable to true.")
     share = isinstance(config.warmup, float) and config.warmup > 0
-    if math.isinf(total_steps) and (config.schedule != "constant" or share):
+    total = total_steps if callable(total_steps) else lambda: total_steps
+    if math.isinf(total()) and (config.schedule != "constant" or share):
         raise ConfigError("this schedule needs an end: set trainer.max_steps or trainer.max_epochs.")
-    rates = {id(parameter): rate for part, rate in other_rates for parameter in part}
-    parts: dict[tuple[float, float], list[nn.Parameter]] = {}
+    rates = [config.learning_rate, *(rate for _, rate in other_rates)]
+    part_of = {id(parameter): number for number, (part, _) in enumerate(other_rates, 1) for parameter in part}
+    # Groups by what a parameter is, and not by its settings: these may be others when the run is resumed.
+    parts: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for parameter in trainable:
-        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-        parts.setdefault((rates.get(id(parameter), config.learning_rate), decay), []).append(parameter)
-    groups = [{"params": part, "lr": rate, "weight_decay": decay} for (rate, decay), part in parts.items()]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=fused,
-    )
-    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, total_steps, config))
+        parts.setdefault((part_of.get(id(parameter), 0), parameter.ndim >= 2), []).append(parameter)
+    groups = [
+        {"params": part, "lr": rates[number], "weight_decay": config.weight_decay if is_matrix else 0.0}
+        for (number, is_matrix), part in parts.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, total(), config))
+
+
+SETTINGS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps"}
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of each group of parameters, as the schedule found them."""
+    return [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, schedule: LambdaLR, settings: list[dict[str, Any]]) -> list[str]:
+    """Put this run's settings in place of a checkpoint's, whose optimizer brings its own.
+
+    Args:
+        optimizer: Restored.
+        schedule: Restored.
+        settings: What `group_settings` gave before.
+
+    Returns:
+        What changed, as "name: old -> new".
+    """
+    changed: dict[str, None] = {}
+    for number, (group, own) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
+        for name, value in own.items():
+            if group[name] != value and [*_listed(group[name])] != [*_listed(value)]:
+                changed[f"{SETTINGS[name]}: {group[name]} -> {value}"] = None
+        group.update(own)
+        schedule.base_lrs[number] = own["initial_lr"]
+        group["lr"] = own["initial_lr"] * schedule.lr_lambdas[number](schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return list(changed)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]

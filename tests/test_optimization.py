@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,6 +39,12 @@ def test_wsd_is_flat_and_then_falls():
     assert [found[i] for i in (90, 100)] == pytest.approx([0.5, 0])
 
 
+def test_wsd_does_not_jump_where_it_falls_before_it_has_risen():
+    found = course(warmup=60, schedule="wsd", decay_share=0.8)
+    assert max(abs(a - b) for a, b in pairwise(found)) < 0.02
+    assert max(found) == found[42] == pytest.approx(43 / 60)  # (s + 1) / 60 meets (100 - s) / 80
+
+
 def test_matrices_decay_and_vectors_do_not():
     layer = nn.Linear(4, 3)
     optimizer, _ = build_optimizer(layer.parameters(), OptimizerConfig(weight_decay=0.1), 10)
@@ -67,7 +74,16 @@ def test_frozen_weights_get_no_state():
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"learning_rate": 0.0}, "learning_rate is 0.0"), ({"warmup": 1.5}, "warmup is 1.5"), ({"warmup": -1}, "warmup")],
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"warmup": 1.5}, "warmup is 1.5"),
+        ({"warmup": -1}, "warmup"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1; use 0 or more"),
+        ({"betas": (2.0, 2.0)}, r"betas are \[2.0, 2.0\]"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"min_ratio": 5.0}, "min_ratio is 5.0; use a share between 0 and 1"),
+        ({"decay_share": 0.0}, "decay_share is 0.0"),
+    ],
 )
 def test_useless_settings_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):

@@ -3,7 +3,8 @@
 import copy
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -122,24 +123,38 @@ def _write_weights(
     else:
         state = {name: cast(trained.get(name, value), dtype) for name, value in network.state_dict().items()}
     model = base_model(network)
-    _share_tied(model, state)
-    if full_weights is not None:
-        full_weights(folder, state)
-        return
-    model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
-    if dtype is not None:
-        config = copy.deepcopy(model.config)
-        config.dtype = dtype
-        config.save_pretrained(folder)
+    with _tied_as_trained(model, state):
+        if full_weights is not None:
+            full_weights(folder, state)
+            return
+        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
+        if dtype is not None:
+            config = copy.deepcopy(model.config)
+            config.dtype = dtype
+            config.save_pretrained(folder)
 
 
-def _share_tied(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
-    """Give tied embeddings one tensor again, so that they are written once."""
-    output = model.get_output_embeddings()
-    if output is None or not model.config.get_text_config().tie_word_embeddings:
+@contextmanager
+def _tied_as_trained(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[None]:
+    """Have tied embeddings written once, or untied, in weights and configuration, where an adapter made two of them."""
+    output, configs = model.get_output_embeddings(), [model.config, model.config.get_text_config()]
+    if output is None or not configs[1].tie_word_embeddings:
+        yield
         return
     names = {id(module): name for name, module in model.named_modules()}
-    state[f"{names[id(output)]}.weight"] = state[f"{names[id(model.get_input_embeddings())]}.weight"]
+    embedding, head = (f"{names[id(module)]}.weight" for module in (model.get_input_embeddings(), output))
+    if torch.equal(state[embedding], state[head]):
+        state[head] = state[embedding]
+        yield
+        return
+    tied = [config.tie_word_embeddings for config in configs]
+    try:
+        for config in configs:
+            config.tie_word_embeddings = False
+        yield
+    finally:
+        for config, value in zip(configs, tied, strict=True):
+            config.tie_word_embeddings = value
 
 
 def flush_folder(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.batching.position import (
+    Begun,
+    Window,
+    epoch_length,
+    identity,
+    read_position,
+    refuse_other_data,
+    write_position,
+)
+from lit_alignment.data.batching.standing import accumulation, standing
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.rows import RowEncoder
@@ -87,7 +98,8 @@ class AlignmentDataModule(LightningDataModule):
         self.examples: dict[str, datasets.Dataset] = {}
         self.reports: dict[str, DataReport] = {}
         self._train_loader: PlannedLoader[Any] | None = None
-        self._resume_at: dict[str, int] | None = None
+        self._train_plan: BatchPlan | None = None
+        self.begun = Begun(0)  # the epoch in which a resumed training stands
         # Gives (dataset, id) of prompts that need no answer any more; asked when the loader is made.
         self.answered: Callable[[], set[tuple[str, str]]] = set
         self.check_settings()
@@ -199,6 +211,7 @@ class AlignmentDataModule(LightningDataModule):
             if not self.reports:  # said once
                 report.remarks = self.remarks()
             self.examples[split], self.reports[split] = dataset, report
+            self._train_plan = None
             rank_zero_info(report.line())
             if self.on_drop == "error" and report.dropped:
                 raise ConfigError(f"data.on_drop is 'error' and records were dropped. {report.line()}")
@@ -236,19 +249,60 @@ class AlignmentDataModule(LightningDataModule):
     def train_dataloader(self) -> PlannedLoader[Any]:
         """Shuffled batches that know the trained weight of their optimizer step."""
         self._train_loader = self._loader("train")
-        if self._resume_at is not None:
-            self._train_loader.resume(self._resume_at)
         return self._train_loader
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training data, for a checkpoint."""
-        return {} if self._train_loader is None else {"train": self._train_loader.position()}
+        """The position in the training data, for a checkpoint: what stands behind the last optimizer step."""
+        if self._train_loader is None or self.trainer is None:
+            return {}
+        at = standing(self.trainer)
+        position = write_position(
+            self._training_plan(), at, self._begun(at.epoch), self._window(at.epoch), self.trainer.global_step
+        )
+        return {"train": position, "data": self._identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume at a checkpoint's position; sharded strategies restore when the loader is there already."""
-        self._resume_at = state_dict.get("train")
-        if self._train_loader is not None and self._resume_at is not None:
-            self._train_loader.resume(self._resume_at)
+        """Resume at a checkpoint's position; sharded strategies restore when the loader is there already.
+
+        Raises:
+            CheckpointError: If it was trained on other data, or in another order.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit" or "train" not in state_dict:
+            return
+        refuse_other_data(state_dict["data"], self._identity)
+        self.begun = read_position(
+            self._training_plan(), state_dict["train"], self._window(state_dict["train"]["epoch"])
+        )
+        if self.begun.changed and isinstance(self.trainer.limit_train_batches, float):
+            if self.trainer.limit_train_batches < 1:
+                raise ConfigError(
+                    "trainer.limit_train_batches is a share, and the checkpoint's epoch was begun with other batches "
+                    f"({', '.join(self.begun.changed)}). Give it as a number of batches."
+                )
+
+    def epoch_length(self, epoch: int) -> int:
+        """Micro-batches of each rank in an epoch, within `limit_train_batches`."""
+        length = epoch_length(self._training_plan(), self._begun(epoch), data_rank(self.trainer)[1])
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return min(length, limit) if isinstance(limit, int) else int(length * limit)
+
+    def _training_plan(self) -> BatchPlan:
+        if self._train_plan is None:
+            self._train_plan = self.plan("train")
+        return self._train_plan
+
+    def _begun(self, epoch: int) -> Begun:
+        return self.begun if self.begun.epoch == epoch else Begun(epoch)
+
+    def _window(self, epoch: int) -> Window:
+        accumulate = 1 if self.trainer is None else accumulation(self.trainer, epoch)
+        return Window(data_rank(self.trainer)[1], accumulate)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        dataset = self.examples["train"]
+        ids = dataset.select_columns(["id"]).with_format("arrow")[:]["id"]
+        return identity(column(dataset, "length"), column(dataset, "weight"), ids, self.seed)
 
     def val_dataloader(self) -> PlannedLoader[Any] | list[Any]:
         """Validation batches in order; none without sources."""
@@ -273,7 +327,7 @@ class AlignmentDataModule(LightningDataModule):
             return self.predict_collate([self.predict_item(dataset[index], index) for index in planned.indices])
 
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
-        return PlannedLoader(lambda epoch: plan, build, len(plan), world_size)
+        return PlannedLoader(lambda epoch: plan, build, len(plan))
 
     def plan(self, split: Split) -> BatchPlan:
         """What decides the batches of a split that is loaded."""
@@ -285,19 +339,20 @@ class AlignmentDataModule(LightningDataModule):
             batch_size=self.batch_size,
             shuffle=split == "train",
             seed=self.seed,
+            repeats=getattr(self.trainer, "overfit_batches", 0) > 0,
         )
 
     def _loader(self, split: Split) -> PlannedLoader[Any]:
-        dataset, plan = self.examples[split], self.plan(split)
-        rank, world_size = data_rank(self.trainer)
-        training = split == "train"
-        accumulate = self.trainer.accumulate_grad_batches if training and self.trainer is not None else 1
-        length = -(-len(plan.groups(0)) // world_size)
+        dataset, plan = self.examples[split], self._training_plan() if split == "train" else self.plan(split)
+        rank, ranks = data_rank(self.trainer)
 
         def batches(epoch: int) -> list[PlannedBatch]:
+            if split != "train":
+                return plan.batches(plan.groups(0), rank, ranks)
+            begun = self._begun(epoch)
             # A limit cuts the last window short, so the plan has to know it.
-            limit = self._train_limit(length) if training else None
-            return plan.batches(epoch, rank, world_size, accumulate, limit)
+            groups = plan.left(epoch, begun.stretches)[: (self.epoch_length(epoch) - begun.batches) * ranks]
+            return plan.batches(groups, rank, ranks, self._window(epoch).accumulate)
 
         def build(planned: PlannedBatch) -> Any:
             columns = dataset[planned.indices]
@@ -305,16 +360,10 @@ class AlignmentDataModule(LightningDataModule):
             return self.collate(rows, planned)
 
         pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return PlannedLoader(batches, build, length, world_size, self.num_workers, pin_memory)
-
-    def _train_limit(self, available: int) -> int | None:
-        """Batches a rank sees under the trainer's `limit_train_batches`."""
-        if self.trainer is None:
-            return None
-        limit = self.trainer.limit_train_batches
-        if isinstance(limit, float):
-            return None if limit == 1.0 else int(available * limit)
-        return int(limit)
+        begun = Begun(0)
+        if split == "train" and self.trainer is not None:
+            begun = self._begun(max(self.begun.epoch, self.trainer.current_epoch))
+        return PlannedLoader(batches, build, epoch_length(plan, begun, ranks), self.num_workers, pin_memory)
 
 
 def data_rank(trainer: Trainer | None) -> tuple[int, int]:

@@ -233,10 +233,12 @@ def merged_state(network: PeftModel, dtype: torch.dtype | None = None) -> dict[s
             case ModulesToSaveWrapper():
                 merged[name] = module.modules_to_save[module.active_adapters[0]].state_dict()
             case BaseTunerLayer():
-                layer = copy.deepcopy(module).float()
-                layer.merge()
                 dtypes = {key: dtype or value.dtype for key, value in module.get_base_layer().state_dict().items()}
-                merged[name] = {k: v.to(dtypes[k]) for k, v in layer.get_base_layer().state_dict().items()}
+                layer: Any = copy.deepcopy(module).float()
+                while isinstance(layer, BaseTunerLayer):  # a layer of experts has a wrapper for each of its weights
+                    layer.merge()
+                    layer = layer.base_layer
+                merged[name] = {k: v.to(dtypes[k]) for k, v in layer.state_dict().items()}
     state = {k: v for k, v in base.state_dict().items() if not any(prefix in merged for prefix in _prefixes(k))}
     state |= {f"{name}.{key}": value for name, layer in merged.items() for key, value in layer.items()}
     return {name: cast(value, dtype) for name, value in state.items()}

@@ -4,10 +4,12 @@ import math
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -18,9 +20,21 @@ from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, tr
 from lit_alignment.checkpoints.sharded import full
 from lit_alignment.data.base import data_rank, datamodule_of
 from lit_alignment.data.batching.collate import Rows
+from lit_alignment.data.batching.position import FROM_WEIGHTS
+from lit_alignment.data.batching.standing import (
+    catch_up,
+    forget_loader,
+    recount,
+    refuse_half_step,
+    reload_loader,
+    seed_step,
+    settle,
+    skip_validation,
+    total_steps,
+)
 from lit_alignment.distributed.features import StrategyFeatures, features_of
 from lit_alignment.distributed.sharding import Cast
-from lit_alignment.errors import ConfigError, TrainingError
+from lit_alignment.errors import CheckpointError, ConfigError, TrainingError
 from lit_alignment.hooks import MethodHooks, Stage
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
@@ -34,7 +48,7 @@ from lit_alignment.models.loading import (
     weights_dtype,
 )
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.optimization import OptimizerConfig, build_optimizer
+from lit_alignment.optimization import OptimizerConfig, apply_settings, build_optimizer, group_settings
 
 
 class AlignmentModule(MethodHooks, LightningModule):
@@ -75,6 +89,9 @@ class AlignmentModule(MethodHooks, LightningModule):
         self._window_loss: Tensor | float = 0.0
         self._window: list[tuple[list[str], Tensor]] = []  # ids and loss of each micro-batch of the step
         self._ids: list[str] = []
+        self._stepping = False  # whether the optimizer is at work
+        self._validated: tuple[int, int] | None = None  # epoch and micro-batch behind which the last validation stood
+        self._settings: list[dict[str, Any]] = []  # of each group of parameters
         self._gathered = ExitStack()
 
     # Model.
@@ -171,6 +188,17 @@ class AlignmentModule(MethodHooks, LightningModule):
         """From now on checkpoints are saved in the background, if that is wanted."""
         start_saving(self.trainer)
 
+    def on_train_start(self) -> None:
+        """Do what was due where a resumed run stands, with this run's settings."""
+        schedule: Any = self.lr_schedulers()
+        changed = apply_settings(self.trainer.optimizers[0], schedule, self._settings)
+        changed += (begun := datamodule_of(self.trainer).begun).changed
+        if begun.changed:
+            reload_loader(self.trainer)
+        if changed:
+            rank_zero_info(f"changed since the checkpoint: {'; '.join(changed)}")
+        catch_up(self.trainer, self._validated)
+
     # Steps and metrics.
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -192,6 +220,9 @@ class AlignmentModule(MethodHooks, LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
         self._log_stage("val")
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            self._validated = (self.trainer.current_epoch, progress.ready)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
@@ -202,6 +233,11 @@ class AlignmentModule(MethodHooks, LightningModule):
             self.log(f"{stage}/{name}", float(value), prog_bar=name in self.progress_bar)
         for metric in self.metrics_of(stage).values():
             metric.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """The next epoch has as many batches as an epoch has, if this one was begun with other batches."""
+        if (begun := datamodule_of(self.trainer).begun).changed and begun.epoch == self.trainer.current_epoch:
+            forget_loader(self.trainer)
 
     # Loss of an optimizer step.
 
@@ -223,15 +259,17 @@ class AlignmentModule(MethodHooks, LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember which records come, for the message if their loss is non-finite."""
         self._ids = list(batch.ids)
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            seed_step(self.trainer, data_rank(self.trainer)[0])
 
     # Optimizer.
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the trainable parameters, with the schedule stepped at each optimizer step."""
-        total_steps = float(self.trainer.estimated_stepping_batches)
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
-        rates = self.other_rates()
-        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, total_steps, fused, rates)
+        steps, rates = partial(total_steps, self.trainer), self.other_rates()
+        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, steps, fused, rates)
+        self._settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
@@ -257,6 +295,9 @@ class AlignmentModule(MethodHooks, LightningModule):
         # Gradients are summed over all ranks, so all see the same norm. The scaler of fp16 skips such steps itself.
         if self.trainer.precision != "16-mixed" and not bool(torch.isfinite(norm)):
             self._not_finite(window)
+        for name in [name for name in self.trainer.callback_metrics if name.startswith("val/")]:
+            del self.trainer.callback_metrics[name]  # no checkpoint is ranked by what others' weights gave
+        self._stepping = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the gradient norm, where the strategy has the gradients.
@@ -264,6 +305,9 @@ class AlignmentModule(MethodHooks, LightningModule):
         Raises:
             TrainingError: If it is non-finite.
         """
+        self._stepping = False
+        if self._validated is not None:
+            skip_validation(self.trainer, self._validated)
         norm = self.features.gradient_norm()
         if norm is not None:
             self.log("train/grad_norm", norm)
@@ -300,16 +344,30 @@ class AlignmentModule(MethodHooks, LightningModule):
             "adapter": None if self.adapter is None else asdict(self.adapter),
             "tokens": asdict(self.tokens_config),
             "chat_template": datamodule_of(self.trainer).chat_template(),
-            "ranks": data_rank(self.trainer)[1],
+            "validated": None if self._validated is None else [*self._validated],
             **self.checkpoint_metadata(),
         }
+        refuse_half_step(self.trainer, self._stepping)
+        settle(checkpoint, self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that lacks a trained weight: non-strict loading would leave it at its start value."""
+        """Refuse a checkpoint of another method, or one that lacks what it takes to go on."""
         refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
-        ranks = checkpoint.get(CHECKPOINT_KEY, {}).get("ranks")
-        if ranks is not None and "loops" in checkpoint and self._trainer is not None:
-            _recount(checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"], ranks / data_rank(self.trainer)[1])
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        data, about = datamodule_of(self.trainer), checkpoint.get(CHECKPOINT_KEY, {})
+        if "loops" not in checkpoint or "train" not in checkpoint.get(type(data).__qualname__, {}):
+            raise CheckpointError(
+                f"the checkpoint does not say where the training stood, so it cannot be resumed; {FROM_WEIGHTS}."
+            )
+        data.load_state_dict(checkpoint[type(data).__qualname__])
+        begun = data.begun
+        self._validated = about["validated"] and (about["validated"][0], about["validated"][1])
+        if begun.changed and begun.batches:
+            recount(checkpoint, begun.batches)
+            position = checkpoint[type(data).__qualname__]["train"]
+            if self._validated is not None and self._validated >= (begun.epoch, position["batches"]):
+                self._validated = (begun.epoch, begun.batches)
 
     # Predictions.
 
@@ -320,18 +378,6 @@ class AlignmentModule(MethodHooks, LightningModule):
     def on_predict_end(self) -> None:
         """Shard again what was gathered."""
         self._gathered.close()
-
-
-def _recount(progress: dict[str, Any], factor: float) -> None:
-    """Make the number of batches that each process has seen that of another number of processes.
-
-    A checkpoint can be saved before its last batch counts as completed, which stays so.
-    """
-    for counts in (progress["total"], progress["current"]):
-        open_ones = counts["processed"] - counts["completed"]
-        for name in ("ready", "started", "processed"):
-            counts[name] = round(counts[name] * factor)
-        counts["completed"] = counts["processed"] - open_ones
 
 
 def world_scale(module: AlignmentModule) -> float:

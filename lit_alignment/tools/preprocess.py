@@ -77,7 +77,7 @@ class FileDataModule(LightningDataModule):
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         own = list(range(len(self.files)))[rank::ranks]
         plan = [PlannedBatch(own[i : i + self.batch_size], 0.0) for i in range(0, len(own), self.batch_size)]
-        return PlannedLoader(lambda epoch: plan, self._read, len(plan), ranks, self.num_workers)
+        return PlannedLoader(lambda epoch: plan, self._read, len(plan), self.num_workers)
 
     def _read(self, planned: PlannedBatch) -> FileBatch:
         names, parts, unreadable = [], [], []

@@ -132,7 +132,8 @@ def test_dummy_question_trains_nothing(tmp_path):
     module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=3, objective="perplexity_distillation")
     data = rag_data(module, chats(3), batch_size=2)
     trainer(tmp_path, max_steps=0).fit(module, data)
-    dummy = data.plan("train").batches(0, rank=2, world_size=3)[0]
+    plan = data.plan("train")
+    dummy = plan.batches(plan.groups(0), rank=2, world_size=3)[0]
     assert dummy.dummy and dummy.window_examples == 3
     seen = []
     module.step_loss = lambda loss_sum, weight: seen.append((float(loss_sum), weight)) or loss_sum

@@ -1,4 +1,4 @@
-"""The loader behind every training and validation loop: follows a plan, and resumes inside an epoch."""
+"""The loader behind every training and validation loop: it follows a plan."""
 
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -25,17 +25,15 @@ class _PlannedDataset(Dataset[Batch]):
 
 
 class PlannedLoader(Generic[Batch]):
-    """Yields the batches of a plan and remembers how many of them were used.
+    """Yields the batches of a plan.
 
     It is not a DataLoader, so Lightning leaves it alone: no injected sampler, no re-instantiation. Lightning finds
-    `set_epoch` through `batch_sampler`. The data module stores the position: Lightning's own way, a loader with a
-    `state_dict`, is skipped on resuming when a schedule has asked for the number of steps.
+    `set_epoch` through `batch_sampler`.
 
     Args:
-        plan: The batches of an epoch on this rank.
+        plan: The batches of an epoch on this rank; asked for when an epoch is iterated.
         build: Turns a planned batch into tensors.
-        length: Batches of a full epoch on this rank; the plan may stop earlier.
-        world_size: Number of ranks; positions are stored in batches of all ranks together.
+        length: Batches of an epoch on this rank, as Lightning counts them; the plan may stop earlier.
         num_workers: Processes that build batches ahead.
         pin_memory: Build in page-locked memory.
     """
@@ -45,16 +43,13 @@ class PlannedLoader(Generic[Batch]):
         plan: Callable[[int], list[PlannedBatch]],
         build: Callable[[PlannedBatch], Batch],
         length: int,
-        world_size: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         """Start before the first epoch."""
         self.plan, self.build = plan, build
-        self.world_size, self.num_workers, self.pin_memory = world_size, num_workers, pin_memory
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.epoch = 0
-        self._used = 0
-        self._resume: tuple[int, int] | None = None  # (epoch, batches of all ranks)
         self._length = length
 
     @property
@@ -66,31 +61,18 @@ class PlannedLoader(Generic[Batch]):
         """Choose the epoch whose order the next iteration follows."""
         self.epoch = epoch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module stores the position. Lightning warns of loaders that cannot resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing."""
+
     def __len__(self) -> int:
-        """Batches on this rank, the same in every epoch."""
+        """Batches of an epoch on this rank."""
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches that are left of this epoch, on this rank."""
-        planned = self.plan(self.epoch)
-        self._used = 0
-        if self._resume is not None:
-            epoch, position = self._resume
-            self._resume = None
-            if epoch == self.epoch:
-                self._used = position // self.world_size
-        dataset = _PlannedDataset(planned[self._used :], self.build)
-        loader: DataLoader[Any] = DataLoader(
-            dataset, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory
-        )
-        for batch in loader:
-            self._used += 1
-            yield batch
-
-    def position(self) -> dict[str, int]:
-        """Epoch and number of used batches of all ranks together."""
-        return {"epoch": self.epoch, "used": self._used * self.world_size}
-
-    def resume(self, position: dict[str, int]) -> None:
-        """Continue at a stored position when its epoch is iterated."""
-        self._resume = (position["epoch"], position["used"])
+        dataset = _PlannedDataset(self.plan(self.epoch), self.build)
+        yield from DataLoader(dataset, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)

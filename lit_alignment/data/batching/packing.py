@@ -6,7 +6,7 @@ window, so every rank knows, without communication, what every other rank will t
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +30,21 @@ class PlannedBatch:
     window_weight: float
     window_examples: int = 0
     dummy: bool = False
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The first batches of an epoch, or of what was left of it, as they were planned.
+
+    Args:
+        tokens_per_batch: Of the plan.
+        batch_size: Of the plan.
+        used: How many of its micro-batches were trained, on all ranks together.
+    """
+
+    tokens_per_batch: int | None
+    batch_size: int
+    used: int
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -76,6 +91,7 @@ class BatchPlan:
         batch_size: Examples in an unpacked batch.
         shuffle: New order each epoch; without it, order is by position.
         seed: Seed of the order.
+        repeats: Whether every epoch has the order of the first.
     """
 
     lengths: NDArray[np.int64]
@@ -84,6 +100,7 @@ class BatchPlan:
     batch_size: int
     shuffle: bool
     seed: int
+    repeats: bool = False
 
     @cached_property
     def _rows(self) -> list[list[int]]:
@@ -105,7 +122,7 @@ class BatchPlan:
         Packed rows are shuffled in two ways: examples of equal length change places, and rows change order.
         Both keep the lengths of the rows, so every epoch has the same number of batches and steps.
         """
-        generator = np.random.default_rng([self.seed, epoch])
+        generator = np.random.default_rng([self.seed, 0 if self.repeats else epoch])
         if self.tokens_per_batch is None:
             order = np.arange(len(self.lengths))
             if self.shuffle:
@@ -118,24 +135,56 @@ class BatchPlan:
         taker[by_length] = np.lexsort((generator.random(len(self.lengths)), self.lengths))
         return [taker[self._rows[i]].tolist() for i in generator.permutation(len(self._rows))]
 
-    def batches(
-        self, epoch: int, rank: int = 0, world_size: int = 1, accumulate: int = 1, limit: int | None = None
-    ) -> list[PlannedBatch]:
-        """The micro-batches of one rank.
-
-        Micro-batch k of an epoch goes to rank k % world_size; `accumulate` x `world_size` neighbours make one
-        optimizer step. Where the last round has too few, the ranks without one get a dummy batch of weight 0.
+    def left(self, epoch: int, stretches: Sequence[Stretch]) -> list[list[int]]:
+        """The micro-batches of an epoch that are left when others have been trained, each record once.
 
         Args:
             epoch: Epoch number.
+            stretches: What was trained, in order; their batches may have been of another size.
+        """
+        records = np.arange(len(self.lengths))
+        for stretch in stretches:
+            plan = replace(self, tokens_per_batch=stretch.tokens_per_batch, batch_size=stretch.batch_size)
+            groups = plan._groups_of(records, epoch)
+            if stretch == stretches[-1] and plan.settings == self.settings:
+                return groups[stretch.used :]
+            used = [index for group in groups[: stretch.used] for index in group]
+            records = np.setdiff1d(records, used)
+        return self._groups_of(records, epoch)
+
+    def _groups_of(self, records: NDArray[np.int64], epoch: int) -> list[list[int]]:
+        """The micro-batches of some of the examples."""
+        if len(records) == len(self.lengths):
+            return self.groups(epoch)
+        part = replace(self, lengths=self.lengths[records], weights=self.weights[records])
+        return [records[group].tolist() for group in part.groups(epoch)]
+
+    @property
+    def settings(self) -> tuple[int | None, int]:
+        """What decides which examples share a micro-batch."""
+        return self.tokens_per_batch, self.batch_size
+
+    @property
+    def num_groups(self) -> int:
+        """Micro-batches of an epoch on all ranks."""
+        if self.tokens_per_batch is None:
+            return -(-len(self.lengths) // self.batch_size)
+        return len(self._rows)
+
+    def batches(
+        self, groups: Sequence[list[int]], rank: int = 0, world_size: int = 1, accumulate: int = 1
+    ) -> list[PlannedBatch]:
+        """The micro-batches of one rank.
+
+        Micro-batch k goes to rank k % world_size; `accumulate` x `world_size` neighbours make one optimizer step. Where
+        the last round has too few, the ranks without one get a dummy batch of weight 0.
+
+        Args:
+            groups: The micro-batches of all ranks.
             rank: This process.
             world_size: Number of processes.
             accumulate: Micro-batches a rank sees in one optimizer step.
-            limit: Only this many micro-batches a rank.
         """
-        groups = self.groups(epoch)
-        if limit is not None:
-            groups = groups[: limit * world_size]
         window = accumulate * world_size
         totals = [
             float(sum(self.weights[group].sum() for group in groups[start : start + window]))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from lit_alignment.data.batching.collate import (
     pad_prompts,
 )
 from lit_alignment.data.batching.loader import PlannedLoader
-from lit_alignment.data.batching.packing import BatchPlan, pack
+from lit_alignment.data.batching.packing import BatchPlan, Stretch, pack
 from lit_alignment.data.encoding.example import Example
 
 
@@ -61,7 +63,7 @@ def test_packing_wastes_little():
 @pytest.mark.parametrize("tokens", [None, 256])
 def test_window_weight_is_what_its_batches_on_all_ranks_hold(world_size, accumulate, tokens):
     planned = plan(tokens=tokens)
-    ranks = [planned.batches(1, rank, world_size, accumulate) for rank in range(world_size)]
+    ranks = [planned.batches(planned.groups(1), rank, world_size, accumulate) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     seen = []
     for start in range(0, len(ranks[0]), accumulate):
@@ -75,7 +77,7 @@ def test_window_weight_is_what_its_batches_on_all_ranks_hold(world_size, accumul
 
 def test_limit_cuts_the_last_window_and_its_weight():
     planned = plan()
-    batches = planned.batches(0, accumulate=4, limit=6)
+    batches = planned.batches(planned.groups(0)[:6], accumulate=4)
     assert len(batches) == 6
     assert batches[-1].window_weight == pytest.approx(sum(planned.weights[b.indices].sum() for b in batches[4:]))
 
@@ -135,28 +137,31 @@ def test_prompts_are_padded_on_the_left():
     assert ids.tolist() == [[1, 2, 3], [0, 0, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
+@pytest.mark.parametrize("tokens", [None, 256], ids=["padded", "packed"])
+def test_epoch_goes_on_where_it_was_left_and_another_plan_trains_the_other_records(tokens):
+    planned = plan(tokens=tokens)
+    groups = planned.groups(1)
+    own = Stretch(tokens, planned.batch_size, 5)
+    assert planned.left(1, []) == groups and planned.left(1, [own]) == groups[5:]
+    trained = [index for group in groups[:5] for index in group]
+    for settings in ({"tokens_per_batch": None, "batch_size": 3}, {"tokens_per_batch": 300}):
+        other = replace(planned, **settings)
+        left = other.left(1, [own])
+        assert sorted([*trained, *(index for group in left for index in group)]) == list(range(101))
+        second = Stretch(*other.settings, 2)
+        last = planned.left(1, [own, second])  # and back again
+        seen = [*trained, *(i for group in left[:2] for i in group), *(i for group in last for i in group)]
+        assert sorted(seen) == list(range(101))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loader_continues_where_it_was_stopped(workers):
+def test_loader_follows_the_plan_of_the_epoch(workers):
     planned = plan(tokens=None)
-
-    def loader():
-        return PlannedLoader(
-            lambda epoch: planned.batches(epoch), _indices, len(planned.groups(0)), num_workers=workers
-        )
-
-    whole = loader()
-    whole.set_epoch(1)
-    expected = [batch.tolist() for batch in whole]
-    stopped = loader()
-    stopped.set_epoch(1)
-    iterator = iter(stopped)
-    head = [next(iterator).tolist() for _ in range(5)]
-    resumed = loader()
-    resumed.resume(stopped.position())
-    resumed.set_epoch(1)
-    assert head + [batch.tolist() for batch in resumed] == expected
-    resumed.set_epoch(2)  # the stored place belongs to its epoch only
-    assert len(list(resumed)) == len(planned.groups(2))
+    loader = PlannedLoader(lambda epoch: planned.batches(planned.groups(epoch)), _indices, 17, num_workers=workers)
+    for epoch in (2, 0):
+        loader.set_epoch(epoch)
+        assert [batch.tolist() for batch in loader] == planned.groups(epoch)
+    assert len(loader) == 17
 
 
 def _indices(planned):
