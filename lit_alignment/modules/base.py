@@ -3,39 +3,27 @@
 import math
 import warnings
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_alignment.checkpoints.background import start_saving
-from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, trained_names
 from lit_alignment.checkpoints.sharded import full
-from lit_alignment.data.base import data_rank, datamodule_of
+from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import Rows
-from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.data.batching.standing import (
-    catch_up,
-    forget_loader,
-    recount,
-    refuse_half_step,
-    reload_loader,
-    seed_step,
-    settle,
-    skip_validation,
     total_steps,
 )
 from lit_alignment.distributed.features import StrategyFeatures, features_of
 from lit_alignment.distributed.sharding import Cast
-from lit_alignment.errors import CheckpointError, ConfigError, TrainingError
-from lit_alignment.hooks import MethodHooks, Stage
+from lit_alignment.errors import ConfigError, TrainingError
+from lit_alignment.hooks import Stage
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
 from lit_alignment.models.collectives import SequenceGroup
@@ -48,10 +36,11 @@ from lit_alignment.models.loading import (
     weights_dtype,
 )
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.optimization import OptimizerConfig, apply_settings, build_optimizer, group_settings
+from lit_alignment.modules.checkpointed import CheckpointedModule
+from lit_alignment.optimization import OptimizerConfig, build_optimizer, group_settings
 
 
-class AlignmentModule(MethodHooks, LightningModule):
+class AlignmentModule(CheckpointedModule):
     """A language model with a tokenizer, trained in part or whole.
 
     A method adds `step`, `stage_metrics` and its predictions. What it has beside a language model (further networks,
@@ -89,9 +78,6 @@ class AlignmentModule(MethodHooks, LightningModule):
         self._window_loss: Tensor | float = 0.0
         self._window: list[tuple[list[str], Tensor]] = []  # ids and loss of each micro-batch of the step
         self._ids: list[str] = []
-        self._stepping = False  # whether the optimizer is at work
-        self._validated: tuple[int, int] | None = None  # epoch and micro-batch behind which the last validation stood
-        self._settings: list[dict[str, Any]] = []  # of each group of parameters
         self._gathered = ExitStack()
 
     # Model.
@@ -188,17 +174,6 @@ class AlignmentModule(MethodHooks, LightningModule):
         """From now on checkpoints are saved in the background, if that is wanted."""
         start_saving(self.trainer)
 
-    def on_train_start(self) -> None:
-        """Do what was due where a resumed run stands, with this run's settings."""
-        schedule: Any = self.lr_schedulers()
-        changed = apply_settings(self.trainer.optimizers[0], schedule, self._settings)
-        changed += (begun := datamodule_of(self.trainer).begun).changed
-        if begun.changed:
-            reload_loader(self.trainer)
-        if changed:
-            rank_zero_info(f"changed since the checkpoint: {'; '.join(changed)}")
-        catch_up(self.trainer, self._validated)
-
     # Steps and metrics.
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -220,9 +195,7 @@ class AlignmentModule(MethodHooks, LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
         self._log_stage("val")
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-            self._validated = (self.trainer.current_epoch, progress.ready)
+        super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
@@ -233,11 +206,6 @@ class AlignmentModule(MethodHooks, LightningModule):
             self.log(f"{stage}/{name}", float(value), prog_bar=name in self.progress_bar)
         for metric in self.metrics_of(stage).values():
             metric.reset()
-
-    def on_train_epoch_end(self) -> None:
-        """The next epoch has as many batches as an epoch has, if this one was begun with other batches."""
-        if (begun := datamodule_of(self.trainer).begun).changed and begun.epoch == self.trainer.current_epoch:
-            forget_loader(self.trainer)
 
     # Loss of an optimizer step.
 
@@ -258,9 +226,8 @@ class AlignmentModule(MethodHooks, LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember which records come, for the message if their loss is non-finite."""
+        super().on_train_batch_start(batch, batch_idx)
         self._ids = list(batch.ids)
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            seed_step(self.trainer, data_rank(self.trainer)[0])
 
     # Optimizer.
 
@@ -269,7 +236,7 @@ class AlignmentModule(MethodHooks, LightningModule):
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
         steps, rates = partial(total_steps, self.trainer), self.other_rates()
         optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, steps, fused, rates)
-        self._settings = group_settings(optimizer)
+        self.settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
@@ -295,9 +262,7 @@ class AlignmentModule(MethodHooks, LightningModule):
         # Gradients are summed over all ranks, so all see the same norm. The scaler of fp16 skips such steps itself.
         if self.trainer.precision != "16-mixed" and not bool(torch.isfinite(norm)):
             self._not_finite(window)
-        for name in [name for name in self.trainer.callback_metrics if name.startswith("val/")]:
-            del self.trainer.callback_metrics[name]  # no checkpoint is ranked by what others' weights gave
-        self._stepping = True
+        super().on_before_optimizer_step(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the gradient norm, where the strategy has the gradients.
@@ -305,9 +270,7 @@ class AlignmentModule(MethodHooks, LightningModule):
         Raises:
             TrainingError: If it is non-finite.
         """
-        self._stepping = False
-        if self._validated is not None:
-            skip_validation(self.trainer, self._validated)
+        super().on_train_batch_end(outputs, batch, batch_idx)
         norm = self.features.gradient_norm()
         if norm is not None:
             self.log("train/grad_norm", norm)
@@ -330,44 +293,6 @@ class AlignmentModule(MethodHooks, LightningModule):
         warnings.warn(f"optimizer step {step} is skipped, its loss is non-finite: {which}", stacklevel=2)
         for parameter in self.parameters():
             parameter.grad = None
-
-    # Checkpoints.
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trained weights only, and write down what they belong to, as plain values."""
-        trained = trained_names(self)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint[CHECKPOINT_KEY] = {
-            "module": f"{type(self).__module__}.{type(self).__qualname__}",
-            "backbone": asdict(self.backbone),
-            "peft": None if self.peft_config is None else _plain(self.peft_config.to_dict()),
-            "adapter": None if self.adapter is None else asdict(self.adapter),
-            "tokens": asdict(self.tokens_config),
-            "chat_template": datamodule_of(self.trainer).chat_template(),
-            "validated": None if self._validated is None else [*self._validated],
-            **self.checkpoint_metadata(),
-        }
-        refuse_half_step(self.trainer, self._stepping)
-        settle(checkpoint, self.trainer)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another method, or one that lacks what it takes to go on."""
-        refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
-        if self._trainer is None or self.trainer.state.fn != "fit":
-            return
-        data, about = datamodule_of(self.trainer), checkpoint.get(CHECKPOINT_KEY, {})
-        if "loops" not in checkpoint or "train" not in checkpoint.get(type(data).__qualname__, {}):
-            raise CheckpointError(
-                f"the checkpoint does not say where the training stood, so it cannot be resumed; {FROM_WEIGHTS}."
-            )
-        data.load_state_dict(checkpoint[type(data).__qualname__])
-        begun = data.begun
-        self._validated = about["validated"] and (about["validated"][0], about["validated"][1])
-        if begun.changed and begun.batches:
-            recount(checkpoint, begun.batches)
-            position = checkpoint[type(data).__qualname__]["train"]
-            if self._validated is not None and self._validated >= (begun.epoch, position["batches"]):
-                self._validated = (begun.epoch, begun.batches)
 
     # Predictions.
 
@@ -395,14 +320,3 @@ def alignment_module(module: LightningModule) -> AlignmentModule:
     if not isinstance(module, AlignmentModule):
         raise ConfigError(f"a module of lit_alignment is needed here, not {type(module).__name__}.")
     return module
-
-
-def _plain(value: Any) -> Any:
-    """A copy made of dicts, lists, strings and numbers, which a weights-only load accepts."""
-    if isinstance(value, dict):
-        return {str(_plain(k)): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(v) for v in (sorted(value) if isinstance(value, set) else value)]
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    return str(getattr(value, "value", value))

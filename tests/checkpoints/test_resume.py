@@ -266,3 +266,20 @@ def test_best_checkpoint_is_ranked_by_the_metric_of_its_own_step(tmp_path):
     for path, score in saver.best_k_models.items():
         assert float(score) == measured[torch.load(path, weights_only=True)["global_step"]]
     assert len(saver.best_k_models) == 6
+
+
+def test_checkpoint_of_another_method_or_backbone_is_refused_with_the_way_to_start_from_it(tmp_path):
+    """Names and shapes of the trained weights agree."""
+    whole, *_ = fit(tmp_path, save=True, max_epochs=1)
+    path = whole.saved[5][0]
+    content = torch.load(path, weights_only=True)
+    for change, words in (
+        ({"module": "lit_alignment.modules.rag.RAGModule"}, "is of RAGModule, not of SFTModule. To go on from its"),
+        ({"backbone": content["lit_alignment"]["backbone"] | {"path": "other/model"}}, "trained over other/model, not"),
+    ):
+        torch.save(content | {"lit_alignment": content["lit_alignment"] | change}, tmp_path / "other.ckpt")
+        with pytest.raises(CheckpointError, match=words):
+            fit(tmp_path, resume=tmp_path / "other.ckpt")
+        module = sft_module(lora=True)
+        with pytest.raises(CheckpointError, match=words):
+            trainer(tmp_path).predict(module, sft_data(module, chats(2), chats(2)), ckpt_path=tmp_path / "other.ckpt")

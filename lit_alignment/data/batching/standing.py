@@ -134,8 +134,7 @@ def catch_up(trainer: Trainer, validated: tuple[int, int] | None) -> None:
     # A scheduler of it acts at the beginning of epochs alone.
     trainer.accumulate_grad_batches = accumulation(trainer, trainer.current_epoch)
     loop, at = trainer.fit_loop.epoch_loop, standing(trainer)
-    fetcher = trainer.fit_loop._data_fetcher
-    assert fetcher is not None
+    fetcher: Any = trainer.fit_loop._data_fetcher
     looks = loop.restarting and loop._should_check_val_fx(fetcher)
     if looks and at.steps > 0 and validated != (at.epoch, at.batches):
         loop._batches_that_stepped = trainer.global_step - 1  # as a validation behind a step is logged

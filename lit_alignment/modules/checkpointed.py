@@ -1,0 +1,171 @@
+"""What of a module stands in a checkpoint, and how a training goes on from one."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftConfig
+
+from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, trained_names
+from lit_alignment.data.base import data_rank, datamodule_of
+from lit_alignment.data.batching.position import FROM_WEIGHTS
+from lit_alignment.data.batching.standing import (
+    catch_up,
+    forget_loader,
+    recount,
+    refuse_half_step,
+    reload_loader,
+    seed_step,
+    settle,
+    skip_validation,
+)
+from lit_alignment.errors import CheckpointError
+from lit_alignment.hooks import MethodHooks
+from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.optimization import apply_settings
+
+
+class CheckpointedModule(MethodHooks, LightningModule):
+    """Saves what was trained and where the training stands, and goes on from there.
+
+    Attributes:
+        backbone: The pretrained model.
+        peft_config: New adapters.
+        adapter: An existing adapter.
+        tokens_config: Special and new tokens.
+        settings: Of each group of parameters, as this run's configuration has them.
+    """
+
+    backbone: BackboneConfig
+    peft_config: PeftConfig | None
+    adapter: AdapterConfig | None
+    tokens_config: TokensConfig
+
+    def __init__(self) -> None:
+        """Nothing has been done."""
+        super().__init__()
+        self.settings: list[dict[str, Any]] = []
+        self._stepping = False  # whether the optimizer is at work
+        self._validated: tuple[int, int] | None = None  # epoch and micro-batch behind which the last validation stood
+
+    def on_train_start(self) -> None:
+        """Do what was due where a resumed run stands, with this run's settings."""
+        schedule: Any = self.lr_schedulers()
+        changed = apply_settings(self.trainer.optimizers[0], schedule, self.settings)
+        changed += (begun := datamodule_of(self.trainer).begun).changed
+        if begun.changed:
+            reload_loader(self.trainer)
+        if changed:
+            rank_zero_info(f"changed since the checkpoint: {'; '.join(changed)}")
+        catch_up(self.trainer, self._validated)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw the random numbers of each optimizer step anew."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            seed_step(self.trainer, data_rank(self.trainer)[0])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the validation's metrics: no checkpoint is ranked by what other weights gave."""
+        for name in [name for name in self.trainer.callback_metrics if name.startswith("val/")]:
+            del self.trainer.callback_metrics[name]
+        self._stepping = True
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The step is whole; a validation inside of its window, if there was one before a resume, is not repeated."""
+        self._stepping = False
+        if self._validated is not None:
+            skip_validation(self.trainer, self._validated)
+
+    def on_validation_epoch_end(self) -> None:
+        """Remember where the last validation stood."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            self._validated = (self.trainer.current_epoch, progress.ready)
+
+    def on_train_epoch_end(self) -> None:
+        """The next epoch has as many batches as an epoch has, if this one was begun with other batches."""
+        if (begun := datamodule_of(self.trainer).begun).changed and begun.epoch == self.trainer.current_epoch:
+            forget_loader(self.trainer)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trained weights only, and write down what they belong to and where they stand, as plain values."""
+        trained = trained_names(self)
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint[CHECKPOINT_KEY] = {
+            "module": f"{type(self).__module__}.{type(self).__qualname__}",
+            "backbone": asdict(self.backbone),
+            "peft": None if self.peft_config is None else _plain(self.peft_config.to_dict()),
+            "adapter": None if self.adapter is None else asdict(self.adapter),
+            "tokens": asdict(self.tokens_config),
+            "chat_template": datamodule_of(self.trainer).chat_template(),
+            "validated": None if self._validated is None else [*self._validated],
+            **self.checkpoint_metadata(),
+        }
+        refuse_half_step(self.trainer, self._stepping)
+        settle(checkpoint, self.trainer)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or method; in a fit, also one that does not say where it stood.
+
+        Raises:
+            CheckpointError: Saying how to start from its weights.
+        """
+        about = checkpoint.get(CHECKPOINT_KEY, {})
+        self._refuse_other(about)
+        refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        data = datamodule_of(self.trainer)
+        stored = checkpoint.get(type(data).__qualname__, {})
+        if "loops" not in checkpoint or "train" not in stored:
+            raise CheckpointError(
+                f"the checkpoint does not say where the training stood, so it cannot be resumed; {FROM_WEIGHTS}."
+            )
+        data.load_state_dict(stored)
+        begun = data.begun
+        if about["validated"] is not None:
+            self._validated = (about["validated"][0], about["validated"][1])
+            if begun.changed and self._validated >= (begun.epoch, stored["train"]["batches"]):
+                self._validated = (begun.epoch, begun.batches)
+        if begun.changed and begun.batches:
+            recount(checkpoint, begun.batches)
+        rank_zero_info(f"resuming behind optimizer step {begun.global_step}, in epoch {begun.epoch}")
+
+    def _refuse_other(self, about: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another method or backbone, whose weights may have the same names.
+
+        Args:
+            about: What the checkpoint says of itself.
+        """
+        method = str(about.get("module", "")).rpartition(".")[2]
+        if method not in {kind.__qualname__ for kind in type(self).__mro__}:
+            raise CheckpointError(
+                f"the checkpoint is of {method or 'no module of lit_alignment'}, not of {type(self).__qualname__}. "
+                f"To go on from its weights, {FROM_WEIGHTS}."
+            )
+        then, now = about["backbone"], self.backbone
+        if model_name(then["path"]) != model_name(now.path) or then["revision"] != now.revision:
+            raise CheckpointError(
+                f"the checkpoint was trained over {then['path']}, not over {now.path}. Set model.backbone.path and "
+                f"revision to what it was trained over; or {FROM_WEIGHTS}."
+            )
+
+
+def model_name(path: str) -> str:
+    """The last part of a model's path or hub name, which stays when a folder is moved."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of dicts, lists, strings and numbers, which a weights-only load accepts."""
+    if isinstance(value, dict):
+        return {str(_plain(k)): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(v) for v in (sorted(value) if isinstance(value, set) else value)]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return str(getattr(value, "value", value))
