@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_alignment.checkpoints.background import wait_for_saves
+from lit_alignment.checkpoints.comparing import encode_prompts
+from lit_alignment.checkpoints.export import Check, write_checked
 from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, export_form, write_folder
 from lit_alignment.checkpoints.restore import read_saved, restore
 from lit_alignment.data.base import datamodule_of
@@ -33,7 +35,7 @@ class Export(Callback):
     def __init__(self, which: Literal["best", "kept"] = "best", form: Form = "auto") -> None:
         """Nothing is written before the first checkpoint."""
         self.which, self.form = which, form
-        self._exported: dict[str, Path] = {}
+        self._exported: set[str] = set()  # checkpoints
         self._best = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -57,28 +59,48 @@ class Export(Callback):
         """Export what the last validation saved."""
         self._update(trainer, pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was exported, so that a resumed run can remove what it replaces."""
+        return {"exported": sorted(self._exported)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what an earlier part of this run exported."""
+        self._exported = set(state_dict["exported"])
+
     def _update(self, trainer: Trainer, module: LightningModule) -> None:
-        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        best = next((c.best_model_path for c in checkpoints if c.best_model_path), "")
-        kept = {best} if self.which == "best" else {path for c in checkpoints for path in [*c.best_k_models, best]}
-        wanted = {path for path in kept if path}
-        if wanted == set(self._exported) and best == self._best:
+        """Export what is new, and remove the folders of checkpoints of this run that are kept no more."""
+        best, kept, places = "", set(), set()
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                own = {path for path in (*callback.best_k_models, callback.best_model_path) if path}
+                # A resumed run that writes elsewhere knows the best one of the run before, and leaves it alone.
+                own = {path for path in own if Path(callback.dirpath) in Path(path).parents}
+                places.add(callback.dirpath)
+                kept |= own
+                best = best or (callback.best_model_path if callback.best_model_path in own else "")
+        wanted = {path for path in ([best] if self.which == "best" else kept) if path}
+        if wanted == self._exported and best == self._best:
             return
         wait_for_saves(trainer)
         if trainer.is_global_zero and isinstance(module, AlignmentModule):
-            for path in sorted(wanted - set(self._exported)):
-                self._exported[path] = export_checkpoint(module, Path(path), Path(path).with_suffix(""), self.form)
+            for path in sorted(wanted - self._exported):
+                export_checkpoint(module, Path(path), folder_of(path), self.form)
             if best:
-                point_to(Path(best).parent / "export", self._exported[best])
-            for path in set(self._exported) - wanted:
-                shutil.rmtree(self._exported.pop(path), ignore_errors=True)
-        else:
-            self._exported = {path: Path(path).with_suffix("") for path in wanted}
-        self._best = best
+                place = next(place for place in places if Path(place) in Path(best).parents)
+                point_to(Path(place) / "export", folder_of(best))
+            for path in self._exported - wanted:
+                if any(Path(place) in Path(path).parents for place in places):
+                    shutil.rmtree(folder_of(path), ignore_errors=True)
+        self._exported, self._best = wanted, best
+
+
+def folder_of(checkpoint: str) -> Path:
+    """The folder that holds the export of a checkpoint."""
+    return Path(checkpoint.removesuffix(".ckpt")) if checkpoint.endswith(".ckpt") else Path(f"{checkpoint}-export")
 
 
 def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, form: Form = "auto") -> Path:
-    """Write the folder of one checkpoint.
+    """Write the folder of one checkpoint, load it again, and compare it with the model that has its weights.
 
     Args:
         module: The module that made it, with its model loaded; its live weights are not used.
@@ -87,7 +109,8 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
         form: Merge adapters, write them alone, or merge where servers could not load them.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, the disk is full, or the folder cannot be written.
+        CheckpointError: If the checkpoint is damaged, the disk is full, the folder cannot be written, or answers
+            differently than the model; a folder that is there then stays.
     """
     saved = read_saved(checkpoint)
     # A sharded module's weights are loaded anew on this process.
@@ -105,12 +128,17 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
     template = datamodule_of(module.trainer).chat_template()
     stops, beside, full_weights = parts.generation_config, parts.beside, parts.full_weights
     companions = Companions(module.tokenizer, stops, template, beside, full_weights)
-    return write_folder(network, saved.trained, target, companions, chosen)
+    if chosen == "adapter" and saved.backbone.weights == "random":  # nothing can load it: its base is saved nowhere
+        return write_folder(network, saved.trained, target, companions, chosen)
+    check = Check(encode_prompts(module.tokenizer, None), loaded=base_model(network).dtype)
+    difference = write_checked(network, saved, target, companions, parts, chosen, check)
+    rank_zero_info(f"export: {target}: {difference}")
+    return target
 
 
 def point_to(link: Path, target: Path) -> None:
-    """Make `link` a link to a folder beside it, in one step."""
+    """Make `link` a link to a folder beside or below it, in one step."""
     fresh = link.with_name(f".{link.name}{PARTIAL}")
     fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target.name, target_is_directory=True)
+    fresh.symlink_to(target.relative_to(link.parent), target_is_directory=True)
     os.replace(fresh, link)

@@ -3,6 +3,8 @@
 T tokens, V vocabulary, K scores
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,18 +55,35 @@ def logits(network: nn.Module, prompts: list[list[int]]) -> list[Tensor]:
     """Logits after each prompt's tokens, [T, V] each, or transformers' own scores of it, [1, K]."""
     found = []
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=_device(network))
         output = network(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         # A classifier has one row of scores a sequence, a language model one a token; prompt learning adds some before.
-        found.append(output.float() if output.ndim == 2 else output[0, -len(prompt) :].float())
+        found.append((output if output.ndim == 2 else output[0, -len(prompt) :]).float().cpu())
     return found
 
 
 @torch.no_grad()
 def scores(network: nn.Module, prompt: list[int]) -> Tensor:
     """A classifier's scores of a prompt's last token, [1, K], as they were in training: by position, not by padding."""
-    ids = torch.tensor([prompt])
-    return scores_at(network, torch.tensor([len(prompt) - 1]), input_ids=ids, attention_mask=torch.ones_like(ids))
+    ids = torch.tensor([prompt], device=_device(network))
+    last = torch.tensor([len(prompt) - 1], device=ids.device)
+    return scores_at(network, last, input_ids=ids, attention_mask=torch.ones_like(ids)).float().cpu()
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout, for a while."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_alignment.checkpoints.comparing import compare, encode_prompts, logits, scores
+from lit_alignment.checkpoints.comparing import Difference, compare, encode_prompts, evaluating, logits, scores
 from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, Written, export_form, write_folder
 from lit_alignment.checkpoints.restore import Composed, Saved, read_saved, restore, restore_towers
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.adapters import AdapterConfig, holding
 from lit_alignment.models.dual_encoder import DUAL
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.multimodal.llava import composed_writer
@@ -46,12 +46,14 @@ class ExportParts:
         beside: Writes what else belongs into the folder.
         full_weights: Writes full or merged weights, given by name, in another form than the model's own.
         note: What the user should know of it.
+        composed: What reads images, where they are a part of the written model.
     """
 
     generation_config: GenerationConfig | None = None
     beside: Callable[[Path], None] | None = None
     full_weights: Callable[[Path, dict[str, Tensor]], None] | None = None
     note: str = ""
+    composed: Composed | None = None
 
     @property
     def merges(self) -> bool:
@@ -106,37 +108,90 @@ def export(config: ExportConfig) -> None:
     parts = _parts(config, saved, network, tokenizer, composed)
     form = _form(config, saved, network, parts)
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else _dtype(saved, form)
-    prompts = encode_prompts(tokenizer, config.prompts)
-    before = logits(network, prompts) if saved.head is None else [scores(network, prompt) for prompt in prompts]
-    if parts.merges and composed is not None:
-        before += composed.logits_with_images(network, tokenizer, prompts)
+    companions = Companions(tokenizer, parts.generation_config, saved.chat_template, parts.beside, parts.full_weights)
+    check = Check(encode_prompts(tokenizer, config.prompts), config.tolerance, config.max_shard_size, dtype)
+    difference = write_checked(network, replace(saved, trained={}), target, companions, parts, form, check)
+    what = "logits" if saved.head is None else "scores"
+    images = ", without and with images" if parts.merges else ""
+    print(f"{what} before and after on {len(check.prompts)} prompts{images}: {difference}")
+    size = sum(file.stat().st_size for file in target.iterdir())
+    stored = "" if form == "adapter" else f", {str(dtype).removeprefix('torch.')}"
+    print(f"{'LLaVA' if parts.merges else form}: {target}  ({size / 1e6:.1f} MB{stored})")
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a folder is written and compared with the model.
+
+    Args:
+        prompts: Token ids of what both are asked.
+        tolerance: Largest difference of a logit, as a share of the largest one; by default that of the precision.
+        max_shard_size: Largest file of weights.
+        dtype: Precision of full or merged weights; by default each keeps its own.
+        loaded: Precision in which the folder is loaded.
+    """
+
+    prompts: list[list[int]]
+    tolerance: float | None = None
+    max_shard_size: str = "5GB"
+    dtype: torch.dtype | None = None
+    loaded: torch.dtype = torch.float32
+
+
+def write_checked(
+    network: nn.Module,
+    saved: Saved,
+    target: Path,
+    companions: Companions,
+    parts: ExportParts,
+    form: Written,
+    check: Check,
+) -> Difference:
+    """Write a folder, load it as a user would, and let it take its place if it answers as the model does.
+
+    Args:
+        network: The model.
+        saved: The checkpoint, whose weights count instead of the live ones.
+        target: The folder; one that is there stays until the new one has been compared.
+        companions: What stands beside the weights.
+        parts: What the method writes besides.
+        form: What to write.
+        check: How to compare.
+
+    Raises:
+        CheckpointError: If the folder cannot be written, or answers differently; nothing is left of it then.
+    """
     fresh = target.with_name(f".{target.name}.checked{PARTIAL}")
-    stops, template = parts.generation_config, saved.chat_template
-    companions = Companions(tokenizer, stops, template, parts.beside, parts.full_weights)
-    write_folder(network, {}, fresh, companions, form, config.max_shard_size, dtype)
+    images = parts.merges and parts.composed is not None and parts.composed.reads_images
     try:
-        model = reload(fresh, form, saved, parts.merges)
-        after = logits(model, prompts)
-        if parts.merges and composed is not None:
-            after += composed.logits_of_llava(model, tokenizer, prompts)
+        with holding(network, saved.trained), evaluating(network):
+            before = _answers(network, check.prompts, saved.head is not None)
+            if images and parts.composed is not None:
+                before += parts.composed.logits_with_images(network, companions.tokenizer, check.prompts)
+            write_folder(network, {}, fresh, companions, form, check.max_shard_size, check.dtype)
+        model = reload(fresh, form, saved, parts.merges, check.loaded)
+        after = logits(model, check.prompts)
+        if images and parts.composed is not None:
+            after += parts.composed.logits_of_llava(model, companions.tokenizer, check.prompts)
         difference = compare(before, after)
-        tolerance = config.tolerance if config.tolerance is not None else TOLERANCE[dtype]
-        what = "logits" if saved.head is None else "scores"
-        images = ", without and with images" if parts.merges else ""
-        print(f"{what} before and after on {len(prompts)} prompts{images}: {difference}")
+        precisions = {check.dtype, check.loaded, next(network.parameters()).dtype}
+        usual = max(TOLERANCE[each] for each in precisions if each in TOLERANCE)
+        tolerance = usual if check.tolerance is None else check.tolerance
         if not difference.share <= tolerance:  # also where it is non-finite
             raise CheckpointError(
                 f"{target}: not written: the exported model answers differently than the trained one ({difference}; "
-                f"allowed is {tolerance:g} of the largest logit). Try --dtype float32, or raise --tolerance."
+                f"allowed is {tolerance:g} of the largest logit). Try --dtype float32, which rounds least."
             )
         if target.exists():
             shutil.rmtree(target)
         os.replace(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    size = sum(file.stat().st_size for file in target.iterdir())
-    stored = "" if form == "adapter" else f", {str(dtype).removeprefix('torch.')}"
-    print(f"{'LLaVA' if parts.merges else form}: {target}  ({size / 1e6:.1f} MB{stored})")
+    return difference
+
+
+def _answers(network: nn.Module, prompts: list[list[int]], scoring: bool) -> list[Tensor]:
+    return [scores(network, prompt) for prompt in prompts] if scoring else logits(network, prompts)
 
 
 def _parts(
@@ -155,7 +210,7 @@ def _parts(
     parts = media_parts(composed.shapes, composed.towers, {}, network, tokenizer, saved.chat_template, config.form)
     if parts.note:
         print(parts.note)
-    return ExportParts(stops, parts.beside, parts.full_weights)
+    return replace(parts, generation_config=stops)
 
 
 def media_parts(
@@ -182,7 +237,7 @@ def media_parts(
     if form == "adapter":
         full_weights, reason = None, "the form is adapter"
     if full_weights is not None:
-        return ExportParts(full_weights=full_weights)
+        return ExportParts(full_weights=full_weights, composed=Composed(shapes, towers, trained))
     note = f"no LLaVA folder, since {reason}; the projectors are written to media/"
     return ExportParts(beside=partial(_write_towers, towers, trained), note=note)
 
@@ -230,17 +285,25 @@ def _write_towers(towers: dict[str, MediaTower], trained: dict[str, Tensor], fol
     save_towers(towers, folder / "media", trained)
 
 
-def reload(folder: Path, form: str, saved: Saved, llava: bool = False) -> nn.Module:
-    """The written folder as a user would load it, computing in float32."""
+def reload(folder: Path, form: str, saved: Saved, llava: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The written folder as a user would load it, on the CPU.
+
+    Args:
+        folder: The folder.
+        form: What was written.
+        saved: What it was written from.
+        llava: Whether it is a LLaVA.
+        dtype: Precision to load it in.
+    """
     if llava:
-        composed: nn.Module = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        composed: nn.Module = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         return composed.eval()
     if form != "adapter":
         kind: Any = AutoModelForCausalLM if saved.head is None else AutoModelForSequenceClassification
-        model: nn.Module = kind.from_pretrained(folder, dtype=torch.float32)
+        model: nn.Module = kind.from_pretrained(folder, dtype=dtype)
         return model.eval()
     alone = Saved(
         BackboneConfig(saved.backbone.path, saved.backbone.revision, tokenizer=str(folder)),
         None, AdapterConfig(str(folder)), saved.tokens, {}, None, None, saved.head,
     )  # fmt: skip
-    return restore(alone)[0]
+    return restore(alone, dtype)[0]

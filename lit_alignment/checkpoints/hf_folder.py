@@ -79,7 +79,8 @@ def write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write_weights(network, trained, partial, form, max_shard_size, dtype, companions.full_weights)
+        with holding(network, trained):
+            _write_weights(network, partial, form, max_shard_size, dtype, companions.full_weights)
         tokenizer = copy.copy(companions.tokenizer)
         tokenizer.chat_template = companions.chat_template or tokenizer.chat_template
         tokenizer.save_pretrained(partial)
@@ -103,26 +104,24 @@ def write_folder(
 
 def _write_weights(
     network: nn.Module,
-    trained: dict[str, Tensor],
     folder: Path,
     form: Written,
     max_shard_size: str,
     dtype: torch.dtype | None,
     full_weights: Callable[[Path, dict[str, Tensor]], None] | None,
 ) -> None:
-    if isinstance(network, PeftModel):
-        with holding(network, trained):
-            if form == "adapter":
-                save_adapter(network, folder)
-                if base_model(network).get_output_embeddings() is None:  # a classifier's labels
-                    config = copy.deepcopy(base_model(network).config)
-                    config.architectures = [type(base_model(network)).__name__]
-                    config.save_pretrained(folder)
-                return
-            state = merged_state(network, dtype)
-    else:
-        state = {name: cast(trained.get(name, value), dtype) for name, value in network.state_dict().items()}
     model = base_model(network)
+    if isinstance(network, PeftModel) and form == "adapter":
+        save_adapter(network, folder)
+        if model.get_output_embeddings() is None:  # a classifier's labels
+            config = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+        return
+    if isinstance(network, PeftModel):
+        state = merged_state(network, dtype)
+    else:
+        state = {name: cast(value, dtype) for name, value in network.state_dict().items()}
     with _tied_as_trained(model, state):
         if full_weights is not None:
             full_weights(folder, state)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.errors import CheckpointError, ConfigError, require
-from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.adapters import AdapterConfig, holding
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import BackboneConfig, HeadConfig, load_network, load_tokenizer
 from lit_alignment.models.multimodal.modality import (
@@ -212,15 +212,24 @@ def trained_names(network: nn.Module) -> set[str]:
     return {name for name, p in network.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
-def restore(saved: Saved) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The trained model in float32 on the CPU, unquantised, and its tokenizer.
+def restore(saved: Saved, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The trained model on the CPU, unquantised, and its tokenizer.
+
+    Args:
+        saved: What was trained.
+        dtype: Precision of the base.
 
     Raises:
         ConfigError: If the base was random and its weights are not saved.
         CheckpointError: If a trained weight is missing or does not fit.
     """
     backbone = replace(
-        saved.backbone, dtype="float32", quantization="none", liger=False, compile=False, gradient_checkpointing=False
+        saved.backbone,
+        dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        quantization="none",
+        liger=False,
+        compile=False,
+        gradient_checkpointing=False,
     )
     if backbone.weights == "random" and (saved.peft is not None or saved.adapter is not None):
         raise ConfigError("the base of these adapters was random (backbone.weights: random) and is not saved anywhere.")
@@ -260,11 +269,18 @@ class Composed:
 
     Args:
         shapes: Its modalities.
-        towers: Their encoders and projectors, with the trained weights.
+        towers: Their encoders and projectors.
+        trained: A checkpoint's weights that count instead of the towers' live ones, by name.
     """
 
     shapes: dict[str, MediaShape]
     towers: dict[str, MediaTower]
+    trained: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether there is an encoder; none is loaded where features come from a cache."""
+        return "image" in self.towers and len(self.towers["image"].encoders) > 0
 
     def _ids(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> tuple[int, Tensor]:
         """The placeholder of images, and a prompt with one before it, [1, T]."""
@@ -282,11 +298,14 @@ class Composed:
         self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
     ) -> list[Tensor]:
         """Logits after each prompt's tokens with a picture among them, [T, V] each."""
-        found = []
-        for prompt in prompts:
-            token, ids = self._ids(tokenizer, prompt)
-            with placed(network, [Placement(token, self.towers["image"](self._picture()))]):
-                found.append(network(input_ids=ids).logits[0].float())
+        found, tower = [], self.towers["image"]
+        device = next(tower.parameters()).device
+        with holding(nn.ModuleDict(self.towers), self.trained):
+            for prompt in prompts:
+                token, ids = self._ids(tokenizer, prompt)
+                picture = tower([each.to(device) for each in self._picture()])
+                with placed(network, [Placement(token, picture)]):
+                    found.append(network(input_ids=ids.to(device)).logits[0].float().cpu())
         return found
 
     @torch.no_grad()
@@ -294,7 +313,7 @@ class Composed:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
     ) -> list[Tensor]:
         """The same of a LLaVA model."""
-        pixels = self._picture()[0]
+        pixels = self._picture()[0].to(next(model.parameters()).dtype)
         ids = [self._ids(tokenizer, prompt)[1] for prompt in prompts]
         return [model(input_ids=each, pixel_values=pixels).logits[0].float() for each in ids]
 

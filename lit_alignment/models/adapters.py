@@ -1,7 +1,8 @@
 """Adapters: new ones, existing ones, what is saved of them, and merging them into the weights."""
 
 import copy
-import tempfile
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
 
@@ -160,14 +161,26 @@ def prefix_cache(network: PeftModel, batch_size: int) -> Cache:
 
 
 @contextmanager
-def holding(network: PeftModel, trained: dict[str, Tensor]) -> Iterator[None]:
-    """Put a checkpoint's trained weights into the model for a while."""
-    live = {n: p.detach().clone() for n, p in network.named_parameters(remove_duplicate=False) if n in trained}
-    network.load_state_dict(trained, strict=False)
+def holding(network: nn.Module, trained: dict[str, Tensor]) -> Iterator[None]:
+    """Let a model and a checkpoint exchange their trained weights for a while, one by one and without a copy of all.
+
+    Args:
+        network: The model.
+        trained: The checkpoint's weights by name; meanwhile these are the live ones.
+    """
+    by_id = {id(p): (name, p) for name, p in network.named_parameters(remove_duplicate=False) if name in trained}
+
+    def exchange() -> None:
+        for name, parameter in by_id.values():
+            live = parameter.detach().to(trained[name].device, copy=True)
+            parameter.data.copy_(trained[name])
+            trained[name] = live
+
+    exchange()
     try:
         yield
     finally:
-        network.load_state_dict(live, strict=False)
+        exchange()
 
 
 def save_adapter(network: PeftModel, folder: Path) -> None:
@@ -177,13 +190,33 @@ def save_adapter(network: PeftModel, folder: Path) -> None:
         network: The model, with the weights to write.
         folder: Where to.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        conversion = {}
-        if _mutates_base(network.active_peft_config):
-            save_file(network.start_state, Path(temporary) / "adapter_model.safetensors", {"format": "pt"})
-            conversion = {"path_initial_model_for_weight_conversion": temporary}
-        network.save_pretrained(str(folder), save_embedding_layers=False, **conversion)
+    network.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty form
+    if _mutates_base(network.active_peft_config):
+        _convert_to_lora(folder, network.start_state)
+
+
+def _convert_to_lora(folder: Path, start: dict[str, Tensor]) -> None:
+    """Make a saved adapter one over the base as it was: W - B0 A0 + B A = W + [B, -B0] [A; A0].
+
+    Args:
+        folder: Of the adapter.
+        start: Its weights before training.
+    """
+    file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    state = load_file(file)
+    for name, value in state.items():
+        if "lora_A" in name:
+            state[name] = torch.cat([value, start[name].to(value.dtype)])
+        elif "lora_B" in name:
+            state[name] = torch.cat([value, -start[name].to(value.dtype)], dim=1)
+    save_file({name: value.contiguous() for name, value in state.items()}, file, {"format": "pt"})
+    config = json.loads(config_file.read_text())
+    alpha = math.sqrt(2) if config.get("use_rslora") else 2  # the factor on B A stays
+    config |= {"init_lora_weights": True, "r": 2 * config["r"], "lora_alpha": alpha * config["lora_alpha"]}
+    config["rank_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    config["alpha_pattern"] = {name: alpha * value for name, value in config["alpha_pattern"].items()}
+    config_file.write_text(json.dumps(config, indent=2))
 
 
 def why_merge(network: nn.Module) -> str:

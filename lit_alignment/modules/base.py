@@ -117,8 +117,8 @@ class AlignmentModule(CheckpointedModule):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this process holds shards of the weights only."""
-        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
+        """Whether this process holds shards of the weights only; ZeRO 3 leaves empty ones in their places."""
+        return any(isinstance(parameter, DTensor) or parameter.numel() == 0 for parameter in self.parameters())
 
     def local_tokens(self, batch: Rows) -> slice:
         """The tokens of a batch's rows that this rank computes."""

@@ -1,21 +1,28 @@
 """Folders that plain transformers and peft load."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import AutoPeftModelForCausalLM, LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_alignment import Export
+from lit_alignment.callbacks.export import export_checkpoint
+from lit_alignment.checkpoints.hf_folder import Companions, write_folder
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.templates import TemplateConfig
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.models.adapters import add_adapters, save_adapter
 from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
-from tests.helpers import ROOT, base_model_folder, chats, sft_data, sft_module, trainer
+from tests.helpers import DECODER_SIZE, ROOT, base_model_folder, chats, sft_data, sft_module, trainer
 
 FIXTURE = [{"role": "user", "content": "Where is my order?\n  Né 42"}, {"role": "assistant", "content": "  here "}]
 
@@ -166,3 +173,104 @@ def test_best_checkpoint_is_exported_where_the_last_one_is_another(which, tmp_pa
     best = live_logits_at(module, saver.best_model_path)
     assert float((best - last).abs().max()) > 1e-2
     torch.testing.assert_close(logits(model), best, rtol=1e-5, atol=1e-5)
+
+
+UNTYING = [
+    {"target_modules": ["embed_tokens"]},
+    {"target_modules": ["lm_head", "q_proj"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+]
+
+
+@pytest.mark.parametrize("settings", UNTYING, ids=str)
+@pytest.mark.parametrize("form", ["merged", "auto"])
+def test_tied_embeddings_of_which_one_was_trained_are_exported_untied(tmp_path, settings, form):
+    path = base_model_folder(tmp_path / "base", tie_word_embeddings=True)
+    usual = OptimizerConfig(learning_rate=1e-1, schedule="constant", warmup=0)
+    module = SFTModule(BackboneConfig(path), LoraConfig(r=4, task_type="CAUSAL_LM", **settings), optimizer=usual)
+    saver = fit(tmp_path, module, Export(form=form))
+    folder = tmp_path / "ckpt/export"
+    is_adapter = (folder / "adapter_config.json").exists()
+    model = (AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM).from_pretrained(folder)
+    live = live_logits_at(module, saver.best_model_path)
+    assert (logits(model) - live).abs().max() < 1e-4 * live.abs().max()
+    if not is_adapter:
+        assert not model.config.tie_word_embeddings
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        assert (embedding - head).abs().max() > 0.01
+    assert module.network.base_model.model.config.tie_word_embeddings  # the model's own stays as it is
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_adapters_of_experts_are_merged_exactly(tmp_path, kind):
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4} if kind == "mixtral" else {"num_experts": 4, "moe_intermediate_size": 16}
+    config = AutoConfig.for_model(kind, **(DECODER_SIZE | experts | {"num_experts_per_tok": 2}))
+    network = add_adapters(AutoModelForCausalLM.from_config(config), LoraConfig(r=4, target_modules="all-linear"), {})
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    companions = Companions(AutoTokenizer.from_pretrained(ROOT / "configs/tiny"), None)
+    folder = write_folder(network, {}, tmp_path / "out", companions, "merged")
+    expected, found = logits(network), logits(AutoModelForCausalLM.from_pretrained(folder))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert {name.rpartition(".")[2] for name, m in network.named_modules() if isinstance(m, ParamWrapper)}
+
+
+def test_export_that_answers_differently_is_refused_and_the_last_one_stays(tmp_path, base, monkeypatch):
+    module = lora_module(base)
+    saver = fit(tmp_path, module)
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "ckpt/export/").resolve().iterdir())
+
+    def spoil(network, folder):
+        save_adapter(network, folder)
+        file = folder / "adapter_model.safetensors"
+        save_file({name: value * 1.5 for name, value in load_file(file).items()}, file)
+
+    monkeypatch.setattr("lit_alignment.checkpoints.hf_folder.save_adapter", spoil)
+    target = (tmp_path / "ckpt/export").resolve()
+    with pytest.raises(CheckpointError, match="not written: the exported model answers differently"):
+        export_checkpoint(module, Path(saver.best_model_path), target)
+    assert sorted((path, path.read_bytes()) for path in target.iterdir()) == before
+    assert not list(target.parent.glob(".*"))
+
+
+def test_pissa_with_new_tokens_is_exported(tmp_path, base):
+    tokens = TokensConfig(new={"<new>": NewTokenConfig()})
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="pissa")
+    usual = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
+    for form in ("auto", "adapter"):
+        module = SFTModule(BackboneConfig(base), peft, tokens=tokens, optimizer=usual)
+        fit(tmp_path / form, module, Export(form=form))  # which compares it
+        names = {path.name for path in (tmp_path / form / "ckpt/export/").resolve().iterdir()}
+        assert ("adapter_model.safetensors" in names) == (form == "adapter")
+
+
+def test_resumed_run_leaves_the_folders_of_the_run_before(tmp_path, base):
+    def run(folder, resume=None, epochs=2):
+        saver = ModelCheckpoint(folder / "ckpt", monitor="val/loss")
+        module = lora_module(base)
+        runner = trainer(folder, callbacks=[Export(), saver], enable_checkpointing=True, max_epochs=epochs)
+        runner.fit(module, sft_data(module, chats(8), chats(4)), ckpt_path=resume)
+        return saver
+
+    first = run(tmp_path / "one")
+    before = {path.name for path in (tmp_path / "one/ckpt").iterdir()}
+    second = run(tmp_path / "two", first.best_model_path, epochs=4)
+    assert {path.name for path in (tmp_path / "one/ckpt").iterdir()} == before
+    assert (tmp_path / "one/ckpt/export").resolve().is_dir() and (tmp_path / "two/ckpt/export").resolve().is_dir()
+    # In the same folder, the resumed run replaces what it has made itself.
+    third = run(tmp_path / "two", second.best_model_path, epochs=6)
+    folders = [path for path in (tmp_path / "two/ckpt").iterdir() if path.is_dir() and not path.is_symlink()]
+    assert [str(path) + ".ckpt" for path in folders] == [third.best_model_path]
+
+
+def test_link_stands_beside_the_checkpoints_where_their_names_make_folders(tmp_path, base):
+    saver = ModelCheckpoint(tmp_path / "ckpt", "{epoch}-{val/loss:.2f}", "val/loss", save_top_k=1)
+    module = lora_module(base)
+    runner = trainer(tmp_path, callbacks=[Export(), saver], enable_checkpointing=True, max_epochs=3)
+    runner.fit(module, sft_data(module, chats(8), chats(4)))
+    link = tmp_path / "ckpt/export"
+    assert (link / "adapter_config.json").is_file() and link.is_symlink()
+    assert str(link.resolve()) + ".ckpt" == saver.best_model_path
+    assert [path for path in (tmp_path / "ckpt").rglob("*") if path.is_symlink()] == [link]
