@@ -2,10 +2,12 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pydoc import locate
 from typing import Any, Literal, TypeVar
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, Namespace, _typehints
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,7 +17,7 @@ from lit_alignment.callbacks.interrupt import Interrupt
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
-from lit_alignment.checkpoints.newest import newest_checkpoint
+from lit_alignment.checkpoints.resuming import find_checkpoint, write_into_run_of
 from lit_alignment.config_errors import explain, find_misfit
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
@@ -40,7 +42,6 @@ QUIET = (
 )
 
 
-NEWEST = "newest"  # in place of a checkpoint's path
 Engine = Literal["transformers", "vllm"]
 # A Trainer that touches no device and no logger.
 NO_DEVICE: dict[str, Any] = {"logger": False, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
@@ -115,18 +116,17 @@ class AlignmentCLI(LightningCLI):
 
     def _fetch_checkpoint(self, subcommand: str) -> None:
         """Find the newest checkpoint, or fetch one that is given by its URL; the saved configuration keeps the word."""
-        url = self._get(self.config_init, "ckpt_path")
-        if url == NEWEST:
-            found = newest_checkpoint(self.trainer)
-            if found is None and subcommand != "fit":
-                raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
-            print(f"resuming from {found}" if found else "no checkpoint yet: starting", flush=True)
-            self.config_init[subcommand]["ckpt_path"] = None if found is None else str(found)
-        if isinstance(url, str) and "://" in url:
+        word, resumes = self._get(self.config_init, "ckpt_path"), subcommand == "fit"
+        if isinstance(word, str) and "://" in word:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             uploads = [c for c in callbacks if isinstance(c, Upload)]
-            options = next((u.storage_options for u in uploads if u.url.split(":")[0] == url.split(":")[0]), None)
-            self.config_init[subcommand]["ckpt_path"] = str(fetch_checkpoint(url, cache_dir(), options))
+            options = next((u.storage_options for u in uploads if u.url.split(":")[0] == word.split(":")[0]), None)
+            word = str(fetch_checkpoint(word, cache_dir(), options))
+        found = find_checkpoint(word, self.trainer, resumes)
+        if found != word or "://" in str(self._get(self.config_init, "ckpt_path")):
+            self.config_init[subcommand]["ckpt_path"] = found
+        if found is not None and resumes:
+            write_into_run_of(found, self.trainer)
 
     def _has_plugin(self) -> bool:
         plugins = self._get(self.config_init, "trainer.plugins") or []
@@ -212,24 +212,41 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     try:
-        return kind(
-            AlignmentModule,
-            AlignmentDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"exit_on_error": False},
-            args=arguments,
-            run=run,
-        )
+        with _lists_replace_lists():
+            return kind(
+                AlignmentModule,
+                AlignmentDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={"exit_on_error": False},
+                args=arguments,
+                run=run,
+            )
     except ArgumentError as error:
         raise ConfigError(explain(str(error), arguments)) from error
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has shut down in good order
             raise KeyboardInterrupt from stop
         raise
+
+
+@contextmanager
+def _lists_replace_lists() -> Iterator[None]:
+    """Have a list take the place of an earlier one; the parser fills its items up from those of one as long."""
+    adapt: Any = _typehints.adapt_typehints
+
+    def replacing(val: Any, *arguments: Any, append: bool = False, prev_val: Any = None, **options: Any) -> Any:
+        earlier = None if isinstance(val, list) and not append else prev_val
+        return adapt(val, *arguments, append=append, prev_val=earlier, **options)
+
+    _typehints.adapt_typehints = replacing
+    try:
+        yield
+    finally:
+        _typehints.adapt_typehints = adapt
 
 
 class ToolCLI(AlignmentCLI):

@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from lit_alignment.config_errors import explain
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.trainer_cli import build
 from tests.helpers import ROOT, chats, write_jsonl
 from tests.helpers.commands import command, command_in_a_process
 
@@ -177,3 +179,46 @@ def test_ctrl_c_keeps_checkpoints_and_exits_with_one_message(tmp_path):
     assert stderr.strip().splitlines()[-1].startswith("lit-alignment: error: interrupted. Saved checkpoints")
     assert "Traceback" not in stderr
     assert list((tmp_path / "ckpt").glob("*.ckpt")) and not list((tmp_path / "ckpt").glob(".*"))
+
+
+def test_list_takes_the_place_of_an_earlier_list(tmp_path):
+    """Of as many items, which a parser would fill up from the earlier ones: from a file, and from the command line."""
+    mine = "[{path: configs/sft/support/train.jsonl}]"
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"data: {{init_args: {{val: {mine}}}}}")
+    for arguments in (["--config", str(file)], [f"--data.init_args.val={mine}"], ["--data.init_args.val", mine]):
+        (source,) = build(["--config", TINY, *arguments]).datamodule.sources["val"]
+        assert source == SourceConfig("configs/sft/support/train.jsonl"), arguments
+    (source,) = build(["--config", TINY, "--data.init_args.encoding.max_length=200"]).datamodule.sources["val"]
+    assert source.num_samples == 40  # what is not given stays
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["TensorBoardLogger", "CSVLogger"])
+def test_resumed_run_writes_into_the_folder_of_the_run_and_loses_nothing(tmp_path, kind):
+    saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+    logger = {"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": {"save_dir": str(tmp_path / "runs")}}
+    config = quick(tmp_path, callbacks=[saver], logger=logger, log_every_n_steps=1)
+    assert command("fit", "--config", config).returncode == 0
+    (run,) = (tmp_path / "runs").glob("*/version_0")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    last = str(run / "checkpoints/last.ckpt")
+    result = command("fit", "--config", config, "--ckpt_path", last, "--trainer.max_epochs=2")
+    assert result.returncode == 0, result.stderr
+    assert "resuming behind optimizer step 1, in epoch 1" in result.stderr
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+    kept = {name: content for name, content in before.items() if name in ("metrics.csv", "config.yaml")}
+    for name, content in kept.items():
+        stem, _, suffix = name.rpartition(".")
+        assert (run / f"{stem}.1.{suffix}").read_bytes() == content and (run / name).read_bytes() != content
+    more = ["--trainer.logger.init_args.version=5", "--trainer.max_epochs=3"]
+    result = command("fit", "--config", config, "--ckpt_path", last)
+    assert result.returncode == 2 and "has 2 epochs behind it, and trainer.max_epochs is 1. Raise it" in result.stderr
+    other = command("fit", "--config", config, "--ckpt_path", last, *more)
+    assert other.returncode == 0 and {path.name for path in run.parent.iterdir()} == {"version_0", "version_5"}
+
+
+@pytest.mark.slow
+def test_last_checkpoint_that_is_not_there_is_refused(tmp_path):
+    result = command("fit", "--config", quick(tmp_path), "--ckpt_path", "last")
+    assert result.returncode == 2 and "--ckpt_path last: there is no last checkpoint. Set" in result.stderr

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lit_alignment.checkpoints.restore import is_deepspeed
-from lit_alignment.checkpoints.sharded import is_sharded, read_rest
+from lit_alignment.checkpoints.sharded import OLD, found_path, is_sharded, read_rest
 from lit_alignment.errors import CheckpointError
 
 SUFFIX = "*.ckpt"
@@ -24,6 +24,9 @@ def newest_checkpoint(trainer: Trainer) -> Path | None:
     """
     # A link can point to nothing: the run was killed between a removal and the next link.
     found = [path for folder in folders(trainer) for path in folder.glob(SUFFIX) if path.exists()]
+    for old in (path for folder in folders(trainer) for path in folder.glob(f".{SUFFIX}{OLD}")):
+        if found_path(old.with_name(old.name.removeprefix(".").removesuffix(OLD))) == old:
+            found.append(old)  # killed between the two renames of a save
     for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):
         try:
             check(path)

@@ -126,7 +126,11 @@ class CheckpointedModule(MethodHooks, LightningModule):
                 f"the checkpoint does not say where the training stood, so it cannot be resumed; {FROM_WEIGHTS}."
             )
         data.load_state_dict(stored)
-        begun = data.begun
+        begun, most = data.begun, self.trainer.max_epochs
+        if most is not None and 0 <= most < begun.epoch:
+            raise CheckpointError(
+                f"the checkpoint has {begun.epoch} epochs behind it, and trainer.max_epochs is {most}. Raise it."
+            )
         if about["validated"] is not None:
             self._validated = (about["validated"][0], about["validated"][1])
             if begun.changed and self._validated >= (begun.epoch, stored["train"]["batches"]):

@@ -126,3 +126,25 @@ def test_command_starts_and_then_goes_on(tmp_path, capsys, monkeypatch):
     assert steps[1] == 2 * steps[0] > 0
     for name, value in ends[0].items():
         assert torch.equal(starts[1][name], value), name
+
+
+def test_folder_between_the_two_renames_of_a_save_is_found(tmp_path, monkeypatch):
+    write_sharded(tmp_path / "a.ckpt")
+    replace, calls = os.replace, []
+
+    def die_at_the_second(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("lit_alignment.checkpoints.sharded.os.replace", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        write_sharded(tmp_path / "a.ckpt", 2.0)
+    monkeypatch.undo()
+    assert not (tmp_path / "a.ckpt").exists()
+    found = newest_checkpoint(runner(tmp_path))
+    assert found is not None and read_whole(found)["state_dict"]["x"].tolist() == [1.0] * 5000
+    write_sharded(tmp_path / "a.ckpt", 3.0)
+    assert newest_checkpoint(runner(tmp_path)) == tmp_path / "a.ckpt"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]

@@ -1,0 +1,66 @@
+"""Which checkpoint a command goes on from, and into which folder it writes then."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_alignment.checkpoints.newest import newest_checkpoint
+from lit_alignment.errors import ConfigError
+
+NEWEST, LAST = "newest", "last"  # in place of a checkpoint's path
+KEPT = ("metrics.csv", "config.yaml")  # what a run would write anew
+
+
+def find_checkpoint(word: str | None, trainer: Trainer, resumes: bool) -> str | None:
+    """The checkpoint that a word stands for; any other path as it is.
+
+    Args:
+        word: `newest`, `last`, a path, or None.
+        trainer: Says where checkpoints are kept.
+        resumes: Whether a training goes on; with `newest` and no checkpoint it begins.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if word == NEWEST:
+        found = newest_checkpoint(trainer)
+        if found is None and not resumes:
+            raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
+        print(f"resuming from {found}" if found else "no checkpoint yet: starting", flush=True)
+        return None if found is None else str(found)
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    if word == LAST and not any(callback._find_last_checkpoints(trainer) for callback in callbacks):
+        raise ConfigError(
+            "--ckpt_path last: there is no last checkpoint. Set ModelCheckpoint's save_last: true before the run; or "
+            "use newest, the newest one of any name, which starts anew where there is none."
+        )
+    return word
+
+
+def write_into_run_of(checkpoint: str, trainer: Trainer) -> None:
+    """Have loggers without a version of their own write into the folder of the run that made a checkpoint."""
+    loggers: list[Any] = trainer.loggers
+    for logger in loggers:
+        root = Path(str(logger.save_dir or "")) / str(logger.name)
+        path = Path(os.path.abspath(checkpoint))
+        if getattr(logger, "_version", "") is not None or Path(os.path.abspath(root)) not in path.parents:
+            continue
+        version = path.relative_to(os.path.abspath(root)).parts[0]
+        logger._version = version
+        _keep_earlier(root / version)
+
+
+@rank_zero_only
+def _keep_earlier(folder: Path) -> None:
+    """Give what a run would write anew a number, as in `metrics.1.csv`."""
+    for name in KEPT:
+        path = folder / name
+        if path.is_file():
+            number = 1
+            while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+                number += 1
+            os.replace(path, kept)
