@@ -37,6 +37,7 @@ from lit_alignment.models.loading import (
 )
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.checkpointed import CheckpointedModule
+from lit_alignment.modules.trainer_settings import check_trainer
 from lit_alignment.optimization import OptimizerConfig, build_optimizer, group_settings
 
 
@@ -83,7 +84,9 @@ class AlignmentModule(CheckpointedModule):
     # Model.
 
     def setup(self, stage: str) -> None:
-        """Make the metrics, once."""
+        """Make the metrics, once, and look at the Trainer's settings."""
+        if stage == "fit":
+            check_trainer(self.trainer, datamodule_of(self.trainer))
         if not self.metrics:
             self.metrics.update({name: nn.ModuleDict(self.stage_metrics()) for name in ("val", "test")})
 

@@ -1,0 +1,46 @@
+"""Settings of the Trainer that would train nothing, or something else than they say: refused by name, at the start."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+from lit_alignment.data.base import AlignmentDataModule
+from lit_alignment.errors import ConfigError
+
+
+def check_trainer(trainer: Trainer, data: AlignmentDataModule) -> None:
+    """Refuse what cannot be trained as it is asked for.
+
+    Args:
+        trainer: About to fit.
+        data: Set up.
+
+    Raises:
+        ConfigError: Naming the setting, and what it may be.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; use 1 or more.")
+    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
+        raise ConfigError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; use 0 for none, or more.")
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    batches = data.epoch_length(data.begun.epoch)
+    if batches < 1:
+        raise ConfigError(
+            f"trainer.limit_train_batches is {trainer.limit_train_batches}, which is less than one batch. Give a "
+            "number of batches, or a larger share."
+        )
+    interval = trainer.val_check_interval
+    if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and "val" in data.examples:
+        if interval > batches:
+            raise ConfigError(
+                f"trainer.val_check_interval is {interval}, and an epoch has {batches} batches. Lower it, or set "
+                "trainer.check_val_every_n_epoch to null, which counts the batches of all epochs."
+            )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise ConfigError(
+            "StochasticWeightAveraging averages copies of a whole module, frozen weights included, under a schedule of "
+            "its own. Use lightning.pytorch.callbacks.EMAWeightAveraging."
+        )
