@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import (
+    AdaLoraConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -190,7 +191,13 @@ def save_adapter(network: PeftModel, folder: Path) -> None:
         network: The model, with the weights to write.
         folder: Where to.
     """
+    config = network.active_peft_config
+    pattern = getattr(config, "rank_pattern", None)
+    if isinstance(config, AdaLoraConfig):  # the pattern of another step; what it leaves out is zero
+        config.rank_pattern = None
     network.save_pretrained(str(folder), save_embedding_layers=False)
+    if isinstance(config, AdaLoraConfig):
+        config.rank_pattern = pattern
     (folder / "README.md").unlink(missing_ok=True)  # an empty form
     if _mutates_base(network.active_peft_config):
         _convert_to_lora(folder, network.start_state)
@@ -228,7 +235,7 @@ def why_merge(network: nn.Module) -> str:
         return "it holds rows of new tokens"
     if any(isinstance(module, ModulesToSaveWrapper) for module in network.modules()):
         return "it holds whole layers"
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig):
         return f"it is no LoRA but {type(config).__name__}"
     if config.use_dora:
         return "it uses DoRA"

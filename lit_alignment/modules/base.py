@@ -85,6 +85,7 @@ class AlignmentModule(CheckpointedModule):
 
     def setup(self, stage: str) -> None:
         """Make the metrics, once, and look at the Trainer's settings."""
+        super().setup(stage)
         if stage == "fit":
             check_trainer(self.trainer, datamodule_of(self.trainer))
         if not self.metrics:
@@ -163,6 +164,11 @@ class AlignmentModule(CheckpointedModule):
         return self.model
 
     @property
+    def adapted_network(self) -> nn.Module | None:
+        """The model, once it is loaded."""
+        return self.model
+
+    @property
     def network(self) -> nn.Module:
         """The model.
 
@@ -175,13 +181,14 @@ class AlignmentModule(CheckpointedModule):
 
     def on_fit_start(self) -> None:
         """From now on checkpoints are saved in the background, if that is wanted."""
+        super().on_fit_start()
         start_saving(self.trainer)
 
     # Steps and metrics.
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The batch's share of the optimizer step's loss."""
-        return self.step(batch, "train")
+        return self.step(batch, "train") + self.adapter_penalty()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add the batch to the validation metrics."""

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
+from torch import Tensor, nn
 
 from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, trained_names
 from lit_alignment.data.base import data_rank, datamodule_of
@@ -20,13 +21,18 @@ from lit_alignment.data.batching.standing import (
     seed_step,
     settle,
     skip_validation,
+    total_steps,
 )
 from lit_alignment.errors import CheckpointError
 from lit_alignment.hooks import MethodHooks
+from lit_alignment.models.adalora import RankSchedule
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.averaging import average_what_trains
 from lit_alignment.optimization import apply_settings
+
+LIVE = "current_model_state"  # the trained weights, where those of the checkpoint are averages; Lightning's name
 
 
 class CheckpointedModule(MethodHooks, LightningModule):
@@ -49,8 +55,35 @@ class CheckpointedModule(MethodHooks, LightningModule):
         """Nothing has been done."""
         super().__init__()
         self.settings: list[dict[str, Any]] = []
+        self._ranks: RankSchedule | None = None
+        self._averages = False  # whether a callback averages the weights
+        self._average_is_live = False  # whether the model has these now, and the callback the live ones
         self._stepping = False  # whether the optimizer is at work
         self._validated: tuple[int, int] | None = None  # epoch and micro-batch behind which the last validation stood
+
+    def setup(self, stage: str) -> None:
+        """Have averaging callbacks average what trains."""
+        self._averages = stage == "fit" and average_what_trains(self.trainer, self)
+
+    def on_fit_start(self) -> None:
+        """Find out whether ranks fall.
+
+        Raises:
+            ConfigError: If they do not end with the run.
+        """
+        self._ranks = RankSchedule.of(self.adapted_network)
+        if self._ranks is not None:
+            self._ranks.check(total_steps(self.trainer))
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Let ranks fall behind the step, before its gradients go."""
+        super().optimizer_step(*arguments, **options)
+        if self._ranks is not None and any(p.grad is not None for p in self.parameters()):
+            self._ranks.step(self.trainer.global_step)  # Lightning counts the step when this returns
+
+    def adapter_penalty(self) -> Tensor | float:
+        """What adapters add to the loss of each optimizer step."""
+        return 0.0 if self._ranks is None else self._ranks.penalty()
 
     def on_train_start(self) -> None:
         """Do what was due where a resumed run stands, with this run's settings."""
@@ -80,8 +113,13 @@ class CheckpointedModule(MethodHooks, LightningModule):
         if self._validated is not None:
             skip_validation(self.trainer, self._validated)
 
+    def on_validation_epoch_start(self) -> None:
+        """Averaged weights, if there are any, have taken the places of the live ones."""
+        self._average_is_live = self._averages and self.trainer.state.fn == "fit"
+
     def on_validation_epoch_end(self) -> None:
         """Remember where the last validation stood."""
+        self._average_is_live = False
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             self._validated = (self.trainer.current_epoch, progress.ready)
@@ -94,7 +132,11 @@ class CheckpointedModule(MethodHooks, LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights only, and write down what they belong to and where they stand, as plain values."""
         trained = trained_names(self)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        if self._average_is_live:
+            checkpoint["state_dict"], checkpoint[LIVE] = checkpoint[LIVE], checkpoint["state_dict"]
+        for key in ("state_dict", LIVE):
+            if key in checkpoint:
+                checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k in trained}
         checkpoint[CHECKPOINT_KEY] = {
             "module": f"{type(self).__module__}.{type(self).__qualname__}",
             "backbone": asdict(self.backbone),
@@ -102,6 +144,7 @@ class CheckpointedModule(MethodHooks, LightningModule):
             "adapter": None if self.adapter is None else asdict(self.adapter),
             "tokens": asdict(self.tokens_config),
             "chat_template": datamodule_of(self.trainer).chat_template(),
+            "adalora": None if self._ranks is None else self._ranks.state_dict(),
             "validated": None if self._validated is None else [*self._validated],
             **self.checkpoint_metadata(),
         }
@@ -125,6 +168,11 @@ class CheckpointedModule(MethodHooks, LightningModule):
             raise CheckpointError(
                 f"the checkpoint does not say where the training stood, so it cannot be resumed; {FROM_WEIGHTS}."
             )
+        if LIVE in checkpoint:  # the callback wants them all
+            checkpoint[LIVE] = self.state_dict() | checkpoint[LIVE]
+        ranks = RankSchedule.of(self.adapted_network)
+        if ranks is not None and about["adalora"] is not None:
+            ranks.load_state_dict(about["adalora"])
         data.load_state_dict(stored)
         begun, most = data.begun, self.trainer.max_epochs
         if most is not None and 0 <= most < begun.epoch:
@@ -138,6 +186,11 @@ class CheckpointedModule(MethodHooks, LightningModule):
         if begun.changed and begun.batches:
             recount(checkpoint, begun.batches)
         rank_zero_info(f"resuming behind optimizer step {begun.global_step}, in epoch {begun.epoch}")
+
+    @property
+    def adapted_network(self) -> nn.Module | None:
+        """The model that may have adapters, once it is loaded."""
+        return None
 
     def _refuse_other(self, about: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method or backbone, whose weights may have the same names.

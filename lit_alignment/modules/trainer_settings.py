@@ -4,8 +4,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 
 from lit_alignment.data.base import AlignmentDataModule
+from lit_alignment.distributed.features import features_of
 from lit_alignment.errors import ConfigError
 
 
@@ -39,6 +41,9 @@ def check_trainer(trainer: Trainer, data: AlignmentDataModule) -> None:
                 "trainer.check_val_every_n_epoch to null, which counts the batches of all epochs."
             )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+    if averages and not features_of(trainer.strategy).supports("whole_weights"):
+        raise ConfigError("weights in shards cannot be averaged: remove the averaging callback, or use DDP.")
     if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         raise ConfigError(
             "StochasticWeightAveraging averages copies of a whole module, frozen weights included, under a schedule of "

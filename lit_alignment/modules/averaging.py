@@ -1,0 +1,99 @@
+"""Lightning's callbacks that average weights, over what trains alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+
+class _Weights(nn.Module):
+    """The parameters and buffers of a module in its order: own ones in place of those that train."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.live = [module]  # not a part of this one
+        self.own = {
+            name: nn.Parameter(parameter.detach().to(device, copy=True), requires_grad=False)
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        for name, parameter in self.live[0].named_parameters():
+            yield self.own.get(name, parameter)
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        yield from self.live[0].buffers()
+
+
+class TrainedAverage(AveragedModel):
+    """The average that a callback keeps, of the weights that train; all others are the module's own.
+
+    torch's averages a copy of the whole module: a frozen weight then drifts by rounding, and is held and saved twice.
+
+    Args:
+        module: What trains.
+        average: The callback's own, which says how to average.
+    """
+
+    def __init__(self, module: LightningModule, average: AveragedModel) -> None:
+        """Begin with the weights as they are."""
+        nn.Module.__init__(self)
+        number: Any = average.n_averaged
+        self.module = _Weights(module, number.device)
+        self.register_buffer("n_averaged", number)
+        self.avg_fn, self.multi_avg_fn, self.use_buffers = average.avg_fn, average.multi_avg_fn, False
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The averages by name."""
+        weights: Any = self.module
+        own: dict[str, Tensor] = weights.own
+        return own
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take another step's weights in."""
+        own = self.own
+        live = {name: p.detach().to(own[name].device) for name, p in model.named_parameters() if name in own}
+        number: Any = self.n_averaged
+        if number == 0:
+            for name, value in live.items():
+                own[name].copy_(value)
+        elif self.multi_avg_fn is not None:
+            self.multi_avg_fn(list(own.values()), [live[name] for name in own], number)
+        else:
+            for name, value in live.items():
+                mean = own[name] + (value - own[name]) / (number + 1)
+                own[name].copy_(mean if self.avg_fn is None else self.avg_fn(own[name], value, number))
+        number += 1
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The averages, under the names that the callback expects."""
+        return {f"module.{name}": value.detach() for name, value in self.own.items()} | {"n_averaged": self.n_averaged}
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Go on from there."""
+        with torch.no_grad():
+            for name, own in self.own.items():
+                own.copy_(state_dict[f"module.{name}"])
+            number: Any = self.n_averaged
+            number.copy_(state_dict["n_averaged"])
+
+
+def average_what_trains(trainer: Trainer, module: LightningModule) -> bool:
+    """Give each averaging callback such an average; called when these are set up.
+
+    Returns:
+        Whether there is one.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+    for callback in found:
+        if callback._average_model is not None and not isinstance(callback._average_model, TrainedAverage):
+            callback._average_model = TrainedAverage(module, callback._average_model)
+    return bool(found)
