@@ -64,11 +64,7 @@ def _guarded(run: Callable[[list[str]], None], arguments: list[str]) -> int:
         return _fail("interrupted. Saved checkpoints and written predictions are kept.")
     except (FileNotFoundError, PermissionError) as error:
         return _fail(str(error))
-    except Exception as error:
-        if type(error).__name__ == "MisconfigurationException":  # Lightning's, whose import would take seconds
-            return _fail(str(error).strip())
-        if not isinstance(error, ValueError):
-            raise
+    except ValueError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, AlignmentError | FileNotFoundError):
             cause = cause.__cause__  # the parser wraps what a constructor raises

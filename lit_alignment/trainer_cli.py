@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from jsonargparse import ArgumentError, Namespace, _typehints
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -227,6 +228,8 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
             )
     except ArgumentError as error:
         raise ConfigError(explain(str(error), arguments)) from error
+    except MisconfigurationException as error:
+        raise ConfigError(str(error).strip()) from error
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has shut down in good order
             raise KeyboardInterrupt from stop

@@ -111,12 +111,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Loss and hits; the gradients go to `ctx`."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        total = hidden.new_zeros((), dtype=torch.float32)
+        sums = torch.promote_types(weight.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=sums)
         hits = targets.new_zeros(())
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # A sum over many chunks: fp32, or a bf16 gradient loses its small terms.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
+        # A sum over many chunks: at least fp32, or a bf16 gradient loses its small terms.
+        grad_weight = torch.zeros_like(weight, dtype=sums) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=sums) if needs_bias and bias is not None else None
 
         buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
         for start in range(0, len(targets), chunk_size):
@@ -140,7 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             with torch.autocast(hidden.device.type, enabled=False):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
-                if grad_weight is not None and grad_logits.dtype == torch.float32:
+                if grad_weight is not None and grad_logits.dtype == sums:
                     grad_weight.addmm_(grad_logits.T, chunk)  # no [V, D] temporary
                 elif grad_weight is not None:
                     grad_weight += grad_logits.T @ chunk

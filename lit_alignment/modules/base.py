@@ -37,6 +37,7 @@ from lit_alignment.models.loading import (
 )
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.checkpointed import CheckpointedModule
+from lit_alignment.modules.precision import keep_inputs
 from lit_alignment.modules.trainer_settings import check_trainer
 from lit_alignment.optimization import OptimizerConfig, build_optimizer, group_settings
 
@@ -86,6 +87,7 @@ class AlignmentModule(CheckpointedModule):
     def setup(self, stage: str) -> None:
         """Make the metrics, once, and look at the Trainer's settings."""
         super().setup(stage)
+        keep_inputs(self.trainer)
         if stage == "fit":
             check_trainer(self.trainer, datamodule_of(self.trainer))
         if not self.metrics:

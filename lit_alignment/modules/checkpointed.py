@@ -4,7 +4,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -30,12 +29,13 @@ from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.averaging import average_what_trains
+from lit_alignment.modules.precision import PreciseModule
 from lit_alignment.optimization import apply_settings
 
 LIVE = "current_model_state"  # the trained weights, where those of the checkpoint are averages; Lightning's name
 
 
-class CheckpointedModule(MethodHooks, LightningModule):
+class CheckpointedModule(MethodHooks, PreciseModule):
     """Saves what was trained and where the training stands, and goes on from there.
 
     Attributes:

@@ -124,3 +124,18 @@ def test_logps_of_no_token_are_none_and_wrong_numbers_are_refused():
     assert linear_logps(torch.zeros(0, 4), torch.zeros(5, 4), torch.zeros(0, dtype=torch.long)).shape == (0,)
     with pytest.raises(ValueError, match="hidden has 2 positions"):
         linear_logps(torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.long))
+
+
+def test_gradients_of_float64_are_summed_in_float64():
+    hidden, weight, bias, targets, weights = _inputs(torch.float64)
+    loss, _ = linear_cross_entropy(hidden, weight, targets, weights.double(), bias=bias, chunk_size=5)
+    loss.backward()
+    found = [each.grad.clone() for each in (hidden, weight, bias)]
+    for each in (hidden, weight, bias):
+        each.grad = None
+    logits = hidden @ weight.T + bias
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (losses * weights.double()).sum().backward()
+    for gradient, each in zip(found, (hidden, weight, bias), strict=True):
+        assert gradient.dtype == torch.float64 and (gradient - each.grad).abs().max() < 1e-13
+    assert loss.dtype == torch.float64
