@@ -77,6 +77,12 @@ class RAGEncoder(Encoder):
         super().__init__(tokenizer, replace(config, loss_on="last_assistant"), seed)
         self.placement = PassagePlacementConfig()
 
+    def without_end(self) -> "RAGEncoder":
+        """The same for answers that a limit has cut: what would end their turn is not scored."""
+        own = copy.copy(self)
+        own.config = replace(self.config, end_of_turn="none")
+        return own
+
     def split(self, record: Record, system_prompt: str | None = None) -> tuple[list[Message], Message]:
         """The messages up to the last response, shortened to `max_length` without passages, and that response.
 

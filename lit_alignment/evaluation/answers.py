@@ -255,7 +255,7 @@ class Perplexity(AnswerMetric):
 class KLToBase(AnswerMetric):
     """How far the model has moved from its base, in nats a token, estimated on its own answers.
 
-    kl = mean over tokens of log p(token) - log p_base(token)
+    kl = mean over the tokens of all prompts of log p(token) - log p_base(token)
 
     This is the plain Monte-Carlo estimate (k1): its expectation over the model's samples is the divergence, and a
     single value may be negative. Answers should be sampled at temperature 1. Source: joschu.net/blog/kl-approx.html.
@@ -267,11 +267,20 @@ class KLToBase(AnswerMetric):
 
     def values(self, item: Answered) -> dict[str, float]:
         """Needs log-probabilities under both."""
-        if item.logps is None or item.base_logps is None:
-            return {}
-        pairs = zip(item.logps, item.base_logps, strict=True)
-        differences = [a - b for ours, base in pairs for a, b in zip(ours, base, strict=True)]
+        differences = self._differences(item)
         return {"kl": _mean(differences)} if differences else {}
+
+    def update(self, item: Answered) -> None:
+        """Add the tokens of one prompt; a long answer counts for more than a short one."""
+        differences = self._differences(item)
+        self.totals[0] += sum(differences)
+        self.counts[0] += len(differences)
+
+    def _differences(self, item: Answered) -> list[float]:
+        if item.logps is None or item.base_logps is None:
+            return []
+        pairs = zip(item.logps, item.base_logps, strict=True)
+        return [a - b for ours, base in pairs for a, b in zip(ours, base, strict=True)]
 
 
 class Reward(AnswerMetric):

@@ -139,7 +139,7 @@ def most_likely(
     by_passage: Sequence[Sequence[Completion]],
     log_priors: Tensor,
     decoding: DecodingConfig,
-    score: Callable[[list[str]], Tensor] | None = None,
+    score: Callable[[list[Completion]], Tensor] | None = None,
 ) -> list[Completion]:
     """The candidates that were generated after each passage, by their likelihood summed over the passages.
 
@@ -147,20 +147,20 @@ def most_likely(
         by_passage: Completions after each of K passages, with log-probabilities.
         log_priors: log p(z_k), [K].
         decoding: How many to return, and whether with log-probabilities.
-        score: Log-probability of each text after each passage, [candidates, K]; without it a candidate counts as
-            impossible after passages from which it was not generated.
+        score: Log-probability of each candidate after each passage, [candidates, K]; without it a candidate counts as
+            impossible after passages from which it was not generated. One that the limit cut has no end of turn.
 
     Source: Lewis et al. 2020 (arXiv:2005.11401), section 2.5: thorough decoding with `score`, fast decoding without.
     """
-    candidates = {each.text: each for own in by_passage for each in reversed(own)}
+    candidates = {(each.text, each.finish_reason): each for own in by_passage for each in reversed(own)}
     if score is not None:
-        logps = score(list(candidates)).cpu()
+        logps = score(list(candidates.values())).cpu()
     else:
         logps = torch.full((len(candidates), len(by_passage)), -torch.inf)
         for column, own in enumerate(by_passage):
-            generated = {each.text: each.logp for each in reversed(own)}
-            for line, text in enumerate(candidates):
-                if (logp := generated.get(text)) is not None:
+            generated = {(each.text, each.finish_reason): each.logp for each in reversed(own)}
+            for line, candidate in enumerate(candidates):
+                if (logp := generated.get(candidate)) is not None:
                     logps[line, column] = logp
     totals = (log_priors.cpu() + logps).logsumexp(-1)
     order = totals.argsort(descending=True, stable=True)[: decoding.num_return_sequences].tolist()
@@ -175,7 +175,7 @@ def marginal_requests(
     requests: Sequence[Request],
     passages: Sequence[Passage],
     scores: Tensor,
-    score: Callable[[list[str]], Tensor] | None,
+    score: Callable[[list[Completion]], Tensor] | None,
 ) -> ItemRequests:
     """What an engine is asked for a question whose passages stand in a prompt each.
 

@@ -22,8 +22,6 @@ from torchmetrics.functional.classification import (
     binary_f1_score,
     binary_precision,
     binary_recall,
-    multiclass_auroc,
-    multiclass_average_precision,
     multiclass_calibration_error,
     multiclass_confusion_matrix,
     multiclass_f1_score,
@@ -64,6 +62,12 @@ class ScoresAndTargets(Metric):
             return torch.zeros(0, self.width), torch.zeros(0)
         return dim_zero_cat(self.scores), dim_zero_cat(self.targets)
 
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """What `compute` gives, in its own shape: torchmetrics makes scalars of tensors with one element."""
+        scores, targets = self.compute()
+        shape = (-1, self.width) if targets.is_floating_point() else (-1,)
+        return scores.reshape(-1, self.width), targets.reshape(shape)
+
 
 def single_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Metrics of a classifier with one class an example.
@@ -81,8 +85,9 @@ def single_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     present = support > 0
     split = present & (support < len(targets))  # a class that all examples have has no ROC curve
     recall = multiclass_recall(predicted, targets, num_classes, average="none")
-    auroc = multiclass_auroc(probabilities, targets, num_classes, average="none")
-    precision = multiclass_average_precision(probabilities, targets, num_classes, average="none")
+    ranked = [ranks(odds) for odds in log_odds(logits).unbind(1)]
+    aurocs = [binary_auroc(ranked[k], (targets == k).long()) for k in split.nonzero()[:, 0].tolist()]
+    precisions = [binary_average_precision(ranked[k], (targets == k).long()) for k in present.nonzero()[:, 0].tolist()]
     return {
         "accuracy": (predicted == targets).float().mean(),
         "balanced_accuracy": recall[present].mean(),
@@ -90,10 +95,26 @@ def single_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "weighted_f1": multiclass_f1_score(predicted, targets, num_classes, average="weighted"),
         "precision": multiclass_precision(predicted, targets, num_classes, average="macro"),
         "recall": multiclass_recall(predicted, targets, num_classes, average="macro"),
-        "auroc": auroc[split].mean(),
-        "average_precision": precision[present].mean(),
+        "auroc": logits.new_tensor(aurocs).mean(),
+        "average_precision": logits.new_tensor(precisions).mean(),
         "calibration_error": multiclass_calibration_error(probabilities, targets, num_classes, NUM_BINS),
     }
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """The order of scores as numbers below 1, equal ones alike, [N]: probabilities near 1 would be rounded together."""
+    order: Tensor = torch.unique(scores, return_inverse=True)[1]
+    return order.double() / max(1, len(scores))
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """Log-odds of each class against all others, [N, K], exact where its probability is rounded to 1."""
+    logits = logits.double()
+    total = logits.logsumexp(-1, keepdim=True)
+    others = total + torch.log1p(-(logits - total).exp().clamp(max=0.5))
+    best = logits.argmax(-1, keepdim=True)  # of the likeliest class, what the others sum to is too small a difference
+    rest = logits.scatter(-1, best, -torch.inf).logsumexp(-1, keepdim=True)
+    return logits - others.scatter(-1, best, rest)
 
 
 def binary_metrics(scores: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -103,15 +124,15 @@ def binary_metrics(scores: Tensor, targets: Tensor) -> dict[str, Tensor]:
         scores: Logits of yes, [N].
         targets: 1 for yes, [N].
     """
-    targets, probabilities = targets.long(), scores.sigmoid()
+    targets, probabilities, ranked = targets.long(), scores.sigmoid(), ranks(scores)
     predicted = (scores > 0).long()
     return {
         "accuracy": (predicted == targets).float().mean(),
         "f1": binary_f1_score(predicted, targets),
         "precision": binary_precision(predicted, targets),
         "recall": binary_recall(predicted, targets),
-        "auroc": binary_auroc(probabilities, targets),
-        "average_precision": binary_average_precision(probabilities, targets),
+        "auroc": binary_auroc(ranked, targets),
+        "average_precision": binary_average_precision(ranked, targets),
         "calibration_error": binary_calibration_error(probabilities, targets, NUM_BINS),
     }
 

@@ -16,7 +16,7 @@ def ranking_metrics(found: Sequence[str], relevant: Collection[str], ks: Sequenc
     ndcg@K = sum_i rel_i / log2(i + 1), over the same with all relevant ones first, K = max(ks)
 
     Args:
-        found: Ids, best first; at least max(ks) of them, if there are as many.
+        found: Ids, best first; at least max(ks) of them, if there are as many. One that is there again is no hit.
         relevant: Ids of the passages that answer the question; at least one.
         ks: Where to cut.
 
@@ -27,7 +27,7 @@ def ranking_metrics(found: Sequence[str], relevant: Collection[str], ks: Sequenc
     if not wanted:
         raise ValueError("no passage is relevant, so the ranking cannot be judged.")
     found = found[: max(ks)]
-    hits = [passage in wanted for passage in found]
+    hits = [passage in wanted and passage not in found[:rank] for rank, passage in enumerate(found)]
     metrics = {f"recall@{k}": sum(hits[:k]) / len(wanted) for k in ks}
     metrics["mrr"] = next((1 / rank for rank, hit in enumerate(hits, start=1) if hit), 0.0)
     gain = sum(1 / math.log2(rank + 1) for rank, hit in enumerate(hits, start=1) if hit)

@@ -130,7 +130,7 @@ class ClassificationModule(ScoringModule):
         `calibration_error_scaled` is of the probabilities at that temperature, which predict gives.
         """
         metrics = self.metrics_of(stage)
-        logits, targets = metrics["scored"].compute()
+        logits, targets = metrics["scored"].gathered()
         values: dict[str, Tensor | float] = {"loss": metrics["loss"].compute()}
         if self.problem == "regression":
             return values | regression_metrics(logits, targets)

@@ -21,7 +21,7 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.rag import RAGBatch, RAGDataModule, RAGItem
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request, Response
+from lit_alignment.generation.engine import Completion, EngineNeeds, ItemRequests, Request, Response
 from lit_alignment.generation.marginal import (
     answer_token_logps,
     generate_by_token,
@@ -246,17 +246,19 @@ class RAGModule(GenerativeModule):
     # Responses.
 
     def token_logps(
-        self, items: Sequence[RAGItem], contexts: Sequence[Sequence[Sequence[Passage]]]
+        self, items: Sequence[RAGItem], contexts: Sequence[Sequence[Sequence[Passage]]], with_end: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each answer token after each context, [B, C, T], and the tokens' weights, [B, T].
 
         Args:
             items: The questions with their answers.
             contexts: C lists of passages for each.
+            with_end: Whether what ends the turn is a part of the answers.
         """
         data = self.data
+        encoder = data.encoder if with_end else data.encoder.without_end()
         examples = [
-            [data.encoder.example(item.messages, item.answer or {}, own, item.tools) for own in lists]
+            [encoder.example(item.messages, item.answer or {}, own, item.tools) for own in lists]
             for item, lists in zip(items, contexts, strict=True)
         ]
         return answer_token_logps(self.network, examples, int(self.tokenizer.pad_token_id), data.packing)
@@ -280,11 +282,17 @@ class RAGModule(GenerativeModule):
             request = self._request(item, passages, decoding)
             return ItemRequests([request], lambda results: Response(results[0], retrieved_passages(passages, scores)))
 
-        def score(texts: list[str]) -> Tensor:
-            said = [replace(item, answer={"role": "assistant", "content": text}) for text in texts]
-            # An answer that the template renders as nothing has nothing to score.
-            tokens, weights = self.token_logps(said, [[[passage] for passage in passages]] * len(said))
-            return (tokens * weights[:, None]).sum(-1)
+        def score(completions: list[Completion]) -> Tensor:
+            found = scores.new_zeros(len(completions), len(passages))
+            for ended in (True, False):
+                chosen = [i for i, each in enumerate(completions) if (each.finish_reason == "stop") == ended]
+                texts = [completions[i].text for i in chosen]
+                said = [replace(item, answer={"role": "assistant", "content": text}) for text in texts]
+                if said:  # an answer that the template renders as nothing has nothing to score
+                    lists = [[[passage] for passage in passages]] * len(said)
+                    tokens, weights = self.token_logps(said, lists, with_end=ended)
+                    found[chosen] = (tokens * weights[:, None]).sum(-1).to(found)
+            return found
 
         each = [self._request(item, [passage], decoding) for passage in passages]
         return marginal_requests(each, passages, scores, score if self.decoding == "rag_sequence" else None)

@@ -153,7 +153,7 @@ class RewardModule(ScoringModule):
             values |= of_pairs
             values |= {f"accuracy/{name}": accuracy for name, (accuracy, _) in subsets.items()}
             return values | {f"section/{name}": accuracy for name, accuracy in section_accuracies(subsets).items()}
-        scores, labels = metrics["judged"].compute()
+        scores, labels = metrics["judged"].gathered()
         judged = binary_metrics(scores[:, 0], labels[:, 0])
         return values | {name: judged[name] for name in JUDGED}
 

@@ -116,6 +116,14 @@ def test_kl_is_the_mean_difference_of_the_tokens():
     assert computed(KLToBase(), Answered(["a"], logps=[[-1.0]])) == {}
 
 
+def test_kl_is_a_mean_over_the_tokens_of_all_prompts():
+    """One token that moved by 2, and seven that did not: 2 / 8, and not the mean of 2 and 0."""
+    metric = KLToBase()
+    metric.update(Answered(["a"], logps=[[-1.0]], base_logps=[[-3.0]]))
+    metric.update(Answered(["b"], logps=[[-1.0] * 7], base_logps=[[-1.0] * 7]))
+    assert metric.means() == {"kl": pytest.approx(0.25)}
+
+
 def test_reward_means_and_best():
     assert computed(Reward(), Answered(["a", "b"], rewards=[1.0, 3.0])) == {"reward": 2.0, "reward_best": 3.0}
 

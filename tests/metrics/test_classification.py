@@ -72,6 +72,18 @@ def test_multi_label_metrics_are_those_of_scikit_learn():
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-5)
 
 
+def test_scores_whose_probabilities_are_rounded_to_one_are_ranked():
+    """Sigmoids above 17 are 1 in float32, and ties count as half."""
+    scores, targets = torch.tensor([40.0, 30.0, 35.0, 20.0, -50.0, -60.0]), torch.tensor([1, 0, 1, 1, 0, 0])
+    found = binary_metrics(scores, targets)
+    assert float(found["auroc"]) == pytest.approx(8 / 9)  # of nine pairs one is in the wrong order
+    assert float(found["average_precision"]) == pytest.approx((1 + 1 + 3 / 4) / 3)
+    logits = torch.stack([torch.zeros(6), scores], dim=1)
+    assert float(single_label_metrics(logits, targets)["auroc"]) == pytest.approx(8 / 9)
+    wide = torch.cat([logits, torch.full((6, 1), -80.0)], dim=1)
+    assert float(single_label_metrics(wide, targets)["auroc"]) == pytest.approx(8 / 9)
+
+
 def test_one_label_and_yes_or_no_agree():
     logits = torch.tensor([2.0, -1.0, 0.5, -3.0])
     targets = torch.tensor([1, 0, 0, 0])

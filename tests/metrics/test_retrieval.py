@@ -25,6 +25,12 @@ def test_one_relevant_passage_counts_by_its_rank_up_to_the_largest_cut(rank, rec
     assert found == pytest.approx(recalls | {"mrr": reciprocal, "ndcg@3": 1 / log2(rank + 1) if rank <= 3 else 0})
 
 
+def test_passage_that_is_found_again_is_no_second_hit():
+    found = ranking_metrics(["a", "a", "b", "c"], ["a", "b"], [2, 4])
+    assert found["recall@2"] == 0.5 and found["recall@4"] == 1.0 and found["ndcg@4"] < 1
+    assert ranking_metrics(["x", "a", "a"], ["a"], [3])["recall@3"] == 1.0
+
+
 def test_ideal_ranking_holds_no_more_than_the_cut():
     """Three relevant passages, and a cut at two: two relevant ones are all that can be had."""
     found = ranking_metrics(["a", "b"], ["a", "b", "c"], [2])

@@ -308,3 +308,14 @@ def test_sample_is_right_where_the_predicted_class_is_the_label():
     for name, row in scores.items():
         sample = model.scored_sample(item, model.predicted(item, torch.tensor([row])))
         assert sample.columns["prediction"].startswith(name) and sample.right is (name == item.label == "bad")
+
+
+@pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression"])
+def test_validation_on_one_record_is_measured(tmp_path, problem):
+    """torchmetrics makes a scalar of a tensor with one element."""
+    labels = ["score"] if problem == "regression" else ["a", "b"]
+    value = {"single_label": "a", "multi_label": ["a"], "regression": 0.5}[problem]
+    records = [{**each, "label": value} for each in labelled(5)]
+    model = classifier(labels=labels, problem=problem)
+    (result,) = trainer(tmp_path).validate(model, class_data(model, records[1:], records[:1]), verbose=False)
+    assert result["val/loss"] > 0

@@ -272,12 +272,13 @@ def answering(folder, decoding, **settings):
     return module, data, data.predict_items(data.sources["predict"])
 
 
-def likelihood(module, data, item, content, passages, scores) -> float:
-    """log sum over passages of p(passage) p(answer given it), one sequence at a time."""
-    said = replace(item, answer={"role": "assistant", "content": content})
+def likelihood(module, data, item, completion, passages, scores) -> float:
+    """log sum over passages of p(passage) p(answer given it), one sequence at a time; a cut answer has no end."""
+    said = replace(item, answer={"role": "assistant", "content": completion.text})
+    encoder = data.encoder if completion.finish_reason == "stop" else data.encoder.without_end()
     prior = scores.log_softmax(-1)
     with torch.no_grad():
-        each = [prior[k] + sum(slow_logps(module, data.encoder, said, [p])) for k, p in enumerate(passages)]
+        each = [prior[k] + sum(slow_logps(module, encoder, said, [p])) for k, p in enumerate(passages)]
     return float(torch.stack(each).logsumexp(0))
 
 
@@ -291,10 +292,31 @@ def test_thorough_decoding_takes_the_candidate_that_all_passages_make_likely(tmp
         texts = {each.text for each in response.completions}
         assert found == sorted(found, reverse=True) and len(texts) == len(found)
         for completion in response.completions:
-            expected = likelihood(module, data, item, completion.text, own, row.detach())
+            expected = likelihood(module, data, item, completion, own, row.detach())
             assert completion.logp == pytest.approx(expected, rel=1e-4)
         assert [document["id"] for document in response.retrieved["documents"]] == [p.id for p in own]
         assert response.retrieved["doc_scores"] == pytest.approx(row.tolist())
+
+
+def test_answer_that_the_limit_cut_is_as_likely_in_both_forms_of_decoding(tmp_path):
+    """With one passage, the sum over passages is the likelihood of the tokens that were generated."""
+    settings = DecodingConfig(max_new_tokens=3, logprobs=True)
+    found = []
+    for decoding in ("rag_sequence", "rag_sequence_fast"):
+        module = rag_module(
+            encoded_index(tmp_path / decoding, knowledge(6)), num_passages=1, decoding=decoding, train_retriever="none"
+        )
+        data = rag_data(module, chats(3), chats(8, seed=1))
+        trainer(tmp_path, max_steps=0).fit(module, data)
+        responses = module.respond(data.predict_items(data.sources["predict"]), settings)
+        found.append([response.completions[0] for response in responses])
+    compared = 0
+    for thorough, fast in zip(*found, strict=True):
+        ids = module.tokenizer(fast.text, add_special_tokens=False)["input_ids"]
+        if fast.finish_reason == "length" and ids == fast.token_ids:  # the text is read as it was written
+            assert thorough.logp == pytest.approx(fast.logp, rel=1e-4)
+            compared += 1
+    assert compared
 
 
 def test_fast_decoding_asks_only_where_a_candidate_came_from(tmp_path):
