@@ -119,7 +119,37 @@ def build_optimizer(
         for (number, is_matrix), part in parts.items()
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+    order = [id(parameter) for parameter in trainable]
+    optimizer.register_load_state_dict_pre_hook(lambda own, state: _regrouped(own, state, order))
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, total(), config))
+
+
+def _regrouped(optimizer: torch.optim.Optimizer, state: dict[str, Any], order: list[int]) -> dict[str, Any]:
+    """A state whose groups are those of equal settings, as earlier versions had them, in the optimizer's groups.
+
+    Args:
+        optimizer: That loads it.
+        state: To load; parameters are numbered group by group.
+        order: Ids of the parameters as the module has them.
+    """
+    then, now = state["param_groups"], optimizer.param_groups
+    if len(then) == len(now):
+        return state
+    decay = max(group["weight_decay"] for group in then)
+    kind = {id(p): (group["initial_lr"], decay if p.ndim >= 2 else 0.0) for group in now for p in group["params"]}
+    grouped: dict[tuple[float, float], list[int]] = {}
+    for parameter in order:
+        grouped.setdefault(kind[parameter], []).append(parameter)
+    numbers = {p: n for n, p in enumerate(p for part in grouped.values() for p in part)}
+    own = [[numbers[id(p)] for p in group["params"]] for group in now]
+    counted = {old: new for new, old in enumerate(number for part in own for number in part)}
+    first = then[0]
+    groups, begin = [], 0
+    for group, part in zip(now, own, strict=True):
+        settings = {key: group.get(key, value) for key, value in first.items()}
+        groups.append(settings | {"lr": first["lr"], "params": list(range(begin, begin + len(part)))})
+        begin += len(part)
+    return {"state": {counted[number]: each for number, each in state["state"].items()}, "param_groups": groups}
 
 
 SETTINGS = {"initial_lr": "learning_rate", "weight_decay": "weight_decay", "betas": "betas", "eps": "eps"}
@@ -142,12 +172,12 @@ def apply_settings(optimizer: torch.optim.Optimizer, schedule: LambdaLR, setting
         What changed, as "name: old -> new".
     """
     changed: dict[str, None] = {}
+    schedule.base_lrs = [own["initial_lr"] for own in settings]
     for number, (group, own) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
         for name, value in own.items():
             if group[name] != value and [*_listed(group[name])] != [*_listed(value)]:
                 changed[f"{SETTINGS[name]}: {group[name]} -> {value}"] = None
         group.update(own)
-        schedule.base_lrs[number] = own["initial_lr"]
         group["lr"] = own["initial_lr"] * schedule.lr_lambdas[number](schedule.last_epoch)
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
     return list(changed)

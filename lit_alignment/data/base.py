@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from lit_alignment.data.batching.position import (
     identity,
     read_position,
     refuse_other_data,
+    update_position,
     write_position,
 )
 from lit_alignment.data.batching.standing import accumulation, standing
@@ -269,7 +270,8 @@ class AlignmentDataModule(LightningDataModule):
         """
         if self.trainer is None or self.trainer.state.fn != "fit" or "train" not in state_dict:
             return
-        refuse_other_data(state_dict["data"], self._identity)
+        if "data" in state_dict:  # earlier versions did not write it
+            refuse_other_data(state_dict["data"], self._identity)
         self.begun = read_position(
             self._training_plan(), state_dict["train"], self._window(state_dict["train"]["epoch"])
         )
@@ -279,6 +281,11 @@ class AlignmentDataModule(LightningDataModule):
                     "trainer.limit_train_batches is a share, and the checkpoint's epoch was begun with other batches "
                     f"({', '.join(self.begun.changed)}). Give it as a number of batches."
                 )
+
+    def update_checkpoint(self, checkpoint: dict[str, Any], stored: dict[str, Any]) -> None:
+        """Bring a checkpoint of an earlier version into today's form; `stored` is the data module's part of it."""
+        epoch = stored["train"]["epoch"]
+        update_position(checkpoint, stored, self._training_plan(), self._window(epoch))
 
     def epoch_length(self, epoch: int) -> int:
         """Micro-batches of each rank in an epoch, within `limit_train_batches`."""
@@ -323,11 +330,24 @@ class AlignmentDataModule(LightningDataModule):
         groups = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-        def build(planned: PlannedBatch) -> Any:
-            return self.predict_collate([self.predict_item(dataset[index], index) for index in planned.indices])
-
+        build = partial(self._prompts, dataset)
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
         return PlannedLoader(lambda epoch: plan, build, len(plan))
+
+    # Workers build batches; where they are not forked, the data module goes to them without what they do not need.
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the Trainer and what belongs to it."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_train_loader", "answered")}
+        return kept | {"trainer": None, "_train_loader": None, "answered": set}
+
+    def _batch(self, dataset: datasets.Dataset, planned: PlannedBatch) -> Any:
+        columns = dataset[planned.indices]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return self.collate(rows, planned)
+
+    def _prompts(self, dataset: datasets.Dataset, planned: PlannedBatch) -> Any:
+        return self.predict_collate([self.predict_item(dataset[index], index) for index in planned.indices])
 
     def plan(self, split: Split) -> BatchPlan:
         """What decides the batches of a split that is loaded."""
@@ -354,11 +374,7 @@ class AlignmentDataModule(LightningDataModule):
             groups = plan.left(epoch, begun.stretches)[: (self.epoch_length(epoch) - begun.batches) * ranks]
             return plan.batches(groups, rank, ranks, self._window(epoch).accumulate)
 
-        def build(planned: PlannedBatch) -> Any:
-            columns = dataset[planned.indices]
-            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            return self.collate(rows, planned)
-
+        build = partial(self._batch, dataset)
         pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         begun = Begun(0)
         if split == "train" and self.trainer is not None:

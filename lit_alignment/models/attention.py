@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
@@ -124,21 +124,43 @@ def _document_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: A
     return mask
 
 
+def knows_sdpa(kind: type[PreTrainedModel] | None, config: PretrainedConfig) -> bool:
+    """Whether SDPA computes an architecture's attention: none that caps its scores, or adds to them what it lacks."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return kind is None or (bool(kind._supports_sdpa) and not capped)
+
+
 def choose_attention(
-    requested: Attention, packing: bool, device_type: str, config: PretrainedConfig, shared_prompts: bool = False
+    requested: Attention,
+    packing: bool,
+    device_type: str,
+    config: PretrainedConfig,
+    shared_prompts: bool = False,
+    takes_sdpa: bool = True,
 ) -> str:
     """The attention implementation to load a model with.
 
     Args:
-        requested: The setting; `auto` is FlashAttention 2 on a GPU that has it, else SDPA by document.
+        requested: The setting; `auto` is FlashAttention 2 on a GPU that has it, else SDPA by document; transformers'
+            eager one where the architecture knows no other.
         packing: Whether rows hold several documents.
         device_type: cpu, cuda, ...
         config: The model's configuration.
         shared_prompts: Whether documents of a row continue another one, which only SDPA by document can do.
+        takes_sdpa: Whether the architecture knows SDPA.
 
     Raises:
         ConfigError: If documents cannot be kept apart that way; the message names the ways that can.
     """
+    if not takes_sdpa and requested in ("auto", "sdpa"):
+        if packing and device_type == "cuda" and requested == "auto" and not shared_prompts:
+            return "flex_attention"
+        if packing or requested == "sdpa":
+            raise ConfigError(
+                f"{config.model_type}: SDPA does not compute this architecture's attention, so the documents of a "
+                "packed row are not kept apart. Set data's packing: false, and backbone.attention to auto or eager."
+            )
+        return "eager"
     if packing:
         layers = set(getattr(config, "layer_types", None) or ["full_attention"])
         if requested == "eager" or (requested == "flex_attention" and device_type == "cpu"):

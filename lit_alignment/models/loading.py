@@ -1,6 +1,7 @@
 """Load a tokenizer and a language model as the configuration asks."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from transformers.utils import logging
 
 from lit_alignment.errors import ConfigError, require
 from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt_learning, load_adapter
-from lit_alignment.models.attention import Attention, choose_attention
+from lit_alignment.models.attention import DOCUMENT_SDPA, Attention, choose_attention, knows_sdpa
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.moved import renamed
@@ -99,8 +100,8 @@ def load_tokenizer(backbone: BackboneConfig, tokens: TokensConfig) -> tuple[PreT
     tokenizer = from_pretrained(AutoTokenizer, backbone, backbone.tokenizer or backbone.path)
     added = add_tokens(tokenizer, tokens)
     if tokenizer.pad_token_id is None:
-        # Masking is by position, never by id, so padding with EOS hides no EOS.
-        tokenizer.pad_token = tokenizer.eos_token
+        # Masking is by position, never by id, so padding with EOS, or with any other token, hides none.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer, added
 
 
@@ -140,11 +141,16 @@ def load_network(
     wrapped = peft is not None or adapter is not None
     _check_device(backbone, wrapped, device_type)
     config = from_pretrained(AutoConfig, backbone, backbone.path)
-    options: dict[str, Any] = {
-        "attn_implementation": choose_attention(backbone.attention, packing, device_type, config, shared_prompts),
-        "dtype": "auto" if as_stored else weights_dtype(backbone, wrapped, device_type),
-    }
-    model = _load_base(backbone, head, config, options)
+    kind = _class_of(config, head)
+    dtype = "auto" if as_stored else weights_dtype(backbone, wrapped, device_type)
+    choose = partial(choose_attention, backbone.attention, packing, device_type, config, shared_prompts)
+    load = partial(_load_base, backbone, head, config)
+    try:
+        model = load({"attn_implementation": choose(knows_sdpa(kind, config)), "dtype": dtype})
+    except KeyError as error:  # an architecture with a table of its own, as Falcon's
+        if error.args != (DOCUMENT_SDPA,):
+            raise
+        model = load({"attn_implementation": choose(False), "dtype": dtype})
     fit_vocabulary(model, tokenizer, added or {}, tokens)
     _speed_up(model, backbone, wrapped)
     network: nn.Module = model
@@ -159,6 +165,26 @@ def load_network(
         )
     # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
     return network.train()
+
+
+def _class_of(config: PretrainedConfig, head: HeadConfig | None) -> type[PreTrainedModel] | None:
+    """Transformers' class for a configuration, or None if it comes with code of its own.
+
+    Raises:
+        ConfigError: If it is the decoder of something that has an encoder too.
+    """
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"{config.model_type}: an encoder with a decoder, which is no language model by itself. Choose a model "
+            "that is a decoder alone as model.backbone.path."
+        )
+    auto: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
+    try:
+        kind = auto._model_mapping[type(config)]
+    except KeyError:
+        return None
+    found: type[PreTrainedModel] = kind[0] if isinstance(kind, tuple) else kind
+    return found
 
 
 def _speed_up(model: PreTrainedModel, backbone: BackboneConfig, wrapped: bool) -> None:

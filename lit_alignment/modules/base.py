@@ -28,6 +28,7 @@ from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
 from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.head import base_model
+from lit_alignment.models.isolation import check_isolation, check_positions
 from lit_alignment.models.loading import (
     BackboneConfig,
     load_network,
@@ -76,6 +77,7 @@ class AlignmentModule(CheckpointedModule):
         self.optimizer_config = optimizer
         self.tokenizer, self.added_tokens = load_tokenizer(backbone, tokens)
         self.model: nn.Module | None = None
+        self._checked = False
         self.metrics = nn.ModuleDict()  # of each stage but training
         self._window_loss: Tensor | float = 0.0
         self._window: list[tuple[list[str], Tensor]] = []  # ids and loss of each micro-batch of the step
@@ -190,15 +192,30 @@ class AlignmentModule(CheckpointedModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The batch's share of the optimizer step's loss."""
+        self._check_network()
         return self.step(batch, "train") + self.adapter_penalty()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add the batch to the validation metrics."""
+        self._check_network()
         self.step(batch, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Add the batch to the test metrics."""
+        self._check_network()
         self.step(batch, "test")
+
+    def _check_network(self) -> None:
+        """See, once, that the model does with rows what training takes for granted; under the precision of steps.
+
+        Raises:
+            ConfigError: If it does not.
+        """
+        if not self._checked:
+            data = datamodule_of(self.trainer)
+            check_positions(self.network, data.encoding.max_length)
+            check_isolation(self.network, data.packing, data.share_prompts)
+            self._checked = True
 
     def metrics_of(self, stage: Stage) -> dict[str, Any]:
         """The metrics of a stage, by name."""

@@ -173,13 +173,14 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         ranks = RankSchedule.of(self.adapted_network)
         if ranks is not None and about["adalora"] is not None:
             ranks.load_state_dict(about["adalora"])
+        data.update_checkpoint(checkpoint, stored)
         data.load_state_dict(stored)
         begun, most = data.begun, self.trainer.max_epochs
         if most is not None and 0 <= most < begun.epoch:
             raise CheckpointError(
                 f"the checkpoint has {begun.epoch} epochs behind it, and trainer.max_epochs is {most}. Raise it."
             )
-        if about["validated"] is not None:
+        if about.get("validated") is not None:
             self._validated = (about["validated"][0], about["validated"][1])
             if begun.changed and self._validated >= (begun.epoch, stored["train"]["batches"]):
                 self._validated = (begun.epoch, begun.batches)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lit_alignment.data.batching.packing import BatchPlan, Stretch
-from lit_alignment.data.batching.standing import Standing
+from lit_alignment.data.batching.standing import Standing, standing_of, write_standing
 from lit_alignment.errors import CheckpointError
 
 FROM_WEIGHTS = "start a new run from its weights: export it, and give the folder as model.adapter or model.backbone"
@@ -76,6 +76,26 @@ def write_position(plan: BatchPlan, at: Standing, begun: Begun, window: Window, 
         stretches.append(own)
     written = {"epoch": at.epoch, "steps": at.steps, "batches": at.batches, "global_step": global_step}
     return written | asdict(window) | {"stretches": [asdict(each) for each in stretches]}
+
+
+def update_position(checkpoint: dict[str, Any], stored: dict[str, Any], plan: BatchPlan, window: Window) -> None:
+    """Bring what an earlier version wrote, `{epoch, used}`, into today's form, under the plan of this run.
+
+    Args:
+        checkpoint: One of Lightning's, whose counters may stand inside of a batch.
+        stored: The data module's part of it.
+        plan: Of the training data.
+        window: Of this run's steps.
+    """
+    position = stored["train"]
+    if "stretches" in position:
+        return
+    ranks = checkpoint["lit_alignment"].get("ranks") or window.ranks
+    at = standing_of(checkpoint, position["used"] // ranks)
+    write_standing(checkpoint, at, is_last=at.steps > 0 and position["used"] >= plan.num_groups)
+    stretches = [asdict(Stretch(*plan.settings, min(position["used"], plan.num_groups)))] if at.steps else []
+    written = {"epoch": at.epoch, "steps": at.steps, "batches": at.batches, "global_step": checkpoint["global_step"]}
+    stored["train"] = written | {"ranks": ranks, "accumulate": window.accumulate, "stretches": stretches}
 
 
 def read_position(plan: BatchPlan, position: dict[str, Any], window: Window) -> Begun:

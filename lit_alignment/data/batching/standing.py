@@ -53,6 +53,17 @@ def standing(trainer: Trainer) -> Standing:
 def settle(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Make the counters of one of Lightning's checkpoints those behind the last optimizer step."""
     at = standing(trainer)
+    write_standing(checkpoint, at, at.steps > 0 and at.batches == trainer.num_training_batches)
+
+
+def write_standing(checkpoint: dict[str, Any], at: Standing, is_last: bool) -> None:
+    """Put a standing into one of Lightning's checkpoints.
+
+    Args:
+        checkpoint: Whose counters are set.
+        at: What they are to say.
+        is_last: Whether that is the end of its epoch.
+    """
     checkpoint["epoch"] = at.epoch
     fit = checkpoint["loops"]["fit_loop"]
     begun = at.epoch + int(at.steps > 0)
@@ -60,7 +71,7 @@ def settle(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     batches = fit["epoch_loop.batch_progress"]
     behind = batches["current"]["ready"] if at.ended else 0  # of the epoch before, which the sum over epochs keeps
     _count(batches, dict.fromkeys(("ready", "started", "processed", "completed"), at.batches), behind)
-    batches["is_last_batch"] = at.steps > 0 and at.batches == trainer.num_training_batches
+    batches["is_last_batch"] = is_last
     optimization = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     for progress in (optimization["step"], optimization["zero_grad"], fit["epoch_loop.scheduler_progress"]):
         for counts in progress.values():
@@ -71,6 +82,21 @@ def settle(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     validation["total"].update(dict.fromkeys(validation["total"], validation["total"]["completed"]))
     validation["current"].update(dict.fromkeys(validation["current"], 0))
     fit["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+
+
+def standing_of(checkpoint: dict[str, Any], batches: int) -> Standing:
+    """Where a training stood whose checkpoint an earlier version wrote, between two optimizer steps.
+
+    Args:
+        checkpoint: One of Lightning's.
+        batches: Micro-batches of its epoch that each rank had used.
+    """
+    fit = checkpoint["loops"]["fit_loop"]
+    progress = fit["epoch_progress"]["current"]
+    steps = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
+    if progress["processed"] == progress["started"]:
+        return Standing(progress["started"], 0, 0, ended=progress["started"] > 0)
+    return Standing(progress["started"] - 1, steps, batches)
 
 
 def _count(progress: dict[str, Any], current: dict[str, int], behind: int = 0) -> None:
