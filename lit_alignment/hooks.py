@@ -29,12 +29,14 @@ class MethodHooks:
 
     Attributes:
         head: What scores, where the model is no language model.
+        is_causal: Whether the model is a causal one, whose rows are looked at before training.
         shares_batches: Whether ranks can compute one batch together.
         beside: What a method has beside a language model, in words.
         progress_bar: What of `stage_values` the progress bar shows.
     """
 
     head: HeadConfig | None = None
+    is_causal = True
     shares_batches = False
     beside = ""
     progress_bar: tuple[str, ...] = ("loss",)

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
+from lit_alignment.data.batching.collate import Rows
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.batching.position import (
@@ -209,8 +211,7 @@ class AlignmentDataModule(LightningDataModule):
         """Load the splits of a stage and report what became of their records."""
         for split in self._needed(stage):
             dataset, report = self._maker(split == "predict").load(self.sources[split], split)
-            if not self.reports:  # said once
-                report.remarks = self.remarks()
+            report.remarks = report.remarks if self.reports else self.remarks()  # said once
             self.examples[split], self.reports[split] = dataset, report
             self._train_plan = None
             rank_zero_info(report.line())
@@ -218,7 +219,7 @@ class AlignmentDataModule(LightningDataModule):
                 raise ConfigError(f"data.on_drop is 'error' and records were dropped. {report.line()}")
             if len(dataset) == 0:
                 raise ConfigError(f"nothing to {stage} on. {report.line()}")
-        # log_dir is agreed among ranks, so every rank must ask for it.
+        # Every rank must ask for it: ranks agree on log_dir.
         directory = self.trainer.log_dir if self.trainer is not None else None
         if directory and self.trainer is not None and self.trainer.is_global_zero:
             write_reports(self.reports, Path(directory))
@@ -334,17 +335,16 @@ class AlignmentDataModule(LightningDataModule):
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
         return PlannedLoader(lambda epoch: plan, build, len(plan))
 
-    # Workers build batches; where they are not forked, the data module goes to them without what they do not need.
-
     def __getstate__(self) -> dict[str, Any]:
-        """All but the Trainer and what belongs to it."""
+        """What workers need that are not forked: all but the Trainer and what belongs to it."""
         kept = {name: value for name, value in self.__dict__.items() if name not in ("_train_loader", "answered")}
         return kept | {"trainer": None, "_train_loader": None, "answered": set}
 
     def _batch(self, dataset: datasets.Dataset, planned: PlannedBatch) -> Any:
         columns = dataset[planned.indices]
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return self.collate(rows, planned)
+        batch = self.collate(rows, planned)
+        return replace(batch, window_share=planned.share) if isinstance(batch, Rows) else batch
 
     def _prompts(self, dataset: datasets.Dataset, planned: PlannedBatch) -> Any:
         return self.predict_collate([self.predict_item(dataset[index], index) for index in planned.indices])

@@ -244,12 +244,14 @@ class RAGBatch:
         weights: Weight of each; 0 for one that only keeps its rank in step.
         window_weight: Trained weight of all tokens of the optimizer step.
         window_examples: Questions of the optimizer step.
+        window_share: Its questions' tokens as a share of the optimizer step's.
     """
 
     items: list[RAGItem]
     weights: list[float] = field(default_factory=list)
     window_weight: float = 0.0
     window_examples: int = 0
+    window_share: float = 0.0
 
     @property
     def ids(self) -> list[str]:
@@ -382,6 +384,7 @@ class RAGDataModule(ConversationDataModule):
             weights=[0.0 if planned.dummy else 1.0] * len(rows),
             window_weight=planned.window_weight,
             window_examples=planned.window_examples,
+            window_share=planned.share,
         )
 
     def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:

@@ -24,6 +24,7 @@ from lit_alignment.losses import (
     token_logps_and_entropies,
 )
 from lit_alignment.losses.language_modeling import CHUNK_SIZE
+from lit_alignment.models.router import note_router_loss
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -99,7 +100,7 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
             inputs.pop("position_ids", None)  # peft counts them itself, from the first virtual token on
             model(**inputs, use_cache=False)
             return captured[0][:, -inputs["input_ids"].shape[1] :]
-        model(**inputs, use_cache=False)
+        note_router_loss(model(**inputs, use_cache=False))
     return captured[0]
 
 
@@ -243,6 +244,12 @@ def check_head(model: nn.Module, input_ids: Tensor) -> None:
             f"(largest difference {float((expected - found).abs().max()):.3g}), so the loss would be wrong. "
             "Please report this architecture."
         )
+
+
+def router_weight(model: nn.Module) -> float:
+    """What the architecture multiplies its router loss with; 0 if its configuration asks for none."""
+    config = base_model(model).config.get_text_config().to_dict()
+    return float(config.get("router_aux_loss_coef") or 0.0) if config.get("output_router_logits") else 0.0
 
 
 def _logit_shape(model: nn.Module) -> tuple[float, float | None]:

@@ -27,7 +27,7 @@ from lit_alignment.hooks import Stage
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
 from lit_alignment.models.collectives import SequenceGroup
-from lit_alignment.models.head import base_model
+from lit_alignment.models.head import base_model, check_head, router_weight
 from lit_alignment.models.isolation import check_isolation, check_positions
 from lit_alignment.models.loading import (
     BackboneConfig,
@@ -36,6 +36,7 @@ from lit_alignment.models.loading import (
     stored_dtype,
     weights_dtype,
 )
+from lit_alignment.models.router import router_losses
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.checkpointed import CheckpointedModule
 from lit_alignment.modules.precision import keep_inputs
@@ -80,6 +81,7 @@ class AlignmentModule(CheckpointedModule):
         self._checked = False
         self.metrics = nn.ModuleDict()  # of each stage but training
         self._window_loss: Tensor | float = 0.0
+        self._window_router: Tensor | float = 0.0
         self._window: list[tuple[list[str], Tensor]] = []  # ids and loss of each micro-batch of the step
         self._ids: list[str] = []
         self._gathered = ExitStack()
@@ -193,7 +195,13 @@ class AlignmentModule(CheckpointedModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The batch's share of the optimizer step's loss."""
         self._check_network()
-        return self.step(batch, "train") + self.adapter_penalty()
+        with router_losses() as found:
+            loss = self.step(batch, "train") + self.adapter_penalty()
+        if found and (weight := router_weight(self.network)):
+            router_loss = torch.stack(found).mean() * batch.window_share * world_scale(self)
+            self._window_router = self._window_router + router_loss.detach()
+            loss = loss + weight * router_loss
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add the batch to the validation metrics."""
@@ -211,10 +219,12 @@ class AlignmentModule(CheckpointedModule):
         Raises:
             ConfigError: If it does not.
         """
-        if not self._checked:
+        if not self._checked and self.is_causal:
             data = datamodule_of(self.trainer)
             check_positions(self.network, data.encoding.max_length)
             check_isolation(self.network, data.packing, data.share_prompts)
+            if self.head is None:
+                check_head(self.network, torch.arange(8, device=self.device)[None])
             self._checked = True
 
     def metrics_of(self, stage: Stage) -> dict[str, Any]:
@@ -280,7 +290,9 @@ class AlignmentModule(CheckpointedModule):
         """
         mean = self._window_loss / self.trainer.accumulate_grad_batches
         self.log("train/loss", mean, prog_bar=True, sync_dist=True)
-        self._window_loss = 0.0
+        if isinstance(self._window_router, Tensor):
+            self.log("train/router_loss", self._window_router / self.trainer.accumulate_grad_batches, sync_dist=True)
+        self._window_loss = self._window_router = 0.0
         window, self._window = self._window, []
         if self.features.supports("gradients"):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]

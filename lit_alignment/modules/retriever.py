@@ -35,6 +35,7 @@ class RetrieverModule(AlignmentModule):
         optimizer: Optimizer and schedule.
     """
 
+    is_causal = False
     progress_bar = ("loss", "in_batch_accuracy")
 
     def __init__(

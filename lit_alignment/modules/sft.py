@@ -13,7 +13,7 @@ from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
 from lit_alignment.metrics import TokenMean
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.head import base_model, check_head, head_loss
+from lit_alignment.models.head import base_model, head_loss
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.logprobs import hidden_at_targets, of_this_rank
 from lit_alignment.models.tokens import TokensConfig
@@ -57,7 +57,6 @@ class SFTModule(GenerativeModule):
         super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
         self.label_smoothing = label_smoothing
         self.neftune_alpha = neftune_alpha
-        self._head_checked = False
 
     def stage_metrics(self) -> dict[str, Metric]:
         """Means over trained tokens."""
@@ -80,9 +79,6 @@ class SFTModule(GenerativeModule):
 
     def _summed_loss(self, batch: TargetBatch, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sum of the trained tokens' losses, number of hits, and the weight of each, [N]; all of this rank."""
-        if not self._head_checked:
-            check_head(self.network, batch.input_ids[:1, :8])
-            self._head_checked = True
         hidden = self._hidden_states(batch)
         targets, weights = (of_this_rank(each, batch, self.sequence) for each in (batch.targets, batch.weights))
         loss_sum, hits = head_loss(self.network, hidden, targets, weights, label_smoothing)

@@ -26,6 +26,7 @@ class Rows:
         document_lengths: Lengths of the documents in a packed row, in order; empty in a padded batch.
         document_parents: For each document the one that it continues, or -1; empty if there are none.
         window_weight: Trained weight of the whole optimizer step that this batch belongs to.
+        window_share: The tokens of its examples as a share of those of the optimizer step.
         ids: Where each example came from.
         local: Indices into the positions that are read, of those in this rank's slice of a row that ranks share; None
             where no rank shares it.
@@ -37,6 +38,7 @@ class Rows:
     document_lengths: list[int] = field(default_factory=list)
     document_parents: list[int] = field(default_factory=list)
     window_weight: float = 0.0
+    window_share: float = 0.0
     ids: list[str] = field(default_factory=list)
     local: Tensor | None = None
 

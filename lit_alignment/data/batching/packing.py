@@ -24,12 +24,14 @@ class PlannedBatch:
         window_weight: Trained weight of all micro-batches on all ranks that share its optimizer step.
         window_examples: Number of examples in these micro-batches.
         dummy: Whether it only keeps this rank in step with the others; its labels are then ignored.
+        share: Its tokens as a share of those of the window.
     """
 
     indices: list[int]
     window_weight: float
     window_examples: int = 0
     dummy: bool = False
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -191,12 +193,15 @@ class BatchPlan:
             for start in range(0, len(groups), window)
         ]
         sizes = [sum(map(len, groups[start : start + window])) for start in range(0, len(groups), window)]
+        tokens = [int(self.lengths[group].sum()) for group in groups]
         planned = []
         for first in range(0, len(groups), world_size):
             position = first + rank
             total, size = totals[first // window], sizes[first // window]
             if position < len(groups):
-                planned.append(PlannedBatch(groups[position], total, size))
+                begin = first // window * window
+                share = tokens[position] / sum(tokens[begin : begin + window])
+                planned.append(PlannedBatch(groups[position], total, size, share=share))
             else:
                 shortest = min(groups[first], key=lambda i: self.lengths[i])
                 planned.append(PlannedBatch([int(shortest)], total, size, dummy=True))
