@@ -84,7 +84,7 @@ class TransformersEngine(Engine):
         arguments: dict[str, Any] = {"tokenizer": self.tokenizer} if first.stop_strings else {}
         config = _generation_config(self.network, first, decoding, self._padding)
         arguments |= {"generation_config": config, "synced_gpus": self.synced}
-        with seeded(first.seed, prompts, device):
+        with seeded(first.seed, prompts, device), _nothing_else(self.network):
             sequences = _sequences(self.network, input_ids, attention_mask, **arguments)
         copies = decoding.num_return_sequences
         owners = [request for request in batch for _ in range(copies)]
@@ -140,6 +140,18 @@ def seeded(seed: int, prompts: Sequence[Sequence[int]], device: torch.device) ->
         yield
 
 
+@contextmanager
+def _nothing_else(network: nn.Module) -> Iterator[None]:
+    """Have answers decided by what is asked alone: generate fills up what is not with the base's own settings."""
+    model = base_model(network)
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **arguments: Any) -> Tensor:
     """Prompts and completions, [B * S, T].
 
@@ -174,13 +186,16 @@ def _generation_config(
             "top_p": decoding.top_p,
             "top_k": decoding.top_k,
         }
+    text = base_model(model).config.get_text_config()
+    # Rows that a stop string has ended are padded only if some token ends them too: one that is never generated.
+    ends = request.stop.token_ids or [text.vocab_size]
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         num_beams=decoding.num_beams,
         num_return_sequences=decoding.num_return_sequences,
         repetition_penalty=decoding.repetition_penalty,
-        eos_token_id=request.stop.token_ids or None,
-        bos_token_id=base_model(model).config.get_text_config().bos_token_id,
+        eos_token_id=ends,
+        bos_token_id=text.bos_token_id,
         pad_token_id=pad_token_id,
         stop_strings=request.stop_strings or None,
         suppress_tokens=list(request.never) or None,

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import DecodingConfig
@@ -126,3 +127,15 @@ def test_prompt_ids_of_predict_are_those_of_training(tokenizer):
 def test_impossible_settings_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         DecodingConfig(**settings)
+
+
+def test_settings_that_come_with_the_base_decide_nothing(model, tokenizer):
+    """Those that the configuration has no name for, too."""
+    plain = [slow_greedy(model, prompt, 12)[0] for prompt in PROMPTS]
+    often = plain[0][0]
+    own = {"no_repeat_ngram_size": 1, "suppress_tokens": [often], "begin_suppress_tokens": [often], "top_k": 3}
+    config = GenerationConfig(**own, do_sample=True, temperature=9.0, min_new_tokens=2)
+    model.generation_config = config
+    answers = generate(model, tokenizer, PROMPTS, DecodingConfig(max_new_tokens=12), NEVER)
+    assert [answer.token_ids for (answer,) in answers] == plain and any(len(set(ids)) < len(ids) for ids in plain)
+    assert model.generation_config is config
