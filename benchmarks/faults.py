@@ -11,6 +11,7 @@ to children of a process that has imported everything, so that they fall into tr
 """
 
 import argparse
+import json
 import os
 import random
 import resource
@@ -41,6 +42,7 @@ from lit_alignment.checkpoints.sharded import full
 from lit_alignment.errors import CheckpointError
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.retrieval.index import IndexConfig
 from tests.helpers import (
     chats,
     class_data,
@@ -133,10 +135,18 @@ def build(case: Case, folder: Path) -> tuple[Any, Any]:
             scorer = reward_model(lora=True)
             return scorer, reward_data(scorer, pairs(29), pairs(4, seed=1), **settings)
         case "rag":
-            rag = rag_module(encoded_index(folder, knowledge(6)), lora=True, num_passages=2)
+            rag = rag_module(IndexConfig(str(folder / "index")), lora=True, num_passages=2)
             return rag, rag_data(rag, chats(15, longest=6), chats(2, seed=1), **settings)
     seeing = vlm_module(True)
-    return seeing, vlm_data(seeing, seen(folder, 15), seen(folder, 2, seed=1), **settings)
+    return seeing, vlm_data(seeing, *json.loads((folder / "pictures.json").read_text()), **settings)
+
+
+def prepare(folder: Path, case: Case) -> None:
+    """Write what all processes of a run read."""
+    if case.method == "rag":
+        encoded_index(folder, knowledge(6))
+    if case.method == "vlm":
+        (folder / "pictures.json").write_text(json.dumps([seen(folder, 15), seen(folder, 2, seed=1)]))
 
 
 def train(folder: Path, case: Case) -> None:
@@ -195,7 +205,9 @@ def wait(pid: int) -> int:
 
 def start(folder: Path, case: Case) -> list[int]:
     """The processes of a run."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        wait(child(partial(prepare, folder, case)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -207,7 +219,16 @@ def start(folder: Path, case: Case) -> list[int]:
 
 def end(folder: Path, case: Case) -> bool:
     """Let a run end, and say whether all its processes did so well."""
-    return [wait(pid) for pid in start(folder, case)] == [0] * case.ranks
+    pids = set(start(folder, case))
+    while pids:
+        pid, status = os.wait()
+        pids.discard(pid)
+        if status:
+            for other in pids:
+                os.kill(other, signal.SIGKILL)
+                wait(other)
+            return False
+    return True
 
 
 def kill(folder: Path, case: Case, seconds: float) -> None:

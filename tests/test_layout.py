@@ -22,6 +22,7 @@ STOREYS = [
     ["checkpoints", "planning", "retrieval", "evaluation"],
     ["generation", "distributed"],
     ["rollout", "hooks"],
+    ["training"],
     ["modules"],
     ["callbacks"],
     ["vllm"],

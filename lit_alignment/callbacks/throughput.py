@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_alignment.data.base import data_rank
 from lit_alignment.data.batching.collate import Rows
+from lit_alignment.data.planned import data_rank
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import decoder_flops_per_token
 from lit_alignment.modules.base import AlignmentModule

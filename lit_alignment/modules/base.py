@@ -38,10 +38,10 @@ from lit_alignment.models.loading import (
 )
 from lit_alignment.models.router import router_losses
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.checkpointed import CheckpointedModule
-from lit_alignment.modules.precision import keep_inputs
-from lit_alignment.modules.trainer_settings import check_trainer
 from lit_alignment.optimization import OptimizerConfig, build_optimizer, group_settings
+from lit_alignment.training.checkpointed import CheckpointedModule
+from lit_alignment.training.precision import keep_inputs
+from lit_alignment.training.trainer_settings import check_trainer
 
 
 class AlignmentModule(CheckpointedModule):

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, trained_names
-from lit_alignment.data.base import data_rank, datamodule_of
+from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.data.batching.standing import (
     catch_up,
@@ -22,15 +22,16 @@ from lit_alignment.data.batching.standing import (
     skip_validation,
     total_steps,
 )
+from lit_alignment.data.planned import data_rank
 from lit_alignment.errors import CheckpointError
 from lit_alignment.hooks import MethodHooks
 from lit_alignment.models.adalora import RankSchedule
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.averaging import average_what_trains
-from lit_alignment.modules.precision import PreciseModule
 from lit_alignment.optimization import apply_settings
+from lit_alignment.training.averaging import average_what_trains
+from lit_alignment.training.precision import PreciseModule
 
 LIVE = "current_model_state"  # the trained weights, where those of the checkpoint are averages; Lightning's name
 
@@ -75,9 +76,9 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         if self._ranks is not None:
             self._ranks.check(total_steps(self.trainer))
 
-    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Let ranks fall behind the step, before its gradients go."""
-        super().optimizer_step(*arguments, **options)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self._ranks is not None and any(p.grad is not None for p in self.parameters()):
             self._ranks.step(self.trainer.global_step)  # Lightning counts the step when this returns
 

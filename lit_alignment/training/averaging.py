@@ -72,11 +72,11 @@ class TrainedAverage(AveragedModel):
                 own[name].copy_(mean if self.avg_fn is None else self.avg_fn(own[name], value, number))
         number += 1
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
         """The averages, under the names that the callback expects."""
         return {f"module.{name}": value.detach() for name, value in self.own.items()} | {"n_averaged": self.n_averaged}
 
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Any) -> Any:  # type: ignore[override]
         """Go on from there."""
         with torch.no_grad():
             for name, own in self.own.items():

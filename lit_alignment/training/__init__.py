@@ -1,0 +1,1 @@
+"""What every module does around the steps of its method."""
