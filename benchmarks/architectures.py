@@ -52,23 +52,30 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_k", "n_shared_experts"), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     **{"vocab_size": VOCABULARY, "head_dim": WIDTH // HEADS, "rotary_dim": 8, "n_group": 1, "topk_group": 1},
-    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+    **{"q_lora_rank": 16, "kv_lora_rank": 16},
     **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "first_k_dense_replace": 1, "dropout": 0.0},
     "initializer_range": 0.2,  # so that what a token sees matters
     **{"image_size": 32, "patch_size": 16, "word_embed_proj_dim": WIDTH, "layerdrop": 0.0, "decoder_layerdrop": 0.0},
 }
 
 
+OWN: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"is_decoder": True},
+}
+
+
 def tiny(name: str) -> PretrainedConfig:
     """A small configuration of an architecture, with small parts."""
-    return AutoConfig.for_model(name, **_small(AutoConfig.for_model(name)))
+    return AutoConfig.for_model(name, **(_small(AutoConfig.for_model(name)) | OWN.get(name, {})))
 
 
 def _small(config: PretrainedConfig) -> dict[str, Any]:
     known = config.to_dict()
     found = {key: value for key, value in SIZES.items() if key in known or key in config.attribute_map}
-    if "qk_rope_head_dim" in known:
-        found["head_dim"] = SIZES["qk_rope_head_dim"]
+    if "qk_rope_head_dim" in known:  # latent attention has as many key heads as heads
+        found |= {"num_key_value_heads": HEADS, "head_dim": known["qk_rope_head_dim"]}
     for key, part in vars(config).items():
         if isinstance(part, PretrainedConfig):
             found[key] = _small(part)

@@ -335,20 +335,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="so many kills alone")
     number = parser.parse_args().kills
     begin = time.monotonic()
+    print("| fault | times | outcome |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         row = kills(Path(temporary), number or KILLS)
-    rows = [f"kill -9 at a random moment of training | {row}, {(time.monotonic() - begin) / 60:.0f} min"]
-    if number is None:
-        rows.append(f"the disk is full while a checkpoint is saved | {full_disks()}")
-        rows.append(f"the newest checkpoint is cut off or changed | {damages()}")
-        for title, test in TESTS:
-            command = [sys.executable, "-m", "pytest", *test.split()]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            last = run.stdout.strip().splitlines()[-1].split(" in ")[0]
-            rows.append(f"{title} | `{test}` | {last if run.returncode == 0 else f'NOT PASSED: {last}'}")
-    print("| fault | times | outcome |\n|---|---|---|")
-    for row in rows:
-        print(f"| {row} |")
+    minutes = (time.monotonic() - begin) / 60
+    print(f"| kill -9 at a random moment of training | {row}, {minutes:.0f} min |", flush=True)
+    if number is not None:
+        return
+    print(f"| the disk is full while a checkpoint is saved | {full_disks()} |", flush=True)
+    print(f"| the newest checkpoint is cut off or changed | {damages()} |", flush=True)
+    for title, test in TESTS:
+        command = [sys.executable, "-m", "pytest", *test.split()]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        last = run.stdout.strip().splitlines()[-1].split(" in ")[0]
+        outcome = last if run.returncode == 0 else f"NOT PASSED: {last}"
+        print(f"| {title} | `{test}` | {outcome} |", flush=True)
 
 
 if __name__ == "__main__":

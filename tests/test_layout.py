@@ -109,7 +109,7 @@ def test_no_file_outside_modules_knows_a_method(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_file_outside_modules_asks_for_a_class_by_its_name_or_probes_a_module(path):
-    if room_of(name_of(path)) == "modules":
+    if room_of(name_of(path)) in ("modules", "training"):  # what modules are, and what they are made of
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Compare):

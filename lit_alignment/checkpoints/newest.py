@@ -61,7 +61,9 @@ def check(path: Path) -> None:
         try:
             with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums that it writes
                 broken = archive.testzip()
-        except zipfile.BadZipFile as error:
+        except OSError:
+            raise
+        except Exception as error:  # a damaged directory of the archive raises whatever its reader happens to
             raise CheckpointError(f"{path}: cannot read the checkpoint ({error}).") from error
         if broken is not None:
             raise CheckpointError(f"{path}: cannot read the checkpoint (wrong checksum of {broken}).")

@@ -139,7 +139,7 @@ def most_likely(
     by_passage: Sequence[Sequence[Completion]],
     log_priors: Tensor,
     decoding: DecodingConfig,
-    score: Callable[[list[Completion]], Tensor] | None = None,
+    score: Callable[[list[str], bool], Tensor] | None = None,
 ) -> list[Completion]:
     """The candidates that were generated after each passage, by their likelihood summed over the passages.
 
@@ -147,16 +147,20 @@ def most_likely(
         by_passage: Completions after each of K passages, with log-probabilities.
         log_priors: log p(z_k), [K].
         decoding: How many to return, and whether with log-probabilities.
-        score: Log-probability of each candidate after each passage, [candidates, K]; without it a candidate counts as
-            impossible after passages from which it was not generated. One that the limit cut has no end of turn.
+        score: Log-probability of each text after each passage, [texts, K], with the end of its turn or without, as of
+            one that the limit cut; without it a candidate counts as impossible after passages from which it was not
+            generated.
 
     Source: Lewis et al. 2020 (arXiv:2005.11401), section 2.5: thorough decoding with `score`, fast decoding without.
     """
     candidates = {(each.text, each.finish_reason): each for own in by_passage for each in reversed(own)}
+    logps = torch.full((len(candidates), len(by_passage)), -torch.inf)
     if score is not None:
-        logps = score(list(candidates.values())).cpu()
+        for ended in (True, False):
+            lines = [line for line, (_, reason) in enumerate(candidates) if (reason == "stop") == ended]
+            if lines:
+                logps[lines] = score([list(candidates)[line][0] for line in lines], ended).float().cpu()
     else:
-        logps = torch.full((len(candidates), len(by_passage)), -torch.inf)
         for column, own in enumerate(by_passage):
             generated = {(each.text, each.finish_reason): each.logp for each in reversed(own)}
             for line, candidate in enumerate(candidates):
@@ -175,7 +179,7 @@ def marginal_requests(
     requests: Sequence[Request],
     passages: Sequence[Passage],
     scores: Tensor,
-    score: Callable[[list[Completion]], Tensor] | None,
+    score: Callable[[list[str], bool], Tensor] | None,
 ) -> ItemRequests:
     """What an engine is asked for a question whose passages stand in a prompt each.
 

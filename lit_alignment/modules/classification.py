@@ -138,7 +138,7 @@ class ClassificationModule(ScoringModule):
         if self.problem == "single_label":
             self.confusion = confusion_matrix(logits, targets)
         if stage == "val":
-            self.measure(calibration_temperature=best_temperature(logits, targets))
+            self.measure({"calibration_temperature": best_temperature(logits, targets)})
         scaled = measured(logits / self.temperature, targets)["calibration_error"]
         values |= measured(logits, targets)
         return values | {"calibration_error_scaled": scaled, "temperature": self.temperature}

@@ -21,7 +21,7 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.rag import RAGBatch, RAGDataModule, RAGItem
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.engine import Completion, EngineNeeds, ItemRequests, Request, Response
+from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request, Response
 from lit_alignment.generation.marginal import (
     answer_token_logps,
     generate_by_token,
@@ -255,8 +255,7 @@ class RAGModule(GenerativeModule):
             contexts: C lists of passages for each.
             with_end: Whether what ends the turn is a part of the answers.
         """
-        data = self.data
-        encoder = data.encoder if with_end else data.encoder.without_end()
+        data, encoder = self.data, self.data.encoder if with_end else self.data.encoder.without_end()
         examples = [
             [encoder.example(item.messages, item.answer or {}, own, item.tools) for own in lists]
             for item, lists in zip(items, contexts, strict=True)
@@ -282,17 +281,10 @@ class RAGModule(GenerativeModule):
             request = self._request(item, passages, decoding)
             return ItemRequests([request], lambda results: Response(results[0], retrieved_passages(passages, scores)))
 
-        def score(completions: list[Completion]) -> Tensor:
-            found = scores.new_zeros(len(completions), len(passages))
-            for ended in (True, False):
-                chosen = [i for i, each in enumerate(completions) if (each.finish_reason == "stop") == ended]
-                texts = [completions[i].text for i in chosen]
-                said = [replace(item, answer={"role": "assistant", "content": text}) for text in texts]
-                if said:  # an answer that the template renders as nothing has nothing to score
-                    lists = [[[passage] for passage in passages]] * len(said)
-                    tokens, weights = self.token_logps(said, lists, with_end=ended)
-                    found[chosen] = (tokens * weights[:, None]).sum(-1).to(found)
-            return found
+        def score(texts: list[str], with_end: bool) -> Tensor:
+            said = [replace(item, answer={"role": "assistant", "content": text}) for text in texts]
+            tokens, weights = self.token_logps(said, [[[each] for each in passages]] * len(said), with_end)
+            return (tokens * weights[:, None]).sum(-1)
 
         each = [self._request(item, [passage], decoding) for passage in passages]
         return marginal_requests(each, passages, scores, score if self.decoding == "rag_sequence" else None)

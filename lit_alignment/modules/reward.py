@@ -145,7 +145,7 @@ class RewardModule(ScoringModule):
         metrics = self.metrics_of(stage)
         mean, deviation = metrics["moments"].compute()
         if stage == "val":
-            self.measure(reward_mean=mean, reward_std=deviation)
+            self.measure({"reward_mean": mean, "reward_std": deviation})
         values = {"loss": metrics["loss"].compute(), "reward_mean": mean, "reward_std": deviation}
         if self.data.kind == "preferences":
             of_pairs, by_group = metrics["pairs"].compute()

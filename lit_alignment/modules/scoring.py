@@ -150,7 +150,7 @@ class ScoringModule(AlignmentModule):
             self.take_over(saved.head)
         return EngineNeeds(scores=True, network=restore(saved)[0])
 
-    def measure(self, **values: float) -> None:
+    def measure(self, values: dict[str, float]) -> None:
         """Keep what was measured with the model beside it."""
         self.head = replace(self.head, measured={**self.head.measured, **values})
 

@@ -28,22 +28,22 @@ class PreciseModule(LightningModule):
 class _Kept:
     """Buffers and metric states of one module, as they are."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.buffers = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.buffers = {name: layer._buffers[name] for name in layer._non_persistent_buffers_set}
         self.states: dict[str, Any] = {}
-        if isinstance(module, Metric):
-            self.states = {name: getattr(module, name) for name in module._defaults}
-            self.defaults: dict[str, Any] = dict(module._defaults)
+        if isinstance(layer, Metric):
+            self.states = {name: getattr(layer, name) for name in layer._defaults}
+            self.defaults: dict[str, Any] = dict(layer._defaults)
 
     def put_back(self) -> None:
         """Give what was cast its values again, on the device on which it is now."""
         for name, buffer in self.buffers.items():
-            self.module._buffers[name] = _moved(buffer, self.module._buffers[name])
-        if isinstance(self.module, Metric):
+            self.layer._buffers[name] = _moved(buffer, self.layer._buffers[name])
+        if isinstance(self.layer, Metric):
             for name, state in self.states.items():
-                setattr(self.module, name, _moved(state, getattr(self.module, name)))
-                self.module._defaults[name] = _moved(self.defaults[name], self.module._defaults[name])
+                setattr(self.layer, name, _moved(state, getattr(self.layer, name)))
+                self.layer._defaults[name] = _moved(self.defaults[name], self.layer._defaults[name])
 
 
 def _moved(before: Any, after: Any) -> Any:

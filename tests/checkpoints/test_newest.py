@@ -52,6 +52,19 @@ def test_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, capsys):
     assert newest_checkpoint(runner(tmp_path)) == tmp_path / "3.ckpt"
 
 
+@pytest.mark.parametrize("place", range(0, 100, 9))
+def test_damage_anywhere_in_the_archive_s_directory_is_passed_over(tmp_path, place, capsys):
+    for age in (1, 2):
+        write(tmp_path / f"{age}.ckpt", age)
+    content = bytearray((tmp_path / "1.ckpt").read_bytes())
+    begin = content.rindex(b"PK\x01\x02") - 200 + 3 * place
+    content[begin : begin + 24] = bytes(each ^ 255 for each in content[begin : begin + 24])
+    (tmp_path / "1.ckpt").write_bytes(content)
+    os.utime(tmp_path / "1.ckpt", (1_000_000, 1_000_000))
+    assert newest_checkpoint(runner(tmp_path)) == tmp_path / "2.ckpt"
+    assert "1.ckpt: cannot read the checkpoint" in capsys.readouterr().out
+
+
 def test_checkpoint_in_shards_that_lacks_one_is_passed_over(tmp_path, capsys):
     write(tmp_path / "old.ckpt", 1)
     write_sharded(tmp_path / "new.ckpt")

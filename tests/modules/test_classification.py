@@ -295,7 +295,7 @@ def test_report_shows_predictions_and_the_confusion_matrix(tmp_path):
 def test_probabilities_are_those_at_the_calibration_temperature(problem, expected):
     """Scores of 0, 4 and 8 at a temperature of 4."""
     model = classifier(problem=problem)
-    model.measure(calibration_temperature=4.0)
+    model.measure({"calibration_temperature": 4.0})
     item = class_data(model).predict_items([SourceConfig(records=labelled(1))])[0]
     found = model.predicted(item, torch.tensor([[0.0, 4.0, 8.0]]))
     assert found["probabilities"] == pytest.approx(dict(zip(LABELS, expected.tolist(), strict=True)))
