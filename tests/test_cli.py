@@ -203,7 +203,7 @@ def test_resumed_run_writes_into_the_folder_of_the_run_and_loses_nothing(tmp_pat
     (run,) = (tmp_path / "runs").glob("*/version_0")
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     last = str(run / "checkpoints/last.ckpt")
-    result = command("fit", "--config", config, "--ckpt_path", last, "--trainer.max_epochs=2")
+    result = command("fit", "--config", config, "--ckpt_path", "last", "--trainer.max_epochs=2")
     assert result.returncode == 0, result.stderr
     assert "resuming behind optimizer step 1, in epoch 1" in result.stderr
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
@@ -221,4 +221,4 @@ def test_resumed_run_writes_into_the_folder_of_the_run_and_loses_nothing(tmp_pat
 @pytest.mark.slow
 def test_last_checkpoint_that_is_not_there_is_refused(tmp_path):
     result = command("fit", "--config", quick(tmp_path), "--ckpt_path", "last")
-    assert result.returncode == 2 and "--ckpt_path last: there is no last checkpoint. Set" in result.stderr
+    assert result.returncode == 2 and "--ckpt_path last: there is no last checkpoint where" in result.stderr

@@ -69,15 +69,16 @@ class Export(Callback):
 
     def _update(self, trainer: Trainer, module: LightningModule) -> None:
         """Export what is new, and remove the folders of checkpoints of this run that are kept no more."""
-        best, kept, places = "", set(), set()
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-                own = {path for path in (*callback.best_k_models, callback.best_model_path) if path}
-                # A resumed run that writes elsewhere knows the best one of the run before, and leaves it alone.
-                own = {path for path in own if Path(callback.dirpath) in Path(path).parents}
-                places.add(callback.dirpath)
-                kept |= own
-                best = best or (callback.best_model_path if callback.best_model_path in own else "")
+        kept, places = set(), set()
+        savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is not None]
+        for saver in savers:
+            # A resumed run that writes elsewhere knows the best one of the run before, and leaves it alone.
+            paths = (*saver.best_k_models, saver.best_model_path)
+            kept |= {path for path in paths if path and Path(str(saver.dirpath)) in Path(path).parents}
+            places.add(str(saver.dirpath))
+        # Without a metric, the "best" of a saver is its newest.
+        judges = [saver for saver in savers if saver.monitor is not None] or savers
+        best = next((judge.best_model_path for judge in judges if judge.best_model_path in kept), "")
         wanted = {path for path in ([best] if self.which == "best" else kept) if path}
         if wanted == self._exported and best == self._best:
             return

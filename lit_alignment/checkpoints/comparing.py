@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
 from lit_alignment.data.encoding.example import Dropped
@@ -72,6 +73,18 @@ def scores(network: nn.Module, prompt: list[int]) -> Tensor:
 
 def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars for the reading and writing of weights."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -19,7 +19,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_alignment.checkpoints.comparing import Difference, compare, encode_prompts, evaluating, logits, scores
+from lit_alignment.checkpoints.comparing import (
+    Difference,
+    compare,
+    encode_prompts,
+    evaluating,
+    logits,
+    quiet,
+    scores,
+)
 from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, Written, export_form, write_folder
 from lit_alignment.checkpoints.restore import Composed, Saved, read_saved, restore, restore_towers
 from lit_alignment.errors import CheckpointError, ConfigError
@@ -164,12 +172,13 @@ def write_checked(
     fresh = target.with_name(f".{target.name}.checked{PARTIAL}")
     images = parts.merges and parts.composed is not None and parts.composed.reads_images
     try:
-        with holding(network, saved.trained), evaluating(network):
+        with holding(network, saved.trained), evaluating(network), quiet():
             before = _answers(network, check.prompts, saved.head is not None)
             if images and parts.composed is not None:
                 before += parts.composed.logits_with_images(network, companions.tokenizer, check.prompts)
             write_folder(network, {}, fresh, companions, form, check.max_shard_size, check.dtype)
-        model = reload(fresh, form, saved, parts.merges, check.loaded)
+        with quiet():
+            model = reload(fresh, form, saved, parts.merges, check.loaded)
         after = logits(model, check.prompts)
         if images and parts.composed is not None:
             after += parts.composed.logits_of_llava(model, companions.tokenizer, check.prompts)

@@ -11,20 +11,21 @@ from lit_alignment.checkpoints.restore import is_deepspeed
 from lit_alignment.checkpoints.sharded import OLD, found_path, is_sharded, read_rest
 from lit_alignment.errors import CheckpointError
 
-SUFFIX = "*.ckpt"
+SUFFIX = ".ckpt"
 
 
-def newest_checkpoint(trainer: Trainer) -> Path | None:
+def newest_checkpoint(trainer: Trainer, stem: str = "*") -> Path | None:
     """The newest readable checkpoint where this run, or an earlier one of the same name, keeps them; None without any.
 
     Damaged ones are passed over, which is said.
 
     Args:
         trainer: Its callbacks and loggers say where.
+        stem: Pattern of their names, without `.ckpt`.
     """
     # A link can point to nothing: the run was killed between a removal and the next link.
-    found = [path for folder in folders(trainer) for path in folder.glob(SUFFIX) if path.exists()]
-    for old in (path for folder in folders(trainer) for path in folder.glob(f".{SUFFIX}{OLD}")):
+    found = [path for folder in folders(trainer) for path in folder.glob(f"{stem}{SUFFIX}") if path.exists()]
+    for old in (path for folder in folders(trainer) for path in folder.glob(f".{stem}{SUFFIX}{OLD}")):
         if found_path(old.with_name(old.name.removeprefix(".").removesuffix(OLD))) == old:
             found.append(old)  # killed between the two renames of a save
     for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):

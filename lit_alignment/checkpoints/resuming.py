@@ -26,19 +26,20 @@ def find_checkpoint(word: str | None, trainer: Trainer, resumes: bool) -> str | 
     Raises:
         ConfigError: If there is none.
     """
-    if word == NEWEST:
-        found = newest_checkpoint(trainer)
-        if found is None and not resumes:
-            raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
-        print(f"resuming from {found}" if found else "no checkpoint yet: starting", flush=True)
-        return None if found is None else str(found)
-    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    if word == LAST and not any(callback._find_last_checkpoints(trainer) for callback in callbacks):
+    if word not in (NEWEST, LAST):
+        return word
+    names = {saver.CHECKPOINT_NAME_LAST for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)}
+    stems = ["*"] if word == NEWEST else [f"{name}*" for name in names]
+    found = next((path for stem in stems if (path := newest_checkpoint(trainer, stem)) is not None), None)
+    if found is None and word == LAST:
         raise ConfigError(
-            "--ckpt_path last: there is no last checkpoint. Set ModelCheckpoint's save_last: true before the run; or "
-            "use newest, the newest one of any name, which starts anew where there is none."
+            "--ckpt_path last: there is no last checkpoint where this run, or an earlier one of its name, keeps them. "
+            "Set ModelCheckpoint's save_last: true before a run; or use newest, which starts anew where there is none."
         )
-    return word
+    if found is None and not resumes:
+        raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
+    print(f"resuming from {found}" if found else "no checkpoint yet: starting", flush=True)
+    return None if found is None else str(found)
 
 
 def write_into_run_of(checkpoint: str, trainer: Trainer) -> None:

@@ -265,6 +265,17 @@ def test_resumed_run_leaves_the_folders_of_the_run_before(tmp_path, base):
     assert [str(path) + ".ckpt" for path in folders] == [third.best_model_path]
 
 
+def test_best_is_that_of_the_callback_with_a_metric(tmp_path, base):
+    every = ModelCheckpoint(tmp_path / "ckpt", "every-{step}", every_n_train_steps=1)
+    best = ModelCheckpoint(tmp_path / "ckpt", "best-{step}", "val/loss", mode="max")  # the first
+    module = lora_module(base)
+    runner = trainer(tmp_path, callbacks=[every, best, Export()], enable_checkpointing=True, max_epochs=3)
+    runner.fit(module, sft_data(module, chats(8), chats(4), packing=False))
+    assert str((tmp_path / "ckpt/export").resolve()) + ".ckpt" == best.best_model_path
+    assert [path.name for path in (tmp_path / "ckpt").iterdir() if path.is_dir()].count("export") == 1
+    assert len([path for path in (tmp_path / "ckpt").iterdir() if path.is_dir() and not path.is_symlink()]) == 1
+
+
 def test_link_stands_beside_the_checkpoints_where_their_names_make_folders(tmp_path, base):
     saver = ModelCheckpoint(tmp_path / "ckpt", "{epoch}-{val/loss:.2f}", "val/loss", save_top_k=1)
     module = lora_module(base)
