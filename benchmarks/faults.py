@@ -276,6 +276,7 @@ def kills(root: Path, number: int) -> str:
         if not same:
             print(f"\n{case}: the weights differ", file=sys.stderr, flush=True)
         print(f"\r{index + 1} runs, {counts['different']} different", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr, flush=True)  # below the count
     shown = ", ".join(f"{name} {count}" for name, count in counts.items())
     return f"{counts['kills']} | {number} runs: {shown}"
 
