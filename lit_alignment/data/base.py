@@ -194,11 +194,11 @@ class AlignmentDataModule(PlannedDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the splits of a stage and report what became of their records."""
+        self.begin()
         for split in self._needed(stage):
             dataset, report = self._maker(split == "predict").load(self.sources[split], split)
             report.remarks = report.remarks if self.reports else self.remarks()  # said once
             self.examples[split], self.reports[split] = dataset, report
-            self._train_plan = None
             rank_zero_info(report.line())
             if self.on_drop == "error" and report.dropped:
                 raise ConfigError(f"data.on_drop is 'error' and records were dropped. {report.line()}")

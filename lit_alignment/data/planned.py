@@ -52,6 +52,11 @@ class PlannedDataModule(LightningDataModule):
         self._train_plan: BatchPlan | None = None
         self.begun = Begun(0)  # the epoch in which a resumed training stands
 
+    def begin(self) -> None:
+        """Forget where an earlier run stood, and what its data were."""
+        self._train_plan, self.begun = None, Begun(0)
+        self.__dict__.pop("_identity", None)
+
     @abstractmethod
     def plan(self, split: Any) -> BatchPlan:
         """What decides the batches of a split that is loaded."""

@@ -63,7 +63,8 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         self._validated: tuple[int, int] | None = None  # epoch and micro-batch behind which the last validation stood
 
     def setup(self, stage: str) -> None:
-        """Have averaging callbacks average what trains."""
+        """Have averaging callbacks average what trains; nothing has been done in this run."""
+        self._validated, self._stepping, self._average_is_live = None, False, False
         self._averages = stage == "fit" and average_what_trains(self.trainer, self)
 
     def on_fit_start(self) -> None:
@@ -89,7 +90,9 @@ class CheckpointedModule(MethodHooks, PreciseModule):
     def on_train_start(self) -> None:
         """Do what was due where a resumed run stands, with this run's settings."""
         schedule: Any = self.lr_schedulers()
-        changed = apply_settings(self.trainer.optimizers[0], schedule, self.settings)
+        changed = []
+        if self.settings:  # else a subclass has made the optimizer
+            changed = apply_settings(self.trainer.optimizers[0], schedule, self.settings)
         changed += (begun := datamodule_of(self.trainer).begun).changed
         if begun.changed:
             reload_loader(self.trainer)
@@ -172,7 +175,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         if LIVE in checkpoint:  # the callback wants them all
             checkpoint[LIVE] = self.state_dict() | checkpoint[LIVE]
         ranks = RankSchedule.of(self.adapted_network)
-        if ranks is not None and about["adalora"] is not None:
+        if ranks is not None and about.get("adalora") is not None:
             ranks.load_state_dict(about["adalora"])
         data.update_checkpoint(checkpoint, stored)
         data.load_state_dict(stored)
@@ -201,9 +204,9 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             about: What the checkpoint says of itself.
         """
         method = str(about.get("module", "")).rpartition(".")[2]
-        if method not in {kind.__qualname__ for kind in type(self).__mro__}:
+        if method not in {kind.__name__ for kind in type(self).__mro__}:
             raise CheckpointError(
-                f"the checkpoint is of {method or 'no module of lit_alignment'}, not of {type(self).__qualname__}. "
+                f"the checkpoint is of {method or 'no module of lit_alignment'}, not of {type(self).__name__}. "
                 f"To go on from its weights, {FROM_WEIGHTS}."
             )
         then, now = about["backbone"], self.backbone

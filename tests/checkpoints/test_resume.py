@@ -7,8 +7,11 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from peft import LoraConfig
 
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import Killed, chats, sft_data, sft_module, trainer, weights
 
@@ -283,3 +286,35 @@ def test_checkpoint_of_another_method_or_backbone_is_refused_with_the_way_to_sta
         module = sft_module(lora=True)
         with pytest.raises(CheckpointError, match=words):
             trainer(tmp_path).predict(module, sft_data(module, chats(2), chats(2)), ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_objects_of_a_resumed_run_begin_anew_in_another(tmp_path):
+    """The same module and data module, under a new Trainer and without a checkpoint."""
+    whole, *_ = fit(tmp_path, save=True, max_epochs=1)
+    path = next(each[0] for each in whole.saved if each[1] == 2 and "batch_start" in each[0].name)
+    module = sft_module(lora=True)
+    data = sft_data(module, chats(14), chats(4, seed=1), packing=False, batch_size=2)
+    trainer(tmp_path, accumulate_grad_batches=2).fit(module, data, ckpt_path=path)
+    journal = Journal()
+    trainer(tmp_path, callbacks=[journal], accumulate_grad_batches=2).fit(module, data)
+    assert [batch[2] for batch in journal.batches] == [batch[2] for batch in whole.batches]
+    assert len(journal.validations) == 1
+
+
+def test_subclass_with_an_optimizer_of_its_own_trains_and_resumes(tmp_path):
+    class Own(SFTModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    def run(resume=None):
+        torch.manual_seed(0)
+        peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        module = Own(BackboneConfig("configs/tiny", weights="random"), peft)
+        saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        runner = trainer(tmp_path, callbacks=[saver], enable_checkpointing=True, max_epochs=2)
+        runner.fit(module, sft_data(module, chats(8), packing=False, batch_size=2), ckpt_path=resume)
+        return weights(module)
+
+    whole = run()
+    again = run(tmp_path / "saved/step=3.ckpt")
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
