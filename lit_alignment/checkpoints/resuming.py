@@ -12,6 +12,7 @@ from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.errors import ConfigError
 
 NEWEST, LAST = "newest", "last"  # in place of a checkpoint's path
+OF_A_RUN = ("metrics.csv", "config.yaml", "hparams.yaml")
 KEPT = ("metrics.csv", "config.yaml")  # what a run would write anew
 
 
@@ -51,6 +52,8 @@ def write_into_run_of(checkpoint: str, trainer: Trainer) -> None:
         if getattr(logger, "_version", "") is not None or Path(os.path.abspath(root)) not in path.parents:
             continue
         version = path.relative_to(os.path.abspath(root)).parts[0]
+        if not any((root / version / name).is_file() for name in OF_A_RUN):
+            continue  # a folder of checkpoints alone
         logger._version = version
         _keep_earlier(root / version)
 

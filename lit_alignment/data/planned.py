@@ -93,12 +93,13 @@ class PlannedDataModule(LightningDataModule):
         self.begun = read_position(
             self._training_plan(), state_dict["train"], self._window(state_dict["train"]["epoch"])
         )
-        if self.begun.changed and isinstance(self.trainer.limit_train_batches, float):
-            if self.trainer.limit_train_batches < 1:
-                raise ConfigError(
-                    "trainer.limit_train_batches is a share, and the checkpoint's epoch was begun with other batches "
-                    f"({', '.join(self.begun.changed)}). Give it as a number of batches."
-                )
+        limit = self.trainer.limit_train_batches
+        if self.begun.changed and limit != 1.0:
+            raise ConfigError(
+                f"trainer.limit_train_batches is {limit}, and the checkpoint's epoch was begun with other batches "
+                f"({', '.join(self.begun.changed)}). Resume with the same batches until the epoch ends, or without the "
+                "limit."
+            )
 
     def update_checkpoint(self, checkpoint: dict[str, Any], stored: dict[str, Any]) -> None:
         """Bring a checkpoint of an earlier version into today's form; `stored` is the data module's part of it."""

@@ -35,7 +35,7 @@ def check_isolation(network: nn.Module, packing: bool, shared_prompts: bool = Fa
     Raises:
         ConfigError: Naming the setting that helps.
     """
-    training = network.training
+    training = [layer for layer in network.modules() if layer.training]
     network.eval()
     try:
         row = _Row(network)
@@ -58,7 +58,8 @@ def check_isolation(network: nn.Module, packing: bool, shared_prompts: bool = Fa
         if packing:
             _check_documents(row, shared_prompts)
     finally:
-        network.train(training)
+        for layer in training:
+            layer.training = True
 
 
 def check_positions(network: nn.Module, longest: int) -> None:

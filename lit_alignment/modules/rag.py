@@ -83,6 +83,8 @@ class RAGModule(GenerativeModule):
     beside = "retriever and index"
     progress_bar = ("loss", *(f"recall@{k}" for k in RECALL_AT))
 
+    keeps_precision = ("dual",)  # an index was made with the weights as they are
+
     def __init__(
         self,
         backbone: BackboneConfig,

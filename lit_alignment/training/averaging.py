@@ -47,6 +47,18 @@ class TrainedAverage(AveragedModel):
         self.module = _Weights(module, number.device)
         self.register_buffer("n_averaged", number)
         self.avg_fn, self.multi_avg_fn, self.use_buffers = average.avg_fn, average.multi_avg_fn, False
+        self.is_live = False  # whether the module has the average now, and this the module's weights
+
+    @torch.no_grad()
+    def exchange(self, module: nn.Module) -> None:
+        """Let the module and the average change their weights."""
+        own = self.own
+        for name, parameter in module.named_parameters():
+            if name in own:
+                live = parameter.detach().to(own[name].device, copy=True)
+                parameter.copy_(own[name])
+                own[name].copy_(live)
+        self.is_live = not self.is_live
 
     @property
     def own(self) -> dict[str, Tensor]:
@@ -85,15 +97,34 @@ class TrainedAverage(AveragedModel):
             number.copy_(state_dict["n_averaged"])
 
 
-def average_what_trains(trainer: Trainer, module: LightningModule) -> bool:
+def average_what_trains(trainer: Trainer, module: LightningModule) -> list[WeightAveraging]:
     """Give each averaging callback such an average; called when these are set up.
 
     Returns:
-        Whether there is one.
+        The callbacks.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     found = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
     for callback in found:
         if callback._average_model is not None and not isinstance(callback._average_model, TrainedAverage):
-            callback._average_model = TrainedAverage(module, callback._average_model)
-    return bool(found)
+            average = TrainedAverage(module, callback._average_model)
+            hooks: Any = callback
+            # At the end too: what is saved then still has both.
+            hooks._average_model, hooks._swap_models, hooks._copy_average_to_current = average, *[average.exchange] * 2
+    return found
+
+
+def is_average_live(callbacks: list[WeightAveraging]) -> bool:
+    """Whether the model has averaged weights now, and a callback the live ones."""
+    averages = [callback._average_model for callback in callbacks]
+    return any(isinstance(average, TrainedAverage) and average.is_live for average in averages)
+
+
+def make_due_updates(callbacks: list[WeightAveraging], trainer: Trainer, module: LightningModule) -> None:
+    """Take a step's weights in, where a checkpoint was saved between the step and that."""
+    step = trainer.global_step
+    for callback in callbacks:
+        if step > callback._latest_update_step and callback.should_update(step_idx=step - 1):
+            average: Any = callback._average_model
+            average.update_parameters(module)
+            callback._latest_update_step = step

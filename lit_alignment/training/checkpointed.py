@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, tr
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.data.batching.standing import (
+    accumulation,
     catch_up,
     forget_loader,
     recount,
@@ -30,9 +32,13 @@ from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.optimization import apply_settings
-from lit_alignment.training.averaging import average_what_trains
+from lit_alignment.training.averaging import average_what_trains, is_average_live, make_due_updates
 from lit_alignment.training.precision import PreciseModule
 
+# Of adapters' settings those that say how they train, or where they come from, and not what they compute.
+OF_TRAINING = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
+OF_TRAINING |= {"lora_dropout", "init_lora_weights", "total_step", "tinit", "tfinal", "deltaT", "orth_reg_weight"}
+OF_TRAINING |= {"beta1", "beta2", "target_r", "runtime_config", "loftq_config", "eva_config", "corda_config"}
 LIVE = "current_model_state"  # the trained weights, where those of the checkpoint are averages; Lightning's name
 
 
@@ -57,15 +63,14 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         super().__init__()
         self.settings: list[dict[str, Any]] = []
         self._ranks: RankSchedule | None = None
-        self._averages = False  # whether a callback averages the weights
-        self._average_is_live = False  # whether the model has these now, and the callback the live ones
+        self._averaging: list[WeightAveraging] = []  # callbacks
         self._stepping = False  # whether the optimizer is at work
         self._validated: tuple[int, int] | None = None  # epoch and micro-batch behind which the last validation stood
 
     def setup(self, stage: str) -> None:
         """Have averaging callbacks average what trains; nothing has been done in this run."""
-        self._validated, self._stepping, self._average_is_live = None, False, False
-        self._averages = stage == "fit" and average_what_trains(self.trainer, self)
+        self._validated, self._stepping = None, False
+        self._averaging = average_what_trains(self.trainer, self) if stage == "fit" else []
 
     def on_fit_start(self) -> None:
         """Find out whether ranks fall.
@@ -98,6 +103,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             reload_loader(self.trainer)
         if changed:
             rank_zero_info(f"changed since the checkpoint: {'; '.join(changed)}")
+        make_due_updates(self._averaging, self.trainer, self)
         catch_up(self.trainer, self._validated)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -117,13 +123,8 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         if self._validated is not None:
             skip_validation(self.trainer, self._validated)
 
-    def on_validation_epoch_start(self) -> None:
-        """Averaged weights, if there are any, have taken the places of the live ones."""
-        self._average_is_live = self._averages and self.trainer.state.fn == "fit"
-
     def on_validation_epoch_end(self) -> None:
         """Remember where the last validation stood."""
-        self._average_is_live = False
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             self._validated = (self.trainer.current_epoch, progress.ready)
@@ -136,7 +137,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights only, and write down what they belong to and where they stand, as plain values."""
         trained = trained_names(self)
-        if self._average_is_live:
+        if LIVE in checkpoint and is_average_live(self._averaging):
             checkpoint["state_dict"], checkpoint[LIVE] = checkpoint[LIVE], checkpoint["state_dict"]
         for key in ("state_dict", LIVE):
             if key in checkpoint:
@@ -172,8 +173,10 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             raise CheckpointError(
                 f"the checkpoint does not say where the training stood, so it cannot be resumed; {FROM_WEIGHTS}."
             )
-        if LIVE in checkpoint:  # the callback wants them all
+        if LIVE in checkpoint and self._averaging:  # the callback wants them all
             checkpoint[LIVE] = self.state_dict() | checkpoint[LIVE]
+        elif LIVE in checkpoint:
+            checkpoint["state_dict"] = checkpoint[LIVE]
         ranks = RankSchedule.of(self.adapted_network)
         if ranks is not None and about.get("adalora") is not None:
             ranks.load_state_dict(about["adalora"])
@@ -189,7 +192,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             if begun.changed and self._validated >= (begun.epoch, stored["train"]["batches"]):
                 self._validated = (begun.epoch, begun.batches)
         if begun.changed and begun.batches:
-            recount(checkpoint, begun.batches)
+            recount(checkpoint, begun.batches, accumulation(self.trainer, begun.epoch))
         rank_zero_info(f"resuming behind optimizer step {begun.global_step}, in epoch {begun.epoch}")
 
     @property
@@ -209,11 +212,36 @@ class CheckpointedModule(MethodHooks, PreciseModule):
                 f"the checkpoint is of {method or 'no module of lit_alignment'}, not of {type(self).__name__}. "
                 f"To go on from its weights, {FROM_WEIGHTS}."
             )
+        refuse_other_adapters(about.get("peft"), self.peft_config)
         then, now = about["backbone"], self.backbone
         if model_name(then["path"]) != model_name(now.path) or then["revision"] != now.revision:
             raise CheckpointError(
                 f"the checkpoint was trained over {then['path']}, not over {now.path}. Set model.backbone.path and "
                 f"revision to what it was trained over; or {FROM_WEIGHTS}."
+            )
+
+
+def refuse_other_adapters(then: dict[str, Any] | None, config: PeftConfig | None) -> None:
+    """Refuse adapters that would make another network of the same weights, or have no place for all of them.
+
+    Args:
+        then: The checkpoint's, as plain values.
+        config: This run's.
+
+    Raises:
+        CheckpointError: Naming what differs.
+    """
+    now = None if config is None else _plain(config.to_dict())
+    if then is None or now is None:
+        if (then is None) != (now is None):
+            have = "has no adapters, and this run has" if then is None else "has adapters, and this run has none"
+            raise CheckpointError(f"the checkpoint {have}. Set model.peft to what was trained; or {FROM_WEIGHTS}.")
+        return
+    for key in sorted((then.keys() & now.keys()) - OF_TRAINING):
+        if then[key] != now[key]:
+            raise CheckpointError(
+                f"the checkpoint's adapters have {key}: {then[key]}, this run's {now[key]}. Set model.peft to what was "
+                f"trained; or {FROM_WEIGHTS}."
             )
 
 

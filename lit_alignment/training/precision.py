@@ -10,7 +10,13 @@ from torchmetrics import Metric
 
 
 class PreciseModule(LightningModule):
-    """A module of which `trainer.precision` casts weights alone."""
+    """A module of which `trainer.precision` casts weights alone.
+
+    Attributes:
+        keeps_precision: Names of networks whose weights are not cast either.
+    """
+
+    keeps_precision: tuple[str, ...] = ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move, or cast, as torch asks each module to; metrics and derived buffers are only moved.
@@ -18,7 +24,9 @@ class PreciseModule(LightningModule):
         The state of a metric is a sum over a data set. Buffers that no checkpoint has, such as the frequencies of
         rotary positions, are computed in float32: in bfloat16 far positions are off by several tokens.
         """
-        kept = [_Kept(module) for module in self.modules()]
+        networks = [network for name in self.keeps_precision if (network := self._modules.get(name)) is not None]
+        whole = {id(layer) for network in networks for layer in network.modules()}
+        kept = [_Kept(layer, id(layer) in whole) for layer in self.modules()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for each in kept:
             each.put_back()
@@ -26,11 +34,12 @@ class PreciseModule(LightningModule):
 
 
 class _Kept:
-    """Buffers and metric states of one module, as they are."""
+    """Buffers and metric states of one layer, as they are; of some also the weights."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, weights: bool) -> None:
         self.layer = layer
-        self.buffers = {name: layer._buffers[name] for name in layer._non_persistent_buffers_set}
+        self.buffers = {n: b for n, b in layer._buffers.items() if weights or n in layer._non_persistent_buffers_set}
+        self.weights = {n: p.data for n, p in layer._parameters.items() if p is not None} if weights else {}
         self.states: dict[str, Any] = {}
         if isinstance(layer, Metric):
             self.states = {name: getattr(layer, name) for name in layer._defaults}
@@ -38,6 +47,9 @@ class _Kept:
 
     def put_back(self) -> None:
         """Give what was cast its values again, on the device on which it is now."""
+        for name, weight in self.weights.items():
+            parameter: Any = self.layer._parameters[name]
+            parameter.data = _moved(weight, parameter.data)
         for name, buffer in self.buffers.items():
             self.layer._buffers[name] = _moved(buffer, self.layer._buffers[name])
         if isinstance(self.layer, Metric):

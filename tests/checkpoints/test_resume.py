@@ -253,11 +253,36 @@ def test_schedule_goes_on_to_the_new_end(tmp_path):
     assert [batch[3] for batch in again.batches][::2][:3] == pytest.approx([1e-2 * (1 - s / 12) for s in (2, 3, 4)])
 
 
-def test_share_of_the_batches_is_refused_with_another_plan(tmp_path):
-    whole, *_ = fit(tmp_path, save=True, limit_train_batches=0.9)
+@pytest.mark.parametrize("limit", [0.9, 6])
+@pytest.mark.parametrize("other", [{"batch_size": 3}, {"accumulate_grad_batches": 3}])
+def test_limit_of_the_batches_is_refused_with_another_plan(tmp_path, limit, other):
+    whole, *_ = fit(tmp_path, save=True, limit_train_batches=limit)
     path = next(each[0] for each in whole.saved if each[1] == 2)
-    with pytest.raises(ConfigError, match=r"batch_size 2 -> 3\). Give it as a number of batches"):
-        fit(tmp_path, resume=path, limit_train_batches=0.9, batch_size=3)
+    with pytest.raises(ConfigError, match=r"2 -> 3\). Resume with the same batches until the epoch ends, or without"):
+        fit(tmp_path, resume=path, limit_train_batches=limit, **other)
+
+
+@pytest.mark.parametrize("interval", [6, 0.9])
+def test_epoch_that_was_begun_otherwise_is_as_long_as_ever(tmp_path, interval):
+    """An interval between validations that the rest of the epoch alone would not hold."""
+    whole, *_ = fit(tmp_path, save=True, val_check_interval=interval)
+    path = next(each[0] for each in whole.saved if each[1] == 3 and "batch_start" in each[0].name)
+    again, *_ = fit(tmp_path, resume=path, accumulate_grad_batches=1, val_check_interval=interval)
+    assert [batch[1] for batch in again.batches] == list(range(3, 11))
+    assert [each[:3] for each in again.validations] == [(1, 6, 10)]  # the first epoch had its own
+
+
+def test_other_adapters_are_refused_by_what_differs(tmp_path):
+    whole, *_ = fit(tmp_path, save=True, max_epochs=1)
+    path = whole.saved[5][0]
+    for settings, words in (({"r": 8}, "have r: 4, this run's 8"), ({"lora_alpha": 2}, "have lora_alpha: 8, this")):
+        peft = LoraConfig(**({"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings))
+        module = SFTModule(BackboneConfig("configs/tiny", weights="random"), peft)
+        with pytest.raises(CheckpointError, match=words):
+            trainer(tmp_path).validate(module, sft_data(module, chats(2), chats(2)), ckpt_path=path)
+    module = sft_module()
+    with pytest.raises(CheckpointError, match="has adapters, and this run has none"):
+        trainer(tmp_path).validate(module, sft_data(module, chats(2), chats(2)), ckpt_path=path)
 
 
 def test_best_checkpoint_is_ranked_by_the_metric_of_its_own_step(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from peft import AdaLoraConfig, LoraConfig
 
@@ -70,6 +71,42 @@ def test_average_is_that_of_the_trained_weights_alone_and_resumes(tmp_path, base
         assert torch.equal(stored["current_model_state"][name], steps.live[4][name])
     again = fit(tmp_path, base, [EMAWeightAveraging(decay=0.5)], resume=tmp_path / "saved/step=5.ckpt")
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(module).items())
+
+
+class SaveAt(Callback):
+    """Saves at each call of a hook."""
+
+    def __init__(self, folder, hook):
+        self.folder, self.steps = folder, []
+        setattr(self, hook, self.save)
+
+    def save(self, trainer, *_):
+        if not trainer.sanity_checking and trainer.global_step not in self.steps:
+            self.steps.append(trainer.global_step)
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_end", "on_validation_epoch_start", "on_validation_epoch_end", "on_train_end"]
+)
+def test_average_resumes_from_a_save_at_any_hook_before_its_own(tmp_path, base, hook):
+    options = {"val_check_interval": 3, "max_epochs": 3}
+    module = fit(tmp_path, base, [SaveAt(tmp_path, hook), EMAWeightAveraging(decay=0.5)], **options)
+    saver = SaveAt(tmp_path, hook)
+    fit(tmp_path, base, [saver, EMAWeightAveraging(decay=0.5)], **(options | {"max_epochs": 2}))
+    assert saver.steps
+    for step in saver.steps:
+        path = tmp_path / f"{step}.ckpt"
+        again = fit(tmp_path, base, [EMAWeightAveraging(decay=0.5)], resume=path, **options)
+        for name, value in weights(module).items():
+            assert torch.equal(value, weights(again)[name]), (step, name)
+
+
+def test_run_goes_on_without_its_average_from_the_live_weights(tmp_path, base):
+    fit(tmp_path, base, [EMAWeightAveraging(decay=0.5), saver(tmp_path)])
+    plain = fit(tmp_path, base, [])
+    again = fit(tmp_path, base, [], resume=tmp_path / "saved/step=5.ckpt")
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(plain).items())
 
 
 def test_ranks_fall_to_the_target_and_resume(tmp_path, base):

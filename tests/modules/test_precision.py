@@ -4,7 +4,19 @@ import pytest
 import torch
 from torchmetrics import MeanMetric, Metric, MetricCollection, MinMaxMetric
 
-from tests.helpers import chats, pairs, reward_data, reward_model, sft_data, sft_module, trainer
+from tests.helpers import (
+    chats,
+    encoded_index,
+    knowledge,
+    pairs,
+    rag_data,
+    rag_module,
+    reward_data,
+    reward_model,
+    sft_data,
+    sft_module,
+    trainer,
+)
 
 PRECISIONS = ["bf16-true", "16-true", "bf16-mixed", "64-true"]
 
@@ -86,3 +98,11 @@ def test_weights_of_a_batch_are_not_rounded(tmp_path, precision):
     module.step = lambda batch, stage: seen.append(batch.weights) or step(batch, stage)
     trainer(tmp_path, precision=precision, max_steps=1).fit(module, sft_data(module, records))
     assert seen[0].dtype == torch.float32 and (seen[0] - 0.3).abs().max() < 1e-7
+
+
+def test_index_is_not_stale_in_half_precision(tmp_path):
+    """The retriever's weights stay as those that made the index; the generator's are cast."""
+    module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=2)
+    trainer(tmp_path, precision="bf16-true", max_steps=1).fit(module, rag_data(module, chats(4), chats(2, seed=1)))
+    assert next(module.network.parameters()).dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in module.dual.parameters()} == {torch.float32}

@@ -145,10 +145,10 @@ class BatchPlan:
             stretches: What was trained, in order; their batches may have been of another size.
         """
         records = np.arange(len(self.lengths))
-        for stretch in stretches:
+        for number, stretch in enumerate(stretches, 1):
             plan = replace(self, tokens_per_batch=stretch.tokens_per_batch, batch_size=stretch.batch_size)
             groups = plan._groups_of(records, epoch)
-            if stretch == stretches[-1] and plan.settings == self.settings:
+            if number == len(stretches) and plan.settings == self.settings:
                 return groups[stretch.used :]
             used = [index for group in groups[: stretch.used] for index in group]
             records = np.setdiff1d(records, used)

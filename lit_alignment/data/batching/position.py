@@ -113,9 +113,12 @@ def read_position(plan: BatchPlan, position: dict[str, Any], window: Window) -> 
     then |= {"tokens_per_batch": last.tokens_per_batch, "batch_size": last.batch_size}
     now |= {"tokens_per_batch": plan.tokens_per_batch, "batch_size": plan.batch_size}
     changed = [f"{name} {then[name]} -> {now[name]}" for name in then if then[name] != now[name]]
-    # Lightning steps where its count is a multiple of the window's length.
-    batches = position["steps"] * window.accumulate if changed else position["batches"]
     left = len(plan.left(position["epoch"], stretches)) if stretches else None
+    batches = position["batches"]
+    if changed and left is not None:
+        # Lightning steps where its count is a multiple of the window's length, and an epoch is as long as ever.
+        missing = -(-plan.num_groups // window.ranks) - (-(-left // window.ranks))
+        batches = max(1, -(-missing // window.accumulate)) * window.accumulate
     return Begun(position["epoch"], position["global_step"], batches, stretches, left, changed)
 
 

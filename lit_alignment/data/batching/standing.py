@@ -105,16 +105,19 @@ def _count(progress: dict[str, Any], current: dict[str, int], behind: int = 0) -
     progress["total"].update({name: base + number for name, number in current.items()})
 
 
-def recount(checkpoint: dict[str, Any], batches: int) -> None:
-    """Make the number of micro-batches of a begun epoch that of another plan.
+def recount(checkpoint: dict[str, Any], batches: int, accumulate: int) -> None:
+    """Make the counts of a begun epoch those of another plan.
 
     Args:
         checkpoint: One of Lightning's.
-        batches: How many each rank would have used.
+        batches: Micro-batches that each rank would have used.
+        accumulate: Micro-batches of an optimizer step.
     """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    _count(progress, dict.fromkeys(("ready", "started", "processed", "completed"), batches))
-    progress["is_last_batch"] = False
+    fit = checkpoint["loops"]["fit_loop"]
+    _count(fit["epoch_loop.batch_progress"], dict.fromkeys(("ready", "started", "processed", "completed"), batches))
+    fit["epoch_loop.batch_progress"]["is_last_batch"] = False
+    steps = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]
+    steps.update(dict.fromkeys(steps, batches // accumulate))
 
 
 def accumulation(trainer: Trainer, epoch: int) -> int:

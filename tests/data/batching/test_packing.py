@@ -154,6 +154,16 @@ def test_epoch_goes_on_where_it_was_left_and_another_plan_trains_the_other_recor
         assert sorted(seen) == list(range(101))
 
 
+def test_stretches_that_look_alike_are_told_apart():
+    """Two batches of two, one of three, and two of two again, of twenty records."""
+    planned = plan(number=20, tokens=None, batch_size=2)
+    three = replace(planned, batch_size=3)
+    stretches = [Stretch(None, 2, 2), Stretch(None, 3, 1), Stretch(None, 2, 2)]
+    trained = [*planned.left(1, [])[:2], *three.left(1, stretches[:1])[:1], *planned.left(1, stretches[:2])[:2]]
+    rest = planned.left(1, stretches)
+    assert sorted(index for group in [*trained, *rest] for index in group) == list(range(20))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_follows_the_plan_of_the_epoch(workers):
     planned = plan(tokens=None)
