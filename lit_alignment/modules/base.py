@@ -196,9 +196,12 @@ class AlignmentModule(CheckpointedModule):
         """The batch's share of the optimizer step's loss."""
         self._check_network()
         with router_losses() as found:
-            loss = self.step(batch, "train") + self.adapter_penalty()
+            loss = self.step(batch, "train")
+        share = batch.window_share * world_scale(self) if found or self.has_penalty else 0.0
+        if self.has_penalty:
+            loss = loss + share * self.adapter_penalty()
         if found and (weight := router_weight(self.network)):
-            router_loss = torch.stack(found).mean() * batch.window_share * world_scale(self)
+            router_loss = share * torch.stack(found).mean()
             self._window_router = self._window_router + router_loss.detach()
             loss = loss + weight * router_loss
         return loss

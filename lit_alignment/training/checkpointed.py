@@ -79,7 +79,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             ConfigError: If they do not end with the run.
         """
         self._ranks = RankSchedule.of(self.adapted_network)
-        if self._ranks is not None:
+        if self._ranks is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._ranks.check(total_steps(self.trainer))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -88,9 +88,14 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         if self._ranks is not None and any(p.grad is not None for p in self.parameters()):
             self._ranks.step(self.trainer.global_step)  # Lightning counts the step when this returns
 
-    def adapter_penalty(self) -> Tensor | float:
-        """What adapters add to the loss of each optimizer step."""
-        return 0.0 if self._ranks is None else self._ranks.penalty()
+    @property
+    def has_penalty(self) -> bool:
+        """Whether adapters add to the loss of each optimizer step."""
+        return self._ranks is not None
+
+    def adapter_penalty(self) -> Tensor:
+        """What they add, scalar."""
+        return torch.zeros(()) if self._ranks is None else self._ranks.penalty()
 
     def on_train_start(self) -> None:
         """Do what was due where a resumed run stands, with this run's settings."""

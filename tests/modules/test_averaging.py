@@ -11,6 +11,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import Seen, base_model_folder, chats, sft_data, trainer, weights
+from tests.modules.test_trainer_settings import Losses
 
 USUAL = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0)
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -142,3 +143,16 @@ def test_orthogonality_is_a_part_of_the_loss_of_each_step(tmp_path, base):
             found[weight, windows] = sum(float((r @ r.T - torch.eye(len(r))).norm()) for r in rows)
     assert found[0.5, 1] < 0.9 * found[0.0, 1] and found[0.5, 2] < 0.9 * found[0.0, 2]
     assert found[0.5, 1] == pytest.approx(found[0.5, 2], rel=0.2)
+
+
+def test_penalty_of_a_shorter_last_window_counts_whole(tmp_path, base):
+    """One micro-batch of two: the gradient is that of windows of one."""
+    norms = []
+    for windows in (1, 2):
+        settings = ADALORA | {"tinit": 0, "tfinal": 1, "orth_reg_weight": 50.0}
+        peft = AdaLoraConfig(**settings, total_step=2 + 1, task_type="CAUSAL_LM")
+        log = Losses()
+        data = {"accumulate_grad_batches": windows, "max_epochs": 3, "limit_train_batches": 1, "limit_val_batches": 0}
+        fit(tmp_path, base, [], peft, logger=log, log_every_n_steps=1, **data)
+        norms.append([log.found[step]["train/grad_norm"] for step in range(3)])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
