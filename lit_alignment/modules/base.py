@@ -170,11 +170,6 @@ class AlignmentModule(CheckpointedModule):
         return self.model
 
     @property
-    def adapted_network(self) -> nn.Module | None:
-        """The model, once it is loaded."""
-        return self.model
-
-    @property
     def network(self) -> nn.Module:
         """The model.
 

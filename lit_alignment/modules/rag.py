@@ -80,10 +80,8 @@ class RAGModule(GenerativeModule):
             answers (`rag_sequence`, `rag_sequence_fast`) or by tokens (`rag_token`). By default as in training.
     """
 
-    beside = "retriever and index"
+    beside, keeps_precision = "retriever and index", ("dual",)  # the index was made with its weights as they are
     progress_bar = ("loss", *(f"recall@{k}" for k in RECALL_AT))
-
-    keeps_precision = ("dual",)  # an index was made with the weights as they are
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
     """Saves what was trained and where the training stands, and goes on from there.
 
     Attributes:
+        model: What trains, once it is loaded.
         backbone: The pretrained model.
         peft_config: New adapters.
         adapter: An existing adapter.
@@ -53,6 +54,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         settings: Of each group of parameters, as this run's configuration has them.
     """
 
+    model: nn.Module | None
     backbone: BackboneConfig
     peft_config: PeftConfig | None
     adapter: AdapterConfig | None
@@ -78,7 +80,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         Raises:
             ConfigError: If they do not end with the run.
         """
-        self._ranks = RankSchedule.of(self.adapted_network)
+        self._ranks = RankSchedule.of(self.model)
         if self._ranks is not None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._ranks.check(total_steps(self.trainer))
 
@@ -182,7 +184,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             checkpoint[LIVE] = self.state_dict() | checkpoint[LIVE]
         elif LIVE in checkpoint:
             checkpoint["state_dict"] = checkpoint[LIVE]
-        ranks = RankSchedule.of(self.adapted_network)
+        ranks = RankSchedule.of(self.model)
         if ranks is not None and about.get("adalora") is not None:
             ranks.load_state_dict(about["adalora"])
         data.update_checkpoint(checkpoint, stored)
@@ -199,11 +201,6 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         if begun.changed and begun.batches:
             recount(checkpoint, begun.batches, accumulation(self.trainer, begun.epoch))
         rank_zero_info(f"resuming behind optimizer step {begun.global_step}, in epoch {begun.epoch}")
-
-    @property
-    def adapted_network(self) -> nn.Module | None:
-        """The model that may have adapters, once it is loaded."""
-        return None
 
     def _refuse_other(self, about: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method or backbone, whose weights may have the same names.

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from typing import Any, Self
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor, nn
@@ -59,10 +60,10 @@ class _Kept:
 
 
 def _moved(before: Any, after: Any) -> Any:
-    """What was cast, or lists of it, as it was before but where it is now."""
+    """What was cast to less, or lists of it, as it was before but where it is now."""
     if isinstance(before, list):
         return [_moved(*pair) for pair in zip(before, after, strict=True)]
-    if not isinstance(before, Tensor) or before.dtype == after.dtype:
+    if not isinstance(before, Tensor) or torch.promote_types(before.dtype, after.dtype) == after.dtype:
         return after
     return before.to(after.device)
 
