@@ -183,6 +183,7 @@ UNTYING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", UNTYING, ids=str)
 @pytest.mark.parametrize("form", ["merged", "auto"])
 def test_tied_embeddings_of_which_one_was_trained_are_exported_untied(tmp_path, settings, form):
@@ -246,6 +247,7 @@ def test_pissa_with_new_tokens_is_exported(tmp_path, base):
         assert ("adapter_model.safetensors" in names) == (form == "adapter")
 
 
+@pytest.mark.slow
 def test_resumed_run_leaves_the_folders_of_the_run_before(tmp_path, base):
     def run(folder, resume=None, epochs=2):
         saver = ModelCheckpoint(folder / "ckpt", monitor="val/loss")

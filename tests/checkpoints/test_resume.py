@@ -93,6 +93,7 @@ OPTIONS = {
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_resume_from_every_moment_is_exact(tmp_path, name):
     whole, log, module, _ = fit(tmp_path, save=True, **OPTIONS[name])
@@ -149,6 +150,7 @@ def test_validation_that_was_due_is_made_and_early_stopping_stops_where_it_would
     assert all(torch.equal(value, weights(resumed)[key]) for key, value in weights(module).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [({"max_steps": 3}, {"max_steps": 6}), ({"max_epochs": 1}, {})])
 @pytest.mark.parametrize("interval", [1.0, 3])
 def test_run_that_its_limit_ended_goes_on_when_that_is_raised(tmp_path, first, then, interval):
@@ -162,6 +164,7 @@ def test_run_that_its_limit_ended_goes_on_when_that_is_raised(tmp_path, first, t
     assert before.batches == whole.batches[: len(before.batches)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_batch_in_flight_at_an_exception_is_computed_again(tmp_path, number):
     saver = ModelCheckpoint(tmp_path / "saved", save_on_exception=True, every_n_train_steps=100, filename="{step}")
@@ -234,6 +237,7 @@ def test_checkpoint_that_does_not_say_where_it_stood_is_refused(tmp_path, key):
         fit(tmp_path, resume=tmp_path / "less.ckpt")
 
 
+@pytest.mark.slow
 def test_changed_settings_of_the_optimizer_take_effect_and_are_said(tmp_path, caplog):
     usual = {"schedule": "constant", "warmup": 0}
     whole, *_ = fit(tmp_path, save=True, model={"optimizer": OptimizerConfig(learning_rate=1e-2, **usual)})
@@ -245,6 +249,7 @@ def test_changed_settings_of_the_optimizer_take_effect_and_are_said(tmp_path, ca
     assert "learning_rate: 0.01 -> 0.001; weight_decay: 0.0 -> 0.1" in caplog.text
 
 
+@pytest.mark.slow
 def test_schedule_goes_on_to_the_new_end(tmp_path):
     falling = {"optimizer": OptimizerConfig(learning_rate=1e-2, schedule="linear", warmup=0)}
     whole, *_ = fit(tmp_path, save=True, model=falling)
@@ -253,6 +258,7 @@ def test_schedule_goes_on_to_the_new_end(tmp_path):
     assert [batch[3] for batch in again.batches][::2][:3] == pytest.approx([1e-2 * (1 - s / 12) for s in (2, 3, 4)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0.9, 6])
 @pytest.mark.parametrize("other", [{"batch_size": 3}, {"accumulate_grad_batches": 3}])
 def test_limit_of_the_batches_is_refused_with_another_plan(tmp_path, limit, other):
@@ -262,6 +268,7 @@ def test_limit_of_the_batches_is_refused_with_another_plan(tmp_path, limit, othe
         fit(tmp_path, resume=path, limit_train_batches=limit, **other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [6, 0.9])
 def test_epoch_that_was_begun_otherwise_is_as_long_as_ever(tmp_path, interval):
     """An interval between validations that the rest of the epoch alone would not hold."""
@@ -313,6 +320,7 @@ def test_checkpoint_of_another_method_or_backbone_is_refused_with_the_way_to_sta
             trainer(tmp_path).predict(module, sft_data(module, chats(2), chats(2)), ckpt_path=tmp_path / "other.ckpt")
 
 
+@pytest.mark.slow
 def test_objects_of_a_resumed_run_begin_anew_in_another(tmp_path):
     """The same module and data module, under a new Trainer and without a checkpoint."""
     whole, *_ = fit(tmp_path, save=True, max_epochs=1)
@@ -326,6 +334,7 @@ def test_objects_of_a_resumed_run_begin_anew_in_another(tmp_path):
     assert len(journal.validations) == 1
 
 
+@pytest.mark.slow
 def test_subclass_with_an_optimizer_of_its_own_trains_and_resumes(tmp_path):
     class Own(SFTModule):
         def configure_optimizers(self):

@@ -51,6 +51,7 @@ def saver(folder):
     return ModelCheckpoint(folder / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
 
 
+@pytest.mark.slow
 def test_average_is_that_of_the_trained_weights_alone_and_resumes(tmp_path, base):
     steps = Steps()
     frozen = SFTModule(BackboneConfig(base), LORA).load_model().state_dict()
@@ -87,6 +88,7 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hook", ["on_train_batch_end", "on_validation_epoch_start", "on_validation_epoch_end", "on_train_end"]
 )
@@ -103,6 +105,7 @@ def test_average_resumes_from_a_save_at_any_hook_before_its_own(tmp_path, base, 
             assert torch.equal(value, weights(again)[name]), (step, name)
 
 
+@pytest.mark.slow
 def test_run_goes_on_without_its_average_from_the_live_weights(tmp_path, base):
     fit(tmp_path, base, [EMAWeightAveraging(decay=0.5), saver(tmp_path)])
     plain = fit(tmp_path, base, [])
@@ -110,6 +113,7 @@ def test_run_goes_on_without_its_average_from_the_live_weights(tmp_path, base):
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(plain).items())
 
 
+@pytest.mark.slow
 def test_ranks_fall_to_the_target_and_resume(tmp_path, base):
     peft = AdaLoraConfig(**ADALORA, total_step=8, task_type="CAUSAL_LM")
     steps = Steps()
@@ -130,6 +134,7 @@ def test_schedule_of_ranks_that_does_not_end_with_the_run_is_refused(tmp_path, b
         fit(tmp_path, base, [], peft)
 
 
+@pytest.mark.slow
 def test_orthogonality_is_a_part_of_the_loss_of_each_step(tmp_path, base):
     """Its weight changes what is learned, and by as much whatever the windows are."""
     found = {}

@@ -49,6 +49,7 @@ def floats(module):
             yield each._buffers[name].dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_validation_loss_does_not_depend_on_the_batches(tmp_path, precision):
     """In batches of one record, with a sum that half precision could not hold."""
