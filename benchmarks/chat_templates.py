@@ -255,16 +255,21 @@ def runs(tokenizer: Any, ids: list[int], mask: list[Any]) -> str:
     return SEPARATOR.join(texts)
 
 
+def encoded(encoder: Encoder, record: Record) -> list[Example]:
+    """The example of a conversation, or one of each response."""
+    try:
+        return [encoder.encode(record)]
+    except Dropped as drop:
+        if drop.reason != HISTORY_DIFFERS:
+            raise
+        return [encoder.encode(part) for part in encoder.split_turns(record)]
+
+
 def judge(encoder: Encoder, raw: dict[str, Any], stops: tuple[str, ...], source: str, verdict: Verdict) -> list[str]:
     """What is wrong with the examples of one conversation."""
     tokenizer, wrong = encoder.tokenizer, []
     record = read_record(raw, "judge", 0)
-    try:
-        examples = [encoder.encode(record)]
-    except Dropped as drop:
-        if drop.reason != HISTORY_DIFFERS:
-            raise
-        examples = [encoder.encode(part) for part in encoder.split_turns(record)]
+    examples = encoded(encoder, record)
     trained = [runs(tokenizer, e.input_ids, [label != -100 for label in e.labels]) for e in examples]
     whole = [tokenizer.decode(e.input_ids) for e in examples]
     words = Counter(word for text in trained for word in WORD.findall(text))
@@ -357,13 +362,7 @@ def judge_images(encoder: Encoder, record: Record) -> list[str]:
     content = str(messages[number]["content"])
     messages[number] = {**messages[number], "content": f"{IMAGE}\n{content}", "images": ["a.png"]}
     seen = replace(record, messages=messages)
-    try:
-        examples = [vlm.encode(seen)]
-    except Dropped as drop:
-        if drop.reason != HISTORY_DIFFERS:
-            raise
-        examples = [vlm.encode(part) for part in vlm.split_turns(seen)]
-    wrong = []
+    examples, wrong = encoded(vlm, seen), []
     for example in examples:
         files = example.media.get("image", [])
         if example.input_ids.count(index) != PER_IMAGE * len(files):
