@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from lit_alignment.checkpoints.export import ExportParts
 from lit_alignment.checkpoints.hf_folder import Form
-from lit_alignment.checkpoints.restore import Saved
+from lit_alignment.checkpoints.saved import Saved
 from lit_alignment.errors import ConfigError
 from lit_alignment.evaluation.samples import Confusion, ScoredSample
 from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Response

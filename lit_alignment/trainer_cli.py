@@ -18,7 +18,7 @@ from lit_alignment.callbacks.interrupt import Interrupt
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
-from lit_alignment.checkpoints.resuming import find_checkpoint, write_into_run_of
+from lit_alignment.checkpoints.resuming import explain_misfits, find_checkpoint, write_into_run_of
 from lit_alignment.config_errors import explain, find_misfit
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
@@ -87,6 +87,9 @@ class AlignmentCLI(LightningCLI):
                 "or a class_path is missing. Compare it with what --print_config writes."
             ) from error
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: a checkpoint changes no setting, whatever `hyper_parameters` it holds."""
+
     def before_instantiate_classes(self) -> None:
         """Refuse nulls that the parser lets through, and leave the devices to vLLM, where that computes."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -107,6 +110,7 @@ class AlignmentCLI(LightningCLI):
         kwargs["use_distributed_sampler"] = False
         trainer = super().instantiate_trainer(**kwargs)
         _check_run_folder(trainer)
+        explain_misfits(trainer)
         if type(trainer.strategy.checkpoint_io).__module__.startswith("lightning.") and not self._has_plugin():
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -13,7 +13,8 @@ from lit_alignment.checkpoints.background import wait_for_saves
 from lit_alignment.checkpoints.comparing import encode_prompts
 from lit_alignment.checkpoints.export import Check, write_checked
 from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, export_form, write_folder
-from lit_alignment.checkpoints.restore import read_saved, restore
+from lit_alignment.checkpoints.restore import restore
+from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.head import base_model
@@ -113,7 +114,7 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
         CheckpointError: If the checkpoint is damaged, the disk is full, the folder cannot be written, or answers
             differently than the model; a folder that is there then stays.
     """
-    saved = read_saved(checkpoint)
+    saved = read_saved(checkpoint, trust_remote_code=module.backbone.trust_remote_code)
     # A sharded module's weights are loaded anew on this process.
     network = restore(saved)[0] if module.is_sharded else module.network
     parts = module.export_parts(saved, network, form)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
@@ -29,15 +28,15 @@ from lit_alignment.checkpoints.comparing import (
     scores,
 )
 from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, Written, export_form, write_folder
-from lit_alignment.checkpoints.restore import Composed, Saved, read_saved, restore, restore_towers
+from lit_alignment.checkpoints.restore import Composed, restore, restore_towers
+from lit_alignment.checkpoints.saved import Saved, read_saved
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.adapters import AdapterConfig, holding
 from lit_alignment.models.dual_encoder import DUAL
-from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.loading import BackboneConfig, stored_dtype
 from lit_alignment.models.multimodal.llava import composed_writer
 from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, save_towers
 from lit_alignment.models.stop_rule import StopRule, generation_config, stop_rule
-from lit_alignment.paths import local_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference of a logit, as a share of the largest logit: rounding of the stored weights, and nothing else,
@@ -85,6 +84,7 @@ class ExportConfig:
         tolerance: Largest difference of a logit, as a share of the largest one.
         dequantize: Merge what was trained over quantised weights.
         overwrite: Replace the folder if it exists.
+        trust_remote_code: Run code that comes with the base model.
     """
 
     source: Path
@@ -98,6 +98,7 @@ class ExportConfig:
     tolerance: float | None = None
     dequantize: bool = False
     overwrite: bool = False
+    trust_remote_code: bool = False
 
 
 def export(config: ExportConfig) -> None:
@@ -110,7 +111,7 @@ def export(config: ExportConfig) -> None:
     target = config.out
     if target.exists() and not config.overwrite:
         raise ConfigError(f"{target} exists. Choose another --out, or add --overwrite.")
-    saved = read_saved(config.source, config.base)
+    saved = read_saved(config.source, config.base, config.trust_remote_code)
     network, tokenizer = restore(saved)
     composed = restore_towers(saved, network) if saved.modalities else None
     parts = _parts(config, saved, network, tokenizer, composed)
@@ -276,7 +277,7 @@ def _dtype(saved: Saved, form: str) -> torch.dtype:
     """Merged weights are stored as the base's files are, trained ones as they were trained."""
     if form == "full" and saved.backbone.dtype in DTYPES:
         return DTYPES[saved.backbone.dtype]
-    stored = AutoConfig.from_pretrained(local_path(saved.backbone.path)).dtype if form == "merged" else None
+    stored = stored_dtype(saved.backbone) if form == "merged" else None
     return stored or torch.float32
 
 
@@ -309,10 +310,11 @@ def reload(folder: Path, form: str, saved: Saved, llava: bool = False, dtype: to
         return composed.eval()
     if form != "adapter":
         kind: Any = AutoModelForCausalLM if saved.head is None else AutoModelForSequenceClassification
-        model: nn.Module = kind.from_pretrained(folder, dtype=dtype)
+        model: nn.Module = kind.from_pretrained(folder, dtype=dtype, trust_remote_code=saved.backbone.trust_remote_code)
         return model.eval()
+    base = saved.backbone
     alone = Saved(
-        BackboneConfig(saved.backbone.path, saved.backbone.revision, tokenizer=str(folder)),
+        BackboneConfig(base.path, base.revision, str(folder), trust_remote_code=base.trust_remote_code),
         None, AdapterConfig(str(folder)), saved.tokens, {}, None, None, saved.head,
     )  # fmt: skip
     return restore(alone, dtype)[0]

@@ -10,7 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from lit_alignment.checkpoints.background import Queued, SaveQueue
-from lit_alignment.checkpoints.restore import is_deepspeed, read_deepspeed
+from lit_alignment.checkpoints.reading import is_deepspeed, read_deepspeed, read_plain
 from lit_alignment.checkpoints.sharded import cannot_save, found_path, is_sharded, partial_path, read_whole, swap
 from lit_alignment.errors import CheckpointError
 
@@ -55,15 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return read_whole(path)
         if is_deepspeed(path):
             return read_deepspeed(path)
-        try:
-            return dict(super().load_checkpoint(path, map_location, weights_only=True))
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # a damaged zip raises whatever its reader happens to
-            raise CheckpointError(
-                f"{path}: cannot read the checkpoint ({str(error).splitlines()[0]}). "
-                "It is damaged or holds Python objects; use an earlier one."
-            ) from error
+        return read_plain(path)
 
 
 class AsyncCheckpointIO(AtomicCheckpointIO, Queued):

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-from lit_alignment.checkpoints.restore import is_deepspeed
+from lit_alignment.checkpoints.reading import ShardReader, is_deepspeed
 from lit_alignment.checkpoints.sharded import OLD, found_path, is_sharded, read_rest
 from lit_alignment.errors import CheckpointError
 
@@ -70,7 +69,7 @@ def check(path: Path) -> None:
             raise CheckpointError(f"{path}: cannot read the checkpoint (wrong checksum of {broken}).")
         return
     read_rest(path)
-    for place in FileSystemReader(path).read_metadata().storage_data.values():
+    for place in ShardReader(path).read_metadata().storage_data.values():
         shard = path / place.relative_path
         size = shard.stat().st_size if shard.is_file() else 0
         if size < place.offset + place.length:

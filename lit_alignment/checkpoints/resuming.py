@@ -1,6 +1,8 @@
 """Which checkpoint a command goes on from, and into which folder it writes then."""
 
 import os
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_alignment.checkpoints.newest import newest_checkpoint
-from lit_alignment.errors import ConfigError
+from lit_alignment.data.batching.position import FROM_WEIGHTS
+from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
 
 NEWEST, LAST = "newest", "last"  # in place of a checkpoint's path
 OF_A_RUN = ("metrics.csv", "config.yaml", "hparams.yaml")
@@ -41,6 +44,34 @@ def find_checkpoint(word: str | None, trainer: Trainer, resumes: bool) -> str | 
         raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
     print(f"resuming from {found}" if found else "no checkpoint yet: starting", flush=True)
     return None if found is None else str(found)
+
+
+# What restoring a value of the wrong form raises, somewhere inside of Lightning, torch or a callback.
+MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def explain_misfits(trainer: Trainer) -> None:
+    """Have a trainer say that a checkpoint has another form than it restores, whatever that raises."""
+    connector: Any = trainer._checkpoint_connector
+    for name in ("_restore_modules_and_callbacks", "restore_training_state"):
+        setattr(connector, name, _explained(getattr(connector, name)))
+
+
+def _explained(restore: Callable[..., None]) -> Callable[..., None]:
+    @wraps(restore)
+    def explained(*arguments: Any, **options: Any) -> None:
+        try:
+            restore(*arguments, **options)
+        except AlignmentError:
+            raise
+        except MISFITS as error:
+            reason = (str(error).strip().splitlines() or [""])[-1].strip()
+            raise CheckpointError(
+                f"the checkpoint cannot be restored ({type(error).__name__}: {reason}): it is damaged, or was made by "
+                f"another run or version. Use an earlier one; or {FROM_WEIGHTS}."
+            ) from error
+
+    return explained
 
 
 def write_into_run_of(checkpoint: str, trainer: Trainer) -> None:

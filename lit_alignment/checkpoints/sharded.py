@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict, load
 from torch.distributed.distributed_c10d import ProcessGroup, broadcast_object_list, get_rank
 
 from lit_alignment.checkpoints.hf_folder import PARTIAL, flush_folder
+from lit_alignment.checkpoints.reading import ShardPlanner, ShardReader, WholePlanner, read_plain, unreadable
 from lit_alignment.errors import CheckpointError
 
 REST = "meta.pt"  # what is no tensor, as Lightning names it
@@ -133,8 +132,7 @@ def read_rest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is damaged.
     """
-    rest: dict[str, Any] = _guarded(path, lambda: torch.load(path / REST, map_location="cpu", weights_only=True))
-    return rest
+    return read_plain(path / REST)
 
 
 def read_into(path: Path, state: dict[str, Any]) -> None:
@@ -143,22 +141,22 @@ def read_into(path: Path, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: If it is damaged or lacks one.
     """
-    _guarded(path, lambda: load(state, checkpoint_id=path))
+    _guarded(path, lambda: load(state, storage_reader=ShardReader(path), planner=ShardPlanner()))
 
 
-def read_whole(path: Path) -> dict[str, Any]:
+def read_whole(path: Path, optimizers: bool = True) -> dict[str, Any]:
     """A checkpoint in shards as one process would have written it, in the form that its optimizers load.
+
+    Args:
+        path: Its folder.
+        optimizers: Whether to read their states.
 
     Raises:
         CheckpointError: If it is damaged.
     """
     shards: dict[str, Any] = {}
-
-    def read() -> None:
-        planner = _EmptyStateDictLoadPlanner()  # type: ignore[no-untyped-call]
-        _load_state_dict(shards, FileSystemReader(path), planner=planner, no_dist=True)
-
-    _guarded(path, read)
+    planner = WholePlanner(None if optimizers else {"state_dict"})
+    _guarded(path, lambda: _load_state_dict(shards, ShardReader(path), planner=planner, no_dist=True))
     states = [by_number(shards[name]) for name in sorted(shards) if name.startswith(OPTIMIZER)]
     return read_rest(path) | {"state_dict": shards["state_dict"], "optimizer_states": states}
 
@@ -193,18 +191,20 @@ def stored_names(path: Path) -> set[str]:
     Raises:
         CheckpointError: If it is damaged.
     """
-    metadata = _guarded(path, lambda: FileSystemReader(path).read_metadata())
+    metadata = _guarded(path, lambda: ShardReader(path).read_metadata())
     return {name.removeprefix("state_dict.") for name in metadata.state_dict_metadata if name.startswith("state_dict.")}
 
 
 def _guarded(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except FileNotFoundError:
+    except (FileNotFoundError, CheckpointError):
         raise
+    except CheckpointException as error:  # of whichever rank has one
+        first = next((each for each, _ in error.failures.values()), error)
+        raise first if isinstance(first, CheckpointError) else unreadable(path, first) from error
     except Exception as error:  # a damaged shard raises whatever its reader happens to
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: cannot read the checkpoint ({reason}). Use an earlier one.") from error
+        raise unreadable(path, error) from error
 
 
 def full(tensor: Any) -> Tensor:

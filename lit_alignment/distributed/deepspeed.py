@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lit_alignment.checkpoints.reading import only_plain_values
 from lit_alignment.checkpoints.sharded import cannot_save, new_partial, on_first, swap
 from lit_alignment.distributed.features import Feature, StrategyFeatures
 from lit_alignment.errors import CheckpointError, ConfigError, present
@@ -129,8 +130,13 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy, StrategyFeatures):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Let the engine read its part; the weights that it has found stand in the result by their names."""
-        found = super().load_checkpoint(checkpoint_path, weights_only)
+        """Let the engine read its part; the weights that it has found stand in the result by their names.
+
+        Raises:
+            CheckpointError: If it is damaged, or holds more than weights and plain values.
+        """
+        with only_plain_values(Path(checkpoint_path)):
+            found = super().load_checkpoint(checkpoint_path, weights_only)
         return found | {"state_dict": {name: shape for group in found["param_shapes"] for name, shape in group.items()}}
 
     # What modules ask.

@@ -26,8 +26,8 @@ class RewardScorer:
         """Load it."""
         folder = local_path(path)
         try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-            self.model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self.model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot load this reward model ({str(error).splitlines()[0]}).") from error
         if self.tokenizer.chat_template is None:

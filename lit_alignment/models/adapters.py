@@ -15,19 +15,23 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PeftType,
     PrefixTuningConfig,
     PromptTuningConfig,
     TaskType,
+    XLoraConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
 
-from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
+from lit_alignment.files import read_json
 from lit_alignment.models.head import base_model
 from lit_alignment.models.tokens import vocabulary_difference
 from lit_alignment.moved import renamed
@@ -50,9 +54,52 @@ class AdapterConfig:
     trainable: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a folder that is none."""
-        if not (Path(self.path).expanduser() / "adapter_config.json").is_file():
+        """Refuse a folder that is none, or holds its weights as a pickle."""
+        folder = Path(self.path).expanduser()
+        if not (folder / "adapter_config.json").is_file():
             raise ConfigError(f"{self.path}: no adapter_config.json in this folder. Check model.adapter.path.")
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise ConfigError(
+                f"{self.path}: no adapter_model.safetensors in this folder. Weights in a .bin file are a pickle, which "
+                "is not loaded; have peft save the adapter again."
+            )
+
+    def peft(self) -> PeftConfig:
+        """What its folder says of it."""
+        file = Path(self.path).expanduser() / "adapter_config.json"
+        return inert_peft(read_json(file, "an adapter's configuration"), file)
+
+
+# Fields of peft's configurations by which a file would name modules to import, or other files to read.
+REACHING = ("megatron_config", "prompt_tuning_init_state_dict_path", "cache_file", "covariance_file")
+
+
+def inert_peft(values: Any, where: object) -> PeftConfig:
+    """Adapters as a file describes them, which its description makes neither import nor read anything.
+
+    Args:
+        values: Plain values, as of `adapter_config.json`.
+        where: The file, for the message.
+
+    Raises:
+        CheckpointError: If they are none, or would.
+    """
+    try:
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(values["peft_type"])]
+        known = {name: value for name, value in values.items() if name in kind.__dataclass_fields__}
+        reaching = [name for name in REACHING if known.get(name)]
+        if reaching or issubclass(kind, XLoraConfig):
+            raise CheckpointError(
+                f"{where}: {reaching[0] if reaching else kind.__name__} would import, or read, what the file names. "
+                "Use adapters without it."
+            )
+        if issubclass(kind, PromptTuningConfig):  # the texts that they began with, and the tokenizer of these
+            known |= {"prompt_tuning_init": "RANDOM", "tokenizer_kwargs": None, "tokenizer_name_or_path": None}
+        return kind(**known)
+    except AlignmentError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{where}: not a description of adapters that peft has ({error}).") from error
 
 
 def add_adapters(model: nn.Module, peft: PeftConfig, added: dict[str, int], train_head: bool = False) -> PeftModel:
@@ -124,21 +171,25 @@ def load_adapter(model: nn.Module, adapter: AdapterConfig, tokenizer: PreTrained
         CheckpointError: If it was trained with another vocabulary, or does not fit the model.
     """
     folder = Path(adapter.path).expanduser()
-    if adapter.trainable and PeftConfig.from_pretrained(str(folder)).is_prompt_learning:
+    config = adapter.peft()
+    if adapter.trainable and config.is_prompt_learning:
         raise ConfigError(
             f"model.adapter: {adapter.path} holds virtual tokens without the encoder that made them, so they cannot "
             "train on. Resume from the checkpoint instead: --ckpt_path."
         )
     if (folder / "tokenizer_config.json").is_file():
-        difference = vocabulary_difference(tokenizer, AutoTokenizer.from_pretrained(folder))
+        difference = vocabulary_difference(tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         if difference:
             raise CheckpointError(
                 f"{adapter.path}: this adapter was trained with another vocabulary than the backbone's tokenizer: "
                 f"{difference}. Set model.backbone.tokenizer to {adapter.path}, or give model.tokens.new as then."
             )
     try:
-        wrapped: PeftModel = PeftModel.from_pretrained(model, str(folder), is_trainable=adapter.trainable)
-    except (ValueError, RuntimeError, TypeError) as error:
+        config.inference_mode = not adapter.trainable
+        wrapped: PeftModel = PeftModel.from_pretrained(
+            model, str(folder), is_trainable=adapter.trainable, config=config, use_safetensors=True
+        )
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{adapter.path}: this adapter does not fit the backbone ({reason}).") from error
     if not adapter.trainable:

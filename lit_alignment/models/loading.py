@@ -1,11 +1,13 @@
 """Load a tokenizer and a language model as the configuration asks."""
 
+import pickle
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,13 +21,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lit_alignment.errors import ConfigError, require
+from lit_alignment.errors import AlignmentError, ConfigError, require
 from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt_learning, load_adapter
 from lit_alignment.models.attention import DOCUMENT_SDPA, Attention, choose_attention, knows_sdpa
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.moved import renamed
 from lit_alignment.paths import local_path
+
+# What files that are missing, damaged, of another architecture, or pickles of more than weights raise.
+DAMAGED = (OSError, ValueError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -309,8 +314,15 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
         return loader.from_pretrained(
             path, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (AlignmentError, torch.OutOfMemoryError):
+        raise
+    except DAMAGED as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{name}: this model comes with Python code of its own, which is not run unless you ask for it: "
+                "model.backbone.trust_remote_code: true, or --trust-remote-code of a tool. Read the code first."
+            ) from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"{name}: cannot load this model ({first}). Give a folder with config.json, tokenizer and "
             "weights, or a hub name that can be reached; `lit-alignment fetch --help` lists models that need no hub."

@@ -11,7 +11,7 @@ from torch import nn
 
 from lit_alignment.checkpoints.export import ExportParts
 from lit_alignment.checkpoints.hf_folder import Form
-from lit_alignment.checkpoints.restore import Saved
+from lit_alignment.checkpoints.saved import Saved
 from lit_alignment.data.batching.items import PromptBatch
 from lit_alignment.data.conversation import conversations_of
 from lit_alignment.generation.engine import Completion, EngineNeeds, ItemRequests, Request, Response, step_seed

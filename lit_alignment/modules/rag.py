@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from lit_alignment.checkpoints.export import ExportParts
 from lit_alignment.checkpoints.hf_folder import Form
-from lit_alignment.checkpoints.restore import Saved
+from lit_alignment.checkpoints.saved import Saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.rag import RAGBatch, RAGDataModule, RAGItem

@@ -16,7 +16,8 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, Saved, head_of, read_head, restore
+from lit_alignment.checkpoints.restore import restore
+from lit_alignment.checkpoints.saved import CHECKPOINT_KEY, Saved, head_of, read_head
 from lit_alignment.data.batching.collate import ScoreBatch, local_positions
 from lit_alignment.data.batching.items import ItemBatch
 from lit_alignment.data.conversation import conversations_of
@@ -165,7 +166,7 @@ class ScoringModule(AlignmentModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what was measured, and refuse a head with other labels."""
         super().on_load_checkpoint(checkpoint)
-        self.take_over(read_head(checkpoint[CHECKPOINT_KEY]["head"]))
+        self.take_over(read_head(checkpoint[CHECKPOINT_KEY].get("head"), "the checkpoint"))
 
     def take_over(self, found: HeadConfig) -> None:
         """Take over what was measured with a trained head.

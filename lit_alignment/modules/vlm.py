@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lit_alignment.checkpoints.export import ExportParts, media_parts
 from lit_alignment.checkpoints.hf_folder import Form
-from lit_alignment.checkpoints.restore import Saved, restore, restore_towers
+from lit_alignment.checkpoints.restore import restore, restore_towers
+from lit_alignment.checkpoints.saved import Saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.multimodal.media import MediaTokens

@@ -152,7 +152,7 @@ def step_memory(
         device_type: Where it is to run, which decides what `auto` settings mean.
     """
     if adapter is not None:
-        peft = PeftConfig.from_pretrained(adapter.path)
+        peft = adapter.peft()
     attention: Attention = "eager" if backbone.attention == "eager" else "sdpa"  # all others keep as little
     with torch.device("meta"):
         network = load_network(

@@ -12,7 +12,8 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.checkpoints.restore import read_saved, restore
+from lit_alignment.checkpoints.restore import restore
+from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
 from lit_alignment.data.encoding.messages import Record
 from lit_alignment.data.encoding.templates import TemplateConfig

@@ -37,6 +37,7 @@ def _parser(merge: bool) -> argparse.ArgumentParser:
     parser.add_argument("--tolerance", type=float, help="largest difference, as a share of the largest logit")
     parser.add_argument("--dequantize", action="store_true", help="merge what was trained over quantised weights")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     return parser
 
 

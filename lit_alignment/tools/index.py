@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from lit_alignment.checkpoints.restore import read_saved
+from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.messages import value_kind
 from lit_alignment.data.passages import Passage

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lit_alignment.checkpoints.restore import head_of
+from lit_alignment.checkpoints.saved import head_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.paths import local_path
 from lit_alignment.vllm.engine import import_vllm, on_cpu

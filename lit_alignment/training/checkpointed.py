@@ -9,7 +9,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from lit_alignment.checkpoints.restore import CHECKPOINT_KEY, refuse_missing, trained_names
+from lit_alignment.checkpoints.restore import refuse_missing, trained_names
+from lit_alignment.checkpoints.saved import CHECKPOINT_KEY
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.data.batching.standing import (
@@ -176,7 +177,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             return
         data = datamodule_of(self.trainer)
         stored = checkpoint.get(type(data).__qualname__, {})
-        if "loops" not in checkpoint or "train" not in stored:
+        if not checkpoint.get("loops", {}).get("fit_loop") or "train" not in stored:
             raise CheckpointError(
                 f"the checkpoint does not say where the training stood, so it cannot be resumed; {FROM_WEIGHTS}."
             )

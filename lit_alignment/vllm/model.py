@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from peft import PeftConfig
-
 from lit_alignment.checkpoints.export import ExportConfig, export
-from lit_alignment.checkpoints.restore import Saved, read_saved
+from lit_alignment.checkpoints.saved import Saved, read_saved
 from lit_alignment.errors import ConfigError
 from lit_alignment.paths import cache_dir, local_path
 
@@ -41,11 +39,12 @@ class Served:
         return found
 
 
-def served_model(source: Path) -> Served:
+def served_model(source: Path, trust_remote_code: bool = False) -> Served:
     """A folder that vLLM loads, made from a checkpoint once and kept in the cache.
 
     Args:
         source: A folder of a full model, as it stands; or a checkpoint, a sharded one, or an adapter folder.
+        trust_remote_code: Run code that comes with its base.
 
     Raises:
         CheckpointError: If it is none of these, or its export answers differently.
@@ -59,7 +58,7 @@ def served_model(source: Path) -> Served:
     if not folder.exists():
         print(f"exporting {source} for vLLM, once", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        export(ExportConfig(source, folder))
+        export(ExportConfig(source, folder, trust_remote_code=trust_remote_code))
     if (folder / "adapter_config.json").is_file():
         print(f"LoRA adapter beside its base {saved.backbone.path}")
         return Served(local_path(saved.backbone.path), str(folder), saved.backbone.revision)
@@ -69,7 +68,7 @@ def served_model(source: Path) -> Served:
 def _refuse(saved: Saved, source: Path) -> None:
     peft = saved.peft
     if saved.adapter is not None:
-        peft = PeftConfig.from_pretrained(saved.adapter.path)
+        peft = saved.adapter.peft()
     if peft is not None and peft.is_prompt_learning:
         raise ConfigError(
             f"{source}: {type(peft).__name__} puts virtual tokens before the prompt, which vLLM does not. "

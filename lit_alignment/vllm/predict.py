@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import Tensor
 
 from lit_alignment.callbacks.predictions import PredictionWriter
-from lit_alignment.checkpoints.restore import head_of, read_saved
+from lit_alignment.checkpoints.saved import head_of, read_saved
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.sources.report import write_reports
@@ -126,8 +126,9 @@ def predict(
     module.trainer = trainer
     trainer.datamodule = data  # type: ignore[attr-defined]
     trainer.ckpt_path = checkpoint
-    saved = None if checkpoint is None else read_saved(Path(checkpoint))
-    served = served_model(Path(checkpoint)) if checkpoint is not None else _untrained(module)
+    trusts = module.backbone.trust_remote_code
+    saved = None if checkpoint is None else read_saved(Path(checkpoint), trust_remote_code=trusts)
+    served = served_model(Path(checkpoint), trusts) if checkpoint is not None else _untrained(module)
     data.setup("predict")
     write_reports(data.reports, writer.output_dir)
     needs = module.prepare_for_engine(saved, served.trained_folder)

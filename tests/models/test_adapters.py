@@ -174,6 +174,7 @@ def test_existing_adapter_goes_on_or_stays_frozen(name, base, tmp_path):
 
 def test_new_and_existing_adapters_together_are_refused(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(ConfigError, match=r"not both.*lit-alignment merge"):
         module_with(base, ADAPTERS["lora"], adapter=AdapterConfig(str(tmp_path)))
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_alignment import CherryPicks, PredictionWriter, RewardModule, ScoredPicks
 from lit_alignment.callbacks.export import export_checkpoint
-from lit_alignment.checkpoints.restore import read_saved, restore
+from lit_alignment.checkpoints.restore import restore
+from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError

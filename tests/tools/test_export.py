@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_alignment import Export
 from lit_alignment.checkpoints.comparing import Difference, compare
-from lit_alignment.checkpoints.restore import read_saved, restore
+from lit_alignment.checkpoints.restore import restore
+from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.tools import export, merge

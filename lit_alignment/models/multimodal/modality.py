@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.files import config_from
 from lit_alignment.models.multimodal.projectors import ProjectorConfig, build_projector
 from lit_alignment.models.multimodal.vision import (
     EncoderConfig,
@@ -182,13 +183,11 @@ def _freeze_unused(encoder: FeatureEncoder, blank: Tensor) -> None:
         parameter.grad = None
 
 
-def read_modality(values: dict[str, Any]) -> ModalityConfig:
-    """A modality from plain values."""
-    parts = {
-        "encoders": [EncoderConfig(**encoder) for encoder in values["encoders"]],
-        "projector": ProjectorConfig(**values["projector"]),
-    }
-    return ModalityConfig(**(values | parts))
+def read_modality(values: Any, where: object) -> ModalityConfig:
+    """A modality from plain values of a file."""
+    encoders = [config_from(EncoderConfig, each, where) for each in values["encoders"]]
+    parts = {"encoders": encoders, "projector": config_from(ProjectorConfig, values["projector"], where)}
+    return config_from(ModalityConfig, {**values, **parts}, where)
 
 
 def save_towers(towers: dict[str, MediaTower], folder: Path, trained: dict[str, Tensor]) -> None:

@@ -1,0 +1,194 @@
+"""Read checkpoints that anybody may have written: weights and plain values, and no code of theirs is run."""
+
+import io
+import os
+import pickle
+import re
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PosixPath
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.distributed.checkpoint import metadata as stored
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.serialization import _get_layout, safe_globals
+
+from lit_alignment.errors import CheckpointError, require
+from lit_alignment.files import inside
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # what torch.load asks before its own arguments
+# What the description of shards is made of; names are compared whole, so no attribute of these can be reached.
+DESCRIPTION: dict[tuple[str, str], Any] = {
+    **{
+        (kind.__module__, kind.__name__): kind
+        for kind in (
+            stored.Metadata,
+            stored.MetadataIndex,
+            stored.StorageMeta,
+            stored.TensorStorageMetadata,
+            stored.BytesStorageMetadata,
+            stored.ChunkStorageMetadata,
+            stored.TensorProperties,
+            stored._MEM_FORMAT_ENCODING,
+            _StorageInfo,
+            OrderedDict,
+        )
+    },
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    ("pathlib", "PosixPath"): PosixPath,  # compared by nobody, opened by nobody
+    **{("torch", name): kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)},
+}
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A file of `torch.save` that holds a dict of weights and plain values.
+
+    Raises:
+        CheckpointError: If it is damaged, or holds anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its reader happens to
+        raise unreadable(path, error) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, and a checkpoint is a dict. Use another one.")
+    return content
+
+
+def unreadable(path: Path, error: BaseException) -> CheckpointError:
+    """What to say of a checkpoint that cannot be read."""
+    text = str(error).strip()
+    named = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|names) ([\w.]+)", text)
+    if named is not None:
+        return CheckpointError(
+            f"{path}: names {named[1]}, and a checkpoint holds weights and plain values alone: nothing in it is run. "
+            "Use one that lit_alignment has written."
+        )
+    reason = (text.splitlines() or [type(error).__name__])[0]
+    if path.is_file() and path.stat().st_size == 0:
+        reason = "it is empty"
+    return CheckpointError(f"{path}: cannot read the checkpoint ({reason}). It is damaged; use an earlier one.")
+
+
+class _Description(pickle.Unpickler):
+    """Reads the description of shards, which torch itself reads with plain pickle."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """One of the few names that there can be.
+
+        Raises:
+            UnpicklingError: At any other.
+        """
+        try:
+            return DESCRIPTION[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it names {module}.{name}") from None
+
+
+class ShardReader(FileSystemReader):
+    """Reads shards whose description names nothing outside of their folder."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> stored.Metadata:
+        """The description of the shards.
+
+        Raises:
+            CheckpointError: If it is damaged, or names anything but weights, values and files of the folder.
+        """
+        path = Path(self._get_metadata_path(kwargs.get("rank")))
+        try:
+            with path.open("rb") as file:
+                found = _Description(file).load()
+            if not isinstance(found, stored.Metadata):
+                raise TypeError(f"it describes a {type(found).__name__}")
+            for name in {place.relative_path for place in found.storage_data.values()}:
+                inside(Path(self.path), name)
+            keys = [key for keys in (found.planner_data or {}).values() for key in keys if isinstance(key, int)]
+            if max(keys, default=0) > len(found.state_dict_metadata):  # torch makes lists that long
+                raise ValueError(f"it has a list of {max(keys)} values")
+        except (FileNotFoundError, CheckpointError):
+            raise
+        except Exception as error:  # a damaged pickle raises whatever its reader happens to
+            raise unreadable(path, error) from error
+        found.storage_meta = found.storage_meta or stored.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class ShardPlanner(DefaultLoadPlanner):
+    """Reads the values beside the tensors as plain values; torch itself reads them with plain pickle."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put a value where it belongs."""
+        name, content = read_item.dest_index.fqn, torch.load(value, weights_only=True)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[name], content)
+        else:
+            self.state_dict[name] = content
+
+
+class WholePlanner(ShardPlanner, _EmptyStateDictLoadPlanner):
+    """The same, for a state that is made from the description.
+
+    Args:
+        keys: Which of its parts; None takes all.
+    """
+
+    def __init__(self, keys: set[str] | None = None) -> None:
+        """Nothing is read yet."""
+        super().__init__(keys)  # type: ignore[no-untyped-call]
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Whether a path is a checkpoint of DeepSpeed's, which writes the name of its newest part last."""
+    return (path / "latest").is_file()
+
+
+def read_deepspeed(path: Path) -> dict[str, Any]:
+    """A checkpoint of DeepSpeed's with whole weights and no optimizer.
+
+    Raises:
+        ConfigError: Without the package.
+        CheckpointError: If it is damaged, or holds more than weights and plain values.
+    """
+    require("deepspeed", "deepspeed")
+    from lightning.pytorch.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict
+
+    with tempfile.TemporaryDirectory() as folder, only_plain_values(path):
+        return dict(convert_zero_checkpoint_to_fp32_state_dict(path, Path(folder) / "whole.ckpt"))
+
+
+@contextmanager
+def only_plain_values(path: Path) -> Iterator[None]:
+    """Have DeepSpeed's and Lightning's readers of a DeepSpeed folder take weights and plain values alone.
+
+    Args:
+        path: The folder, whose file `latest` names the one with the parts.
+
+    Raises:
+        ConfigError: Without the package.
+        CheckpointError: If it names anything else.
+    """
+    require("deepspeed", "deepspeed")
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    try:
+        inside(path, (path / "latest").read_text().strip())
+        with patch.dict(os.environ, {FORCE: "1"}), safe_globals(allowed):
+            yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged part raises whatever its reader happens to
+        raise unreadable(path, error) from error

@@ -1,0 +1,172 @@
+"""Nothing that is loaded is executed, changes the configuration, or reaches outside of its folder."""
+
+import sys
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_alignment import AtomicCheckpointIO
+from lit_alignment.checkpoints.newest import newest_checkpoint
+from lit_alignment.checkpoints.resuming import explain_misfits
+from lit_alignment.checkpoints.saved import read_saved
+from lit_alignment.checkpoints.sharded import read_into
+from lit_alignment.cli import main
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.models.adapters import AdapterConfig
+from tests.helpers import base_model_folder, chats, sft_data, trainer
+from tests.helpers.adapters import WEIGHTS, fit, module_with
+from tests.helpers.hostile import Payload, hostile_adapters, hostile_checkpoints, model_with_code
+
+READERS = {
+    "export": read_saved,
+    "fit": AtomicCheckpointIO().load_checkpoint,
+    "fit on several devices": lambda path: read_into(path, {"optimizer_0": {"evil": None, "state": {}}}),
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Content of a checkpoint, and its base model."""
+    folder = tmp_path_factory.mktemp("good")
+    base = base_model_folder(folder / "base")
+    return torch.load(fit(folder, module_with(base, WEIGHTS["lora"])), weights_only=True), base
+
+
+@pytest.fixture
+def marker(tmp_path):
+    yield tmp_path / "executed"
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoints_that_hold_code_or_reach_outside_are_refused_by_every_reader(good, tmp_path, marker):
+    for what, path in hostile_checkpoints(tmp_path / "evil", good[0], marker).items():
+        for how, read in READERS.items():
+            if how == "fit on several devices" and not (path / ".metadata").exists():
+                continue
+            if how == "export" and what == "a Python object in a shard":
+                continue  # the optimizer's, which export does not read
+            with pytest.raises(CheckpointError, match=r"nothing in it is run|not inside it|leads out|cannot read"):
+                read(path)
+            assert not marker.exists(), (what, how)
+
+
+def test_looking_for_the_newest_checkpoint_runs_nothing(good, tmp_path, marker):
+    found = hostile_checkpoints(tmp_path / "evil", good[0], marker)
+    saver = trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path / "evil")], enable_checkpointing=True)
+    while (newest := newest_checkpoint(saver)) is not None:
+        assert newest in found.values()
+        newest.rename(newest.with_suffix(".seen"))
+
+
+@pytest.mark.parametrize("what", ["a Python object in the file", "a Python object as the description of shards"])
+def test_commands_refuse_a_checkpoint_with_code_in_one_message(good, tmp_path, marker, capsys, what):
+    path = hostile_checkpoints(tmp_path / "evil", good[0], marker)[what]
+    fitting = ["fit", "--config", "configs/sft/tiny.yaml", "--trainer.default_root_dir", str(tmp_path)]
+    for command in ([*fitting, "--ckpt_path", str(path)], ["export", str(path), "--out", str(tmp_path / "out")]):
+        assert main(command) == 2
+        assert "names io.open, and a checkpoint holds weights and plain values alone" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_checkpoint_does_not_switch_on_code_of_its_base_and_the_user_does(good, tmp_path, capsys, asked):
+    content, base = good
+    marker = tmp_path / "executed"
+    folder = model_with_code(tmp_path / "model", base, marker)
+    about = content["lit_alignment"]
+    backbone = about["backbone"] | {"path": str(folder), "trust_remote_code": True}
+    torch.save(content | {"lit_alignment": about | {"backbone": backbone}}, tmp_path / "evil.ckpt")
+    command = ["export", str(tmp_path / "evil.ckpt"), "--out", str(tmp_path / "out")]
+    main(command + ["--trust-remote-code"] * asked)
+    assert marker.exists() == asked
+    assert asked or "trust_remote_code" in capsys.readouterr().err
+
+
+def test_hyper_parameters_of_a_checkpoint_change_no_setting(good, tmp_path, marker):
+    content, base = good
+    folder = model_with_code(tmp_path / "model", base, marker)
+    backbone = {"path": str(folder), "trust_remote_code": True}
+    torch.save(content | {"hyper_parameters": {"backbone": backbone}}, tmp_path / "evil.ckpt")
+    common = ["--config", "configs/sft/tiny.yaml", "--trainer.default_root_dir", str(tmp_path)]
+    assert main(["validate", *common, "--ckpt_path", str(tmp_path / "evil.ckpt")]) == 2  # it is another model's
+
+
+def test_adapters_run_and_read_nothing_that_their_folder_names(good, tmp_path, marker, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path / "adapters")
+    for name, folder in hostile_adapters(tmp_path / "adapters", good[1], marker).items():
+        assert main(["export", str(folder), "--out", str(tmp_path / "out")]) == 2, name
+        assert capsys.readouterr().err.count("\n") == 1, name
+        if name != "base":
+            with pytest.raises((CheckpointError, ConfigError)):
+                module_with(good[1], adapter=AdapterConfig(str(folder), trainable=True)).load_model()
+    assert "evil_megatron" not in sys.modules
+
+
+def test_a_base_in_pickle_form_runs_nothing(tmp_path, marker):
+    folder = base_model_folder(tmp_path / "base")
+    (tmp_path / "base/model.safetensors").unlink()
+    torch.save({"x": Payload(marker)}, tmp_path / "base/pytorch_model.bin")
+    with pytest.raises(ConfigError, match="cannot load this model"):
+        module_with(folder).load_model()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: [],
+        lambda content: {},
+        lambda content: content | {"lit_alignment": []},
+        lambda content: content | {"state_dict": {"model.x": "text"}},
+        lambda content: content | {"state_dict": None},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"backbone": {"path": 5}}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"backbone": {"pathh": "x"}}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"peft": {"peft_type": 3}}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"tokens": [1]}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"head": {"labels": 3}}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"modalities": {"image": {}}}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"stop": "x"}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"chat_template": 3}},
+    ],
+)
+def test_a_checkpoint_of_the_wrong_form_is_one_message(good, tmp_path, capsys, damage):
+    torch.save(damage(good[0]), tmp_path / "x.ckpt")
+    assert main(["export", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "out")]) == 2
+    assert "x.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: {},
+        lambda content: content | {"state_dict": {name: 1 for name in content["state_dict"]}},
+        lambda content: content | {"state_dict": {n: v[:1] for n, v in content["state_dict"].items()}},
+        lambda content: content | {"loops": 3},
+        lambda content: content | {"loops": {"fit_loop": {}}},
+        lambda content: content | {"optimizer_states": "x"},
+        lambda content: content | {"optimizer_states": [{"state": {}, "param_groups": []}]},
+        lambda content: content | {"lr_schedulers": [3]},
+        lambda content: content | {"callbacks": 3},
+        lambda content: content | {"pytorch-lightning_version": 3},
+        lambda content: {k: v for k, v in content.items() if k != "pytorch-lightning_version"},
+        lambda content: content | {"SFTDataModule": 3},
+        lambda content: content | {"SFTDataModule": content["SFTDataModule"] | {"train": 3}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"validated": 3}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"module": 3}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"backbone": 3}},
+        lambda content: content | {"lit_alignment": content["lit_alignment"] | {"peft": 3}},
+    ],
+)
+def test_a_training_does_not_resume_from_a_checkpoint_of_the_wrong_form(good, tmp_path, damage):
+    torch.save(damage(good[0]), tmp_path / "x.ckpt")
+    module = module_with(good[1], WEIGHTS["lora"])
+    runner = trainer(tmp_path, max_epochs=3)
+    explain_misfits(runner)
+    with pytest.raises(CheckpointError):
+        runner.fit(module, sft_data(module, chats(8), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_an_empty_file_says_so(tmp_path, capsys):
+    (tmp_path / "x.ckpt").touch()
+    assert main(["export", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "out")]) == 2
+    assert "x.ckpt: cannot read the checkpoint (it is empty)" in capsys.readouterr().err
