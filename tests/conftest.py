@@ -21,6 +21,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_hub():
+    """No request to the hub from this process, in which a plugin imports its client before the variable is set."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+
+
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
     """Every test has its own cache, and runs from the root, as the README's commands do."""

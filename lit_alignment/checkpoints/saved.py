@@ -144,13 +144,14 @@ def read_head(values: Any, where: object) -> HeadConfig:
 
 def _read_adapter(folder: Path, base: str | None) -> Saved:
     file = folder / "adapter_config.json"
-    path = base or read_json(file, "an adapter's configuration").get("base_model_name_or_path")
+    config = read_json(file, "an adapter's configuration")
+    path, revision = base or config.get("base_model_name_or_path"), str(config.get("revision") or "main")
     if not path or not isinstance(path, str):
         raise CheckpointError(f"{file} does not name its base model. Give --base.")
     own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
     head = head_of(folder)
     return Saved(
-        BackboneConfig(path, tokenizer=own), None, AdapterConfig(str(folder)), TokensConfig(), {}, None, None, head
+        BackboneConfig(path, revision, own), None, AdapterConfig(str(folder)), TokensConfig(), {}, None, None, head
     )
 
 

@@ -1,11 +1,13 @@
 """Load a tokenizer and a language model as the configuration asks."""
 
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -39,7 +41,7 @@ class BackboneConfig:
 
     Args:
         path: A local folder, a name on the hub, or a name that `lit-alignment fetch` has put into the cache.
-        revision: Branch, tag or commit on the hub.
+        revision: Branch, tag or commit of `path` on the hub; the commit is written into checkpoints and exports.
         tokenizer: Where the tokenizer is, if not beside the weights; an exported adapter's folder, for one.
         weights: `random` takes only the configuration from `path`, for tests and training from scratch.
         dtype: Precision of the frozen weights; `auto` is bfloat16 under adapters on a GPU, else float32.
@@ -63,6 +65,9 @@ class BackboneConfig:
     liger: bool = False
     quantization: Literal["none", "nf4", "int8"] = "none"
     trust_remote_code: bool = False
+
+
+Loaded = TypeVar("Loaded", bound=Any)  # a dataclass with `path` and `revision`
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,9 @@ def load_tokenizer(backbone: BackboneConfig, tokens: TokensConfig) -> tuple[PreT
     Raises:
         ConfigError: If there is none.
     """
-    tokenizer = from_pretrained(AutoTokenizer, backbone, backbone.tokenizer or backbone.path)
+    own = backbone.tokenizer is None
+    source = backbone if own else replace(backbone, revision="main")
+    tokenizer = from_pretrained(AutoTokenizer, source, backbone.tokenizer or backbone.path)
     added = add_tokens(tokenizer, tokens)
     if tokenizer.pad_token_id is None:
         # Masking is by position, never by id, so padding with EOS, or with any other token, hides none.
@@ -163,6 +170,8 @@ def load_network(
         network = add_adapters(model, peft, added or {}, train_head=head is not None)
     elif adapter is not None:
         network = load_adapter(model, adapter, tokenizer)
+    if isinstance(network, PeftModel):
+        network.active_peft_config.revision = backbone.revision  # for whoever loads a saved adapter
     if packing and isinstance(network, PeftModel) and is_prompt_learning(network):
         raise ConfigError(
             f"model.peft: {type(network.active_peft_config).__name__} puts its virtual tokens before each row, so the "
@@ -327,6 +336,15 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
             f"{name}: cannot load this model ({first}). Give a folder with config.json, tokenizer and "
             "weights, or a hub name that can be reached; `lit-alignment fetch --help` lists models that need no hub."
         ) from error
+
+
+def pinned(config: Loaded) -> Loaded:
+    """The same model at the commit that was loaded, where its revision is a branch of the hub, which may move."""
+    found = None
+    if not Path(local_path(config.path)).is_dir():
+        cache = constants.HF_HUB_CACHE
+        found = try_to_load_from_cache(config.path, "config.json", cache_dir=cache, revision=config.revision)
+    return replace(config, revision=Path(found).parent.name) if isinstance(found, str) else config
 
 
 def decoder_flops_per_token(config: PretrainedConfig, num_parameters: int, num_trainable: int) -> float:

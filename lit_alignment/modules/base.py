@@ -33,6 +33,7 @@ from lit_alignment.models.loading import (
     BackboneConfig,
     load_network,
     load_tokenizer,
+    pinned,
     stored_dtype,
     weights_dtype,
 )
@@ -74,9 +75,10 @@ class AlignmentModule(CheckpointedModule):
                 "on top of an existing one, merge that first (lit-alignment merge) and make the result the backbone."
             )
         self.strict_loading = False  # checkpoints hold what was trained; see on_load_checkpoint
-        self.backbone, self.peft_config, self.adapter, self.tokens_config = backbone, peft, adapter, tokens
+        self.peft_config, self.adapter, self.tokens_config = peft, adapter, tokens
         self.optimizer_config = optimizer
         self.tokenizer, self.added_tokens = load_tokenizer(backbone, tokens)
+        self.backbone = pinned(backbone)  # weights come from the same commit
         self.model: nn.Module | None = None
         self._checked = False
         self.metrics = nn.ModuleDict()  # of each stage but training

@@ -26,7 +26,7 @@ from lit_alignment.generation.engine import EngineNeeds, Images, ItemRequests
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
-from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.loading import BackboneConfig, pinned
 from lit_alignment.models.multimodal.modality import TOWERS, MediaShape, MediaTower, ModalityConfig, load_tower
 from lit_alignment.models.multimodal.placing import Placement, placed
 from lit_alignment.models.multimodal.reading import media_tokens
@@ -275,5 +275,8 @@ class VLMModule(SFTModule):
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """Also how media enter, and their sizes."""
-        modalities = {name: asdict(shape.modality) for name, shape in self.shapes.items()}
+        modalities = {}
+        for name, shape in self.shapes.items():
+            encoders = [pinned(encoder) for encoder in shape.modality.encoders]
+            modalities[name] = asdict(replace(shape.modality, encoders=encoders))
         return {**super().checkpoint_metadata(), "modalities": modalities, "frozen": not self.train_language_model}

@@ -217,10 +217,10 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             )
         refuse_other_adapters(about.get("peft"), self.peft_config)
         then, now = about["backbone"], self.backbone
-        if model_name(then["path"]) != model_name(now.path) or then["revision"] != now.revision:
+        if model_name(then["path"]) != model_name(now.path) or then["revision"] not in ("main", now.revision):
             raise CheckpointError(
-                f"the checkpoint was trained over {then['path']}, not over {now.path}. Set model.backbone.path and "
-                f"revision to what it was trained over; or {FROM_WEIGHTS}."
+                f"the checkpoint was trained over {then['path']}, revision {then['revision']}, not over {now.path}, "
+                f"revision {now.revision}. Set model.backbone.path and revision to these; or {FROM_WEIGHTS}."
             )
 
 
