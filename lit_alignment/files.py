@@ -21,13 +21,23 @@ def inside(root: Path, name: str) -> Path:
     Raises:
         CheckpointError: If it is absolute, empty, or leads out of the folder, by a link too.
     """
-    given = PurePosixPath(name)
-    if given.is_absolute() or PureWindowsPath(name).anchor or ".." in given.parts or not given.parts or "\0" in name:
-        raise CheckpointError(f"{root}: names the file {name!r}, which is not inside it. Use another one.")
-    path = root / given
+    path = root / relative(name, root)
     if not path.resolve().is_relative_to(root.resolve()):
         raise CheckpointError(f"{root}: {name!r} is a link that leads out of it. Use another one.")
     return path
+
+
+def relative(name: Any, where: object) -> PurePosixPath:
+    """The same of a name alone, for folders that are not on this disk.
+
+    Raises:
+        CheckpointError: If it is no name, absolute, empty, or leads out of the folder.
+    """
+    given = PurePosixPath(name if isinstance(name, str) else "")
+    outside = given.is_absolute() or PureWindowsPath(given).anchor or ".." in given.parts
+    if outside or not given.parts or not given.as_posix().isprintable():
+        raise CheckpointError(f"{where}: names the file {name!r}, which is not inside it. Use another one.")
+    return given
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.items import ItemBatch, PromptBatch
 from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.errors import ConfigError
+from lit_alignment.files import relative
 from lit_alignment.generation.prediction_file import PredictionFile
 from lit_alignment.modules.base import AlignmentModule
 
@@ -46,7 +47,7 @@ class PredictionWriter(Callback):
     def _open_files(self, trainer: Trainer, module: AlignmentModule) -> set[tuple[str, str]]:
         """Check the files that are there, and return what all of them have answered."""
         for name, decides in module.prediction_settings().items():
-            file = PredictionFile(self.output_dir / f"{name}.jsonl", trainer.global_rank)
+            file = PredictionFile(self.output_dir / relative(f"{name}.jsonl", "model.generation"), trainer.global_rank)
             if self.overwrite:
                 file.remove()
             file.check_settings(_settings(trainer, module) | decides | self.engine)

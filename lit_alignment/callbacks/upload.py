@@ -23,6 +23,7 @@ from lit_alignment.callbacks.export import Export
 from lit_alignment.checkpoints.background import save_queue
 from lit_alignment.checkpoints.remote import RemoteFile, RemoteFolder, RemoteItem, RemoteKind, describe, reason
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.files import relative
 
 REPORTS = ("config.yaml", "data_report.json", "cherry_picks.html")
 SNAPSHOTS = ".upload-snapshots"
@@ -113,7 +114,7 @@ class Upload(Callback):
             remote = RemoteFolder(self.url, self.storage_options, self.attempts)
             remote.check_writable()
             remote.read_manifest()
-        except ConfigError as error:
+        except (ConfigError, CheckpointError) as error:
             return f"Upload: {error}"
         self._remote, self._looked = remote, -1
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
@@ -314,6 +315,7 @@ def fetch_checkpoint(url: str, cache: Path, storage_options: dict[str, Any] | No
         CheckpointError: If there is no such checkpoint, it cannot be read, or it differs from its manifest.
     """
     parent, _, name = url.rstrip("/").rpartition("/")
+    relative(name, url)
     remote = RemoteFolder(parent, storage_options)
     remote.read_manifest()
     item = remote.items.get(name)

@@ -13,7 +13,8 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.files import config_from, relative
 
 MANIFEST = "manifest.json"
 FIRST_WAIT = 1.0  # seconds before the second attempt; each further one waits twice as long
@@ -67,9 +68,18 @@ class RemoteItem:
     problem: str = ""
 
 
-def _item(entry: dict[str, Any]) -> RemoteItem:
-    files = tuple(RemoteFile(**file) for file in entry["files"])
-    return RemoteItem(**(entry | {"files": files}))
+def _item(entry: dict[str, Any], where: str) -> RemoteItem:
+    """An item of a manifest, whose files all belong to it.
+
+    Raises:
+        CheckpointError: If it is none, or names files that a download would write, or retention remove, elsewhere.
+    """
+    files = tuple(config_from(RemoteFile, file, where) for file in entry["files"])
+    item = config_from(RemoteItem, {**entry, "files": files}, where)
+    for name in (item.name, *(file.name for file in files)):
+        if len(relative(item.name, where).parts) > 1 or relative(name, where).parts[0] != item.name:
+            raise CheckpointError(f"{where}: names the file {name!r}, which is no part of {item.name!r}.")
+    return item
 
 
 def describe(folder: Path, name: str) -> tuple[RemoteFile, ...]:
@@ -131,15 +141,18 @@ class RemoteFolder:
 
         Raises:
             ConfigError: If it cannot be read, or is not one of ours.
+            CheckpointError: If it names files outside of its items.
         """
         where = f"{self.url}/{MANIFEST}"
         try:
             self.fs.invalidate_cache()
             found = json.loads(self._retried(lambda: self.fs.cat_file(f"{self.path}/{MANIFEST}"), FileNotFoundError))
-            items = [_item(entry) for entry in found["items"]]
+            items = [_item(entry, where) for entry in found["items"]]
         except FileNotFoundError:
             items = []
-        except (ValueError, TypeError, KeyError) as error:
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(
                 f"{where} is not a manifest of lit-alignment ({reason(error)}). Choose another address."
             ) from error

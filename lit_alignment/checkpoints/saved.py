@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_alignment.checkpoints.reading import is_deepspeed, read_deepspeed, read_plain
 from lit_alignment.checkpoints.sharded import is_sharded, read_whole
+from lit_alignment.data.multimodal.media import MODALITIES
 from lit_alignment.errors import AlignmentError, CheckpointError
 from lit_alignment.files import config_from, read_json
 from lit_alignment.models.adapters import AdapterConfig, inert_peft
@@ -105,6 +106,8 @@ def _from_content(source: Path, content: dict[str, Any]) -> Saved:
     new = _dict(source, "tokens.new", tokens.get("new", {}))
     tokens = tokens | {"new": {token: config_from(NewTokenConfig, how, source) for token, how in new.items()}}
     modalities = _dict(source, "modalities", info.get("modalities", {}))
+    if not modalities.keys() <= set(MODALITIES):  # each becomes the name of a folder
+        raise TypeError(f"modalities are {', '.join(modalities)!r:.100}")
     peft, adapter, head, template = (info.get(key) for key in ("peft", "adapter", "head", "chat_template"))
     if not isinstance(template, str | dict | None):
         raise TypeError(f"chat_template is {template!r:.100}")

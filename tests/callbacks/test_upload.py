@@ -347,3 +347,48 @@ def test_command_line_takes_a_url(tmp_path):
         assert again.trainer.ckpt_path.startswith(str(tmp_path / "cache")) or stage == "test"
     assert "ckpt_path: memory://run/x.ckpt" in open(f"{again.trainer.log_dir}/config.yaml").read()
     assert again.trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("item", "file"),
+    [
+        ("step=1.ckpt", "../victim/precious.txt"),
+        ("step=1.ckpt", "/victim/precious.txt"),
+        ("step=1.ckpt", "step=1.ckpt/../../victim/precious.txt"),
+        ("step=1.ckpt", "another.ckpt"),
+        ("step=1.ckpt", "C:\\precious.txt"),
+        ("step=1.ckpt", ""),
+        ("step=1.ckpt", 3),
+        ("..", "../victim/precious.txt"),
+        ("runs/step=1.ckpt", "runs/step=1.ckpt"),
+    ],
+)
+def test_a_manifest_that_names_files_elsewhere_writes_and_removes_nothing(tmp_path, item, file):
+    victim = tmp_path / "victim/precious.txt"
+    victim.parent.mkdir()
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/step=1.ckpt").write_text("weights")
+    entry = {"name": item, "kind": "checkpoint", "time": "1", "uploaded": True}
+    entry["files"] = [{"name": file, "size": 7, "sha256": "0"}]
+    later = {"name": "step=2.ckpt", "kind": "checkpoint", "files": [], "time": "2", "uploaded": True}
+    (tmp_path / "run/manifest.json").write_text(json.dumps({"items": [entry, later]}))
+    with pytest.raises((CheckpointError, ConfigError), match=r"names the file|not the values of"):
+        fetch_checkpoint(f"file://{tmp_path}/run/step=1.ckpt", tmp_path / "cache/deep/enough")
+    remote = RemoteFolder(f"file://{tmp_path}/run")
+    with pytest.raises((CheckpointError, ConfigError)):
+        remote.read_manifest()
+    remote.keep_newest(1)
+    assert victim.read_text() == "precious" and not list((tmp_path / "cache").rglob("*.txt"))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"items": 3}', '{"items": [3]}', '{"items": [{"name": 3}]}', "[" * 9999])
+def test_a_manifest_of_the_wrong_form_is_one_message(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises((CheckpointError, ConfigError), match=r"manifest.json"):
+        fetch_checkpoint(f"file://{tmp_path}/step=1.ckpt", tmp_path / "cache")
+
+
+def test_a_url_that_ends_above_its_folder_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"names the file '..'"):
+        fetch_checkpoint(f"file://{tmp_path}/run/..", tmp_path / "cache")
