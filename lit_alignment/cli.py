@@ -87,7 +87,9 @@ def _quiet() -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"lit-alignment: error: {message}", file=sys.stderr)
+    from lit_alignment.secrets import mask_text
+
+    print(f"lit-alignment: error: {mask_text(message)}", file=sys.stderr)
     return 2
 
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pydoc import locate
 from typing import Any, Literal, TypeVar
 
-from jsonargparse import ArgumentError, Namespace, _typehints
+from jsonargparse import ArgumentError, Namespace, _typehints, namespace_to_dict
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_alignment.callbacks.interrupt import Interrupt
@@ -24,6 +24,7 @@ from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import cache_dir
+from lit_alignment.secrets import MASK, masked, masks_in
 
 # Said by libraries about themselves; a user can do nothing about them.
 QUIET = (
@@ -49,6 +50,15 @@ NO_DEVICE: dict[str, Any] = {"logger": False, "accelerator": "cpu", "devices": 1
 NO_DEVICE |= {"plugins": None, "profiler": None, "precision": None}
 
 CLI = TypeVar("CLI", bound="AlignmentCLI")
+
+
+class MaskedConfig(SaveConfigCallback):
+    """Writes the configuration of a run beside its results, without secrets."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it."""
+        self.config = masked(self.config)
+        super().setup(trainer, pl_module, stage)
 
 
 class AlignmentCLI(LightningCLI):
@@ -93,6 +103,11 @@ class AlignmentCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse nulls that the parser lets through, and leave the devices to vLLM, where that computes."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if masks := list(masks_in(namespace_to_dict(config))):
+            raise ConfigError(
+                f"{masks[0]}: {MASK} stands for a secret, which a run does not write down. Give it again, or leave it "
+                "out where an environment variable holds it."
+            )
         for part, kind, usual in (
             ("model", AlignmentModule, "SFTModule"),
             ("data", AlignmentDataModule, "SFTDataModule"),
@@ -225,6 +240,7 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
+                save_config_callback=MaskedConfig,
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={"exit_on_error": False},
                 args=arguments,

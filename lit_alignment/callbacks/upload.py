@@ -24,6 +24,7 @@ from lit_alignment.checkpoints.background import save_queue
 from lit_alignment.checkpoints.remote import RemoteFile, RemoteFolder, RemoteItem, RemoteKind, describe, reason
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.files import relative
+from lit_alignment.secrets import mask_text
 
 REPORTS = ("config.yaml", "data_report.json", "cherry_picks.html")
 SNAPSHOTS = ".upload-snapshots"
@@ -77,6 +78,7 @@ class Upload(Callback):
             if value is not None and value < 1:
                 raise ConfigError(f"Upload: {name} is {value}; use 1 or more.")
         self.url, self.keep, self.what = url, keep, what
+        self.shown = mask_text(url)
         self.attempts, self.storage_options = attempts, storage_options
         self._remote: RemoteFolder | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -194,7 +196,9 @@ class Upload(Callback):
                 identity = _identity(job.path)
                 _snapshot(job.path, folder)
             except OSError as error:
-                rank_zero_warn(f"upload: cannot read {job.path} for {self.url} ({reason(error)}); trying again later.")
+                rank_zero_warn(
+                    f"upload: cannot read {job.path} for {self.shown} ({reason(error)}); trying again later."
+                )
                 shutil.rmtree(folder, ignore_errors=True)
                 self._failed[job.path] = job
                 continue
@@ -221,18 +225,20 @@ class Upload(Callback):
         self._folders.clear()
         if self._failed:
             names = ", ".join(sorted(str(path) for path in self._failed))
-            rank_zero_warn(f"upload: not at {self.url} after all attempts: {names}. Copy what is still here yourself.")
+            rank_zero_warn(
+                f"upload: not at {self.shown} after all attempts: {names}. Copy what is still here yourself."
+            )
         else:
-            rank_zero_info(f"upload: everything is at {self.url}.")
+            rank_zero_info(f"upload: everything is at {self.shown}.")
 
     def _wait(self) -> None:
         waiting = sum(not future.done() for future in self._pending)
         if waiting:
-            rank_zero_info(f"upload: {waiting} left to send to {self.url}...")
+            rank_zero_info(f"upload: {waiting} left to send to {self.shown}...")
         for future in as_completed(self._pending):
             error = future.exception()
             if error is not None:
-                rank_zero_warn(f"upload: to {self.url} failed ({reason(error)}).")
+                rank_zero_warn(f"upload: to {self.shown} failed ({reason(error)}).")
         self._pending = []
 
     # Rank 0, background thread.
@@ -248,7 +254,7 @@ class Upload(Callback):
             item = replace(item, time=saved.isoformat(timespec="microseconds"), files=describe(folder, item.name))
             if remote.store(item, folder):
                 size = sum(file.size for file in item.files)
-                rank_zero_info(f"upload: {self.url}/{item.name} ({size / 2**20:.1f} MiB)")
+                rank_zero_info(f"upload: {self.shown}/{item.name} ({size / 2**20:.1f} MiB)")
         except Exception as error:  # every storage library has errors of its own, and none may stop the training
             self._failed[job.path] = job
             self._record_failure(remote, item, reason(error))
@@ -260,7 +266,7 @@ class Upload(Callback):
             if self.keep is not None:
                 remote.keep_newest(self.keep)
         except Exception as error:  # as above
-            rank_zero_warn(f"upload: cannot tidy {self.url} ({reason(error)}); trying again after the next upload.")
+            rank_zero_warn(f"upload: cannot tidy {self.shown} ({reason(error)}); trying again after the next upload.")
 
     def _record_failure(self, remote: RemoteFolder, item: RemoteItem, why: str) -> None:
         note = "listed as failed there"
@@ -268,7 +274,7 @@ class Upload(Callback):
             remote.enter(replace(item, problem=why), attempts=1)
         except Exception as error:  # as above
             note = f"the manifest cannot be written either ({reason(error)})"
-        rank_zero_warn(f"upload: {item.name} did not get to {self.url} ({why}); {note}. Trying again later.")
+        rank_zero_warn(f"upload: {item.name} did not get to {self.shown} ({why}); {note}. Trying again later.")
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
@@ -315,27 +321,27 @@ def fetch_checkpoint(url: str, cache: Path, storage_options: dict[str, Any] | No
         CheckpointError: If there is no such checkpoint, it cannot be read, or it differs from its manifest.
     """
     parent, _, name = url.rstrip("/").rpartition("/")
-    relative(name, url)
-    remote = RemoteFolder(parent, storage_options)
+    remote, shown = RemoteFolder(parent, storage_options), mask_text(url)
+    relative(name, shown)
     remote.read_manifest()
     item = remote.items.get(name)
     if item is not None and not item.uploaded:
-        raise CheckpointError(f"{url}: the manifest beside it says that it is not whole ({item.problem}).")
+        raise CheckpointError(f"{shown}: the manifest beside it says that it is not whole ({item.problem}).")
     try:
         version = str(item.files) if item else remote.fs.ukey(f"{remote.path}/{name}")
         target = cache / "checkpoints" / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:24] / name
         if not target.exists():
-            rank_zero_info(f"checkpoint: downloading {url} to {target}")
+            rank_zero_info(f"checkpoint: downloading {shown} to {target}")
             _download(remote, name, item, target)
     except FileNotFoundError as error:
         listed = ", ".join(i.name for i in remote.items.values() if i.kind == "checkpoint" and i.uploaded)
         raise CheckpointError(
-            f"{url}: no such checkpoint. The manifest beside it lists: {listed or 'none'}."
+            f"{shown}: no such checkpoint. The manifest beside it lists: {listed or 'none'}."
         ) from error
     except CheckpointError:
         raise
     except Exception as error:  # every storage library has errors of its own
-        raise CheckpointError(f"{url}: cannot download the checkpoint ({reason(error)}).") from error
+        raise CheckpointError(f"{shown}: cannot download the checkpoint ({reason(error)}).") from error
     return target
 
 

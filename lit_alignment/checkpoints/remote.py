@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.files import config_from, relative
+from lit_alignment.secrets import mask_text
 
 MANIFEST = "manifest.json"
 FIRST_WAIT = 1.0  # seconds before the second attempt; each further one waits twice as long
@@ -97,7 +98,7 @@ def sha256(path: Path) -> str:
 
 def reason(error: BaseException) -> str:
     """Class and first line of an error: many of the storage libraries' messages are empty or long."""
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+    return mask_text(": ".join([type(error).__name__, *str(error).splitlines()[:1]]))
 
 
 class RemoteFolder:
@@ -114,8 +115,8 @@ class RemoteFolder:
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None, attempts: int = 4) -> None:
         """Nothing is read or written yet."""
-        self.url, self.attempts = url.rstrip("/"), attempts
-        self.fs, self.path = _open(self.url, dict(storage_options or {}))
+        self.url, self.attempts = mask_text(url.rstrip("/")), attempts
+        self.fs, self.path = _open(url.rstrip("/"), dict(storage_options or {}))
         self.items: dict[str, RemoteItem] = {}
 
     def check_writable(self) -> None:
@@ -284,13 +285,17 @@ class RemoteFolder:
 def _open(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
     scheme, separator, rest = url.partition("://")
     if not scheme or not separator or not rest:
-        raise ConfigError(f"'{url}' is not a URL of a folder. Write s3://bucket/folder, gs://..., or file:///folder.")
+        raise ConfigError(
+            f"'{mask_text(url)}' is not a URL of a folder. Write s3://bucket/folder, gs://..., or file:///folder."
+        )
     if scheme in ("file", "local"):
         options = {"auto_mkdir": True} | options
     try:
         fs, path = url_to_fs(url, **options)
     except ImportError as error:
-        raise ConfigError(f"{url}: {error} (with pip, beside lit-alignment).") from error
+        raise ConfigError(f"{mask_text(url)}: {error} (with pip, beside lit-alignment).") from error
     except Exception as error:  # an unknown protocol, or what the file system's class makes of its options
-        raise ConfigError(f"{url}: cannot open ({reason(error)}). Check the address and storage_options.") from error
+        raise ConfigError(
+            f"{mask_text(url)}: cannot open ({reason(error)}). Check the address and storage_options."
+        ) from error
     return fs, path.rstrip("/")

@@ -9,6 +9,7 @@ from typing import Any
 from lit_alignment.data.encoding.messages import Record, read_record
 from lit_alignment.data.sources.records import READERS
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.secrets import masked
 
 Key = tuple[str, str]  # (dataset, id)
 
@@ -34,7 +35,7 @@ class PredictionFile:
             ConfigError: If answers that are already there were made in another way.
         """
         manifest = self.path.with_suffix(".settings.json")
-        current = json.loads(json.dumps(settings, default=str))
+        current = json.loads(json.dumps(masked(settings), default=str))
         if manifest.exists() and (self.path.exists() or self._partials()):
             earlier = json.loads(manifest.read_text())
             changed = sorted(key for key in earlier.keys() | current.keys() if earlier.get(key) != current.get(key))

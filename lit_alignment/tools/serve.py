@@ -38,10 +38,10 @@ def main(arguments: list[str]) -> None:
     if on_cpu():
         words += [word for word, option in CPU.items() if option not in rest]
     say_what_clients_need(served)
-    if options.api_key:
-        os.environ["VLLM_API_KEY"] = options.api_key  # not on a command line, which every user of a machine can read
+    if key := _api_key(options):
+        os.environ["VLLM_API_KEY"] = key  # not on a command line, which every user of a machine can read
     elif options.host not in LOOPBACK:
-        print(f"warning: without --api-key anyone who reaches {options.host}:{options.port} may use this model")
+        print(f"warning: without an API key anyone who reaches {options.host}:{options.port} may use this model")
     print(f"serving {served.trained_folder} at http://{options.host}:{options.port}/v1", flush=True)
     process = subprocess.Popen([sys.executable, "-m", SERVER, *words])
     try:
@@ -65,7 +65,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--api-key", help="what clients must send (default: $VLLM_API_KEY, or nothing)")
+    parser.add_argument("--api-key-file", type=Path, help="a file with it, which other users cannot see as an argument")
     return parser
+
+
+def _api_key(options: argparse.Namespace) -> str | None:
+    """What clients must send, from an argument, a file or the environment.
+
+    Raises:
+        ConfigError: If the file is missing or empty, or there are two keys.
+    """
+    if options.api_key_file is None:
+        return options.api_key or os.environ.get("VLLM_API_KEY")
+    if options.api_key is not None:
+        raise ConfigError("--api-key and --api-key-file: give one of them.")
+    try:
+        key = options.api_key_file.expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {options.api_key_file}: cannot be read ({error}).") from error
+    if not key:
+        raise ConfigError(f"--api-key-file {options.api_key_file}: is empty.")
+    return str(key)
 
 
 def command(served: Served, name: str, host: str, port: int) -> list[str]:
