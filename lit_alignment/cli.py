@@ -3,7 +3,6 @@
 import importlib
 import logging
 import sys
-from collections.abc import Callable
 
 TRAINER_COMMANDS = {
     "fit": "train a model, validating as it goes",
@@ -42,26 +41,32 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"lit-alignment {__version__}")
         return 0
-    if command in TOOLS:
-        run = importlib.import_module(TOOLS[command][0]).main
-        if command != "demo":
-            _quiet()
-    elif command in TRAINER_COMMANDS:
-        # --config may also stand before the command in LightningCLI; here the command always comes first.
-        run = importlib.import_module("lit_alignment.trainer_cli").main
-    else:
+    if command not in TOOLS and command not in TRAINER_COMMANDS:
         return _fail(f"unknown command '{command}'{_nearest(command)} (lit-alignment --help lists them)")
-    return _guarded(run, arguments if command in TRAINER_COMMANDS else arguments[1:])
+    return _guarded(command, arguments)
 
 
-def _guarded(run: Callable[[list[str]], None], arguments: list[str]) -> int:
+def _run(command: str, arguments: list[str]) -> None:
+    if command in TRAINER_COMMANDS:
+        # --config may also stand before the command in LightningCLI; here the command always comes first.
+        importlib.import_module("lit_alignment.trainer_cli").main(arguments)
+        return
+    tool = importlib.import_module(TOOLS[command][0]).main
+    if command != "demo":
+        _quiet()
+    tool(arguments[1:])
+
+
+def _guarded(command: str, arguments: list[str]) -> int:
     """Run, turning errors that a user can fix into one message; a fault of ours keeps its traceback."""
-    from lit_alignment.errors import AlignmentError
+    from lit_alignment.errors import AlignmentError, Stopped
 
     try:
-        run(arguments)
-    except KeyboardInterrupt:
-        return _fail("interrupted. Saved checkpoints and written predictions are kept.")
+        _run(command, arguments)
+    except KeyboardInterrupt:  # before a run takes the signal, or in a tool
+        return _fail("interrupted. What was written is kept.", 130)
+    except Stopped as stop:
+        return _fail(str(stop), int(stop.code or 1))
     except (FileNotFoundError, PermissionError) as error:
         return _fail(str(error))
     except ValueError as error:
@@ -86,11 +91,11 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     from lit_alignment.secrets import mask_text
 
     print(f"lit-alignment: error: {mask_text(message)}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _nearest(word: str) -> str:
@@ -115,4 +120,7 @@ def _help() -> str:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # while the package itself is imported
+        sys.exit(130)

@@ -1,6 +1,7 @@
 """The errors that users see, and the one way to ask for an optional package."""
 
 import importlib
+import signal
 from types import ModuleType
 from typing import TypeVar
 
@@ -46,6 +47,24 @@ class CheckpointError(AlignmentError):
 
 class TrainingError(AlignmentError):
     """A run cannot continue."""
+
+
+class Stopped(SystemExit):
+    """A run that was asked to stop by a signal; the exit code is that of a process that the signal ends.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        """Nothing is known of what was saved."""
+        super().__init__(128 + number)
+        self.signal, self.note = number, ""
+
+    def __str__(self) -> str:
+        """What has stopped it, and what is left."""
+        what = "interrupted" if self.signal == signal.SIGINT else f"stopped by {signal.Signals(self.signal).name}"
+        return f"{what}: {self.note}" if self.note else f"{what}. What was written is kept."
 
 
 def require(package: str, extra: str, instead: str = "") -> ModuleType:

@@ -14,11 +14,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lit_alignment.callbacks.interrupt import Interrupt
+from lit_alignment.callbacks.interrupt import Interrupt, slurm_job
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
-from lit_alignment.checkpoints.resuming import explain_misfits, find_checkpoint, write_into_run_of
+from lit_alignment.checkpoints.newest import newest_checkpoint
+from lit_alignment.checkpoints.resuming import REQUEUED, CheckpointConnector, find_checkpoint, write_into_run_of
 from lit_alignment.config_errors import explain, find_misfit
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError
@@ -125,7 +126,7 @@ class AlignmentCLI(LightningCLI):
         kwargs["use_distributed_sampler"] = False
         trainer = super().instantiate_trainer(**kwargs)
         _check_run_folder(trainer)
-        explain_misfits(trainer)
+        trainer._checkpoint_connector = CheckpointConnector(trainer)
         if type(trainer.strategy.checkpoint_io).__module__.startswith("lightning.") and not self._has_plugin():
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -142,6 +143,9 @@ class AlignmentCLI(LightningCLI):
             uploads = [c for c in callbacks if isinstance(c, Upload)]
             options = next((u.storage_options for u in uploads if u.url.split(":")[0] == word.split(":")[0]), None)
             word = str(fetch_checkpoint(word, cache_dir(), options))
+        job = slurm_job()
+        if resumes and job is not None and (left := newest_checkpoint(self.trainer, f"{REQUEUED}{job}")) is not None:
+            word = str(left)  # this job has run before
         found = find_checkpoint(word, self.trainer, resumes)
         if found != word or "://" in str(self._get(self.config_init, "ckpt_path")):
             self.config_init[subcommand]["ckpt_path"] = found
@@ -250,10 +254,6 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
         raise ConfigError(explain(str(error), arguments)) from error
     except MisconfigurationException as error:
         raise ConfigError(str(error).strip()) from error
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has shut down in good order
-            raise KeyboardInterrupt from stop
-        raise
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Which checkpoint a command goes on from, and into which folder it writes then."""
 
 import os
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_alignment.checkpoints.newest import newest_checkpoint
@@ -15,6 +16,8 @@ from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
 
 NEWEST, LAST = "newest", "last"  # in place of a checkpoint's path
+INTERRUPTED = "interrupted"  # a training that a signal or an error has ended, where it stood
+REQUEUED = "requeued-"  # and the number of its SLURM job, which begins anew
 OF_A_RUN = ("metrics.csv", "config.yaml", "hparams.yaml")
 KEPT = ("metrics.csv", "config.yaml")  # what a run would write anew
 
@@ -50,28 +53,33 @@ def find_checkpoint(word: str | None, trainer: Trainer, resumes: bool) -> str | 
 MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def explain_misfits(trainer: Trainer) -> None:
-    """Have a trainer say that a checkpoint has another form than it restores, whatever that raises."""
-    connector: Any = trainer._checkpoint_connector
-    for name in ("_restore_modules_and_callbacks", "restore_training_state"):
-        setattr(connector, name, _explained(getattr(connector, name)))
+class CheckpointConnector(_CheckpointConnector):
+    """Restores what a command was given and nothing else, and says so where that has another form."""
+
+    _hpc_resume_path = None  # Lightning's name in the working folder, which any other run may have left there
+
+    def _restore_modules_and_callbacks(self, *arguments: Any, **options: Any) -> None:
+        with _explained():
+            super()._restore_modules_and_callbacks(*arguments, **options)
+
+    def restore_training_state(self) -> None:
+        """Optimizers, loops and schedulers."""
+        with _explained():
+            super().restore_training_state()
 
 
-def _explained(restore: Callable[..., None]) -> Callable[..., None]:
-    @wraps(restore)
-    def explained(*arguments: Any, **options: Any) -> None:
-        try:
-            restore(*arguments, **options)
-        except AlignmentError:
-            raise
-        except MISFITS as error:
-            reason = (str(error).strip().splitlines() or [""])[-1].strip()
-            raise CheckpointError(
-                f"the checkpoint cannot be restored ({type(error).__name__}: {reason}): it is damaged, or was made by "
-                f"another run or version. Use an earlier one; or {FROM_WEIGHTS}."
-            ) from error
-
-    return explained
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except AlignmentError:
+        raise
+    except MISFITS as error:
+        reason = (str(error).strip().splitlines() or [""])[-1].strip()
+        raise CheckpointError(
+            f"the checkpoint cannot be restored ({type(error).__name__}: {reason}): it is damaged, or was made by "
+            f"another run or version. Use an earlier one; or {FROM_WEIGHTS}."
+        ) from error
 
 
 def write_into_run_of(checkpoint: str, trainer: Trainer) -> None:

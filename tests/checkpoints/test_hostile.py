@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_alignment import AtomicCheckpointIO
 from lit_alignment.checkpoints.newest import newest_checkpoint
-from lit_alignment.checkpoints.resuming import explain_misfits
+from lit_alignment.checkpoints.resuming import CheckpointConnector
 from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.checkpoints.sharded import read_into
 from lit_alignment.cli import main
@@ -161,7 +161,7 @@ def test_a_training_does_not_resume_from_a_checkpoint_of_the_wrong_form(good, tm
     torch.save(damage(good[0]), tmp_path / "x.ckpt")
     module = module_with(good[1], WEIGHTS["lora"])
     runner = trainer(tmp_path, max_epochs=3)
-    explain_misfits(runner)
+    runner._checkpoint_connector = CheckpointConnector(runner)
     with pytest.raises(CheckpointError):
         runner.fit(module, sft_data(module, chats(8), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
 
