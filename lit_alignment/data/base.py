@@ -20,6 +20,7 @@ from lit_alignment.data.encoding.rows import RowEncoder
 from lit_alignment.data.encoding.tokenizer import tokenizer_fingerprint
 from lit_alignment.data.examples import ExampleMaker, code_fingerprint, column
 from lit_alignment.data.planned import PlannedDataModule
+from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport, write_reports
 from lit_alignment.errors import ConfigError
@@ -86,7 +87,7 @@ class AlignmentDataModule(PlannedDataModule):
         self.batch_size, self.num_workers, self.num_proc = batch_size, num_workers, num_proc
         self.seed, self.on_drop = seed, on_drop
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir() / "data"
-        self.examples: dict[str, datasets.Dataset] = {}
+        self.examples: dict[str, CachedRows] = {}
         self.reports: dict[str, DataReport] = {}
         # Gives (dataset, id) of prompts that need no answer any more; asked when the loader is made.
         self.answered: Callable[[], set[tuple[str, str]]] = set
@@ -256,8 +257,9 @@ class AlignmentDataModule(PlannedDataModule):
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
         return PlannedLoader(lambda epoch: plan, build, len(plan))
 
-    def _prompts(self, dataset: datasets.Dataset, planned: PlannedBatch) -> Any:
-        return self.predict_collate([self.predict_item(dataset[index], index) for index in planned.indices])
+    def _prompts(self, rows: CachedRows, planned: PlannedBatch) -> Any:
+        asked = zip(rows.rows(planned.indices), planned.indices, strict=True)
+        return self.predict_collate([self.predict_item(row, index) for row, index in asked])
 
     def plan(self, split: Split) -> BatchPlan:
         """What decides the batches of a split that is loaded."""
