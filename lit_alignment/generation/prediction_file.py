@@ -19,6 +19,7 @@ FULL = (
     "Free its disk, or set the PredictionWriter's output_dir to a folder that can be written; what is answered is kept"
 )
 LOCK = ".lock"
+FORMAT = 1  # of the settings' file
 
 on_disk = partial(writing, kind=ConfigError, fix=FULL)
 
@@ -57,7 +58,9 @@ class PredictionFile:
             raise ConfigError(
                 f"{self.manifest}: missing or damaged, and it says how the answers of {self.path} were made. {ANOTHER}"
             )
-        current = json.loads(json.dumps(settings, default=str))
+        current = _as_written(settings)
+        if "format" not in earlier:  # an earlier version, which noted less; its answers are given again
+            earlier = current | earlier
         for key in sorted(earlier.keys() | current.keys()):
             if earlier.get(key) != current.get(key):
                 raise ConfigError(
@@ -67,7 +70,7 @@ class PredictionFile:
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Write down how the answers are made, in `<path stem>.settings.json`."""
-        self._replace(self.manifest, [json.dumps(settings, indent=2, default=str) + "\n"])
+        self._replace(self.manifest, [json.dumps(_as_written(settings), indent=2) + "\n"])
 
     def remove(self) -> None:
         """Delete the final file and the partial files of all ranks."""
@@ -154,6 +157,10 @@ class PredictionFile:
                 os.replace(fresh, path)
         finally:
             fresh.unlink(missing_ok=True)
+
+
+def _as_written(settings: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps({"format": FORMAT, **settings}, default=str)))
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[Key, dict[str, Any]]]:

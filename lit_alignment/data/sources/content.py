@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -15,8 +14,17 @@ SETTLED = 2_000_000_000  # nanoseconds after which another write gets another ti
 BLOCK = 1 << 20
 
 
+def file_hash(path: Path) -> str:
+    """A hash of a file's bytes (XXH3, 128 bits)."""
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
+
+
 def content_hash(path: Path, folder: Path) -> str:
-    """A hash of a file's bytes (XXH3, 128 bits), remembered by its path, size, times of change and inode.
+    """The same, remembered by its path, size, times of change and inode.
 
     Args:
         path: The file.
@@ -25,10 +33,7 @@ def content_hash(path: Path, folder: Path) -> str:
     key = _key(path)
     known = _remembered(folder)
     if key not in known:
-        digest = xxhash.xxh3_128()
-        for block in _blocks(path):
-            digest.update(block)
-        known[key] = digest.hexdigest()
+        known[key] = file_hash(path)
         # A file that was written a moment ago may be written again within the same tick of its clock.
         if key != _key(path) or time.time_ns() - max(key[2], key[3]) < SETTLED:
             return known.pop(key)
@@ -42,13 +47,6 @@ def content_hash(path: Path, folder: Path) -> str:
 def _key(path: Path) -> tuple[Any, ...]:
     found = path.stat()
     return str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
-
-
-def _blocks(path: Path) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(BLOCK))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            yield buffer[:size]
 
 
 @cache

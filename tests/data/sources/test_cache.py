@@ -73,7 +73,7 @@ def test_what_a_file_holds_is_read_once(tmp_path, monkeypatch):
     (tmp_path / content.REMEMBERED).open("a").write('["cut o')
     content._remembered.cache_clear()  # as in another process
     with monkeypatch.context() as patch:
-        patch.setattr(content, "_blocks", lambda path: pytest.fail("read again"))
+        patch.setattr(content, "file_hash", lambda path: pytest.fail("read again"))
         assert content_hash(file, tmp_path) == found
     file.write_bytes(b"two")
     assert content_hash(file, tmp_path) != found
