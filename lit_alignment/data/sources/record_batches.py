@@ -54,11 +54,13 @@ def write_rows(
         with writing():
             writer.close()
     with writing():
-        batches, headers = _read(path)
-        sums = np.array([[_checksum(column) for column in batch.columns] for batch in batches], "<u8").tobytes()
+        headers = xxhash.xxh3_64()
+        with pa.OSFile(str(path)) as source:  # not mapped: it would all count as this process's memory
+            sums = [[_checksum(column) for column in batch.columns] for batch in _batches(source, headers)]
         with path.open("ab") as file:
-            ends = xxhash.xxh3_64_intdigest(sums), headers, len(batches), len(schema)
-            file.write(sums + FOOTER.pack(*ends, _own(ends), MAGIC))
+            data = np.array(sums, "<u8").tobytes()
+            ends = xxhash.xxh3_64_intdigest(data), headers.intdigest(), len(sums), len(schema)
+            file.write(data + FOOTER.pack(*ends, _own(ends), MAGIC))
     return number
 
 
@@ -77,11 +79,13 @@ class CachedFile:
         """
         self.path = path
         self._sums, expected = _checksums(path)
+        headers = xxhash.xxh3_64()
         try:
-            self.batches, headers = _read(path)
+            with pa.memory_map(str(path)) as source:
+                self.batches = list(_batches(source, headers))
         except (OSError, pa.ArrowException) as error:
             raise _damaged(path, str(error)) from error
-        if headers != expected:
+        if headers.intdigest() != expected:
             raise _damaged(path, "its headers have another checksum")
         # Shared with the processes that are forked, and by them with this one: none compares what another has.
         self._compared = np.frombuffer(mmap.mmap(-1, max(1, len(self.batches))), bool)
@@ -189,14 +193,15 @@ def joined(parts: Sequence[CachedRows]) -> CachedRows:
     return CachedRows(parts[0].schema, files, np.concatenate(positions))
 
 
-def _read(path: Path) -> tuple[list[pa.RecordBatch], int]:
-    """The batches of a file, mapped into memory, and a checksum of their headers."""
-    with pa.memory_map(str(path)) as source:
-        digest = xxhash.xxh3_64()
-        for message in pa.ipc.MessageReader.open_stream(source):
-            digest.update(message.metadata)
-        source.seek(0)
-        return pa.ipc.open_stream(source).read_all().to_batches(), digest.intdigest()
+def _batches(source: pa.NativeFile, headers: xxhash.xxh3_64) -> Iterator[pa.RecordBatch]:
+    """The batches of a stream; what is not in them goes into the checksum of the headers."""
+    schema = None
+    for message in pa.ipc.MessageReader.open_stream(source):
+        headers.update(message.metadata)
+        if message.type == "schema":
+            schema = pa.ipc.read_schema(message)
+        else:
+            yield pa.ipc.read_record_batch(message, schema)
 
 
 def _checksum(values: pa.Array) -> int:
