@@ -1,7 +1,11 @@
 """The errors that users see, and the one way to ask for an optional package."""
 
 import importlib
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
@@ -45,6 +49,10 @@ class CheckpointError(AlignmentError):
     """A checkpoint or an export cannot be written, or does not fit the model."""
 
 
+class CacheError(AlignmentError):
+    """A file of the cache is damaged, or cannot be written."""
+
+
 class TrainingError(AlignmentError):
     """A run cannot continue."""
 
@@ -65,6 +73,22 @@ class Stopped(SystemExit):
         """What has stopped it, and what is left."""
         what = "interrupted" if self.signal == signal.SIGINT else f"stopped by {signal.Signals(self.signal).name}"
         return f"{what}: {self.note}" if self.note else f"{what}. What was written is kept."
+
+
+@contextmanager
+def writing(path: Path, kind: type[AlignmentError], fix: str) -> Iterator[None]:
+    """Say in one message that a file or folder cannot be written.
+
+    Args:
+        path: What is written.
+        kind: The error to raise.
+        fix: What to do about it.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)  # others put the path, or more, into the text
+        raise kind(f"{path}: cannot be written ({why}). {fix}.") from error
 
 
 def require(package: str, extra: str, instead: str = "") -> ModuleType:

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_alignment.callbacks.interrupt import Interrupt, slurm_job
 from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.callbacks.run_folder import RunFolder
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.newest import newest_checkpoint
@@ -132,7 +133,8 @@ class AlignmentCLI(LightningCLI):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
             callbacks.append(PredictionWriter())
-        callbacks.append(Interrupt())
+        self.run_folder = RunFolder()
+        callbacks += [Interrupt(), self.run_folder]
         return trainer
 
     def _fetch_checkpoint(self, subcommand: str) -> None:
@@ -158,6 +160,13 @@ class AlignmentCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         self._fetch_checkpoint(subcommand)
+        self.run_folder.take(self.trainer)
+        try:
+            self._run(subcommand)
+        finally:
+            self.run_folder.leave()
+
+    def _run(self, subcommand: str) -> None:
         if self.uses_vllm:
             from lit_alignment.vllm.predict import predict
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,9 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.items import ItemBatch, PromptBatch
 from lit_alignment.data.encoding.prompts import Item
+from lit_alignment.distributed.rank_zero import on_rank_zero
 from lit_alignment.errors import ConfigError
 from lit_alignment.files import relative
-from lit_alignment.generation.prediction_file import PredictionFile
+from lit_alignment.generation.prediction_file import PredictionFile, lock_folder, unlock_folder
 from lit_alignment.modules.base import AlignmentModule
 
 
@@ -21,8 +22,9 @@ class PredictionWriter(Callback):
     """Write `<output_dir>/<name>.jsonl`, and resume where a killed run stopped.
 
     Names are those of the generation settings, `classes` or `rewards`. Lines are `{id, dataset, messages, ..., label,
-    meta}`, in the order of the records, with `answers: [{id, content, finish_reason, num_tokens, logprob?}]`, or
-    `prediction` and `probabilities`, or `answers` and `rewards`. A record is asked again only if some file lacks it.
+    meta, fingerprint}`, in the order of the records, with `answers: [{id, content, finish_reason, num_tokens,
+    logprob?}]`, or `prediction` and `probabilities`, or `answers` and `rewards`. A record is asked again only if some
+    file lacks it, or has its answer with another fingerprint: of its tokens, media, responses, label and meta.
 
     Args:
         output_dir: Folder of the files.
@@ -35,6 +37,8 @@ class PredictionWriter(Callback):
         self.engine: dict[str, Any] = {}  # what decides the predictions besides, where another engine makes them
         self._files: dict[str, PredictionFile] = {}
         self._done: dict[str, set[tuple[str, str]]] = {}
+        self._asked: dict[tuple[str, str], str] = {}
+        self._lock: IO[bytes] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the data module ask what is answered already."""
@@ -46,21 +50,52 @@ class PredictionWriter(Callback):
 
     def _open_files(self, trainer: Trainer, module: AlignmentModule) -> set[tuple[str, str]]:
         """Check the files that are there, and return what all of them have answered."""
-        for name, decides in module.prediction_settings().items():
-            file = PredictionFile(self.output_dir / relative(f"{name}.jsonl", "model.generation"), trainer.global_rank)
-            if self.overwrite:
-                file.remove()
-            file.check_settings(_settings(trainer, module) | decides | self.engine)
+        self._asked = datamodule_of(trainer).asked()
+        common = _settings(trainer, module) | self.engine
+        settings = {name: common | decides for name, decides in module.prediction_settings().items()}
+        self._files = {
+            name: PredictionFile(self.output_dir / relative(f"{name}.jsonl", "model.generation"), trainer.global_rank)
+            for name in settings
+        }
+        on_rank_zero(trainer, partial(self._prepare, settings))
+        changed = set()
+        for name, file in self._files.items():
             file.repair()
-            self._files[name] = file
-            self._done[name] = file.answered()
+            self._done[name], others = file.answered(self._asked)
+            changed |= others
         answered = set.intersection(*self._done.values())
+        if changed:
+            rank_zero_info(
+                f"{len(changed)} prompts of {self.output_dir} have changed since they were answered, or an earlier "
+                "version has not noted what they were; they are answered again."
+            )
         if answered:
             rank_zero_info(f"{len(answered)} prompts are answered in {self.output_dir}; resuming.")
         trainer.strategy.barrier("predictions")  # all ranks have read before any writes
-        if answered >= set(self._order(trainer)):
+        if answered >= self._asked.keys():
             self._finish(trainer)  # a run that was killed just before its end left nothing to predict
         return answered
+
+    def _prepare(self, settings: dict[str, dict[str, Any]]) -> None:
+        """On one process: take the folder, and remove what is there, or make sure that it belongs to this run."""
+        if self._lock is None:
+            self._lock = lock_folder(self.output_dir)
+        for name, file in self._files.items():
+            if self.overwrite:
+                file.remove()
+            file.check_settings(settings[name])
+        for name, file in self._files.items():
+            file.write_settings(settings[name])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            unlock_folder(self._lock)
+            self._lock = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same."""
+        self.teardown(trainer, pl_module, "predict")
 
     def on_predict_batch_end(
         self,
@@ -74,10 +109,9 @@ class PredictionWriter(Callback):
         for name, predictions in outputs.items():
             self.write(name, list(zip(batch.items, predictions, strict=True)))
 
-    def missing(self, trainer: Trainer) -> int:
+    def missing(self) -> int:
         """Predictions that all files together lack."""
-        keys = self._order(trainer).keys()
-        return sum(len(keys - done) for done in self._done.values())
+        return sum(len(self._asked.keys() - done) for done in self._done.values())
 
     def wants(self, name: str, item: Item) -> bool:
         """Whether a file still lacks an item."""
@@ -85,7 +119,8 @@ class PredictionWriter(Callback):
 
     def write(self, name: str, predictions: Sequence[tuple[Item, dict[str, Any]]]) -> None:
         """Append the predictions that a file lacks."""
-        self._files[name].append([_line(item, found) for item, found in predictions if self.wants(name, item)])
+        wanted = [each for each in predictions if self.wants(name, each[0])]
+        self._files[name].append([_line(*each, self._asked[each[0].dataset, each[0].id]) for each in wanted])
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the files in order."""
@@ -95,13 +130,8 @@ class PredictionWriter(Callback):
     def _finish(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             for file in self._files.values():
-                file.finish(self._order(trainer))
+                file.finish(self._asked)
                 rank_zero_info(f"predictions: {file.path}")
-
-    @staticmethod
-    def _order(trainer: Trainer) -> dict[tuple[str, str], int]:
-        prompts = datamodule_of(trainer).examples["predict"]
-        return {key: index for index, key in enumerate(zip(prompts["dataset"], prompts["id"], strict=True))}
 
 
 def _settings(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
@@ -110,11 +140,12 @@ def _settings(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
     return {
         "model": module.backbone.path,
         "revision": module.backbone.revision,
+        "adapter": module.adapter and module.adapter.path,
         "checkpoint": None if checkpoint is None else [str(checkpoint), checkpoint.stat().st_mtime_ns],
     }
 
 
-def _line(item: Item, predicted: dict[str, Any]) -> dict[str, Any]:
+def _line(item: Item, predicted: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     label = item.reference if item.label is None else item.label
     line = {"id": item.id, "dataset": item.dataset, "messages": item.messages, **predicted}
-    return line | {"label": label, "meta": item.meta}
+    return line | {"label": label, "meta": item.meta, "fingerprint": fingerprint}

@@ -127,7 +127,9 @@ class IndexRefresh(Callback):
         if trainer.world_size > 1:  # rank r has encoded r, r + ranks, ...
             rows = rows.view(trainer.world_size, -1, rows.shape[-1]).transpose(0, 1).reshape(-1, rows.shape[-1])
         shards = [rows[: len(old)].to("cpu")]
-        manifest = replace(old.manifest, encoder_hash=work.hash, step=work.step, dtype="float32", shards=[])
+        manifest = replace(
+            old.manifest, encoder_hash=work.hash, step=work.step, dtype="float32", shards=[], checksums={}
+        )
         faiss = None if config.search == "exact" else make_faiss(shards, config)
         retriever.index = PassageIndex(manifest, shards, old.passages, faiss)
         self._made_at = work.step

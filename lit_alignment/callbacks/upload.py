@@ -22,6 +22,7 @@ from torch import Tensor
 from lit_alignment.callbacks.export import Export
 from lit_alignment.checkpoints.background import save_queue
 from lit_alignment.checkpoints.remote import RemoteFile, RemoteFolder, RemoteItem, RemoteKind, describe, reason
+from lit_alignment.distributed.rank_zero import on_rank_zero
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.files import relative
 from lit_alignment.secrets import mask_text
@@ -106,21 +107,17 @@ class Upload(Callback):
         if self.what == "exports" and not any(isinstance(c, Export) for c in _callbacks(trainer)):
             raise ConfigError("Upload: what is exports, and there is no Export callback. Add lit_alignment.Export.")
         self._run_dir = Path(trainer.log_dir or trainer.default_root_dir)  # agreed among ranks: each must ask
-        problem = self._start() if trainer.is_global_zero else ""
-        problem = trainer.strategy.broadcast(problem)  # all ranks stop, not rank 0 alone
-        if problem:
-            raise ConfigError(problem)
+        on_rank_zero(trainer, self._start)
 
-    def _start(self) -> str:
+    def _start(self) -> None:
         try:
             remote = RemoteFolder(self.url, self.storage_options, self.attempts)
             remote.check_writable()
             remote.read_manifest()
         except (ConfigError, CheckpointError) as error:
-            return f"Upload: {error}"
+            raise ConfigError(f"Upload: {error}") from error
         self._remote, self._looked = remote, -1
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        return ""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse checkpoints from several folders: equal names would replace each other."""

@@ -20,6 +20,8 @@ from lit_alignment.data.encoding.rows import RowEncoder
 from lit_alignment.data.encoding.tokenizer import tokenizer_fingerprint
 from lit_alignment.data.examples import ExampleMaker, code_fingerprint, column
 from lit_alignment.data.planned import PlannedDataModule
+from lit_alignment.data.sources.cache import fingerprint
+from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport, write_reports
 from lit_alignment.errors import ConfigError
@@ -86,7 +88,7 @@ class AlignmentDataModule(PlannedDataModule):
         self.batch_size, self.num_workers, self.num_proc = batch_size, num_workers, num_proc
         self.seed, self.on_drop = seed, on_drop
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir() / "data"
-        self.examples: dict[str, datasets.Dataset] = {}
+        self.examples: dict[str, CachedRows] = {}
         self.reports: dict[str, DataReport] = {}
         # Gives (dataset, id) of prompts that need no answer any more; asked when the loader is made.
         self.answered: Callable[[], set[tuple[str, str]]] = set
@@ -96,6 +98,7 @@ class AlignmentDataModule(PlannedDataModule):
 
     lengths_in_row = 1  # a packed row is so many times as long as `encoding.max_length` by default
     marked = "trained"  # what the labels of `views` say of a token
+    whole_prompts = True  # whether a row of predict holds all tokens of its prompt
     share_prompts = False  # whether responses in a packed row continue one copy of their prompt
 
     def check_settings(self) -> None:
@@ -167,6 +170,10 @@ class AlignmentDataModule(PlannedDataModule):
         """What decides the columns of an example, for the cache's names; a method adds its own to these."""
         return [type(self).__name__, tokenizer_fingerprint(self.tokenizer)]
 
+    def fingerprints(self) -> list[str]:
+        """One for each row of predict: of its own columns, and of what it names."""
+        return self.examples["predict"]["fingerprint"]
+
     def split_record(self, record: Any) -> list[Any]:
         """The parts of a record whose responses do not fit into one example, as they see other histories."""
         return []
@@ -218,12 +225,35 @@ class AlignmentDataModule(PlannedDataModule):
     def _maker(self, prompts: bool) -> ExampleMaker:
         """What makes the examples, or the prompts of predict."""
         if prompts:
-            rows = RowEncoder(self.read, self.predict_row, self.predict_features)
+            decides = [] if self.whole_prompts else self.decides_encoding()
+            features = datasets.Features({**self.predict_features, "fingerprint": datasets.Value("string")})
+            rows = RowEncoder(self.read, partial(self._asked_row, decides), features)
         else:
             rows = RowEncoder(self.read, self.encode_record, self.features, self.split_record)
         written_in = tuple(kind.__module__ for kind in type(self).__mro__ if issubclass(kind, AlignmentDataModule))
         decides = ["predict" if prompts else "train", code_fingerprint(written_in), *self.decides_encoding()]
         return ExampleMaker(rows, decides, self.cache_dir, self.seed, self.num_proc)
+
+    def _asked_row(self, decides: list[Any], record: Any, source: SourceConfig) -> dict[str, Any]:
+        """`predict_row`, with the fingerprint of what an answer to it depends on, or repeats."""
+        columns = self.predict_row(record, source)
+        content = {name: value for name, value in columns.items() if name != "length"}
+        return columns | {"fingerprint": fingerprint(content, decides)}
+
+    def asked(self) -> dict[tuple[str, str], str]:
+        """The fingerprint of each prompt by (dataset, id), in the order of the records.
+
+        Raises:
+            ConfigError: If two prompts have the same id in sources of the same name.
+        """
+        rows, found = self.examples["predict"], dict[tuple[str, str], str]()
+        for key, own in zip(zip(rows["dataset"], rows["id"], strict=True), self.fingerprints(), strict=True):
+            if found.setdefault(key, own) != own:
+                raise ConfigError(
+                    f"data.predict: two sources are named '{key[0]}', and both have a record '{key[1]}': one answer "
+                    "would take the other's place. Give each source a 'name' of its own."
+                )
+        return found
 
     def predict_items(self, sources: Sequence[SourceConfig]) -> list[Any]:
         """What any sources ask in predict, in order, without a cache: for cherry picks."""
@@ -256,8 +286,9 @@ class AlignmentDataModule(PlannedDataModule):
         plan = [PlannedBatch(group, 0.0) for group in groups[rank::world_size]]
         return PlannedLoader(lambda epoch: plan, build, len(plan))
 
-    def _prompts(self, dataset: datasets.Dataset, planned: PlannedBatch) -> Any:
-        return self.predict_collate([self.predict_item(dataset[index], index) for index in planned.indices])
+    def _prompts(self, rows: CachedRows, planned: PlannedBatch) -> Any:
+        asked = zip(rows.rows(planned.indices), planned.indices, strict=True)
+        return self.predict_collate([self.predict_item(row, index) for row, index in asked])
 
     def plan(self, split: Split) -> BatchPlan:
         """What decides the batches of a split that is loaded."""

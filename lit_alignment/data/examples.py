@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.utils import tqdm
 
-from lit_alignment.data.encoding.rows import FURTHER, RowEncoder
-from lit_alignment.data.sources.cache import cached_dataset, files_fingerprint, fingerprint, source_fingerprint
+from lit_alignment.data.encoding.rows import FURTHER, ROW_FEATURES, RowEncoder
+from lit_alignment.data.sources.cache import cached_rows, files_fingerprint, fingerprint, source_fingerprint
 from lit_alignment.data.sources.choosing import mixture_repeats, record_filter, repeat_records, source_generator
 from lit_alignment.data.sources.parallel import ordered_map
+from lit_alignment.data.sources.record_batches import CachedRows, joined
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport
 from lit_alignment.errors import RecordError
@@ -47,13 +48,13 @@ class ExampleMaker:
     seed: int
     num_proc: int | None = None
 
-    def load(self, sources: Sequence[SourceConfig], split: str) -> tuple[datasets.Dataset, DataReport]:
+    def load(self, sources: Sequence[SourceConfig], split: str) -> tuple[CachedRows, DataReport]:
         """The examples of an epoch over all sources, and what became of their records."""
         report = DataReport(split)
         parts = []
         for source in sources:
             encoded = self.encoded(source)
-            columns = {name: encoded.data.column(name) for name in ("dropped", "detail", "notes")}
+            columns = {name: encoded.column(name) for name in ("dropped", "detail", "notes")}
             notes = _counts(pc.list_flatten(columns["notes"]))
             records = len(encoded) - notes[FURTHER]
             report.sources[source.title] = report.sources.get(source.title, 0) + records
@@ -64,26 +65,30 @@ class ExampleMaker:
                 told = columns["detail"].filter(pc.equal(columns["dropped"], reason))
                 if len(told) and told[0].as_py():
                     report.details.setdefault(reason, told[0].as_py())
-            parts.append(encoded.select(np.flatnonzero(kept.to_numpy())))
-        repeats = mixture_repeats(sources, [len(part) for part in parts])
+            parts.append((encoded, np.flatnonzero(kept.to_numpy())))
+        repeats = mixture_repeats(sources, [len(indices) for _, indices in parts])
         mixed = []
-        for source, part, repeat in zip(sources, parts, repeats, strict=True):
-            indices = repeat_records(np.arange(len(part)), repeat, source_generator(source, self.seed, "repeat"))
-            mixed.append(part.select(indices))
-        dataset = datasets.concatenate_datasets(mixed)
+        for source, (encoded, indices), repeat in zip(sources, parts, repeats, strict=True):
+            encoded.positions = repeat_records(indices, repeat, source_generator(source, self.seed, "repeat"))
+            mixed.append(encoded)
+        dataset = joined(mixed)
         lengths = column(dataset, "length")
         report.examples, report.tokens = len(dataset), int(lengths.sum())
         report.longest = int(lengths.max(initial=0))
-        if "num_trained" in dataset.column_names:
+        if "num_trained" in self.rows.features:
             report.trained_tokens = int(column(dataset, "num_trained").sum())
         return dataset, report
 
-    def encoded(self, source: SourceConfig) -> datasets.Dataset:
+    def encoded(self, source: SourceConfig) -> CachedRows:
         """The rows of a source's chosen records, from the cache if they are there; dropped ones carry their reason."""
-        name = fingerprint(self.decides, source_fingerprint(source), asdict(source), self.seed)
-        return cached_dataset(
-            self.cache_dir / f"examples-{name}.arrow", lambda: self._validated_rows(source), self.rows.features
-        )
+        decides = source_fingerprint(source, self.cache_dir), asdict(source)
+        path = self.cache_dir / f"examples-{fingerprint(self.decides, *decides, self.seed)}.arrow"
+        features = self.rows.features
+        numbers = [
+            name for name, kind in features.items() if isinstance(kind, datasets.Value) and kind.dtype != "string"
+        ]
+        # What plans are made of is read whole, and at once.
+        return cached_rows(path, lambda: self._validated_rows(source), features, [*ROW_FEATURES, *numbers])
 
     def fresh_rows(self, source: SourceConfig) -> Iterator[dict[str, Any]]:
         """The rows of a source's chosen records, without the cache; the other records are not looked at."""
@@ -115,7 +120,7 @@ class ExampleMaker:
             yield from rows
 
 
-def column(dataset: datasets.Dataset, name: str) -> np.ndarray[Any, Any]:
+def column(dataset: CachedRows, name: str) -> np.ndarray[Any, Any]:
     """A column of numbers, or of lists of equally many, without a Python object for each.
 
     Args:
@@ -124,9 +129,12 @@ def column(dataset: datasets.Dataset, name: str) -> np.ndarray[Any, Any]:
 
     Returns:
         Of shape [len(dataset)], or [len(dataset), numbers in each].
+
+    Raises:
+        CacheError: If it is damaged.
     """
-    values = dataset.select_columns([name]).with_format("arrow")[:][name]
-    if not isinstance(dataset.features[name], datasets.List):
+    values = dataset.column(name)
+    if not pa.types.is_list(values.type):
         return np.asarray(values)
     return np.asarray(pc.list_flatten(values)).reshape(len(dataset), -1)
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-import datasets
 from lightning.pytorch import LightningDataModule, Trainer
 
 from lit_alignment.data.batching.collate import Rows
@@ -23,6 +22,7 @@ from lit_alignment.data.batching.position import (
 )
 from lit_alignment.data.batching.standing import accumulation, standing
 from lit_alignment.data.examples import column
+from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ class PlannedDataModule(LightningDataModule):
         seed: Seed of every order.
     """
 
-    examples: dict[str, datasets.Dataset]
+    examples: dict[str, CachedRows]
     num_workers: int
     seed: int
 
@@ -127,7 +127,7 @@ class PlannedDataModule(LightningDataModule):
     @cached_property
     def _identity(self) -> dict[str, Any]:
         dataset = self.examples["train"]
-        ids = dataset.select_columns(["id"]).with_format("arrow")[:]["id"]
+        ids = dataset.column("id")
         return identity(column(dataset, "length"), column(dataset, "weight"), ids, self.seed)
 
     def _loader(self, split: str) -> PlannedLoader[Any]:
@@ -149,10 +149,8 @@ class PlannedDataModule(LightningDataModule):
             begun = self._begun(max(self.begun.epoch, self.trainer.current_epoch))
         return PlannedLoader(batches, build, epoch_length(plan, begun, ranks), self.num_workers, pin_memory)
 
-    def _batch(self, dataset: datasets.Dataset, planned: PlannedBatch) -> Any:
-        columns = dataset[planned.indices]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        batch = self.collate(rows, planned)
+    def _batch(self, rows: CachedRows, planned: PlannedBatch) -> Any:
+        batch = self.collate(rows.rows(planned.indices), planned)
         return replace(batch, window_share=planned.share) if isinstance(batch, Rows) else batch
 
     def __getstate__(self) -> dict[str, Any]:

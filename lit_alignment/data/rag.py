@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import datasets
@@ -276,6 +276,7 @@ class RAGDataModule(ConversationDataModule):
         **settings: As of AlignmentDataModule.
     """
 
+    whole_prompts = False  # passages come later
     encoder_type = RAGEncoder
     encoder: RAGEncoder
 
@@ -315,8 +316,8 @@ class RAGDataModule(ConversationDataModule):
         return datasets.Features({**ROW_FEATURES, **QUESTION, **rest})
 
     def decides_encoding(self) -> list[Any]:
-        """Also what makes the query."""
-        return [*super().decides_encoding(), self.query]
+        """Also what makes the query, and where passages stand."""
+        return [*super().decides_encoding(), self.query, asdict(self.encoder.placement)]
 
     def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
         """The question, and its answer with the number of its tokens, which no passage changes."""

@@ -26,6 +26,7 @@ from lit_alignment.data.multimodal.media import (
     read_media_messages,
 )
 from lit_alignment.data.sft import SFTDataModule
+from lit_alignment.data.sources.cache import fingerprint
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError, TemplateError
 
@@ -214,6 +215,15 @@ class VLMDataModule(SFTDataModule):
         prompt = self.encoder.encode_prompt(self.resolved(record, source), source.system_prompt)
         self._check_files(record, prompt.media)
         return {**prompt_columns(record, prompt), "media": json.dumps(prompt.media)}
+
+    def fingerprints(self) -> list[str]:
+        """Also of what the files hold."""
+        rows = zip(super().fingerprints(), self.examples["predict"]["media"], strict=True)
+        return [fingerprint(own, self._contents(json.loads(media))) for own, media in rows]
+
+    def _contents(self, files: dict[str, list[str]]) -> list[str]:
+        found = [(self.media[name].reader, path) for name, paths in files.items() for path in paths]
+        return [reader.fingerprint(path, self.cache_dir) for reader, path in found]
 
     def predict_item(self, row: dict[str, Any], index: int) -> MediaItem:
         """One prompt."""

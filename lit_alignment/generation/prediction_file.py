@@ -2,20 +2,33 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_alignment.data.encoding.messages import Record, read_record
 from lit_alignment.data.sources.records import READERS
-from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.errors import ConfigError, RecordError, writing
 from lit_alignment.secrets import masked
 
 Key = tuple[str, str]  # (dataset, id)
+ANOTHER = "Set the PredictionWriter's output_dir to a new folder, or overwrite: true."
+FULL = (
+    "Free its disk, or set the PredictionWriter's output_dir to a folder that can be written; what is answered is kept"
+)
+LOCK = ".lock"
+FORMAT = 1  # of the settings' file
+
+on_disk = partial(writing, kind=ConfigError, fix=FULL)
 
 
 class PredictionFile:
     """Appends lines to `<path>.partial` as they come, and writes `<path>` in order when all are there.
+
+    A line carries the `fingerprint` of its prompt, and counts as an answer to a prompt of the same fingerprint only.
 
     Args:
         path: The final file.
@@ -24,45 +37,79 @@ class PredictionFile:
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         """Make the folder."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with on_disk(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.partial = path.with_name(f"{path.name}.partial{rank}")
+        self.manifest = path.with_suffix(".settings.json")
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """Write down how the answers are made, in `<path stem>.settings.json`, or compare with what stands there.
+        """Compare how the answers are made with how those that are there were.
 
         Raises:
-            ConfigError: If answers that are already there were made in another way.
+            ConfigError: If they were made in another way, or it is not known in which.
         """
-        manifest = self.path.with_suffix(".settings.json")
-        current = json.loads(json.dumps(masked(settings), default=str))
-        if manifest.exists() and (self.path.exists() or self._partials()):
-            earlier = json.loads(manifest.read_text())
-            changed = sorted(key for key in earlier.keys() | current.keys() if earlier.get(key) != current.get(key))
-            if changed:
-                key = changed[0]
+        if not any(file.exists() for file in self._files()):
+            return
+        try:
+            earlier = json.loads(self.manifest.read_bytes()) if self.manifest.exists() else None
+        except (ValueError, RecursionError):
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise ConfigError(
+                f"{self.manifest}: missing or damaged, and it says how the answers of {self.path} were made. {ANOTHER}"
+            )
+        current = _as_written(settings)
+        if "format" not in earlier:  # an earlier version, which noted less; its answers are given again
+            earlier = current | earlier
+        for key in sorted(earlier.keys() | current.keys()):
+            if earlier.get(key) != current.get(key):
                 raise ConfigError(
                     f"{self.path} was made with other settings ({key}: {earlier.get(key)} there, {current.get(key)} "
-                    "now). Set the PredictionWriter's output_dir to a new folder, or overwrite: true."
+                    f"now). {ANOTHER}"
                 )
-        manifest.write_text(json.dumps(current, indent=2) + "\n")
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Write down how the answers are made, in `<path stem>.settings.json`."""
+        self._replace(self.manifest, [json.dumps(_as_written(settings), indent=2) + "\n"])
 
     def remove(self) -> None:
-        """Delete the final file and this rank's partial file."""
-        self.path.unlink(missing_ok=True)
-        self.partial.unlink(missing_ok=True)
+        """Delete the final file and the partial files of all ranks."""
+        with on_disk(self.path):
+            for file in self._files():
+                file.unlink(missing_ok=True)
 
-    def answered(self) -> set[Key]:
-        """What an earlier, unfinished or finished, run has answered, on any rank."""
-        files = [*self._partials(), *([self.path] if self.path.exists() else [])]
-        return {(line["dataset"], line["id"]) for file in files for line in _complete_lines(file)}
+    def answered(self, asked: dict[Key, str]) -> tuple[set[Key], set[Key]]:
+        """What an earlier, unfinished or finished, run has answered, on any rank.
+
+        Args:
+            asked: The fingerprint of each prompt.
+
+        Returns:
+            Prompts that are answered, and prompts of other fingerprints then, or unknown ones, that are not.
+        """
+        found: tuple[set[Key], set[Key]] = set(), set()
+        for key, line in self._lines():
+            if key in asked:
+                found[line.get("fingerprint") != asked[key]].add(key)
+        return found[0], found[1] - found[0]
 
     def append(self, lines: list[dict[str, Any]]) -> None:
-        """Write lines so that a kill after this call loses none of them."""
-        with self.partial.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+        """Write lines so that a kill after this call loses none of them.
+
+        Raises:
+            ConfigError: If the disk is full; the file stays as it was.
+        """
+        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        with on_disk(self.partial), self.partial.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
 
     def repair(self) -> None:
         """Cut a half-written last line off this rank's partial file."""
@@ -70,42 +117,104 @@ class PredictionFile:
             data = self.partial.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
             if len(whole) < len(data):
-                with self.partial.open("r+b") as file:
+                with on_disk(self.partial), self.partial.open("r+b") as file:
                     file.truncate(len(whole))
 
-    def finish(self, order: dict[Key, int]) -> None:
-        """Write the final file in the given order from all partial files, and remove them."""
-        lines = {}
-        for file in [*([self.path] if self.path.exists() else []), *self._partials()]:
-            for line in _complete_lines(file):
-                lines[line["dataset"], line["id"]] = line
-        # Answers to prompts of an earlier run with other sources stay, at the end.
+    def finish(self, asked: dict[Key, str]) -> None:
+        """Write the final file in the order of the prompts from all partial files, and remove them.
+
+        Answers to prompts of an earlier run with other sources stay, at the end.
+
+        Args:
+            asked: The fingerprint of each prompt.
+        """
+        order = {key: index for index, key in enumerate(asked)}
+        lines = {
+            key: line
+            for key, line in self._lines()
+            if line.get("fingerprint") == asked.get(key, line.get("fingerprint"))
+        }
         ordered = sorted(lines, key=lambda key: order.get(key, len(order)))
-        fresh = self.path.with_name(f".{self.path.name}.new")
-        with fresh.open("w", encoding="utf-8") as out:
-            out.writelines(json.dumps(lines[key], ensure_ascii=False) + "\n" for key in ordered)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(fresh, self.path)
-        for file in self._partials():
+        self._replace(self.path, (json.dumps(lines[key], ensure_ascii=False) + "\n" for key in ordered))
+        for file in self._files()[1:]:
             file.unlink()
 
-    def _partials(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{self.path.name}.partial*"))
+    def _files(self) -> list[Path]:
+        return [self.path, *sorted(self.path.parent.glob(f"{self.path.name}.partial*"))]
+
+    def _lines(self) -> Iterator[tuple[Key, dict[str, Any]]]:
+        return (line for file in self._files() if file.exists() for line in _complete_lines(file))
+
+    @staticmethod
+    def _replace(path: Path, lines: Iterable[str]) -> None:
+        """Write a file whole or not at all."""
+        fresh = path.with_name(f".{path.name}.new")
+        try:
+            with on_disk(path):
+                with fresh.open("w", encoding="utf-8") as out:
+                    out.writelines(lines)
+                    out.flush()
+                    os.fsync(out.fileno())
+                os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
-def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Parsed lines; a last line without its line end is what a kill left, and is skipped."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
+def _as_written(settings: dict[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps({"format": FORMAT, **masked(settings)}, default=str)))
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """Parsed lines by dataset and id; a last line that a kill has cut off is skipped."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RecordError(
-                    f"{path}:{number}", "", f"not valid JSON ({error.msg})", "Remove the line; it is answered again."
-                ) from error
+                line = json.loads(raw)
+                problem = "no prediction (an object with 'dataset' and 'id')"
+            except (ValueError, RecursionError) as error:
+                if not raw.endswith(b"\n"):
+                    return
+                line, problem = None, f"not valid JSON ({error})"
+            dataset, id = (line.get("dataset"), line.get("id")) if isinstance(line, dict) else (None, None)
+            if not isinstance(dataset, str) or not isinstance(id, str):
+                raise RecordError(f"{path}:{number}", "", problem, "Remove the line; it is answered again.")
+            yield (dataset, id), line
+
+
+def lock_folder(folder: Path) -> IO[bytes] | None:
+    """Take a folder for this process, until the file that comes back is given to `unlock_folder`, or the process ends.
+
+    Raises:
+        ConfigError: If another process has it.
+    """
+    if os.name == "nt":  # it has no such locks
+        return None
+    import fcntl
+
+    path = folder / LOCK
+    while True:
+        with on_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ConfigError(
+                f"{folder}: another predict is writing here. Wait for it, or set the PredictionWriter's output_dir to "
+                "another folder."
+            ) from error
+        except OSError as error:
+            rank_zero_warn(f"{folder}: cannot be locked ({error.strerror}). Start no other predict that writes there.")
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()  # who had it has just removed the file
+
+
+def unlock_folder(file: IO[bytes]) -> None:
+    """Give a folder back."""
+    Path(file.name).unlink(missing_ok=True)
+    file.close()
 
 
 def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Record]]:
@@ -122,6 +231,7 @@ def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Re
         for where, raw in READERS[".jsonl"](path):
             record = read_record(raw, where, 0)
             line = {"dataset": path.stem, **raw, "id": record.id}
+            line.pop("fingerprint", None)  # of use to predict alone
             for name, value, kind in (
                 ("id", raw.get("id"), str | int),
                 ("answers", raw.get("answers"), list),

@@ -152,7 +152,7 @@ class ClassificationModule(ScoringModule):
 
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
         """One file, `classes`."""
-        return {"classes": {"temperature": self.temperature, "adapter": self.adapter and self.adapter.path}}
+        return {"classes": {"temperature": self.temperature}}
 
     def sequences(self, item: PromptItem) -> list[list[int]]:
         """The conversation."""

@@ -264,8 +264,8 @@ class RAGModule(GenerativeModule):
 
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
         """The decoding configurations by name, with what decides the passages."""
-        index = self.passage_retriever.index.manifest.encoder_hash
-        shared = {"num_passages": self.num_passages, "index": index, "decoding": self.decoding}
+        made = self.passage_retriever.index.manifest.made_of()
+        shared = {"num_passages": self.num_passages, "decoding": self.decoding, **made}
         return {name: settings | shared for name, settings in super().prediction_settings().items()}
 
     @torch.no_grad()

@@ -161,8 +161,8 @@ class RewardModule(ScoringModule):
 
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
         """One file, `rewards`."""
-        decides = {"normalize": self.normalize, "measured": self.head.measured if self.normalize else None}
-        return {"rewards": {**decides, "adapter": self.adapter and self.adapter.path}}
+        measured = self.head.measured if self.normalize else None
+        return {"rewards": {"normalize": self.normalize, "measured": measured}}
 
     def sequences(self, item: ResponsesItem) -> list[list[int]]:
         """The prompt with each response.

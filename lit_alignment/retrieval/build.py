@@ -4,14 +4,17 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lit_alignment.data.passages import Passage
+from lit_alignment.data.sources.content import file_hash
 from lit_alignment.errors import CheckpointError, ConfigError, require
 from lit_alignment.retrieval.files import (
+    PASSAGES,
     Manifest,
     create_shards,
     map_shards,
@@ -79,11 +82,14 @@ class IndexBuilder:
             CheckpointError: If the disk is full or the folder cannot be written.
         """
         shards = map_shards(self.folder, self.manifest)
-        if self.config.search != "exact":
-            made = make_faiss(shards, self.config)
-            require("faiss", "rag").write_index(made, str(self.folder / FAISS_FILE))
+        searcher = self.config.search
+        if searcher != "exact":
+            index = make_faiss(shards, self.config)
+            require("faiss", "rag").write_index(index, str(self.folder / FAISS_FILE))
         try:
-            write_manifest(self.folder, self.manifest)
+            made = [name for name, _ in self.manifest.shards] + [PASSAGES] + [FAISS_FILE] * (searcher != "exact")
+            checksums = {name: file_hash(self.folder / name) for name in made}
+            write_manifest(self.folder, replace(self.manifest, checksums=checksums))
             if self.target.exists():
                 old = self.target.with_name(f".{self.target.name}.old")
                 shutil.rmtree(old, ignore_errors=True)

@@ -17,6 +17,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
 from lit_alignment.data.passages import Passage
+from lit_alignment.data.sources.content import file_hash
 from lit_alignment.errors import ConfigError
 
 FORMAT = 1
@@ -40,6 +41,7 @@ class Manifest:
         shards: File name and number of rows of each shard, in order.
         search: `exact`, or the kind of the FAISS index beside the embeddings.
         step: Optimizer step at which the embeddings were made, in a training run.
+        checksums: Hash of each file.
         format: Version of this layout.
     """
 
@@ -51,7 +53,12 @@ class Manifest:
     shards: list[list[Any]] = field(default_factory=list)
     search: str = "exact"
     step: int = 0
+    checksums: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
+
+    def made_of(self) -> dict[str, Any]:
+        """What decides what is found."""
+        return {"index": self.encoder_hash, "index_files": self.checksums}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -76,6 +83,29 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.format != FORMAT:
         raise ConfigError(f"{path}: format {manifest.format} is not {FORMAT}. Build the index again.")
     return manifest
+
+
+class FileChecks:
+    """Compares a file of an index with its checksum when it is first read.
+
+    Args:
+        folder: The index.
+        checksums: Hash of each file; earlier versions have written none.
+    """
+
+    def __init__(self, folder: Path, checksums: dict[str, str]) -> None:
+        """Nothing has been read."""
+        self.folder, self._waiting = folder, dict(checksums)
+
+    def __call__(self, name: str) -> None:
+        """Compare a file, once.
+
+        Raises:
+            ConfigError: If it is damaged.
+        """
+        expected = self._waiting.pop(name, None)
+        if expected is not None and file_hash(self.folder / name) != expected:
+            raise ConfigError(f"{self.folder / name}: damaged (it has another checksum). Build the index again.")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -3,11 +3,13 @@
 B queries, N passages, D width, K passages of a query
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, require
-from lit_alignment.retrieval.files import PASSAGES, Manifest, map_shards, read_manifest
+from lit_alignment.retrieval.files import PASSAGES, FileChecks, Manifest, map_shards, read_manifest
 from lit_alignment.retrieval.search import exact_search, sharded_search
 
 SearchKind = Literal["exact", "flat", "ivf", "hnsw"]
@@ -71,12 +73,19 @@ class PassageIndex:
         shards: Embeddings in order, [n, D] each.
         passages: Ids, titles and texts in the same order.
         faiss: A FAISS index that searches instead of the exact search.
+        compare: Called with the name of a file before it is read.
     """
 
     def __init__(
-        self, manifest: Manifest, shards: list[Tensor], passages: datasets.Dataset, faiss: Any | None = None
+        self,
+        manifest: Manifest,
+        shards: list[Tensor],
+        passages: datasets.Dataset,
+        faiss: Any | None = None,
+        compare: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Check that the parts belong together."""
+        self.compare = compare
         self.manifest, self.shards, self.passages, self.faiss = manifest, shards, passages, faiss
         self._part: tuple[Tensor, int] | None = None  # embeddings of this process, and the first one's position
         rows = sum(len(shard) for shard in shards)
@@ -99,11 +108,15 @@ class PassageIndex:
         if not (folder / PASSAGES).is_file():
             raise ConfigError(f"{folder}: {PASSAGES} is missing. Build the index again.")
         searcher = None
-        if manifest.search != "exact":
-            faiss = require("faiss", "rag", "index.search: exact")
-            searcher = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        passages = datasets.Dataset.from_file(str(folder / PASSAGES))
-        return cls(manifest, map_shards(folder, manifest), passages, searcher)
+        try:
+            if manifest.search != "exact":
+                faiss = require("faiss", "rag", "index.search: exact")
+                searcher = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+            passages = datasets.Dataset.from_file(str(folder / PASSAGES))
+        except (RuntimeError, OSError, pa.ArrowException) as error:
+            raise ConfigError(f"{folder}: damaged ({error}). Build the index again.") from error
+        shards, compare = map_shards(folder, manifest), FileChecks(folder, manifest.checksums)
+        return cls(manifest, shards, passages, searcher, compare)
 
     def __len__(self) -> int:
         """Number of passages."""
@@ -160,13 +173,23 @@ class PassageIndex:
         if together:
             return sharded_search(queries, *self._own_part(queries.device), k)
         if self.faiss is None:
-            return exact_search(queries, self.shards, k)
+            return exact_search(queries, self._compared(), k)
+        self.compare(FAISS_FILE)
         scores, positions = self.faiss.search(queries.float().cpu().numpy(), k)
         scores, positions = torch.from_numpy(scores).to(queries.device), torch.from_numpy(positions).to(queries.device)
         short = (positions < 0).any(1)  # the clusters that were looked into held fewer than K
         if short.any():
-            scores[short], positions[short] = exact_search(queries[short].float(), self.shards, k)
+            scores[short], positions[short] = exact_search(queries[short].float(), self._compared(), k)
         return scores, positions
+
+    def _shard(self, number: int) -> Tensor:
+        """Embeddings whose file, if they have one, is read now."""
+        if self.manifest.shards:
+            self.compare(self.manifest.shards[number][0])
+        return self.shards[number]
+
+    def _compared(self) -> list[Tensor]:
+        return [self._shard(number) for number in range(len(self.shards))]
 
     def _own_part(self, device: torch.device) -> tuple[Tensor, int]:
         """This process's part of the embeddings, on its device, and the place of the first."""
@@ -174,8 +197,9 @@ class PassageIndex:
             rank, world_size = dist.get_rank(), dist.get_world_size()
             first, last = (len(self) * each // world_size for each in (rank, rank + 1))
             rows, start = [], 0
-            for shard in self.shards:
-                rows.append(shard[max(first - start, 0) : max(last - start, 0)])
+            for number, shard in enumerate(self.shards):
+                own = slice(max(first - start, 0), max(last - start, 0))
+                rows.append(self._shard(number)[own] if len(shard[own]) else shard[:0])
                 start += len(shard)
             self._part = torch.cat(rows).to(device), first
         return self._part
@@ -185,14 +209,16 @@ class PassageIndex:
         flat = positions.reshape(-1).cpu()
         found = torch.empty(len(flat), self.manifest.dimension, dtype=torch.float32)
         start = 0
-        for shard in self.shards:
+        for number, shard in enumerate(self.shards):
             inside = (flat >= start) & (flat < start + len(shard))
-            found[inside] = shard[flat[inside] - start].float().cpu()
+            if inside.any():
+                found[inside] = self._shard(number)[flat[inside] - start].float().cpu()
             start += len(shard)
         return found.view(*positions.shape, -1).to(positions.device)
 
     def at(self, positions: Tensor) -> list[Passage]:
         """The passages at the given positions, [K]."""
+        self.compare(PASSAGES)
         rows = self.passages[positions.tolist()]
         columns = zip(rows["id"], rows["title"], rows["text"], strict=True)
         return [Passage(id, title, text) for id, title, text in columns]

@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> None:
     writer = PredictionWriter()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.append(writer)
+    cli.run_folder.take(trainer)
     run = Path(trainer.log_dir or trainer.default_root_dir)
 
     def predictions(name: str, checkpoint: str | None) -> list[dict[str, Any]]:

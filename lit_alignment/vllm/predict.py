@@ -138,6 +138,7 @@ def predict(
     writer.setup(trainer, module, "predict")
     batches = data.predict_dataloader()
     if len(batches) == 0:
+        writer.teardown(trainer, module, "predict")
         return Summary()  # everything is there, and the writer has said so
     engine = VLLMEngine(arguments, module.tokenizer, network=needs.network)
     try:
@@ -149,12 +150,13 @@ def predict(
             from vllm.lora.request import LoRARequest
 
             engine.lora = LoRARequest("trained", 1, served.adapter)
-        summary = _answer(engine, _open_items(module, batches, writer), writer, trainer)
+        summary = _answer(engine, _open_items(module, batches, writer), writer)
     finally:
         engine.close()
     writer.on_predict_end(trainer, module)
     print(f"{summary.prompts} prompts, {summary.tokens} tokens: {summary}")
     _report(summary.failed, writer.output_dir)
+    writer.teardown(trainer, module, "predict")
     return summary
 
 
@@ -237,7 +239,7 @@ def _defaults(module: AlignmentModule) -> dict[str, Any]:
     return {"dtype": dtype, "generation_config": "vllm", **({"enforce_eager": True} if on_cpu() else {})}
 
 
-def _answer(engine: Engine, items: Iterable[OpenItem], writer: PredictionWriter, trainer: Trainer) -> Summary:
+def _answer(engine: Engine, items: Iterable[OpenItem], writer: PredictionWriter) -> Summary:
     """Run all requests, writing as they are done."""
     ready: dict[str, list[tuple[Item, dict[str, Any]]]] = {}
     start = flushed = time.monotonic()
@@ -256,7 +258,7 @@ def _answer(engine: Engine, items: Iterable[OpenItem], writer: PredictionWriter,
         TimeRemainingColumn(),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task("starting", total=writer.missing(trainer))
+        task = bar.add_task("starting", total=writer.missing())
         try:
             for request, result in engine.stream(request for item in items for request in item.requests()):
                 item, number = request.owner

@@ -185,7 +185,16 @@ def test_prediction_line_holds_label_prediction_and_probabilities(tmp_path):
         assert line["prediction"] == max(line["probabilities"], key=line["probabilities"].get)
         assert sum(line["probabilities"].values()) == pytest.approx(1)
     assert lines[0]["label"] == "bad" and lines[4]["label"] is None and lines[4]["meta"] == {"a": 1}
-    assert list(lines[0]) == ["id", "dataset", "messages", "prediction", "probabilities", "label", "meta"]
+    assert list(lines[0]) == [
+        "id",
+        "dataset",
+        "messages",
+        "prediction",
+        "probabilities",
+        "label",
+        "meta",
+        "fingerprint",
+    ]
 
 
 def overfit(folder, problem, labels, values, **settings):

@@ -9,6 +9,7 @@ import torch
 
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.refresh import IndexRefresh
+from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.passages import format_passage
 from lit_alignment.data.rag import PassagePlacementConfig
 from lit_alignment.errors import ConfigError
@@ -370,6 +371,26 @@ def test_predictions_carry_answer_reference_and_passages_and_can_be_evaluated(tm
     assert all(len(line["documents"]) == len(line["doc_scores"]) == 2 for line in lines)
     evaluate([str(file)])
     assert "exact_match" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_answers_belong_to_their_passages_and_where_these_stand(tmp_path, caplog):
+    def predict(passages, **settings):
+        module = rag_module(encoded_index(tmp_path, passages), num_passages=2)
+        data, writer = rag_data(module, val=chats(4), **settings), PredictionWriter(str(tmp_path / "out"))
+        caplog.clear()
+        trainer(tmp_path, callbacks=[writer]).predict(module, data, return_predictions=False)
+        return caplog.text
+
+    predict(knowledge(6))
+    assert "4 prompts are answered" in predict(knowledge(6))
+    for settings in (
+        {"placement": PassagePlacementConfig(place="system")},
+        {"encoding": EncodingConfig(max_length=200)},
+    ):
+        assert "4 prompts of" in predict(knowledge(6), **settings)
+    with pytest.raises(ConfigError, match=r"made with other settings \(index_files"):
+        predict(knowledge(6, seed=1))
 
 
 def test_retriever_weight_scales_the_gradient_of_the_retriever_alone(tmp_path):

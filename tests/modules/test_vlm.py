@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from lit_alignment.callbacks.export import Export
+from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.data.batching.items import PromptBatch
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.multimodal.media import open_image
@@ -191,6 +193,26 @@ def test_answer_depends_on_the_image(asked, tmp_path):
     other = replace(item, media={"image": paths})
     first, second = (module.respond([each], settings)[0].completions[0] for each in (item, other))
     assert first.logp != second.logp
+
+
+def test_prompt_whose_image_has_changed_is_answered_again(asked, tmp_path):
+    module, data, items = asked
+    wanted = next(item for item in items if item.media["image"])
+    path = wanted.media["image"][0]
+    answered = []
+    module.respond = lambda items, decoding, respond=module.respond: answered.extend(items) or respond(items, decoding)
+
+    def predict():
+        answered.clear()
+        writer = PredictionWriter(str(tmp_path / "out"))
+        trainer(tmp_path, callbacks=[writer]).predict(module, data, return_predictions=False)
+        return [item.id for item in answered]
+
+    assert len(predict()) == len(items)
+    Path(path).unlink()
+    picture(Path(path), 1000)
+    assert predict() == [item.id for item in items if path in item.media["image"]]
+    assert predict() == []
 
 
 def test_placeholder_is_never_generated(asked):

@@ -57,6 +57,29 @@ def test_missing_index_says_how_to_make_it(tmp_path):
         PassageIndex.load(tmp_path / "nothing")
 
 
+def test_flipped_bit_is_noticed_when_its_file_is_first_read(embeddings, tmp_path):
+    folder = knowledge_index(IndexConfig(str(tmp_path / "index"), rows_per_shard=4), embeddings)
+    shard, passages = folder / "embeddings-00002-of-00003.safetensors", folder / "passages.arrow"
+    for path, position in ((shard, -5), (passages, passages.read_bytes().index(b"text of 7"))):
+        data = bytearray(path.read_bytes())
+        data[position] ^= 1
+        path.write_bytes(data)
+    found = PassageIndex.load(folder)
+    assert found.embeddings(torch.tensor([0])).shape == (1, 4)  # of another file
+    for read in (
+        lambda index: index.search(embeddings[:1], 2),
+        lambda index: index.embeddings(torch.tensor([5])),
+        lambda index: index.at(torch.tensor([0])),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"(00002-of-00003.safetensors|passages.arrow): damaged .* Build the index"
+        ):
+            read(PassageIndex.load(folder))
+    passages.write_bytes(passages.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"index: damaged \(.*\). Build the index again"):
+        PassageIndex.load(folder)
+
+
 def test_damaged_index_is_refused(embeddings, tmp_path):
     folder = knowledge_index(IndexConfig(str(tmp_path / "index")), embeddings)
     shard = folder / "embeddings-00001-of-00001.safetensors"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from lit_alignment.data.multimodal.feature_cache import FeatureCache, ShardWriter, read_index, shards_of, written_names
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import CacheError, ConfigError
 from lit_alignment.models.multimodal import modality
 from lit_alignment.models.multimodal.modality import MediaShape, ModalityConfig
 from lit_alignment.models.multimodal.reading import cache_index
@@ -100,6 +100,24 @@ def test_killed_run_goes_on_and_encodes_no_file_twice(config, tmp_path, monkeypa
     run(config, tmp_path, "--per-shard", "2", "--batch-size", "1")
     assert len(added) == 3 and len(written_names(folder)) == 7
     assert "4 files are encoded" in capsys.readouterr().out
+
+
+def test_damaged_features_are_noticed_when_they_are_read(config, tmp_path):
+    folder = run(config, tmp_path)
+    cache, path = FeatureCache(folder, cache_index(MediaShape("image", IMAGE))), str(tmp_path / "pictures/b/3.png")
+    cache.read(path)
+    (shard,) = shards_of(folder)
+    whole = shard.read_bytes()
+    values = cache.read(path)[0].numpy().tobytes()
+    shard.write_bytes(whole.replace(values, bytes([values[0] ^ 1]) + values[1:]))
+    cache = FeatureCache(folder, cache_index(MediaShape("image", IMAGE)))
+    cache.read(str(tmp_path / "pictures/a/2.png"))
+    with pytest.raises(CacheError, match=r"the features of 'b/3.png' have another checksum\). Delete it, and run"):
+        cache.read(path)
+    for size in (len(whole) // 2, 4):
+        shard.write_bytes(whole[:size])
+        with pytest.raises(CacheError, match="Delete it, and run lit-alignment preprocess again"):
+            FeatureCache(folder, cache_index(MediaShape("image", IMAGE))).read(path)
 
 
 def test_unreadable_files_are_listed_and_the_rest_is_encoded(config, tmp_path, capsys):

@@ -7,18 +7,22 @@ from typing import Any, Generic, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from lit_alignment.data.batching.packing import PlannedBatch
+from lit_alignment.errors import AlignmentError
 
 Batch = TypeVar("Batch")
 
 
-class _PlannedDataset(Dataset[Batch]):
+class _PlannedDataset(Dataset[Batch | AlignmentError]):
     """Item i is the i-th planned batch, built where it is asked for: in a worker, if there are any."""
 
     def __init__(self, plan: Sequence[PlannedBatch], build: Callable[[PlannedBatch], Batch]) -> None:
         self.plan, self.build = plan, build
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.build(self.plan[index])
+    def __getitem__(self, index: int) -> Batch | AlignmentError:
+        try:
+            return self.build(self.plan[index])
+        except AlignmentError as error:  # raised in a worker it would arrive as a traceback in a text
+            return error
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -73,6 +77,13 @@ class PlannedLoader(Generic[Batch]):
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches that are left of this epoch, on this rank."""
+        """The batches that are left of this epoch, on this rank.
+
+        Raises:
+            AlignmentError: As building one does.
+        """
         dataset = _PlannedDataset(self.plan(self.epoch), self.build)
-        yield from DataLoader(dataset, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory)
+        for batch in DataLoader(dataset, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory):
+            if isinstance(batch, AlignmentError):
+                raise batch
+            yield batch

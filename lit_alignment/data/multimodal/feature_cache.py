@@ -6,18 +6,19 @@ P patches, D width
 import json
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_alignment.data.multimodal.media import UnreadableMediaError
-from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.data.sources.content import content_hash
+from lit_alignment.errors import CacheError, CheckpointError, ConfigError
 
 INDEX = "features.json"
 UNREADABLE = "unreadable.jsonl"
@@ -68,8 +69,11 @@ class FeatureCache:
         """
         self.path = Path(path).expanduser()
         self.root: Path | None = None
+        self._places: dict[str, Path] = {}
+        self._checksums: dict[str, str] = {}  # of features, where the version that wrote them has noted it
+        self._compared: set[str] = set()
         if self.path.is_file():
-            self._places = dict.fromkeys(_names(self.path), self.path)
+            self._note(self.path)
             self._check_single(index)
             return
         found = read_index(self.path)
@@ -77,7 +81,13 @@ class FeatureCache:
         if not found.complete:
             raise ConfigError(f"{self.path}: the cache is not complete. Run lit-alignment preprocess again.")
         self.root = Path(found.root)
-        self._places = {name: shard for shard in shards_of(self.path) for name in _names(shard)}
+        for shard in shards_of(self.path):
+            self._note(shard)
+
+    def _note(self, shard: Path) -> None:
+        names, checksums = _names(shard)
+        self._places |= dict.fromkeys(names, shard)
+        self._checksums |= checksums
 
     def _check_single(self, index: CacheIndex) -> None:
         name = next(iter(self._places), None)
@@ -98,8 +108,17 @@ class FeatureCache:
         """Make sure that a file has features."""
         self._name(path)
 
+    def fingerprint(self, path: str, folder: Path) -> str:
+        """A hash of the features of a file."""
+        name = self._name(path)
+        return self._checksums.get(name) or content_hash(self._places[name], folder)
+
     def read(self, path: str) -> list[Tensor]:
-        """The features of a file, [P, D]."""
+        """The features of a file, [P, D].
+
+        Raises:
+            CacheError: If they are damaged.
+        """
         return [self._tensor(self._name(path))]
 
     def _name(self, path: str) -> str:
@@ -111,8 +130,15 @@ class FeatureCache:
         raise UnreadableMediaError(f"{path}: not in the feature cache {self.path} (as '{names[0]}')")
 
     def _tensor(self, name: str) -> Tensor:
-        with safe_open(self._places[name], "pt") as file:
-            found: Tensor = file.get_tensor(name)
+        shard = self._places[name]
+        try:
+            with safe_open(shard, "pt") as file:
+                found: Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"{shard}: damaged ({error}). {_ENCODE}") from error
+        if name not in self._compared and self._checksums.get(name, _checksum(found)) != _checksum(found):
+            raise CacheError(f"{shard}: damaged (the features of '{name}' have another checksum). {_ENCODE}")
+        self._compared.add(name)
         return found[0] if found.ndim == 3 else found
 
 
@@ -149,7 +175,7 @@ class ShardWriter:
         target = self.folder / f"features-r{self.rank:03d}-{self._next:06d}.safetensors"
         fresh = target.with_name(f".{target.name}.partial")
         try:
-            save_file(self._waiting, fresh)
+            save_file(self._waiting, fresh, {name: _checksum(features) for name, features in self._waiting.items()})
             with fresh.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(fresh, target)
@@ -169,7 +195,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 def written_names(folder: Path) -> set[str]:
     """Names of the files whose features are there."""
-    return {name for shard in shards_of(folder) for name in _names(shard)}
+    return {name for shard in shards_of(folder) for name in _names(shard)[0]}
 
 
 def relative_name(path: Path, root: Path) -> str:
@@ -178,14 +204,22 @@ def relative_name(path: Path, root: Path) -> str:
     return (absolute.relative_to(root) if absolute.is_relative_to(root) else absolute).as_posix()
 
 
-def _names(shard: Path) -> Iterable[str]:
-    """Names in a shard, read from its header alone."""
+def _names(shard: Path) -> tuple[list[str], dict[str, str]]:
+    """Names in a shard, and checksums of their features, read from its header alone."""
     try:
         with shard.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (ValueError, MemoryError, OverflowError) as error:
-        raise ConfigError(f"{shard}: not a safetensors file ({error}). Delete it and run preprocess again.") from error
-    return (name for name in header if name != "__metadata__")
+            header = dict(json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+        checksums = dict(header.pop("__metadata__", {}))
+    except (ValueError, TypeError, RecursionError, MemoryError, OverflowError) as error:
+        raise CacheError(f"{shard}: not a safetensors file ({error}). {_ENCODE}") from error
+    return list(header), checksums
+
+
+def _checksum(features: Tensor) -> str:
+    return xxhash.xxh3_64_hexdigest(features.contiguous().view(torch.uint8).numpy().data)
+
+
+_ENCODE = "Delete it, and run lit-alignment preprocess again: what is encoded elsewhere is kept."
 
 
 def read_index(folder: Path) -> CacheIndex:

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from lit_alignment.data.encoding.messages import Message, read_message, value_kind
+from lit_alignment.data.sources.content import content_hash
 from lit_alignment.errors import AlignmentError, RecordError
 
 MODALITIES = ("image", "audio")
@@ -38,6 +39,14 @@ class MediaReader(Protocol):
 
         Raises:
             UnreadableMediaError: If it cannot.
+        """
+        ...
+
+    def fingerprint(self, path: str, folder: Path) -> str:
+        """What the file holds, or its features, as a hash; `folder` is the cache, where hashes are remembered.
+
+        Raises:
+            UnreadableMediaError: If it is not there.
         """
         ...
 
@@ -156,6 +165,17 @@ class FileReader:
     def check(self, path: str) -> None:
         """Decode it once: a file whose end is missing has a whole header."""
         self._open(path)
+
+    def fingerprint(self, path: str, folder: Path) -> str:
+        """A hash of the file's bytes; a data URL is its own."""
+        if path.startswith("data:"):
+            return ""
+        try:
+            return content_hash(Path(path), folder)
+        except OSError as error:
+            raise UnreadableMediaError(
+                f"{path}: cannot be read ({error.strerror}; looked from {Path.cwd()})"
+            ) from error
 
     def read(self, path: str) -> list[Tensor]:
         """Inputs of each encoder."""

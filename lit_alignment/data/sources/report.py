@@ -5,6 +5,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lit_alignment.errors import ConfigError, writing
+
 
 @dataclass
 class DataReport:
@@ -48,8 +50,13 @@ class DataReport:
 
 
 def write_reports(reports: dict[str, DataReport], directory: Path) -> Path:
-    """Write the reports as `data_report.json`."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Write the reports as `data_report.json`.
+
+    Raises:
+        ConfigError: If the disk is full or the folder cannot be written.
+    """
     path = directory / "data_report.json"
-    path.write_text(json.dumps({split: vars(report) for split, report in reports.items()}, indent=2) + "\n")
+    with writing(path, ConfigError, "Free its disk, or choose another folder for the run"):
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({split: vars(report) for split, report in reports.items()}, indent=2) + "\n")
     return path

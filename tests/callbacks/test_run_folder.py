@@ -1,0 +1,136 @@
+"""The folder of a run: taken by one run alone, known to all ranks, gone if nothing was written."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lit_alignment.callbacks.run_folder import RunFolder
+from lit_alignment.errors import ConfigError
+from tests.helpers import ROOT, chats, trainer, write_jsonl
+from tests.helpers.commands import command
+
+KINDS = [CSVLogger, TensorBoardLogger]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A training of two steps, with the default logger and checkpoints beside it."""
+    model = {"backbone": {"path": "configs/tiny", "weights": "random"}}
+    data = {"train": [{"path": write_jsonl(tmp_path / "train.jsonl", chats(8))}], "packing": False, "batch_size": 2}
+    settings = {
+        "accelerator": "cpu",
+        "max_steps": 2,
+        "log_every_n_steps": 1,
+        "default_root_dir": str(tmp_path / "runs"),
+    }
+    settings |= {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path / "runs")}},
+    }
+    found = {
+        "trainer": settings,
+        "model": {"class_path": "lit_alignment.SFTModule", "init_args": model},
+        "data": {"class_path": "lit_alignment.SFTDataModule", "init_args": data},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(found))
+    return str(path)
+
+
+def versions(tmp_path):
+    return sorted(path.name for path in (tmp_path / "runs/lightning_logs").iterdir())
+
+
+def take(folder, *loggers):
+    found = RunFolder()
+    found.take(trainer(folder, logger=list(loggers)))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_that_have_seen_the_same_folders_take_different_ones(tmp_path, monkeypatch, kind):
+    loggers = [kind(tmp_path, name="run") for _ in range(3)]
+    monkeypatch.setattr(kind, "_get_next_version", lambda self: 0)  # what each has seen before the others began
+    for logger in loggers:
+        take(tmp_path, logger)
+    assert [logger.version for logger in loggers] == [0, 1, 2]
+    assert [path.name for path in sorted((tmp_path / "run").iterdir())] == ["version_0", "version_1", "version_2"]
+
+
+def test_loggers_of_one_run_share_its_folder(tmp_path):
+    loggers = [kind(tmp_path, name="run") for kind in KINDS]
+    take(tmp_path, *loggers)
+    assert [logger.version for logger in loggers] == [0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", [4, "mine"])
+def test_given_version_stays(tmp_path, kind, version):
+    logger = kind(tmp_path, name="run", version=version)
+    take(tmp_path, logger)
+    assert logger.version == version and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_run_takes_the_folder_in_which_everything_is_written(config, tmp_path):
+    for number in range(2):
+        assert command("fit", "--config", config).returncode == 0
+        assert versions(tmp_path) == [f"version_{each}" for each in range(number + 1)]
+        run = tmp_path / f"runs/lightning_logs/version_{number}"
+        assert {"checkpoints", "config.yaml", "metrics.csv"} <= {path.name for path in run.iterdir()}
+    resumed = command("fit", "--config", config, "--ckpt_path=newest", "--trainer.max_steps=3")
+    assert resumed.returncode == 0 and versions(tmp_path) == ["version_0", "version_1"]
+    assert (tmp_path / "runs/lightning_logs/version_1/metrics.1.csv").exists()
+
+
+def test_run_that_does_not_begin_leaves_no_folder(config, tmp_path):
+    (tmp_path / "train.jsonl").write_text("no JSON\n")
+    assert command("fit", "--config", config).returncode == 2
+    assert versions(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_folder_that_cannot_be_made_is_one_message(config, tmp_path):
+    (tmp_path / "runs").write_text("")
+    result = command("fit", "--config", config)
+    assert result.returncode == 2
+    assert (
+        "runs/lightning_logs: cannot be written (Not a directory). Free its disk, or set trainer.default"
+        in result.stderr
+    )
+    with pytest.raises(ConfigError, match="cannot be written"):
+        take(tmp_path, TensorBoardLogger(tmp_path / "runs"))
+
+
+@pytest.mark.slow
+def test_processes_that_start_together_share_nothing(config, tmp_path):
+    run = [sys.executable, "-m", "lit_alignment", "fit", "--config", config]
+    processes = [subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-2000:]
+    assert versions(tmp_path) == [f"version_{number}" for number in range(2)]
+    for name in versions(tmp_path):
+        with (tmp_path / f"runs/lightning_logs/{name}/metrics.csv").open() as file:
+            assert [row["step"] for row in csv.DictReader(file)].count("0") == 1
+        assert len(list((tmp_path / f"runs/lightning_logs/{name}/checkpoints").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_ranks_write_into_the_folder_of_the_first(config, tmp_path):
+    strategy = {
+        "class_path": "lightning.pytorch.strategies.DDPStrategy",
+        "init_args": {"process_group_backend": "gloo"},
+    }
+    run = [sys.executable, "-m", "lit_alignment", "fit", "--config", config, "--trainer.devices=2"]
+    result = subprocess.run(
+        [*run, f"--trainer.strategy={json.dumps(strategy)}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert versions(tmp_path) == ["version_0"]
