@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_alignment.data.encoding.messages import Record, read_record
-from lit_alignment.data.sources.records import READERS
+from lit_alignment.data.sources.records import read_file
 from lit_alignment.errors import ConfigError, RecordError
 
 Key = tuple[str, str]  # (dataset, id)
@@ -118,7 +118,7 @@ def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Re
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}).")
-        for where, raw in READERS[".jsonl"](path):
+        for where, raw in read_file(path, suffix=".jsonl"):
             record = read_record(raw, where, 0)
             line = {"dataset": path.stem, **raw, "id": record.id}
             for name, value, kind in (
