@@ -124,6 +124,7 @@ def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Re
             for name, value, kind in (
                 ("id", raw.get("id"), str | int),
                 ("answers", raw.get("answers"), list),
+                ("messages", raw.get("messages"), list),
                 ("dataset", line["dataset"], str),
             ):
                 if not isinstance(value, kind):

@@ -103,7 +103,7 @@ def _prompt(line: dict[str, Any], record: Record) -> AnsweredPrompt:
         if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
             raise RecordError(where, "answers", "holds one without a text 'content'", "Mend the line.")
     counts = [answer.get("num_tokens") for answer in answers]
-    if not all(count is None or isinstance(count, int) for count in counts):
+    if not all(count is None or (isinstance(count, int) and count >= 0) for count in counts):
         raise RecordError(where, "answers", "holds one whose 'num_tokens' is no whole number", "Mend the line.")
     known = [count for count in counts if count is not None]
     meta = record.meta if isinstance(record.meta, dict) else {}

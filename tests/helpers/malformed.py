@@ -284,7 +284,7 @@ def load(form: str, path: Path, cache_dir: Path) -> None:
         VLMDataModule,
         media={
             "image": MediaTokens(
-                "<image>", tokenizer().convert_tokens_to_ids("<image>"), 2, "", "", FileReader("image", [])
+                "<image>", tokenizer().convert_tokens_to_ids("<image>"), 2, "", "", FileReader("image", [], 10**6)
             )
         },
     )

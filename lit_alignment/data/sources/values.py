@@ -97,7 +97,7 @@ def plain(value: Any, limits: RecordLimitsConfig = LIMITS, table: bool = False, 
     """
     match value:
         case str():
-            return value if value.isascii() else _encodable(value)
+            return value if value.isascii() else encodable(value)
         case None | bool():
             return value
         case int():
@@ -111,7 +111,7 @@ def plain(value: Any, limits: RecordLimitsConfig = LIMITS, table: bool = False, 
         case {"bytes": bytes(content), "path": _, **rest} if not rest:
             return f"data:;base64,{base64.b64encode(content).decode()}"
         case {"bytes": None, "path": str(path), **rest} if table and not rest:
-            return _encodable(path)
+            return encodable(path)
         case dict() | list() | tuple():
             return _plain_items(value, limits, table, depth)
         case datetime() | date() | time():
@@ -156,7 +156,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
+    """The text, if it can be written as UTF-8.
+
+    Raises:
+        Misfit: If not.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
