@@ -87,7 +87,9 @@ def _quiet() -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"lit-alignment: error: {message}", file=sys.stderr)
+    from lit_alignment.terminal import printable
+
+    print(f"lit-alignment: error: {printable(message)}", file=sys.stderr)
     return 2
 
 
