@@ -24,8 +24,7 @@ from lit_alignment import (
 )
 from lit_alignment.data.multimodal.media import FileReader, MediaTokens
 from lit_alignment.data.sources.records import SourceConfig
-from lit_alignment.generation.prediction_file import read_predictions
-from lit_alignment.tools.sample import read_candidates
+from lit_alignment.tools.sample import main as sample
 
 ROOT = Path(__file__).parents[2]
 PICTURE = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
@@ -136,7 +135,7 @@ def cases(form: str) -> Iterator[tuple[Kind, str, bytes]]:
     yield "huge", "5000 digits", with_json("meta", "9" * 5000)
     yield "huge", f"5000 digits in {field}", with_json(field, "9" * 5000)
     yield "huge", "400 digits as id", with_json("id", "9" * 400)
-    yield "huge", f"a megabyte in {field}", with_json(field, json.dumps("x " * 500_000))
+    yield "huge", f"100 kB in {field}", with_json(field, json.dumps("x " * 50_000))
     yield "huge", f"10000 items in {field}", with_json(field, json.dumps([0] * 10_000))
     for value in WRONG:
         yield "wrong type", f"{field} is {json.dumps(value)}", with_json(field, json.dumps(value))
@@ -277,8 +276,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def load(form: str, path: Path, cache_dir: Path) -> None:
     """Read a file of a form as commands do, in training and in predict, up to the batches."""
     if form == "predictions":
-        for line, record in read_predictions([path]):
-            read_candidates(line, record.where, needs_rewards=True)
+        for shape in ("pairs", "chats"):
+            sample([str(path), "--strategy", "best_of_n", "--form", shape, "--out", f"{path}.{shape}", "--overwrite"])
         return
     kind = MODULES.get(form) or partial(
         VLMDataModule,

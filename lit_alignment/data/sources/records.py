@@ -49,7 +49,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
-        if (self.path is None) == (self.records is None):
+        if (not self.path) == (self.records is None):
             raise ConfigError(f"{self!r}: give either 'path' or 'records'.")
         if self.num_samples is not None and self.sample_rate is not None:
             raise ConfigError(f"source {self.title}: give 'num_samples' or 'sample_rate', not both.")
@@ -77,9 +77,10 @@ class SourceConfig:
         if self.path is None:
             return []
         path = Path(os.path.expanduser(self.path))
-        if (path / "dataset_dict.json").is_file():
+        # These functions answer where the methods of paths raise: names too long, loops of links.
+        if os.path.isfile(path / "dataset_dict.json"):
             path = self._split_of(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             saved = (path / "state.json").is_file()  # its JSON files describe the data
             kinds = (".arrow",) if saved else tuple(READERS)
             files = sorted(f for f in path.iterdir() if f.suffix in kinds and not f.name.startswith("cache-"))
@@ -87,9 +88,9 @@ class SourceConfig:
             if not files:
                 raise ConfigError(f"{path}: no {', '.join(READERS)} file in this folder.")
             return files
-        if path.is_file():
+        if os.path.isfile(path):
             return [path]
-        if path.exists():
+        if os.path.exists(path):
             raise ConfigError(f"{path}: neither a file nor a folder (source '{self.title}'). Copy it to a file first.")
         if path.suffix or self.path.count("/") != 1:
             raise FileNotFoundError(
@@ -155,9 +156,21 @@ def read_file(path: Path, limits: RecordLimitsConfig = LIMITS, suffix: str = "")
     try:
         yield from _plain_records(reader(path, limits), limits, table=suffix in (".parquet", ".arrow"))
     except UnicodeDecodeError as error:
-        raise RecordError(str(path), "", f"not UTF-8 text (byte {error.start})", "Save the file as UTF-8.") from error
+        raise RecordError(_undecodable(path), "", "not UTF-8 text", "Save the file as UTF-8.") from error
     except OSError as error:
         raise RecordError(str(path), "", f"cannot be read ({error.strerror or error})", "Check the file.") from error
+
+
+def _undecodable(path: Path) -> str:
+    """File and line of the first bytes that are no UTF-8 text."""
+    number = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):  # noqa: B007 - a text across lines is none either
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                break
+    return f"{path}:{number}"
 
 
 def _plain_records(
@@ -213,7 +226,7 @@ def _read_parquet(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str,
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
     except (pyarrow.ArrowException, OSError) as error:
         raise RecordError(str(path), "", f"not a Parquet file ({error})", "Check the file.") from error
     return _rows(str(path), file.iter_batches(256))
@@ -236,6 +249,7 @@ def _rows(name: str, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     index = 0
     try:
         for batch in batches:
+            batch.validate(full=True)
             for row in batch.to_pylist():
                 yield f"{name}[{index}]", row
                 index += 1

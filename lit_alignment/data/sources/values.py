@@ -4,7 +4,7 @@ import base64
 import json
 import math
 from dataclasses import dataclass
-from datetime import date, datetime, time
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -82,8 +82,8 @@ def parse_json(text: str, limits: RecordLimitsConfig = LIMITS) -> Any:
 def plain(value: Any, limits: RecordLimitsConfig = LIMITS, table: bool = False, depth: int = 0) -> Any:
     """A value in the types of JSON, all of which can be written as UTF-8.
 
-    Dates become ISO texts, decimals numbers, and bytes texts; images and sounds as Hugging Face datasets keeps them
-    (`bytes` and `path`) become data URLs.
+    Dates become ISO texts, durations seconds, decimals numbers, and bytes texts; images and sounds as Hugging Face
+    datasets keeps them (`bytes` and `path`) become data URLs.
 
     Args:
         value: As read.
@@ -116,6 +116,8 @@ def plain(value: Any, limits: RecordLimitsConfig = LIMITS, table: bool = False, 
             return _plain_items(value, limits, table, depth)
         case datetime() | date() | time():
             return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
         case Decimal():
             return plain(int(value) if value.is_finite() and value == int(value) else float(value))
         case UUID():
