@@ -103,8 +103,8 @@ def open_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(_content(path), formats=FORMATS)
-            image.load()
+            with Image.open(_content(path), formats=FORMATS) as image:
+                return _rgb(image)
     except FileNotFoundError as error:
         raise UnreadableMediaError(f"{path}: no such image (looked from {Path.cwd()})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -113,6 +113,10 @@ def open_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from error
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise UnreadableMediaError(f"{path[:200]}: not a readable image ({error})") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -168,7 +172,7 @@ def open_sound(path: str, sampling_rate: int, max_samples: int = MAX_SAMPLES) ->
     except UnreadableMediaError:
         raise
     except (OSError, EOFError, ValueError, wave.Error) as error:
-        raise UnreadableMediaError(f"{path[:200]}: not a readable WAV file ({error or 'it ends early'})") from error
+        raise UnreadableMediaError(f"{path[:200]}: not a readable WAV file ({str(error) or 'it ends early'})") from error
     kinds = {1: ("u1", 128.0, 128.0), 2: ("<i2", 0.0, 2.0**15), 4: ("<i4", 0.0, 2.0**31)}
     if width not in kinds or not raw:
         problem = f"a WAV file of {8 * width} bits and {len(raw)} bytes; use 8, 16 or 32 bits"
