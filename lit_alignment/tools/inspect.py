@@ -18,7 +18,7 @@ from lit_alignment.data.base import AlignmentDataModule, Split
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
-from lit_alignment.terminal import Terminal
+from lit_alignment.terminal import Terminal, printable
 from lit_alignment.trainer_cli import build_for_tool
 
 STAGES: dict[Split, str] = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
@@ -107,6 +107,7 @@ def shown_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[T
         text = tokenizer.decode([index])
         if "\ufffd" in text:  # a part of a character
             text = str(tokenizer.convert_ids_to_tokens(index))
+        text = printable(text)
         trained = position > 0 and example.labels[position] != IGNORE_INDEX
         weight = example.weights[position]
         tokens.append(Token(position, index, text, trained, weight if trained else 0.0, index in special))

@@ -200,7 +200,9 @@ def replaced(value: Any, path: Path_, new: Any) -> Any:
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, 2**63, -1])
 SCALARS = st.none() | st.booleans() | NUMBERS | st.text(st.characters(), max_size=8)
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+)
 
 
 @st.composite
@@ -245,7 +247,9 @@ def _removed(value: Any, path: Path_) -> Any:
 LABELS = ["bad", "fine", "good"]
 MODULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("chat", "sharegpt", "alpaca", "completion", "tools"), SFTDataModule),
-    **{kind: partial(ClassificationDataModule, labels=LABELS, problem=kind) for kind in ("single_label", "multi_label")},
+    **{
+        kind: partial(ClassificationDataModule, labels=LABELS, problem=kind) for kind in ("single_label", "multi_label")
+    },
     "regression": partial(ClassificationDataModule, labels=LABELS, problem="regression"),
     **dict.fromkeys(("pairs", "ranking", "answers"), RewardDataModule),
     "judged": partial(RewardDataModule, kind="outcomes"),

@@ -81,7 +81,7 @@ def read_record(
     if not isinstance(raw, dict):
         raise RecordError(where, "", f"the record is {value_kind(raw)}, not an object", "Write one JSON object a line.")
     messages = read(_raw_messages(raw, where), raw, where)
-    tools = raw.get("tools") or []
+    tools = [] if raw.get("tools") is None else raw["tools"]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         problem = f"is {value_kind(tools)}" if not isinstance(tools, list) else "holds what is no object"
         raise RecordError(where, "tools", problem, "Make it a list of {type, function} objects.")
@@ -109,7 +109,7 @@ def read_id(value: object, name: str, where: str, position: int) -> str:
 def finite(value: object) -> float | None:
     """A number that a float of 32 bits can hold, as in which it is kept; None for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) <= LARGEST else None  # type: ignore[arg-type, operator]
+    return float(value) if is_number and abs(value) <= LARGEST else None  # type: ignore[arg-type]
 
 
 def _raw_messages(raw: dict[str, Any], where: str) -> list[Any]:

@@ -166,13 +166,17 @@ def open_sound(path: str, sampling_rate: int, max_samples: int = MAX_SAMPLES) ->
                 )
             raw = file.readframes(frames)
             if len(raw) != frames * channels * width:
-                raise ValueError(f"its header promises {frames} samples, and {len(raw) // (channels * width)} are there")
+                raise ValueError(
+                    f"its header promises {frames} samples, and {len(raw) // (channels * width)} are there"
+                )
     except FileNotFoundError as error:
         raise UnreadableMediaError(f"{path}: no such sound (looked from {Path.cwd()})") from error
     except UnreadableMediaError:
         raise
     except (OSError, EOFError, ValueError, wave.Error) as error:
-        raise UnreadableMediaError(f"{path[:200]}: not a readable WAV file ({str(error) or 'it ends early'})") from error
+        raise UnreadableMediaError(
+            f"{path[:200]}: not a readable WAV file ({str(error) or 'it ends early'})"
+        ) from error
     kinds = {1: ("u1", 128.0, 128.0), 2: ("<i2", 0.0, 2.0**15), 4: ("<i4", 0.0, 2.0**31)}
     if width not in kinds or not raw:
         problem = f"a WAV file of {8 * width} bits and {len(raw)} bytes; use 8, 16 or 32 bits"

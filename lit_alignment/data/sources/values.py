@@ -1,4 +1,4 @@
-"""Values of records as plain JSON, whatever they were read from, and within limits that no honest record exceeds."""
+"""Values of records as plain JSON, whatever they were read from, and within the limits of a record."""
 
 import base64
 import json
@@ -130,7 +130,9 @@ def plain(value: Any, limits: RecordLimitsConfig = LIMITS, table: bool = False, 
                 raise Misfit(f"is {len(value)} bytes that are no UTF-8 text", fix) from error
         case np.generic() | np.ndarray():
             return plain(value.tolist(), limits, table, depth)
-    raise Misfit(f"is of the type {type(value).__name__}", "Give a value that JSON has: a text, number, list or object.")
+    raise Misfit(
+        f"is of the type {type(value).__name__}", "Give a value that JSON has: a text, number, list or object."
+    )
 
 
 def _plain_items(value: Any, limits: RecordLimitsConfig, table: bool, depth: int) -> Any:
