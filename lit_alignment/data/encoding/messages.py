@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lit_alignment.data.sources.values import Misfit, parse_json, plain
+from lit_alignment.data.sources.values import Misfit, parse_json
 from lit_alignment.errors import RecordError
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -220,7 +220,7 @@ def _read_tool_call(call: object, path: str, where: str) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = plain(parse_json(arguments or "{}"))
+            arguments = parse_json(arguments or "{}")
         except json.JSONDecodeError as error:
             raise RecordError(
                 where, path, f"has arguments that are not JSON ({error})", "Write a JSON object."

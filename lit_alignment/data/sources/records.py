@@ -154,7 +154,10 @@ def read_file(path: Path, limits: RecordLimitsConfig = LIMITS, suffix: str = "")
         packed = " Unpack it first." if suffix in (".gz", ".bz2", ".xz", ".zst", ".zip") else ""
         raise ConfigError(f"{path}: unknown file type '{suffix}'. Use {', '.join(READERS)}.{packed}")
     try:
-        yield from _plain_records(reader(path, limits), limits, table=suffix in (".parquet", ".arrow"))
+        records = reader(path, limits)
+        if suffix != ".jsonl":  # whose lines come as plain values
+            records = _plain_records(records, limits, table=suffix != ".json")
+        yield from records
     except UnicodeDecodeError as error:
         raise RecordError(_undecodable(path), "", "not UTF-8 text", "Save the file as UTF-8.") from error
     except OSError as error:
@@ -211,7 +214,7 @@ def _read_jsonl(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str, A
 def _read_json(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str, Any]]:
     fix = "Write a list of records, or use .jsonl."
     try:
-        records = parse_json(path.read_text(encoding="utf-8-sig"), limits)
+        records = parse_json(path.read_text(encoding="utf-8-sig"), limits, check=False)
     except json.JSONDecodeError as error:
         raise RecordError(f"{path}:{error.lineno}", "", f"not valid JSON ({error.msg})", fix) from error
     except Misfit as misfit:

@@ -3,9 +3,11 @@
 import base64
 import json
 import math
+import re
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from functools import cache
 from typing import Any
 from uuid import UUID
 
@@ -13,6 +15,10 @@ import numpy as np
 
 from lit_alignment.errors import ConfigError, RecordError
 
+# A half of a pair in JSON's own escapes, unless a backslash before it makes it a text.
+LONE_SURROGATE = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 DEEPEST = 200  # what json, templates and copies of a record take before Python's own limit of recursion
 
 
@@ -60,23 +66,48 @@ class Misfit(ValueError):
         return RecordError(where, f"{field}{self.path}".removeprefix("."), self.problem, self.fix)
 
 
-def parse_json(text: str, limits: RecordLimitsConfig = LIMITS) -> Any:
-    """The value of a JSON text.
+class _NotFinite(Exception):
+    """A number that JSON does not have; where it stands is found in a second reading."""
 
-    Raises:
-        json.JSONDecodeError: If it is none.
-        Misfit: If an object has a key twice, or it is beyond the limits.
-    """
 
+@cache
+def _decoder(limits: RecordLimitsConfig) -> json.JSONDecoder:
     def whole(digits: str) -> int:
         if len(digits.removeprefix("-")) > limits.digits:
             raise _too_many_digits(limits)
         return int(digits)
 
+    def real(digits: str) -> float:
+        number = float(digits)
+        if not math.isfinite(number):
+            raise _NotFinite
+        return number
+
+    return json.JSONDecoder(object_pairs_hook=_object, parse_int=whole, parse_float=real, parse_constant=real)
+
+
+def parse_json(text: str, limits: RecordLimitsConfig = LIMITS, check: bool = True) -> Any:
+    """The value of a JSON text, as `plain` has it; it is looked through only where the text gives reason to.
+
+    Args:
+        text: The text.
+        limits: What it may hold at most.
+        check: False leaves it to the caller to look through the value, as where that is a list of records.
+
+    Raises:
+        json.JSONDecodeError: If it is no JSON.
+        Misfit: If an object has a key twice, or it is beyond the limits.
+    """
     try:
-        return json.loads(text, parse_int=whole, object_pairs_hook=_object)
+        value = _decoder(limits).decode(text)
+        is_deep = text.count("[") + text.count("{") > limits.depth
+        if not (check and (is_deep or ("\\u" in text and LONE_SURROGATE.search(text)))):
+            return value
+    except _NotFinite:
+        value = json.loads(text)
     except RecursionError as error:
         raise _too_deep(limits) from error
+    return plain(value, limits) if check else value
 
 
 def plain(value: Any, limits: RecordLimitsConfig = LIMITS, table: bool = False, depth: int = 0) -> Any:
@@ -138,17 +169,21 @@ def plain(value: Any, limits: RecordLimitsConfig = LIMITS, table: bool = False, 
 def _plain_items(value: Any, limits: RecordLimitsConfig, table: bool, depth: int) -> Any:
     if depth >= limits.depth:
         raise _too_deep(limits)
-    is_object = isinstance(value, dict)
-    found = []
-    for key, each in value.items() if is_object else enumerate(value):
-        if is_object and table and each is None:
-            continue
-        name = key if isinstance(key, str | int) else str(key)
-        try:
-            found.append((plain(str(name), limits) if is_object else name, plain(each, limits, table, depth + 1)))
-        except Misfit as misfit:
-            raise misfit.inside(str(name) if is_object else name) from None
-    return dict(found) if is_object else [each for _, each in found]
+    key: Any = None
+    try:
+        if not isinstance(value, dict):
+            items = []
+            for key, each in enumerate(value):  # noqa: B007 - an error names it
+                items.append(plain(each, limits, table, depth + 1))
+            return items
+        found = {}
+        for key, each in value.items():
+            if each is not None or not table:
+                name = key if isinstance(key, str) else str(key)
+                found[name if name.isascii() else encodable(name)] = plain(each, limits, table, depth + 1)
+        return found
+    except Misfit as misfit:
+        raise misfit.inside(key if isinstance(key, str | int) else str(key)) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
