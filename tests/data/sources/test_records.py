@@ -17,6 +17,7 @@ from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.values import RecordLimitsConfig
 from lit_alignment.errors import ConfigError, RecordError
 from tests.helpers import chats, write_jsonl
+from tests.helpers.commands import command
 
 
 def test_jsonl_json_parquet_folder_and_inline_give_the_same_records(tmp_path):
@@ -240,3 +241,12 @@ def test_file_that_cannot_be_read_is_one_message(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)  # root may read everything
     assert f"{path}: cannot be read (Permission denied)" in errors_of(path)
+
+
+def test_limits_are_settings_of_a_source(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{**chats(1)[0], "meta": [[[[1]]]]}])
+    for depth, code in ((3, 2), (6, 0)):
+        source = f"[{{path: {path}, limits: {{depth: {depth}}}}}]"
+        result = command("inspect", "--config", "configs/sft/tiny.yaml", f"--data.init_args.train={source}")
+        assert result.returncode == code, result.stderr
+        assert (f"{path}:1: field 'meta" in result.stderr and "limits.depth" in result.stderr) == (depth == 3)
