@@ -93,8 +93,9 @@ def _quiet() -> None:
 
 def _fail(message: str, code: int = 2) -> int:
     from lit_alignment.secrets import mask_text
+    from lit_alignment.terminal import printable
 
-    print(f"lit-alignment: error: {mask_text(message)}", file=sys.stderr)
+    print(f"lit-alignment: error: {printable(mask_text(message))}", file=sys.stderr)
     return code
 
 

@@ -32,6 +32,7 @@ class RecordError(AlignmentError):
 
     def __init__(self, where: str, field: str, problem: str, fix: str) -> None:
         """Compose `where: field 'field' problem. fix`."""
+        field, problem = _shortened(field, 200), _shortened(problem, 500)  # they quote the record
         self.where, self.field, self.problem, self.fix = where, field, problem, fix
         subject = f"field '{field}' " if field else ""
         super().__init__(f"{where}: {subject}{problem}. {fix}")
@@ -39,6 +40,10 @@ class RecordError(AlignmentError):
     def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str, str, str]]:
         """Make the error survive the trip out of a worker process."""
         return RecordError, (self.where, self.field, self.problem, self.fix)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
 
 
 class TemplateError(AlignmentError):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
@@ -210,7 +211,10 @@ class AlignmentDataModule(PlannedDataModule):
             if self.on_drop == "error" and report.dropped:
                 raise ConfigError(f"data.on_drop is 'error' and records were dropped. {report.line()}")
             if len(dataset) == 0:
-                raise ConfigError(f"nothing to {stage} on. {report.line()}")
+                raise ConfigError(
+                    f"data.{split}: no example is left, so there is nothing to {TrainerFn(stage).value} on. "
+                    f"{report.line()}\nChange the records, what drops them, or the sources' repeat and weight."
+                )
         # Every rank must ask for it: ranks agree on log_dir.
         directory = self.trainer.log_dir if self.trainer is not None else None
         if directory and self.trainer is not None and self.trainer.is_global_zero:

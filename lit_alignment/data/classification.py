@@ -1,6 +1,5 @@
 """Conversations with a class, several classes, or numbers."""
 
-import math
 from typing import Any, Literal
 
 import datasets
@@ -12,7 +11,7 @@ from lit_alignment.data.batching.items import ItemBatch
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.example import Example
-from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, finite
 from lit_alignment.data.encoding.prompts import prompt_columns
 from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.examples import column
@@ -139,15 +138,11 @@ class ClassificationDataModule(ConversationDataModule):
                 return [float(index in applying) for index in range(len(self.labels))]
             case "regression":
                 values = record.label if isinstance(record.label, list) else [record.label]
-                numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-                if (
-                    len(numbers) != len(self.labels)
-                    or len(values) != len(numbers)
-                    or not all(map(math.isfinite, numbers))
-                ):
+                numbers = [number for number in map(finite, values) if number is not None]
+                if not len(numbers) == len(values) == len(self.labels):
                     what = "a finite number" if len(self.labels) == 1 else f"{len(self.labels)} finite numbers"
                     raise RecordError(record.where, "label", f"is {record.label!r}", f"Give {what}.")
-                return [float(number) for number in numbers]
+                return numbers
 
     def _index(self, label: object, field: str, where: str) -> int:
         if isinstance(label, str) and label in self.labels:

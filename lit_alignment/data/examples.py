@@ -18,12 +18,18 @@ from datasets.utils import tqdm
 
 from lit_alignment.data.encoding.rows import FURTHER, ROW_FEATURES, RowEncoder
 from lit_alignment.data.sources.cache import cached_rows, files_fingerprint, fingerprint, source_fingerprint
-from lit_alignment.data.sources.choosing import mixture_repeats, record_filter, repeat_records, source_generator
+from lit_alignment.data.sources.choosing import (
+    mixture_repeats,
+    nothing_in,
+    record_filter,
+    repeat_records,
+    source_generator,
+)
 from lit_alignment.data.sources.parallel import ordered_map
 from lit_alignment.data.sources.record_batches import CachedRows, joined
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport
-from lit_alignment.errors import RecordError
+from lit_alignment.errors import ConfigError, RecordError
 
 ROOT = Path(__file__).parent.parent.parent  # where the package is
 PARTS = ("lit_alignment.data.", "lit_alignment.errors")  # what may decide a row
@@ -49,11 +55,17 @@ class ExampleMaker:
     num_proc: int | None = None
 
     def load(self, sources: Sequence[SourceConfig], split: str) -> tuple[CachedRows, DataReport]:
-        """The examples of an epoch over all sources, and what became of their records."""
+        """The examples of an epoch over all sources, and what became of their records.
+
+        Raises:
+            ConfigError: If a source has no record, or chooses none.
+        """
         report = DataReport(split)
         parts = []
         for source in sources:
             encoded = self.encoded(source)
+            if not len(encoded):
+                raise ConfigError(f"data.{split}: {nothing_in(source)}")
             columns = {name: encoded.column(name) for name in ("dropped", "detail", "notes")}
             notes = _counts(pc.list_flatten(columns["notes"]))
             records = len(encoded) - notes[FURTHER]

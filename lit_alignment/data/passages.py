@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lit_alignment.data.encoding.messages import value_kind
+from lit_alignment.data.encoding.messages import read_id, value_kind
 from lit_alignment.errors import ConfigError, RecordError
 
 
@@ -47,10 +47,7 @@ def read_passage(raw: object, where: str, position: int) -> Passage:
             raise RecordError(where, name, f"is {value_kind(value)}", "Make it a string.")
     if not raw["text"].strip():
         raise RecordError(where, "text", "is empty", "Give the passage a text, or remove it.")
-    own = raw.get("id")
-    if own is not None and not isinstance(own, str | int):
-        raise RecordError(where, "id", f"is {value_kind(own)}", "Use a string or a number.")
-    return Passage(str(position if own is None else own), title, raw["text"], where)
+    return Passage(read_id(raw.get("id"), "id", where, position), title, raw["text"], where)
 
 
 def check_format(name: str, form: str) -> None:

@@ -13,7 +13,7 @@ from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
 from lit_alignment.data.encoding.example import Dropped, Example, Prompt
-from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record, read_record, value_kind
+from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Record, read_id, read_record, value_kind
 from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.encoding.spans import dropped
@@ -297,11 +297,10 @@ class RAGDataModule(ConversationDataModule):
         """One conversation."""
         record = read_record(raw, where, position)
         relevant = raw.get("relevant") if isinstance(raw, dict) else None
-        if relevant is not None and (
-            not isinstance(relevant, list) or not all(isinstance(each, str | int) for each in relevant)
-        ):
+        if not isinstance(relevant, list | None):
             raise RecordError(where, "relevant", f"is {value_kind(relevant)}", "Give a list of passage ids.")
-        return RAGRecord(**vars(record), relevant=[str(each) for each in relevant or []])
+        ids = [read_id(each, f"relevant[{index}]", where, index) for index, each in enumerate(relevant or [])]
+        return RAGRecord(**vars(record), relevant=ids)
 
     @property
     def features(self) -> datasets.Features:

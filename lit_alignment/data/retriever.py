@@ -8,7 +8,7 @@ import datasets
 
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.batching.packing import PlannedBatch
-from lit_alignment.data.encoding.messages import value_kind
+from lit_alignment.data.encoding.messages import read_id, value_kind
 from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.encoding.tokenizer import num_tokens
 from lit_alignment.data.passages import Passage, read_passage
@@ -151,7 +151,7 @@ class RetrieverDataModule(AlignmentDataModule):
             raise RecordError(where, "negatives", f"is {value_kind(negatives)}", "Make it a list of passages.")
         positive, *others = (read_passage(each, where, 0) for each in (raw["positive"], *negatives))
         return QuestionRecord(
-            id=str(raw.get("id", position)),
+            id=read_id(raw.get("id"), "id", where, position),
             query=query,
             positive=[positive.title, positive.text],
             negatives=[[other.title, other.text] for other in others],

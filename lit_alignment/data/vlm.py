@@ -1,6 +1,7 @@
 """Conversations with images, or sounds, in them."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -199,7 +200,7 @@ class VLMDataModule(SFTDataModule):
     def decides_encoding(self) -> list[Any]:
         """Also placeholders, folder, and where features come from."""
         placeholders = [
-            [name, media.token, media.number, media.start, media.end, str(getattr(media.reader, "path", ""))]
+            [name, media.token, media.number, media.start, media.end, media.reader.decides_reading()]
             for name, media in self.media.items()
         ]
         return [*super().decides_encoding(), placeholders, str(self.folder)]
@@ -233,13 +234,13 @@ class VLMDataModule(SFTDataModule):
         """The record with the files' paths from where this process runs."""
         base = self.folder
         if base is None:
-            path = Path(source.path or ".").expanduser()
+            path = Path(os.path.expanduser(source.path or "."))
             base = path if path.is_dir() else path.parent
         messages: list[Message] = []
         for message in record.messages:
             own = {
                 key: [
-                    path if path.startswith("data:") else str(base / Path(path).expanduser()) for path in message[key]
+                    path if path.startswith("data:") else str(base / os.path.expanduser(path)) for path in message[key]
                 ]
                 for key in (PLURALS[name] for name in self.media)
                 if key in message

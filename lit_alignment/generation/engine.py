@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_alignment.data.multimodal.media import MAX_PIXELS
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.stop_rule import StopRule
 
@@ -27,11 +28,13 @@ class Images:
         files: Their files, in order.
         token_id: The placeholder.
         num_tokens: Placeholders of one image.
+        max_pixels: Largest image to decode.
     """
 
     files: Sequence[str]
     token_id: int
     num_tokens: int
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import IO, Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_alignment.data.encoding.messages import Record, read_record
-from lit_alignment.data.sources.records import READERS
+from lit_alignment.data.sources.records import read_file
 from lit_alignment.errors import ConfigError, RecordError, writing
 from lit_alignment.secrets import masked
 
@@ -228,13 +228,14 @@ def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Re
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}).")
-        for where, raw in READERS[".jsonl"](path):
+        for where, raw in read_file(path, suffix=".jsonl"):
             record = read_record(raw, where, 0)
             line = {"dataset": path.stem, **raw, "id": record.id}
             line.pop("fingerprint", None)  # of use to predict alone
             for name, value, kind in (
                 ("id", raw.get("id"), str | int),
                 ("answers", raw.get("answers"), list),
+                ("messages", raw.get("messages"), list),
                 ("dataset", line["dataset"], str),
             ):
                 if not isinstance(value, kind):

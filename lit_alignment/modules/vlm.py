@@ -213,9 +213,9 @@ class VLMModule(SFTModule):
         """Prompts with the embeddings of their files, or with the files where the engine encodes images itself."""
         requests = [self.request(item.input_ids, decoding) for item in items]
         if self._engine_encodes:
-            image = self.media["image"]
+            image, max_pixels = self.media["image"], self.shapes["image"].modality.max_pixels
             requests = [
-                replace(each, images=Images(item.media["image"], image.token_id, image.number))
+                replace(each, images=Images(item.media["image"], image.token_id, image.number, max_pixels))
                 if item.media.get("image")
                 else each
                 for each, item in zip(requests, items, strict=True)

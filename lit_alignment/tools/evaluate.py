@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
@@ -24,6 +23,7 @@ from lit_alignment.generation.prediction_file import read_predictions
 from lit_alignment.generation.reward_scorer import RewardScorer
 from lit_alignment.models.loading import BackboneConfig, load_network, load_tokenizer
 from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.terminal import Terminal
 
 Line = tuple[dict[str, Any], AnsweredPrompt]
 PROMPTS_TOGETHER = 32
@@ -49,14 +49,14 @@ def main(arguments: list[str]) -> None:
     found: dict[str, list[AnswerMetric]] = {}
     rows = []
     groups = [lines[start : start + PROMPTS_TOGETHER] for start in range(0, len(lines), PROMPTS_TOGETHER)]
-    for group in track(groups, "scoring", transient=True, disable=not Console().is_terminal):
+    for group in track(groups, "scoring", transient=True, disable=not Terminal().is_terminal):
         for (line, _), item in zip(group, scorer.score([prompt for _, prompt in group]), strict=True):
             metrics = found.setdefault(line["dataset"], copy.deepcopy(built))
             for metric in metrics:
                 metric.update(item)
             values = {name: value for metric in metrics for name, value in metric.values(item).items()}
             rows.append({"id": line["id"], "dataset": line["dataset"], **values})
-    console = Console()
+    console = Terminal()
     for dataset, metrics in found.items():
         number = sum(row["dataset"] == dataset for row in rows)
         console.print(_table(dataset, dict(zip(names, metrics, strict=True)), number))
@@ -104,7 +104,7 @@ def _prompt(line: dict[str, Any], record: Record) -> AnsweredPrompt:
         if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
             raise RecordError(where, "answers", "holds one without a text 'content'", "Mend the line.")
     counts = [answer.get("num_tokens") for answer in answers]
-    if not all(count is None or isinstance(count, int) for count in counts):
+    if not all(count is None or (isinstance(count, int) and count >= 0) for count in counts):
         raise RecordError(where, "answers", "holds one whose 'num_tokens' is no whole number", "Mend the line.")
     known = [count for count in counts if count is not None]
     meta = record.meta if isinstance(record.meta, dict) else {}

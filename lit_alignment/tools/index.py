@@ -18,7 +18,7 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.messages import value_kind
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.retriever import PassageBatch, PassageDataModule
-from lit_alignment.data.sources.records import READERS
+from lit_alignment.data.sources.records import read_file
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.metrics.retrieval import ranking_metrics
 from lit_alignment.models.dual_encoder import (
@@ -213,11 +213,8 @@ def read_questions(path: Path, known: set[str]) -> list[tuple[str, list[str]]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}). Check --queries.")
-    reader = READERS.get(path.suffix)
-    if reader is None:
-        raise ConfigError(f"{path}: unknown file type '{path.suffix}'. Use {', '.join(READERS)}.")
     questions = []
-    for where, raw in reader(path):
+    for where, raw in read_file(path):
         values: dict[str, Any] = raw if isinstance(raw, dict) else {}
         query, relevant = values.get("query"), values.get("relevant")
         if not isinstance(query, str) or not query:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +18,7 @@ from lit_alignment.data.base import AlignmentDataModule, Split
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
+from lit_alignment.terminal import Terminal, printable
 from lit_alignment.trainer_cli import build_for_tool
 
 STAGES: dict[Split, str] = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
     rows = [data.examples[options.split][index] for index in range(min(options.number, _size(data, options.split)))]
     views = [(row, data.views(row)) for row in rows]
 
-    console = Console(soft_wrap=False)
+    console = Terminal()
     for number, (row, sequences) in enumerate(views, start=1):
         for name, example in sequences:
             tokens = shown_tokens(example, data.tokenizer)
@@ -107,6 +107,7 @@ def shown_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[T
         text = tokenizer.decode([index])
         if "\ufffd" in text:  # a part of a character
             text = str(tokenizer.convert_ids_to_tokens(index))
+        text = printable(text)
         trained = position > 0 and example.labels[position] != IGNORE_INDEX
         weight = example.weights[position]
         tokens.append(Token(position, index, text, trained, weight if trained else 0.0, index in special))

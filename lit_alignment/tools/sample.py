@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from lit_alignment.data.encoding.messages import Message, value_kind
+from lit_alignment.data.encoding.messages import Message, finite, read_id, value_kind
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.generation.prediction_file import read_predictions
 
@@ -334,7 +334,7 @@ def read_candidates(line: dict[str, Any], where: str, needs_rewards: bool) -> li
     for index, answer in enumerate(answers):
         if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
             raise RecordError(where, f"answers[{index}].content", "is missing or no text", "Mend or remove the answer.")
-        own = str(answer.get("id", index))
+        own = read_id(answer.get("id"), f"answers[{index}].id", where, index)
         reward = None if rewards is None else _reward(rewards, own, where)
         candidates.append(Candidate(own, answer["content"], reward, answer))
     return candidates
@@ -343,10 +343,9 @@ def read_candidates(line: dict[str, Any], where: str, needs_rewards: bool) -> li
 def _reward(rewards: dict[str, Any], own: str, where: str) -> float:
     if own not in rewards:
         raise RecordError(where, f"rewards.{own}", "is missing", "Score all answers of a record, or none.")
-    value = rewards[own]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RecordError(where, f"rewards.{own}", f"is {value!r}", "Give a finite number.")
-    return float(value)
+    if (number := finite(rewards[own])) is None:
+        raise RecordError(where, f"rewards.{own}", f"is {rewards[own]!r}", "Give a finite number.")
+    return number
 
 
 def _different(candidates: list[Candidate], counts: Counter[str]) -> list[Candidate]:

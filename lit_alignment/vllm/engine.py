@@ -239,7 +239,7 @@ class VLLMEngine(Engine):
         if request.images is not None:
             images = request.images
             short = collapsed(request.token_ids, images.token_id, images.num_tokens)
-            pictures = [open_image(file) for file in images.files]
+            pictures = [open_image(file, images.max_pixels) for file in images.files]
             return {"prompt_token_ids": short, "multi_modal_data": {"image": pictures}}
         if request.embeddings:
             return {"prompt_embeds": self._embedded(request)}

@@ -5,6 +5,7 @@ import os
 
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_alignment import SFTDataModule
 from lit_alignment.data.encoding.encoder import EncodingConfig
@@ -69,12 +70,43 @@ def test_drop_report_counts_reasons_and_is_written_beside_the_run(tmp_path):
 
 def test_nothing_left_and_dropped_records_can_be_errors(tokenizer):
     question = {"messages": [{"role": "user", "content": "q"}]}
-    with pytest.raises(ConfigError, match="nothing to fit on. train: 0 examples from 1 records"):
+    with pytest.raises(
+        ConfigError, match="data.train: no example .* nothing to fit on. train: 0 examples from 1 records"
+    ):
         module_of(tokenizer, SourceConfig(records=[question])).setup("fit")
     with pytest.raises(ConfigError, match=r"records were dropped. train: 2 examples .* 1 no_trained_message"):
         module_of(tokenizer, SourceConfig(records=[*chats(2), question]), on_drop="error").setup("fit")
+    with pytest.raises(ConfigError, match="nothing to fit on. val: 0 examples from 1 records.*1 no_trained_message"):
+        sources = {"train": [SourceConfig(records=chats(2))], "val": [SourceConfig(records=[question])]}
+        SFTDataModule(tokenizer, **sources).setup(TrainerFn.FITTING)  # as the Trainer calls it
     with pytest.raises(ConfigError, match="data.train is empty"):
         module_of(tokenizer).setup("fit")
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test", "predict"])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"path": "empty.jsonl"}, r"source 'empty' \(.*empty.jsonl\) holds no records"),
+        ({"path": "blank.jsonl"}, "holds no records"),
+        ({"path": "list.json"}, "holds no records"),
+        ({"records": []}, "source 'records' holds no records"),
+        ({"path": "good.jsonl", "offset": 9}, r"good.jsonl\) chooses none of its 4 records by offset: 9"),
+        ({"path": "good.jsonl", "num_rows": 0}, "by offset: 0, num_rows: 0"),
+        ({"path": "good.jsonl", "num_samples": 0}, "by offset: 0, num_samples: 0"),
+        ({"path": "good.jsonl", "sample_rate": 1e-9}, "by offset: 0, sample_rate: 1e-09"),
+    ],
+)
+def test_source_that_gives_no_record_is_named_beside_others_too(tokenizer, tmp_path, split, source, words):
+    for name, text in (("empty.jsonl", ""), ("blank.jsonl", "\n \n"), ("list.json", "[]")):
+        (tmp_path / name).write_text(text)
+    write_jsonl(tmp_path / "good.jsonl", chats(4))
+    source = source | ({"path": str(tmp_path / source["path"])} if "path" in source else {})
+    sources = {"train": [SourceConfig(records=chats(2), name="x")]}
+    sources[split] = [SourceConfig(records=chats(2), name="x"), SourceConfig(**source)]
+    stage = {"train": "fit", "val": "fit", "test": "test", "predict": "predict"}[split]
+    with pytest.raises(ConfigError, match=f"data.{split}: .*{words}"):
+        SFTDataModule(tokenizer, **sources).setup(stage)
 
 
 def test_duplicate_id_names_both_lines(tokenizer, tmp_path):

@@ -105,6 +105,10 @@ def test_steps_have_labels_of_their_own():
         ({"messages": [GOOD], "label": 1}, "hold no response to judge"),
         ({"prompt": "q", "completion": "a", "label": 3}, "field 'label' is 3"),
         ({"prompt": "q", "completion": [GOOD, BAD], "label": 1}, "field 'completion' holds 2 messages"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "field 'margin' is a number"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1e39}, "field 'margin' is 1e.39"),
+        ({"prompt": "q", "candidates": [{"id": [], "content": "a"}]}, r"field 'candidates\[0\].id' is a list"),
+        ({"messages": [ASK], "answers": [{"id": {}, "content": "a"}]}, r"field 'answers\[0\].id' is an object"),
         ({"id": [], "prompt": "q", "chosen": "a", "rejected": "b"}, "field 'id' is a list"),
     ],
 )

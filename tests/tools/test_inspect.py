@@ -80,6 +80,20 @@ def test_command_shows_tokens_lengths_and_drops(tmp_path):
     assert text.count('class="trained') > 5 and "dropped: 1 no_trained_message" in text and "http" not in text
 
 
+def test_nothing_in_a_record_is_obeyed_by_the_terminal(tmp_path):
+    """Not a colour, a title or a direction of writing, and neither are brackets read as rich's own markup."""
+    hostile = "\x1b[2J\x1b]0;title\x07[/bold]\u202egnp.exe"
+    messages = [{"role": "user", "content": hostile}, {"role": "assistant", "content": "order"}]
+    long = {"id": "b", "messages": [{"role": "user", "content": "x " * 500}, messages[1]]}
+    file = write_jsonl(tmp_path / "mine.jsonl", [{"id": hostile, "messages": messages}, long])
+    for rest in ((), ("--tokens",)):
+        result = command("inspect", "--config", TINY, f"--data.init_args.train=[{{path: {file}, name: '[/a]'}}]", *rest)
+        assert result.returncode == 0, result.stderr
+        shown = result.stdout + result.stderr
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown.replace("\r", ""))
+        assert r"[/a]/\x1b[2J\x1b]0;title\x07[/bold]\u202egnp.exe" in shown.replace("\n", "")
+
+
 def test_single_tokens_show_id_and_label(capsys):
     main(["--config", TINY, "--tokens", "--number", "1"])
     out = capsys.readouterr().out

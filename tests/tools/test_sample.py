@@ -156,6 +156,10 @@ def test_repeated_texts_count_once_and_what_was_done_is_said(tmp_path, capsys):
         ({"rewards": {"0": 1.0, "1": 2.0}}, "field 'rewards.2' is missing"),
         ({"rewards": LINE["rewards"] | {"1": float("nan")}}, "field 'rewards.1' is nan"),
         ({"rewards": LINE["rewards"] | {"1": True}}, "field 'rewards.1' is True"),
+        ({"answers": [{"id": "0", "content": "\ud800"}]}, r"field 'answers\[0\].content' holds .ud800, half of"),
+        ({"messages": None, "conversations": [{"from": "human", "value": "q"}]}, "field 'messages' is null"),
+        ({"answers": [{"id": [], "content": "x"}]}, r"field 'answers\[0\].id' is a list"),
+        ({"rewards": LINE["rewards"] | {"1": 10**400}}, "more than 300 digits"),
         ({"id": "first"}, "'first' of 'd' was answered at .*rewards.jsonl:1 already"),
     ],
 )

@@ -1,10 +1,18 @@
 """From one raw record about responses, in any of the common forms, to one prompt with its responses."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from lit_alignment.data.encoding.messages import Message, Record, read_message, read_record, value_kind
+from lit_alignment.data.encoding.messages import (
+    Message,
+    Record,
+    finite,
+    read_id,
+    read_message,
+    read_record,
+    value_kind,
+    with_system,
+)
 from lit_alignment.errors import RecordError
 
 
@@ -104,10 +112,7 @@ def _read_context(raw: dict[str, Any], where: str) -> list[Message]:
         problem = "is empty" if value == [] else f"is {value_kind(value)}"
         raise RecordError(where, name, problem, "Make it a text, or a list of {role, content} objects.")
     messages = [read_message(message, index, where) for index, message in enumerate(value)]
-    system = raw.get("system")
-    if name != "messages" and isinstance(system, str) and system:
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages
+    return with_system(raw, name, messages, where)
 
 
 def _read_response(value: object, name: str, where: str) -> list[Message]:
@@ -165,10 +170,10 @@ def _read_candidates(raw: dict[str, Any], where: str) -> list[ScoredResponse]:
     responses: list[ScoredResponse] = []
     for index, candidate in enumerate(candidates):
         name = f"candidates[{index}]"
-        own = candidate.get("id") if isinstance(candidate, dict) else None
+        own = read_id(candidate.get("id") if isinstance(candidate, dict) else None, f"{name}.id", where, index)
         message = _only(_read_response(candidate, name, where), name, where)
         score = None if ranking is None else -_number(ranking[index], f"ranking[{index}]", where)
-        responses.append({"id": str(index if own is None else own), "message": message, "score": score})
+        responses.append({"id": own, "message": message, "score": score})
     return _different_ids(responses, "candidates", where)
 
 
@@ -183,7 +188,7 @@ def _read_answers(raw: dict[str, Any], where: str) -> list[ScoredResponse]:
         name = f"answers[{index}]"
         if not isinstance(answer, dict):
             raise RecordError(where, name, f"is {value_kind(answer)}", "Give {id, content} objects.")
-        own = str(answer.get("id", index))
+        own = read_id(answer.get("id"), f"{name}.id", where, index)
         score = None
         if rewards is not None:
             if own not in rewards:
@@ -252,10 +257,10 @@ def _filled_list(raw: dict[str, Any], name: str, where: str, fix: str) -> list[A
 
 
 def _number(value: object, name: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (number := finite(value)) is None:
         shown = value if isinstance(value, float) else value_kind(value)
-        raise RecordError(where, name, f"is {shown}", "Give a finite number.")
-    return float(value)
+        raise RecordError(where, name, f"is {shown}", "Give a finite number, of 32 bits at most.")
+    return number
 
 
 def _binary(value: object, name: str, where: str) -> float:

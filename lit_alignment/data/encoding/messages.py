@@ -5,12 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lit_alignment.data.sources.values import Misfit, parse_json
 from lit_alignment.errors import RecordError
 
 Role = Literal["system", "user", "assistant", "tool"]
 Message = dict[str, Any]  # role, content and, where given, train, weight, tool_calls, name, tool_call_id, ...
 
 IGNORE_INDEX = -100
+LARGEST = 3.4028234663852886e38  # float32
 
 ROLE_NAMES: dict[str, Role] = {
     "system": "system",
@@ -79,18 +81,35 @@ def read_record(
     if not isinstance(raw, dict):
         raise RecordError(where, "", f"the record is {value_kind(raw)}, not an object", "Write one JSON object a line.")
     messages = read(_raw_messages(raw, where), raw, where)
-    tools = _optional(raw, "tools", where, list, [])
-    record_id = raw.get("id")
-    if record_id is not None and not isinstance(record_id, str | int):
-        raise RecordError(where, "id", f"is {value_kind(record_id)}", "Use a string or a number.")
+    tools = [] if raw.get("tools") is None else raw["tools"]
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        problem = f"is {value_kind(tools)}" if not isinstance(tools, list) else "holds what is no object"
+        raise RecordError(where, "tools", problem, "Make it a list of {type, function} objects.")
     return Record(
-        id=str(position if record_id is None else record_id),
+        id=read_id(raw.get("id"), "id", where, position),
         messages=messages,
         where=where,
         label=raw.get("label"),
         meta=raw.get("meta"),
         tools=tools,
     )
+
+
+def read_id(value: object, name: str, where: str, position: int) -> str:
+    """An id as text; the position if there is none.
+
+    Raises:
+        RecordError: If it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        raise RecordError(where, name, f"is {value_kind(value)}", "Use a string or a whole number.")
+    return str(position if value is None else value)
+
+
+def finite(value: object) -> float | None:
+    """A number that a float of 32 bits can hold, as in which it is kept; None for anything else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) <= LARGEST else None  # type: ignore[arg-type]
 
 
 def _raw_messages(raw: dict[str, Any], where: str) -> list[Any]:
@@ -127,10 +146,14 @@ def _raw_messages(raw: dict[str, Any], where: str) -> list[Any]:
         raise RecordError(where, name, f"is {value_kind(messages)}", "Make it a list of {role, content} objects.")
     if not messages:
         raise RecordError(where, name, "is empty", "Give at least one message.")
-    system = raw.get("system")
-    if name != "messages" and isinstance(system, str) and system:
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages
+    return with_system(raw, name, messages, where)
+
+
+def with_system(raw: dict[str, Any], name: str, messages: list[Any], where: str) -> list[Any]:
+    """Messages behind the record's `system` prompt, if it has one; `messages`, as `name`, hold their own."""
+    if name == "messages" or not raw.get("system"):
+        return messages
+    return [{"role": "system", "content": _text(raw, "system", where)}, *messages]
 
 
 def read_message(raw: object, index: int, where: str) -> Message:
@@ -147,7 +170,7 @@ def read_message(raw: object, index: int, where: str) -> Message:
     message: Message = {"role": ROLE_NAMES[role]}
     for key in TEMPLATE_KEYS[2:]:
         if raw.get(key) is not None:
-            message[key] = raw[key]
+            message[key] = raw[key] if key == "tool_calls" else _text(raw, key, where, f"{path}.")
     if not isinstance(message.get("tool_calls", []), list):
         raise RecordError(where, f"{path}.tool_calls", f"is {value_kind(raw['tool_calls'])}", "Make it a list.")
     if "tool_calls" in message:
@@ -163,9 +186,9 @@ def read_message(raw: object, index: int, where: str) -> Message:
         message["train"] = train
     weight = raw.get("weight")
     if weight is not None:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        if (number := finite(weight)) is None or number < 0:
             raise RecordError(where, f"{path}.weight", f"is {weight!r}", "Use a number that is 0 or more.")
-        message["weight"] = float(weight)
+        message["weight"] = number
     return message
 
 
@@ -175,7 +198,13 @@ def _read_content(raw: dict[str, Any], path: str, where: str, may_be_missing: bo
     if content is None and may_be_missing:
         return None
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(part.get("text") or "" for part in content)
+        parts = [part.get("text") or "" for part in content]
+        wrong = next((number for number, part in enumerate(parts) if not isinstance(part, str)), None)
+        if wrong is not None:
+            raise RecordError(
+                where, f"{path}.content[{wrong}].text", f"is {value_kind(parts[wrong])}", "Make it a string."
+            )
+        content = "".join(parts)
     if content is None:
         raise RecordError(where, f"{path}.content", "is missing", "Give the message's text.")
     if not isinstance(content, str):
@@ -186,32 +215,27 @@ def _read_content(raw: dict[str, Any], path: str, where: str, may_be_missing: bo
 def _read_tool_call(call: object, path: str, where: str) -> dict[str, Any]:
     """Return a tool call whose arguments are an object: OpenAI sends them as a JSON string."""
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict) or "name" not in function:
+    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError(where, path, "holds a call without a function name", "Give {function: {name, arguments}}.")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = parse_json(arguments or "{}")
         except json.JSONDecodeError as error:
             raise RecordError(
                 where, path, f"has arguments that are not JSON ({error})", "Write a JSON object."
             ) from error
+        except Misfit as misfit:
+            raise misfit.at(where, f"{path}.arguments") from misfit
+    if not isinstance(arguments, dict | None):
+        raise RecordError(where, f"{path}.arguments", f"is {value_kind(arguments)}", "Write a JSON object.")
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 
-def _text(raw: dict[str, Any], name: str, where: str) -> str:
+def _text(raw: dict[str, Any], name: str, where: str, path: str = "") -> str:
     value = raw[name]
     if not isinstance(value, str):
-        raise RecordError(where, name, f"is {value_kind(value)}", "Make it a string.")
-    return value
-
-
-def _optional(raw: dict[str, Any], name: str, where: str, kind: type, default: Any) -> Any:
-    value = raw.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind):
-        raise RecordError(where, name, f"is {value_kind(value)}", f"Make it a {kind.__name__}.")
+        raise RecordError(where, f"{path}{name}", f"is {value_kind(value)}", "Make it a string.")
     return value
 
 

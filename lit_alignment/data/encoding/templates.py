@@ -2,16 +2,20 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from lit_alignment.data.encoding.marks import Template, sample_call
 from lit_alignment.data.encoding.messages import TEMPLATE_KEYS, Message, Role
+from lit_alignment.data.sources.values import encodable
 from lit_alignment.errors import ConfigError, TemplateError
 
 NoText = Literal["empty", "missing", "null"]  # how a template learns that no text stands beside a tool call
@@ -42,6 +46,7 @@ class TemplateConfig:
         prompt_block: What becomes of a think block that stands in prompts alone, before answers without reasoning:
             `keep` prompts with it all the same, `drop` without it, `train` trains each answer behind it, closed.
         date: The day that templates write as today, such as "2026-01-31"; None for the day on which data are encoded.
+        max_characters: Longest text that a Jinja template may write; a longer one is an error of the template.
     """
 
     file: str | None = None
@@ -53,6 +58,7 @@ class TemplateConfig:
     train_empty_thinking: bool = False
     prompt_block: Literal["keep", "drop", "train"] = "keep"
     date: str | None = None
+    max_characters: int = 20_000_000
 
     def __post_init__(self) -> None:
         """Refuse a mixture of the two forms."""
@@ -60,6 +66,8 @@ class TemplateConfig:
             raise ConfigError("template: give 'prefix' and 'suffix' together.")
         if self.prefix is not None and self.file is not None:
             raise ConfigError("template: give 'file' or 'prefix' and 'suffix', not both.")
+        if self.max_characters < 1:
+            raise ConfigError(f"template.max_characters is {self.max_characters}; use 1 or more.")
         if self.date is not None:
             try:
                 date.fromisoformat(self.date)
@@ -80,7 +88,10 @@ def build_template(config: TemplateConfig, tokenizer: PreTrainedTokenizerBase) -
         path = Path(config.file)
         if not path.is_file():
             raise ConfigError(f"{path}: no such template file. Check data's template.file.")
-        source = path.read_text(encoding="utf-8")
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}). Save the template as UTF-8 text.") from error
     if not source:
         raise ConfigError(
             f"{tokenizer.name_or_path}: this tokenizer has no chat template. "
@@ -109,7 +120,8 @@ class JinjaTemplate:
         literals = {text for each in self.sources.values() for _, text in LITERAL.findall(each)}
         tags = sorted(tag for text in literals if re.search(r"[<\[|#/]", tag := text.replace("\\n", "\n").strip()))
         self.looks_at = re.compile("|".join(map(re.escape, tags)) or r"(?!)")
-        self.variables = config.variables
+        self.variables, self.max_characters = config.variables, config.max_characters
+        self.name = config.file or f"of {tokenizer.name_or_path}"
         self.special_tokens = dict(tokenizer.special_tokens_map)
         self.text_as_parts, self.arguments_as_text = False, False
         self.text_as_parts = not self._shows_text() and self._shows_text(as_parts=True)
@@ -132,17 +144,20 @@ class JinjaTemplate:
         Raises:
             TemplateError: If the template refuses it.
         """
+        source = self.source(tools)
         try:
+            # What Jinja joins the pieces of a text with, here and in blocks; templates are compiled once.
+            _compile_jinja_template(source).environment.concat = partial(_joined, most=self.max_characters)
             (text,), _ = render_jinja_template(
                 conversations=[[self._visible(message) for message in messages]],
                 tools=tools or None,
-                chat_template=self.source(tools),
+                chat_template=source,
                 add_generation_prompt=prompt,
                 **{**self.special_tokens, **self.variables},
             )
+            return encodable(text)
         except Exception as error:  # a template is a program, and fails in any way that programs do
-            raise TemplateError(f"the chat template refuses this conversation ({error})") from error
-        return str(text)
+            raise TemplateError(f"the chat template {self.name} refuses this conversation ({error})") from error
 
     def reads(self, variable: str) -> bool:
         """Whether the name of a variable stands in the template."""
@@ -189,6 +204,17 @@ class JinjaTemplate:
         except TemplateError:
             return False
         return "qwz" in text and "None" not in text
+
+
+def _joined(pieces: Iterable[str], most: int) -> str:
+    """The text of a template, of which no more is kept than the limit."""
+    pieces, text, length = iter(pieces), [], 0
+    while block := "".join(islice(pieces, 1000)):
+        length += len(block)
+        if length > most:
+            raise TemplateError(f"it writes more than {most} characters; encoding.template.max_characters is the limit")
+        text.append(block)
+    return "".join(text)
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:

@@ -104,6 +104,10 @@ class FeatureCache:
         """Number of files."""
         return len(self._places)
 
+    def decides_reading(self) -> str:
+        """Where the features are."""
+        return str(self.path)
+
     def check(self, path: str) -> None:
         """Make sure that a file has features."""
         self._name(path)

@@ -3,6 +3,9 @@
 import base64
 import binascii
 import io
+import re
+import stat
+import warnings
 import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +28,10 @@ SUFFIXES = {
     "image": (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     "audio": (".wav",),
 }
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # of SUFFIXES; Pillow knows others, and runs programs for some
+URL = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+MAX_PIXELS = 100_000_000
+MAX_SAMPLES = 30_000_000  # half an hour at 16 kHz
 
 
 class UnreadableMediaError(AlignmentError):
@@ -33,6 +40,10 @@ class UnreadableMediaError(AlignmentError):
 
 class MediaReader(Protocol):
     """Where a file's encoder inputs, or its features, come from."""
+
+    def decides_reading(self) -> str:
+        """What decides which files can be read, besides themselves."""
+        ...
 
     def check(self, path: str) -> None:
         """Make sure that it can be read.
@@ -87,27 +98,48 @@ class MediaTokens:
 # Files.
 
 
-def open_image(path: str) -> Image.Image:
-    """A picture in RGB; transparent places are white.
+def open_image(path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture in RGB, the first of an animated one; transparent places are white.
 
     Args:
         path: A file, or a `data:` URL with base64.
+        max_pixels: A larger picture is not decoded.
 
     Raises:
-        UnreadableMediaError: If it is missing, damaged, or no picture.
+        UnreadableMediaError: If it is missing, damaged, too large, or no picture.
     """
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow checks each part of a file as it meets it
     try:
-        image: Image.Image = Image.open(_data_url(path) if path.startswith("data:") else path)
-        image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(_content(path), formats=FORMATS) as image:
+                return _rgb(image)
     except FileNotFoundError as error:
         raise UnreadableMediaError(f"{path}: no such image (looked from {Path.cwd()})") from error
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableMediaError(
+            f"{path[:200]}: an image of more than {max_pixels} pixels. Make it smaller, or raise model.image.max_pixels"
+        ) from error
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise UnreadableMediaError(f"{path[:200]}: not a readable image ({error})") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _content(path: str) -> io.BytesIO | str:
+    """What a data URL holds, or the path of a file: to read from a pipe or a device would never end."""
+    if path.startswith("data:"):
+        return _data_url(path)
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError("it is no file")
+    return path
 
 
 def _data_url(url: str) -> io.BytesIO:
@@ -120,27 +152,44 @@ def _data_url(url: str) -> io.BytesIO:
         raise ValueError(f"base64: {error}") from error
 
 
-def open_sound(path: str, sampling_rate: int) -> NDArray[np.float32]:
+def open_sound(path: str, sampling_rate: int, max_samples: int = MAX_SAMPLES) -> NDArray[np.float32]:
     """A waveform of one channel, from -1 to 1, [samples].
 
     Args:
-        path: A WAV file of 8, 16 or 32 bits.
+        path: A WAV file of 8, 16 or 32 bits, or a `data:` URL with base64.
         sampling_rate: Samples a second that are needed.
+        max_samples: A longer sound is not read, whether at its own rate or at the one that is needed.
 
     Raises:
-        UnreadableMediaError: If it is missing, damaged, or in another form.
+        UnreadableMediaError: If it is missing, damaged, too long, or in another form.
     """
     try:
-        with wave.open(path, "rb") as file:
-            rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
-            raw = file.readframes(file.getnframes())
+        with wave.open(_content(path), "rb") as file:
+            channels, width, rate, frames, *_ = file.getparams()
+            if rate < 1:
+                raise ValueError(f"a sampling rate of {rate}")
+            if max(frames * channels, frames * sampling_rate // rate) > max_samples:
+                raise UnreadableMediaError(
+                    f"{path[:200]}: its header promises {frames} samples of {channels} channel(s) at {rate} Hz, more "
+                    f"than {max_samples} at {rate} or {sampling_rate} Hz. Cut it, or raise model.audio.max_samples"
+                )
+            raw = file.readframes(frames)
+            if len(raw) != frames * channels * width:
+                raise ValueError(
+                    f"its header promises {frames} samples, and {len(raw) // (channels * width)} are there"
+                )
     except FileNotFoundError as error:
         raise UnreadableMediaError(f"{path}: no such sound (looked from {Path.cwd()})") from error
-    except (OSError, EOFError, wave.Error) as error:
-        raise UnreadableMediaError(f"{path}: not a readable WAV file ({error})") from error
+    except UnreadableMediaError:
+        raise
+    except (OSError, EOFError, ValueError, wave.Error) as error:
+        raise UnreadableMediaError(
+            f"{path[:200]}: not a readable WAV file ({str(error) or 'it ends early'})"
+        ) from error
     kinds = {1: ("u1", 128.0, 128.0), 2: ("<i2", 0.0, 2.0**15), 4: ("<i4", 0.0, 2.0**31)}
     if width not in kinds or not raw:
-        raise UnreadableMediaError(f"{path}: a WAV file of {8 * width} bits and {len(raw)} bytes; use 8, 16 or 32 bits")
+        problem = f"a WAV file of {8 * width} bits and {len(raw)} bytes; use 8, 16 or 32 bits"
+        raise UnreadableMediaError(f"{path[:200]}: {problem}")
     kind, middle, scale = kinds[width]
     values = np.frombuffer(raw, np.dtype(kind)).astype(np.float32)
     samples: NDArray[np.float32] = ((values - middle) / scale).reshape(-1, channels).mean(1, dtype=np.float32)
@@ -157,10 +206,16 @@ class FileReader:
     Args:
         modality: `image` or `audio`.
         processors: transformers' processor of each encoder.
+        largest: Pixels of an image, or samples of a sound, that are read at most.
     """
 
     modality: str
     processors: Sequence[Any]
+    largest: int
+
+    def decides_reading(self) -> str:
+        """The limit."""
+        return str(self.largest)
 
     def check(self, path: str) -> None:
         """Decode it once: a file whose end is missing has a whole header."""
@@ -189,8 +244,8 @@ class FileReader:
 
     def _open(self, path: str) -> Any:
         if self.modality == "audio":
-            return open_sound(path, self.processors[0].sampling_rate)
-        return open_image(path)
+            return open_sound(path, self.processors[0].sampling_rate, self.largest)
+        return open_image(path, self.largest)
 
 
 # Records.
@@ -270,6 +325,8 @@ def _flattened(message: Any, path: str, where: str, tokens: dict[str, str]) -> t
             place = f"{path}.content[{number}]"
             modality, value = _part(part, place, where)
             if modality == "text":
+                if not isinstance(value, str | None):
+                    raise RecordError(where, f"{place}.text", f"is {value_kind(value)}", "Make it a string.")
                 pieces.append(value or "")
                 continue
             if modality not in tokens:
@@ -298,16 +355,22 @@ def _part(part: Any, path: str, where: str) -> tuple[str, Any]:
         case "image" | "image_url" | "audio" | "input_audio" | "audio_url":
             modality = "image" if kind.startswith("image") else "audio"
             value = part.get(kind, part.get(modality, part.get("path", part.get("url"))))
-            return modality, value.get("url") if isinstance(value, dict) else value
+            return modality, value.get("url", value.get("path")) if isinstance(value, dict) else value
     raise RecordError(where, f"{path}.type", f"is {kind!r}", "Use text, image or image_url, audio or audio_url.")
 
 
 def _path(value: Any, path: str, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise RecordError(where, path, f"is {value_kind(value)}", "Give the path of a file.")
-    if value.startswith(("http://", "https://")):
+    if value[:5].lower() == "data:":
+        return f"data:{value[5:]}"
+    scheme = URL.match(value)
+    if scheme is None:
+        return value
+    local = value[scheme.end() :]
+    if scheme[1].lower() != "file" or not local.startswith("/"):
         raise RecordError(where, path, f"is {value!r}", "Download the file, and give its path.")
-    return value.removeprefix("file://")
+    return local
 
 
 def files_of(messages: Sequence[Message], modality: str) -> list[str]:

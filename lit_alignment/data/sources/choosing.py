@@ -42,6 +42,18 @@ def record_filter(source: SourceConfig, seed: int) -> Callable[[int], bool]:
     return lambda position: bool(kept[position])
 
 
+def nothing_in(source: SourceConfig) -> str:
+    """Why a source gives no record: its files hold none, or its settings choose none of them."""
+    number = sum(1 for _ in source.read())
+    place = f"source '{source.title}'" + (f" ({source.path})" if source.path else "")
+    if not number:
+        return f"{place} holds no records. Fill it, or remove the source."
+    choice = {"offset": source.offset, "num_rows": source.num_rows, "num_samples": source.num_samples}
+    given = {name: value for name, value in (choice | {"sample_rate": source.sample_rate}).items() if value is not None}
+    shown = ", ".join(f"{name}: {value}" for name, value in given.items())
+    return f"{place} chooses none of its {number} records by {shown}. Change these, or remove the source."
+
+
 def repeat_records(indices: Indices, times: float, generator: np.random.Generator) -> Indices:
     """Each index floor(times) times, plus a random part of them for the fraction that is left."""
     whole, rest = divmod(times * len(indices), len(indices)) if len(indices) else (0, 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lit_alignment.errors import ConfigError, writing
+from lit_alignment.terminal import printable
 
 
 @dataclass
@@ -43,7 +44,7 @@ class DataReport:
         detail = "".join(f"\n  {reason}: {text}" for reason, text in sorted(self.details.items()))
         notes = "".join(f"; {count} {note}" for note, count in sorted(self.notes.items()))
         remarks = "".join(f"\n  note: {remark}" for remark in self.remarks)
-        return (
+        return printable(
             f"{self.split}: {self.examples} examples from {sum(self.sources.values())} records, "
             f"{self.tokens} tokens{share}, longest {self.longest}; dropped: {dropped or 'none'}{notes}{detail}{remarks}"
         )

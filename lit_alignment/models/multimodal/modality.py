@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lit_alignment.data.multimodal.media import MAX_PIXELS, MAX_SAMPLES
 from lit_alignment.errors import ConfigError
 from lit_alignment.files import config_from
 from lit_alignment.models.multimodal.projectors import ProjectorConfig, build_projector
@@ -40,6 +41,8 @@ class ModalityConfig:
         end: A token after them.
         tokens_per_item: Placeholders of an image, if you want them checked; they follow from encoder and projector.
         cache: Features that `lit-alignment preprocess` has made, by which the encoder need not even be loaded.
+        max_pixels: Largest image that is decoded; a larger one is unreadable.
+        max_samples: Longest sound that is read, in samples of all channels, and at the encoder's rate.
     """
 
     encoders: list[EncoderConfig]
@@ -49,11 +52,16 @@ class ModalityConfig:
     end: str | None = None
     tokens_per_item: int | None = None
     cache: str | None = None
+    max_pixels: int = MAX_PIXELS
+    max_samples: int = MAX_SAMPLES
 
     def __post_init__(self) -> None:
         """Refuse a modality without an encoder."""
         if not self.encoders:
             raise ConfigError("encoders is empty: give at least one, {path: FOLDER}.")
+        for name, value in (("max_pixels", self.max_pixels), ("max_samples", self.max_samples)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}; use 1 or more.")
 
     def placeholder(self, name: str) -> str:
         """The placeholder of a modality of this name."""

@@ -22,7 +22,9 @@ def cache_index(shape: MediaShape, dtype: str = "float32", root: str = "") -> Ca
 
 def file_reader(shape: MediaShape) -> FileReader:
     """Reads a modality's files for its encoders."""
-    return FileReader(shape.name, shape.processors)
+    modality = shape.modality
+    largest = modality.max_samples if shape.name == "audio" else modality.max_pixels
+    return FileReader(shape.name, shape.processors, largest)
 
 
 def media_tokens(shape: MediaShape, tokenizer: PreTrainedTokenizerBase) -> MediaTokens:

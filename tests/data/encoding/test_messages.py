@@ -75,10 +75,31 @@ def test_openai_tool_calls_get_arguments_as_objects():
         ({"messages": [{"role": "user", "content": "x", "weight": float("nan")}]}, "weight' is nan"),
         ({"messages": [{"role": "user", "content": "x", "train": "no"}]}, "field 'messages[0].train' is 'no'"),
         ({"id": [1], "messages": [{"role": "user", "content": "x"}]}, "field 'id' is a list"),
+        ({"id": True, "messages": [{"role": "user", "content": "x"}]}, "field 'id' is a boolean"),
+        ({"messages": [{"role": "user", "content": "x", "weight": 10**400}]}, "field 'messages[0].weight' is 1000"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            "messages[0].content[0].text' is a n",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "name": 3}]}, "field 'messages[0].name' is a number"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": {}}, "field 'tools' is an object"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": ["f"]}, "field 'tools' holds what is no object"),
+        ({"prompt": "q", "completion": "a", "system": 3}, "field 'system' is a number"),
         ({"prompt": 3, "completion": "x"}, "field 'prompt' is a number"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
             "not JSON",
+        ),
+        *(
+            ({"messages": [{"role": "assistant", "tool_calls": [{"function": function}]}]}, message)
+            for function, message in (
+                ({"name": 3, "arguments": {}}, "holds a call without a function name"),
+                ({"name": "f", "arguments": [1]}, "tool_calls.arguments' is a list"),
+                ({"name": "f", "arguments": "3"}, "tool_calls.arguments' is a number"),
+                ({"name": "f", "arguments": "[" * 9999}, "tool_calls.arguments' is nested deeper than 100 levels"),
+                ({"name": "f", "arguments": '{"a": "\\ud800"}'}, "tool_calls.arguments.a' holds \\ud800"),
+                ({"name": "f", "arguments": '{"a": NaN}'}, "tool_calls.arguments.a' is nan"),
+            )
         ),
     ],
 )

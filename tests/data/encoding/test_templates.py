@@ -1,5 +1,7 @@
 """Spans under the templates that well-known models carry, with golden tables of tokens; trained ones in [brackets]."""
 
+import re
+
 import pytest
 
 from lit_alignment.data.encoding.example import Dropped
@@ -150,6 +152,60 @@ def test_refused_conversation_is_dropped_with_its_reason(rich_tokenizer):
         encoder(rich_tokenizer, file("gemma")).encode(read_record(raw, "f.jsonl:4", 0))
     assert drop.value.reason == "template_error"
     assert "f.jsonl:4" in drop.value.detail and "System role not supported" in drop.value.detail
+
+
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>"
+    "{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("{{ 1 // 0 }}", "integer division or modulo by zero"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "maximum recursion depth exceeded"),
+        ("{{ 2.0 ** 100000 }}", "Numerical result out of range"),
+        ("{{ 'a' + 1 }}", "can only concatenate str"),
+        ("{{ messages[0].nothing.at.all }}", "has no attribute 'nothing'"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{{ 'a' * 1001 }}", "more than 1000 characters; encoding.template.max_characters"),
+        ("{% for i in range(2000) %}{{ 1 }}{% endfor %}", "more than 1000 characters"),
+        ("{% set a %}{% for i in range(2000) %}{{ 1 }}{% endfor %}{% endset %}", "more than 1000 characters"),
+        ("{% for i in range(90000) %}{% for j in range(90000) %}more{% endfor %}{% endfor %}", "more than 1000"),
+        ("{{ '\\ud800' }}", "half of a surrogate pair"),
+        ("{{ raise_exception('no') }}", r"refuses this conversation \(no\)"),
+    ],
+)
+def test_errors_inside_a_template_drop_the_records_that_meet_them(tokenizer, tmp_path, code, words):
+    path = tmp_path / "own.jinja"
+    path.write_text("{% if 'now' in messages[0].content %}" + code + "{% endif %}" + TURNS)
+    made = encoder(tokenizer, TemplateConfig(file=str(path), max_characters=1000))
+    assert made.encode(record("Hi", "there")).num_trained > 0
+    with pytest.raises(Dropped) as drop:
+        made.encode(record("now", "there"))
+    assert drop.value.reason == "template_error"
+    assert drop.value.detail.startswith("test.jsonl:1: ") and str(path) in drop.value.detail
+    assert re.search(words, drop.value.detail)
+
+
+def test_limit_of_what_a_template_writes_is_a_setting(tokenizer):
+    text = "the kitchen " * 100
+    for most in (1000, 2000):
+        made = encoder(tokenizer, TemplateConfig(max_characters=most))
+        if most == 2000:
+            assert made.encode(record(text, "order")).num_trained > 0
+        else:
+            with pytest.raises(Dropped, match="template_error"):
+                made.encode(record(text, "order"))
+    with pytest.raises(ConfigError, match="max_characters is 0"):
+        TemplateConfig(max_characters=0)
+
+
+def test_template_that_is_no_text_is_refused(tokenizer, tmp_path):
+    (tmp_path / "own.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="own.jinja: cannot be read"):
+        encoder(tokenizer, TemplateConfig(file=str(tmp_path / "own.jinja")))
 
 
 class TestPrefixSuffix:

@@ -2,7 +2,11 @@
 
 import base64
 import json
+import os
+import struct
+import warnings
 import wave
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +17,7 @@ from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.multimodal.media import UnreadableMediaError, open_image, open_sound
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.models.multimodal.modality import ModalityConfig
 from tests.helpers import IMAGE, picture, vlm_data, vlm_module, write_jsonl
 
 
@@ -124,6 +129,10 @@ def test_record_that_its_images_make_too_long_says_so(module, tmp_path):
             "is 'audio', and the model",
         ),
         ([{"role": "user", "type": "image", "content": "https://x/a.png"}], None, "Download the file"),
+        ([{"role": "user", "type": "image", "content": "HTTPS://x/a.png"}], None, "Download the file"),
+        ([{"role": "user", "type": "image", "content": "s3://bucket/a.png"}], None, "is 's3://bucket/a.png'. Download"),
+        ([{"role": "user", "type": "image", "content": "File://host/a.png"}], None, "Download the file"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], None, r"content\[0\].text' is a number"),
         ([{"role": "user", "type": "image", "content": 3}], None, "is a number"),
         (
             [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}],
@@ -209,6 +218,101 @@ def test_sounds_become_one_channel_at_the_rate_that_is_needed(width, channels, t
     (tmp_path / "b.wav").write_bytes(b"RIFF")
     with pytest.raises(UnreadableMediaError, match="not a readable WAV file"):
         open_sound(str(tmp_path / "b.wav"), 8000)
+
+
+def test_file_that_only_calls_itself_a_picture_starts_no_program(tmp_path, monkeypatch):
+    """Pillow knows an EPS by its content, and hands it to Ghostscript."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n")
+    assert Image.open(path).format == "EPS"
+    monkeypatch.setattr("subprocess.Popen", lambda *arguments, **settings: pytest.fail("a program was started"))
+    with pytest.raises(UnreadableMediaError, match="a.png: not a readable image"):
+        open_image(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp", "a.tif"])
+def test_every_kind_of_picture_is_read_up_to_the_limit_of_pixels(name, tmp_path):
+    path = str(tmp_path / name)
+    frames = [Image.new("RGB", (300, 200), color) for color in ("white", "black")]
+    animated = {"save_all": True, "append_images": frames[1:]} if name in ("a.gif", "a.webp", "a.tif") else {}
+    frames[0].save(path, **animated)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_image(path, 60_000).size == (300, 200)
+        with pytest.raises(UnreadableMediaError, match=r"more than 59999 pixels\. .*model\.image\.max_pixels"):
+            open_image(path, 59_999)
+
+
+def test_bomb_is_refused_by_its_header(tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("L", (10, 10)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    with pytest.raises(UnreadableMediaError, match=r"bomb.png: an image of more than 100000000 pixels"):
+        open_image(str(path))
+
+
+def test_pipes_and_devices_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for path in (str(tmp_path / "a.png"), "/dev/zero", str(tmp_path), "a\0.png", "x" * 5000):
+        with pytest.raises(UnreadableMediaError, match="not a readable image"):
+            open_image(path)
+        with pytest.raises(UnreadableMediaError, match="not a readable WAV file"):
+            open_sound(path, 8000)
+
+
+def wav(frames: int, rate: int, channels: int = 1, promised: int | None = None) -> bytes:
+    """A WAV file of silence whose header may promise more frames than there are."""
+    size = 2 * channels * (frames if promised is None else promised)
+    form = struct.pack("<HHIIHH", 1, channels, rate, 2 * channels * rate & 0xFFFFFFFF, 2 * channels, 16)
+    head = b"RIFF" + struct.pack("<I", 36 + size & 0xFFFFFFFF) + b"WAVEfmt " + struct.pack("<I", 16) + form
+    return head + b"data" + struct.pack("<I", size & 0xFFFFFFFF) + bytes(2 * channels * frames)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (wav(100_000, 1), "100000 samples of 1 channel.s. at 1 Hz, more than 30000000 .* model.audio.max_samples"),
+        (wav(100, 8000, promised=2**30), "1073741824 samples .* more than 30000000"),
+        (wav(100, 8000, promised=200), "its header promises 200 samples, and 100 are there"),
+        (wav(10, 8000, channels=30_000, promised=2000), "2000 samples of 30000 channel.s. .* more than 30000000"),
+        (wav(100, 0), "a sampling rate of 0"),
+        (wav(100, 8000)[:44], "its header promises 100 samples, and 0 are there"),
+        (b"", "it ends early"),
+    ],
+)
+def test_header_of_a_sound_that_promises_too_much_is_refused(content, words, tmp_path):
+    path = tmp_path / "a.wav"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableMediaError, match=words):
+        open_sound(str(path), 16_000)
+
+
+def test_sound_of_a_table_is_read_from_its_data_url_and_the_limit_can_be_raised():
+    url = "data:;base64," + base64.b64encode(wav(8000, 8000)).decode()
+    assert len(open_sound(url, 16_000, max_samples=16_000)) == 16_000
+    with pytest.raises(UnreadableMediaError, match="more than 15999"):
+        open_sound(url, 16_000, max_samples=15_999)
+
+
+def test_limit_of_pixels_is_the_models_and_decides_what_is_dropped(tmp_path):
+    record = {"messages": [{"role": "user", "type": "image", "content": picture(tmp_path / "a.png", 0)}, ANSWER]}
+    other = {"messages": [{"role": "user", "content": "order"}, ANSWER]}
+    for most, dropped in ((2000, {}), (1999, {"unreadable_image": 1})):
+        data, _ = rows(vlm_module(image=replace(IMAGE, max_pixels=most)), [record, other])
+        assert data.reports["train"].dropped == dropped
+    with pytest.raises(ConfigError, match="max_pixels is 0"):
+        ModalityConfig(IMAGE.encoders, max_pixels=0)
+
+
+def test_urls_of_any_case_are_files_and_data(module, tmp_path):
+    path = picture(tmp_path / "a.png", 0)
+    content = base64.b64encode(open(path, "rb").read()).decode()
+    for given, found in ((f"FILE://{path}", path), (f"DATA:image/png;base64,{content}", None)):
+        _, (row,) = rows(module, [{"messages": [{"role": "user", "type": "image", "content": given}, ANSWER]}])
+        assert json.loads(row["media"])["image"] == [found or f"data:image/png;base64,{content}"]
 
 
 def test_marks_around_an_image_are_single_tokens(tmp_path):
