@@ -139,7 +139,8 @@ class AlignmentCLI(LightningCLI):
 
     def _fetch_checkpoint(self, subcommand: str) -> None:
         """Find the newest checkpoint, or fetch one that is given by its URL; the saved configuration keeps the word."""
-        word, resumes = self._get(self.config_init, "ckpt_path"), subcommand == "fit"
+        given, resumes = self._get(self.config_init, "ckpt_path"), subcommand == "fit"
+        word = given
         if isinstance(word, str) and "://" in word:
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             uploads = [c for c in callbacks if isinstance(c, Upload)]
@@ -149,7 +150,7 @@ class AlignmentCLI(LightningCLI):
         if resumes and job is not None and (left := newest_checkpoint(self.trainer, f"{REQUEUED}{job}")) is not None:
             word = str(left)  # this job has run before
         found = find_checkpoint(word, self.trainer, resumes)
-        if found != word or "://" in str(self._get(self.config_init, "ckpt_path")):
+        if found != given:
             self.config_init[subcommand]["ckpt_path"] = found
         if found is not None and resumes:
             write_into_run_of(found, self.trainer)

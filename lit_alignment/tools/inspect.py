@@ -24,7 +24,7 @@ from lit_alignment.trainer_cli import build_for_tool
 STAGES: dict[Split, str] = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
 BINS = 12
 
-TOKEN_STYLE = """
+VIEW_STYLE = """
 .tokens { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; padding: .8rem; }
 .tokens span { padding: 2px 0; border-radius: 3px; box-shadow: inset 0 0 0 .5px var(--line); }
 .trained { background: #16a34a55; } .special { opacity: .55; } .zero { text-decoration: line-through; }
@@ -228,7 +228,7 @@ def render_page(
     report = escape(data.reports[split].line())
     packed = f"<p>{_packing_line(data, split)}</p>" if split != "predict" and data.packing else ""
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{split}</title><style>{STYLE}{TOKEN_STYLE}</style>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{split}</title><style>{STYLE}{VIEW_STYLE}</style>"
         f"<h1>What the model sees: {split}</h1><p style='white-space:pre-wrap'>{report}</p>{packed}"
         f"<h2>Lengths in tokens</h2>{histogram_svg(lengths)}"
         f"<p class=key><span class=trained>{data.marked}</span><span class=special>special token</span>"

