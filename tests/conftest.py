@@ -1,3 +1,4 @@
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,9 +32,14 @@ def _no_hub():
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
-    """Every test has its own cache, and runs from the root, as the README's commands do."""
+    """Every test has its own cache, runs from the root, as the README's commands do, and leaves the logs as they were."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
     monkeypatch.setenv("LIT_ALIGNMENT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(ROOT)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

@@ -310,7 +310,10 @@ def test_checkpoint_of_another_method_or_backbone_is_refused_with_the_way_to_sta
     content = torch.load(path, weights_only=True)
     for change, words in (
         ({"module": "lit_alignment.modules.rag.RAGModule"}, "is of RAGModule, not of SFTModule. To go on from its"),
-        ({"backbone": content["lit_alignment"]["backbone"] | {"path": "other/model"}}, "trained over other/model, not"),
+        (
+            {"backbone": content["lit_alignment"]["backbone"] | {"path": "other/model"}},
+            "trained over other/model, revision main, not",
+        ),
     ):
         torch.save(content | {"lit_alignment": content["lit_alignment"] | change}, tmp_path / "other.ckpt")
         with pytest.raises(CheckpointError, match=words):

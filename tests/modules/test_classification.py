@@ -254,7 +254,7 @@ def test_validation_loss_is_a_mean_over_conversations_under_any_batching(tmp_pat
         (1.5, "single_label", "is 1.5"),
         ("bad", "multi_label", "Give the list of those that apply"),
         (["bad", "worse"], "multi_label", r"field 'label\[1\]' is 'worse'"),
-        (float("nan"), "regression", "Give 3 finite numbers"),
+        (float("nan"), "regression", "Give a finite number, or null"),
         ([1.0], "regression", "Give 3 finite numbers"),
     ],
 )

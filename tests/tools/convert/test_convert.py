@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lit_alignment.cli import _guarded
+from lit_alignment import cli
 from lit_alignment.errors import ConfigError
 from lit_alignment.evaluation.answers import build_metric
 from lit_alignment.tools.convert import (
@@ -199,7 +199,7 @@ def test_a_key_added_anywhere_is_reported(name, convert):
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "ddpo"])
 def test_preference_training_is_refused_by_name_in_one_line(name, capsys):
-    assert _guarded(main, [str(CONFIGS / f"{name}.json")]) == 2
+    assert cli.main(["convert", str(CONFIGS / f"{name}.json")]) == 2
     said = capsys.readouterr()
     assert said.err == (
         f"lit-alignment: error: train_{name}: preference training is not there yet, so this cannot be converted.\n"
