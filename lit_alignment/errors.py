@@ -1,10 +1,15 @@
 """The errors that users see, and the one way to ask for an optional package."""
 
 import importlib
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 Value = TypeVar("Value")
+MAKERS = ("__init__", "__post_init__")
 
 
 class AlignmentError(ValueError):
@@ -46,6 +51,35 @@ class CheckpointError(AlignmentError):
 
 class TrainingError(AlignmentError):
     """A run cannot continue."""
+
+
+@contextmanager
+def constructing(what: str) -> Iterator[None]:
+    """Turn what a library's constructor says about a configured value into a ConfigError; a fault of ours stays one.
+
+    Args:
+        what: What is made, for the message where no class is known.
+
+    Raises:
+        ConfigError: Naming the class that refused.
+    """
+    try:
+        yield
+    except AlignmentError:
+        raise
+    except Exception as error:  # libraries refuse a value by whatever type they like
+        root: BaseException = error
+        while root.__cause__ is not None and not isinstance(root, AlignmentError):
+            root = root.__cause__  # the parser wraps what a constructor raises
+        if isinstance(root, AlignmentError):
+            raise root from error
+        frames = [frame for frame, _ in traceback.walk_tb(root.__traceback__)]
+        if not frames or Path(__file__).parent in Path(frames[-1].f_code.co_filename).parents:
+            raise
+        makers = [frame.f_locals.get("self") for frame in frames if frame.f_code.co_name in MAKERS]
+        names = [type(maker).__name__ for maker in makers if maker is not None]
+        reason = " ".join(str(root).split()) or type(root).__name__
+        raise ConfigError(f"{names[0] if names else what}: {reason}") from error
 
 
 def require(package: str, extra: str, instead: str = "") -> ModuleType:

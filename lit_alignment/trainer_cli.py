@@ -19,9 +19,10 @@ from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.resuming import find_checkpoint, write_into_run_of
-from lit_alignment.config_errors import explain, find_misfit
+from lit_alignment.config_errors import Checker, explain, find_misfit
+from lit_alignment.config_files import read_layers
 from lit_alignment.data.base import AlignmentDataModule
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, constructing
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import cache_dir
 
@@ -44,6 +45,13 @@ QUIET = (
 
 
 Engine = Literal["transformers", "vllm"]
+COMMANDS: dict[str, tuple[str, ...]] = {  # and which settings each has besides
+    "fit": ("ckpt_path", "weights_only"),
+    "validate": ("ckpt_path", "weights_only", "verbose"),
+    "test": ("ckpt_path", "weights_only", "verbose"),
+    "predict": ("ckpt_path", "weights_only", "return_predictions"),
+}
+FULL_NAMES: dict[str, Any] = {"allow_abbrev": False}
 # A Trainer that touches no device and no logger.
 NO_DEVICE: dict[str, Any] = {"logger": False, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 NO_DEVICE |= {"plugins": None, "profiler": None, "precision": None}
@@ -100,6 +108,15 @@ class AlignmentCLI(LightningCLI):
                 raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
         if self.uses_vllm:
             _ask(self.config[self.subcommand].trainer, NO_DEVICE)
+
+    def _set_seed(self) -> None:
+        with constructing("seed_everything"):
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Make module, data module and trainer."""
+        with constructing("the configuration"):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with atomic checkpoints, a Ctrl-C that is not lost, and in predict a writer."""
@@ -212,6 +229,8 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    layers = read_layers(arguments)
+    Checker(_hints()).check(layers)
     try:
         with _lists_replace_lists():
             return kind(
@@ -222,18 +241,25 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
                 save_config_kwargs={"overwrite": True},
-                parser_kwargs={"exit_on_error": False},
+                parser_kwargs={"exit_on_error": False, **FULL_NAMES, **dict.fromkeys(COMMANDS, FULL_NAMES)},
                 args=arguments,
                 run=run,
             )
     except ArgumentError as error:
-        raise ConfigError(explain(str(error), arguments)) from error
+        raise ConfigError(explain(str(error), layers, arguments[0] if run else "")) from error
     except MisconfigurationException as error:
         raise ConfigError(str(error).strip()) from error
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning has shut down in good order
             raise KeyboardInterrupt from stop
         raise
+
+
+def _hints() -> dict[str, Any]:
+    """Type of each key of a configuration; those of a command other than the one that runs are taken, too."""
+    parts = {"trainer": Trainer, "model": AlignmentModule, "data": AlignmentDataModule}
+    plain = {"seed_everything": bool | int, "engine": Engine, "vllm": dict[str, Any]}
+    return parts | plain | dict.fromkeys([name for names in COMMANDS.values() for name in names], Any)
 
 
 @contextmanager
