@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"lit-alignment {__version__}")
         return 0
+    # transformers imports DeepSpeed where it is installed, which then tells what it found, at every start.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     if command in TOOLS:
         run = importlib.import_module(TOOLS[command][0]).main
         if command != "demo":

@@ -1,21 +1,27 @@
 """LightningCLI in subclass mode: fit, validate, test and predict from YAML or JSON."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pydoc import locate
 from typing import Any, Literal, TypeVar
 
+from datasets import disable_progress_bars
 from jsonargparse import ArgumentError, Namespace, _typehints
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_alignment.callbacks.interrupt import Interrupt
+from lit_alignment.callbacks.monitors import Monitors
 from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.callbacks.progress import Bar, ProgressLines
+from lit_alignment.callbacks.summary import Summary
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.resuming import find_checkpoint, write_into_run_of
@@ -29,7 +35,9 @@ from lit_alignment.paths import cache_dir
 # Said by libraries about themselves; a user can do nothing about them.
 QUIET = (
     r".*The dirpath has changed from.*",
-    r".*Total length of `PlannedLoader` across ranks is zero.*",
+    r".*Total length of `.*` across ranks is zero.*",
+    r".*the dataloader .* is not resumable.*",
+    r".*module\(s\) in eval mode at the start of training.*",
     r".*LightningCLI's args parameter is intended.*",
     r".*`loftq_config` specified but will be ignored.*",
     r".*Precision .* is not supported by the model summary.*",
@@ -129,8 +137,16 @@ class AlignmentCLI(LightningCLI):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
             callbacks.append(PredictionWriter())
-        callbacks.append(Interrupt())
+        callbacks.insert(0, Monitors())  # before those that would stop the run at their first look
+        callbacks += [Interrupt(), Summary()]
         return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        has_bar = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
+        if config.get("enable_progress_bar") is not False and not has_bar:
+            callbacks = [*callbacks, Bar() if sys.stdout.isatty() else ProgressLines()]
+        return super()._instantiate_trainer(config, callbacks)
 
     def _fetch_checkpoint(self, subcommand: str) -> None:
         """Find the newest checkpoint, or fetch one that is given by its URL; the saved configuration keeps the word."""
@@ -229,6 +245,8 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     layers = read_layers(arguments)
     Checker(_hints()).check(layers)
     try:
@@ -306,4 +324,5 @@ def build_for_tool(arguments: list[str], kind: type[ToolCLI] = ToolCLI) -> ToolC
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: " not in record.getMessage()
+    text = record.getMessage()
+    return "Tip: " not in text and "`Trainer.fit` stopped" not in text  # which Summary says, with what was best

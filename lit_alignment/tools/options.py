@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from lit_alignment.errors import ConfigError
 
+SETTINGS = ("config", "print_config", "trainer", "model", "data", "seed_everything", "engine", "vllm", "ckpt_path")
+
 
 class OptionParser(argparse.ArgumentParser):
     """A parser of a tool's options, whose complaints are ConfigErrors.
@@ -41,7 +43,7 @@ class OptionParser(argparse.ArgumentParser):
         options, rest = self.parse_known_args(arguments)
         for word in rest:
             name = word.partition("=")[0]
-            if name.startswith("--") and "." not in name and name not in SETTINGS and self._nearest(name):
+            if name.startswith("--") and "." not in name and name[2:] not in SETTINGS and self._nearest(name):
                 self.error(f"unrecognized arguments: {word}")
         return options, rest
 
@@ -50,10 +52,6 @@ class OptionParser(argparse.ArgumentParser):
         name = word.partition("=")[0]
         longer = [option for option in known if len(name) > 3 and option.startswith(name)]
         return next(iter([*longer, *get_close_matches(name, known, n=1)]), None)
-
-
-SETTINGS = ("--config", "--print_config", "--trainer", "--model", "--data", "--seed_everything", "--engine", "--vllm")
-SETTINGS += ("--ckpt_path",)
 
 
 def whole(least: int) -> Callable[[str], int]:
