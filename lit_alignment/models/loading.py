@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from lit_alignment.models.attention import DOCUMENT_SDPA, Attention, choose_atte
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.moved import renamed
-from lit_alignment.paths import local_path
+from lit_alignment.paths import local_path, look_for_hub
 
 
 @dataclass(frozen=True)
@@ -311,6 +312,12 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
+        if path == name and not Path(path).is_dir() and (reason := look_for_hub()):
+            raise ConfigError(
+                f"{name}: no folder of this name (looked from {Path.cwd()}), not in the cache, and {reason}. Check "
+                "backbone.path, or set HF_ENDPOINT to a mirror; `lit-alignment fetch --help` lists models that need "
+                "no hub."
+            ) from error
         raise ConfigError(
             f"{name}: cannot load this model ({first}). Give a folder with config.json, tokenizer and "
             "weights, or a hub name that can be reached; `lit-alignment fetch --help` lists models that need no hub."

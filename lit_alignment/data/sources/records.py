@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.paths import look_for_hub
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,15 @@ class SourceConfig:
     def _read_hub(self) -> Iterator[tuple[str, Any]]:
         import datasets
 
+        reason = look_for_hub()
         try:
             rows = datasets.load_dataset(self.path, self.subset, split=self.split)
         except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+            if reason:
+                raise ConfigError(
+                    f"{self.path}: no file or folder (looked from {Path.cwd()}), not in the cache, and {reason}. Check "
+                    "data's 'path', or set HF_ENDPOINT to a mirror."
+                ) from error
             raise ConfigError(
                 f"{self.path}: neither a local file nor a data set that the hub gives "
                 f"({type(error).__name__}: {str(error).splitlines()[0]}). Check data's 'path'."
