@@ -58,14 +58,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _guarded(run: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Run, turning errors that a user can fix into one message; a fault of ours keeps its traceback."""
-    from lit_alignment.errors import AlignmentError
+    from lit_alignment.errors import AlignmentError, disk_message
 
     try:
         run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted. Saved checkpoints and written predictions are kept.")
-    except (FileNotFoundError, PermissionError) as error:
-        return _fail(str(error))
+    except OSError as error:
+        message = disk_message(error)
+        if message is None:
+            raise
+        return _fail(message)
     except ValueError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, AlignmentError | FileNotFoundError):

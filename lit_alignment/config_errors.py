@@ -259,6 +259,27 @@ def find_misfit(value: Any, kind: Any, key: str) -> str | None:
     return None
 
 
+def find_no_number(value: Any, key: str = "") -> str | None:
+    """What is wrong with a NaN, or an integer that no tensor holds, which types let through; else None.
+
+    Args:
+        value: A part of the parsed configuration.
+        key: Its key.
+    """
+    if isinstance(value, Namespace | dict | list):
+        named = value if isinstance(value, dict) else vars(value) if isinstance(value, Namespace) else {}
+        pairs: Iterable[tuple[str | int, Any]] = enumerate(value) if isinstance(value, list) else named.items()
+        parts = ((_joined(key, name), each) for name, each in pairs)
+        return next(filter(None, (find_no_number(each, name) for name, each in parts)), None)
+    if isinstance(value, float) and value != value:
+        return f"{key} is not a number (NaN)"
+    return f"{key} is {value:.3g}, past any count" if isinstance(value, int) and abs(value) >= 2**63 else None
+
+
+def _joined(key: str, name: str | int) -> str:
+    return f"{key}[{name}]" if isinstance(name, int) else f"{key}.{name}".removeprefix(".")
+
+
 def _misfit_in(values: Namespace, hints: dict[str, Any], key: str) -> str | None:
     found = (
         find_misfit(values[name], hints[name], f"{key}.{name}")

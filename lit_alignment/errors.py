@@ -1,5 +1,6 @@
 """The errors that users see, and the one way to ask for an optional package."""
 
+import errno
 import importlib
 import traceback
 from collections.abc import Iterator
@@ -9,6 +10,18 @@ from types import ModuleType
 from typing import TypeVar
 
 Value = TypeVar("Value")
+DISK = {
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "A part of the path is a file, not a folder; choose another one.",
+    errno.EISDIR: "Give a file, not a folder.",
+    errno.EACCES: "Choose a path that you may read and write.",
+    errno.EPERM: "Choose a path that you may read and write.",
+    errno.EROFS: "Choose a path that can be written.",
+    errno.EEXIST: "A file is in the way; choose another path.",
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.ENOSPC: "Make room, and run this again; what was written before is kept.",
+    errno.EDQUOT: "Make room, and run this again; what was written before is kept.",
+}
 MAKERS = ("__init__", "__post_init__")
 
 
@@ -80,6 +93,16 @@ def constructing(what: str) -> Iterator[None]:
         names = [type(maker).__name__ for maker in makers if maker is not None]
         reason = " ".join(str(root).split()) or type(root).__name__
         raise ConfigError(f"{names[0] if names else what}: {reason}") from error
+
+
+def disk_message(error: OSError) -> str | None:
+    """What a user can do about an error of the file system; None where it is none of the disk's and the user's."""
+    if error.errno is None:
+        return str(error)  # a message of ours
+    if error.errno not in DISK:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{str(error.strerror).lower()}. {DISK[error.errno]}"
 
 
 def require(package: str, extra: str, instead: str = "") -> ModuleType:

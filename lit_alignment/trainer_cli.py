@@ -25,7 +25,7 @@ from lit_alignment.callbacks.summary import Summary
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.resuming import find_checkpoint, write_into_run_of
-from lit_alignment.config_errors import Checker, explain, find_misfit
+from lit_alignment.config_errors import Checker, explain, find_misfit, find_no_number
 from lit_alignment.config_files import read_layers
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError, constructing
@@ -114,6 +114,8 @@ class AlignmentCLI(LightningCLI):
                 raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
             if (problem := find_misfit(config[part], kind, part)) is not None:
                 raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
+        if (problem := find_no_number(config)) is not None:
+            raise ConfigError(f"{problem}. Give a finite number.")
         if self.uses_vllm:
             _ask(self.config[self.subcommand].trainer, NO_DEVICE)
 

@@ -88,6 +88,21 @@ FILES = {
     "devices": ("trainer: {devices: -3}", "Trainer: `devices` selected with `CPUAccelerator` should be an int > 0."),
     "nodes": ("trainer: {num_nodes: 0}", "Trainer: `num_nodes` must be a positive integer, but got 0."),
     "time": ("trainer: {max_time: soon}", "Trainer: `Timer(duration='soon')` is not a valid duration."),
+    "nan": (
+        "model: {init_args: {optimizer: {learning_rate: .nan}}}",
+        "model.init_args.optimizer.learning_rate is not a n",
+    ),
+    "nan-in-list": (
+        "data: {init_args: {train: [{path: a, repeat: .nan}]}}",
+        "data.init_args.train[0].repeat is not a number",
+    ),
+    "huge": (f"trainer: {{num_nodes: {10**30}}}", "trainer.num_nodes is 1e+30, past any count. Give a finite number."),
+    "interval": ("trainer: {val_check_interval: 0}", "trainer.val_check_interval is 0; use a number of batches"),
+    "samples": (
+        "data: {init_args: {train: [{path: a, num_samples: -1}]}}",
+        "source a: 'offset', 'num_rows' and 'num_samp",
+    ),
+    "repeat": ("data: {init_args: {train: [{path: a, repeat: 1.0e+30}]}}", "'repeat' at most 1000000."),
     "seed": ("seed_everything: -1", "seed_everything: -1 is not in bounds"),
 }
 OPTIONS = {

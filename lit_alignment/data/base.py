@@ -33,6 +33,8 @@ SPLITS: dict[str, tuple[Split, ...]] = {
     "predict": ("predict",),
 }
 
+USES = {"train": "train on", "val": "validate on", "test": "test on", "predict": "predict"}
+
 
 class AlignmentDataModule(PlannedDataModule):
     """Sources, examples and loaders; a method adds how a record becomes an example and a batch.
@@ -203,7 +205,7 @@ class AlignmentDataModule(PlannedDataModule):
             if self.on_drop == "error" and report.dropped:
                 raise ConfigError(f"data.on_drop is 'error' and records were dropped. {report.line()}")
             if len(dataset) == 0:
-                raise ConfigError(f"nothing to {stage} on. {report.line()}")
+                raise ConfigError(f"data.{split}: nothing to {USES[split]}. {report.line()}")
         # Every rank must ask for it: ranks agree on log_dir.
         directory = self.trainer.log_dir if self.trainer is not None else None
         if directory and self.trainer is not None and self.trainer.is_global_zero:

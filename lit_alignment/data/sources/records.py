@@ -9,6 +9,8 @@ from typing import Any
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.paths import look_for_hub
 
+MOST_REPEATS = 1_000_000
+
 
 @dataclass(frozen=True)
 class SourceConfig:
@@ -53,10 +55,12 @@ class SourceConfig:
             raise ConfigError(f"source {self.title}: give 'weight' or 'repeat', not both.")
         if self.sample_rate is not None and not 0 < self.sample_rate <= 1:
             raise ConfigError(f"source {self.title}: sample_rate is {self.sample_rate}; use a number in (0, 1].")
-        if self.repeat <= 0 or (self.weight is not None and self.weight <= 0):
-            raise ConfigError(f"source {self.title}: 'repeat' and 'weight' must be above 0.")
-        if self.offset < 0 or (self.num_rows is not None and self.num_rows < 0):
-            raise ConfigError(f"source {self.title}: 'offset' and 'num_rows' must be 0 or more.")
+        if not 0 < self.repeat <= MOST_REPEATS or (self.weight is not None and self.weight <= 0):
+            raise ConfigError(
+                f"source {self.title}: 'repeat' and 'weight' must be above 0, 'repeat' at most {MOST_REPEATS}."
+            )
+        if min(self.offset, self.num_rows or 0, self.num_samples or 0) < 0:
+            raise ConfigError(f"source {self.title}: 'offset', 'num_rows' and 'num_samples' must be 0 or more.")
 
     @property
     def title(self) -> str:
