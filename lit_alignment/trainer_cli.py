@@ -21,7 +21,7 @@ from lit_alignment.callbacks.interrupt import Interrupt
 from lit_alignment.callbacks.monitors import Monitors
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.progress import Bar, ProgressLines
-from lit_alignment.callbacks.summary import Summary
+from lit_alignment.callbacks.summary import EndSummary
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.resuming import find_checkpoint, write_into_run_of
@@ -140,7 +140,7 @@ class AlignmentCLI(LightningCLI):
         if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
             callbacks.append(PredictionWriter())
         callbacks.insert(0, Monitors())  # before those that would stop the run at their first look
-        callbacks += [Interrupt(), Summary()]
+        callbacks += [Interrupt(), EndSummary()]
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -327,4 +327,4 @@ def build_for_tool(arguments: list[str], kind: type[ToolCLI] = ToolCLI) -> ToolC
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return "Tip: " not in text and "`Trainer.fit` stopped" not in text  # which Summary says, with what was best
+    return "Tip: " not in text and "`Trainer.fit` stopped" not in text  # which EndSummary says, with what was best

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 
-class Summary(Callback):
+class EndSummary(Callback):
     """Says at the end of a training why it ended."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,7 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lit_alignment.errors import ConfigError
 
@@ -16,12 +16,13 @@ class OptionParser(argparse.ArgumentParser):
 
     Args:
         prog: The command.
-        settings: Arguments of argparse's parser.
+        description: What it does.
+        epilog: What stands below its options.
     """
 
-    def __init__(self, prog: str, **settings: Any) -> None:
+    def __init__(self, prog: str, description: str = "", epilog: str = "") -> None:
         """Abbreviations are refused: they would change their meaning with the next option."""
-        super().__init__(prog=prog, allow_abbrev=False, **settings)
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.
