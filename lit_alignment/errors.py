@@ -78,13 +78,13 @@ def constructing(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except AlignmentError:
+    except (AlignmentError, OSError):
         raise
     except Exception as error:  # libraries refuse a value by whatever type they like
         root: BaseException = error
-        while root.__cause__ is not None and not isinstance(root, AlignmentError):
+        while root.__cause__ is not None and not isinstance(root, AlignmentError | OSError):
             root = root.__cause__  # the parser wraps what a constructor raises
-        if isinstance(root, AlignmentError):
+        if root is not error and isinstance(root, AlignmentError | OSError):
             raise root from error
         frames = [frame for frame, _ in traceback.walk_tb(root.__traceback__)]
         if not frames or Path(__file__).parent in Path(frames[-1].f_code.co_filename).parents:

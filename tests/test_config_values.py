@@ -79,6 +79,11 @@ def test_fault_of_ours_in_a_constructor_stays_one():
             raise ConfigError("given")
         except ConfigError as error:
             raise ValueError("wrapped by the parser") from error
+    with pytest.raises(FileNotFoundError, match="^no cache$"), constructing("x"):
+        try:
+            raise FileNotFoundError("no cache")
+        except FileNotFoundError as error:
+            raise ValueError("wrapped by the parser") from error
     with pytest.raises(AttributeError), constructing("x"):
         disk_message(None)  # type: ignore[arg-type] # raised in a file of the package
 
