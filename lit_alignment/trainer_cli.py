@@ -114,6 +114,8 @@ class AlignmentCLI(LightningCLI):
                 raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
             if (problem := find_misfit(config[part], kind, part)) is not None:
                 raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
+        if (problem := find_misfit(config.trainer, Trainer, "trainer")) is not None:
+            raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
         if (problem := find_no_number(config)) is not None:
             raise ConfigError(f"{problem}. Give a finite number.")
         if self.uses_vllm:

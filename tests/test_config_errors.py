@@ -98,6 +98,10 @@ FILES = {
     ),
     "huge": (f"trainer: {{num_nodes: {10**30}}}", "trainer.num_nodes is 1e+30, past any count. Give a finite number."),
     "interval": ("trainer: {val_check_interval: 0}", "trainer.val_check_interval is 0; use a number of batches"),
+    "null-in-callback": (
+        "trainer: {callbacks: [{class_path: lit_alignment.CherryPicks, init_args: {generation: {top_p: null}}}]}",
+        "trainer.callbacks[0].init_args.generation.top_p is null. Give a value",
+    ),
     "samples": (
         "data: {init_args: {train: [{path: a, num_samples: -1}]}}",
         "source a: 'offset', 'num_rows' and 'num_samp",
