@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"lit-alignment {__version__}")
         return 0
+    # transformers imports DeepSpeed where it is installed, which then tells what it found, at every start.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     if command not in TOOLS and command not in TRAINER_COMMANDS:
         return _fail(f"unknown command '{command}'{_nearest(command)} (lit-alignment --help lists them)")
     return _guarded(command, arguments)
@@ -59,7 +61,7 @@ def _run(command: str, arguments: list[str]) -> None:
 
 def _guarded(command: str, arguments: list[str]) -> int:
     """Run, turning errors that a user can fix into one message; a fault of ours keeps its traceback."""
-    from lit_alignment.errors import AlignmentError, Stopped
+    from lit_alignment.errors import AlignmentError, Stopped, disk_message
 
     try:
         _run(command, arguments)
@@ -67,8 +69,11 @@ def _guarded(command: str, arguments: list[str]) -> int:
         return _fail("interrupted. What was written is kept.", 130)
     except Stopped as stop:
         return _fail(str(stop), int(stop.code or 1))
-    except (FileNotFoundError, PermissionError) as error:
-        return _fail(str(error))
+    except OSError as error:
+        message = disk_message(error)
+        if message is None:
+            raise
+        return _fail(message)
     except ValueError as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, AlignmentError | FileNotFoundError):

@@ -1,52 +1,234 @@
-"""From a parser's complaint to one line: file, key, and the nearest valid key."""
+"""What is wrong with a configuration, in one line: file, key, value, and the nearest valid one."""
 
-import dataclasses
 import importlib
 import inspect
 import re
+import types
 import typing
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from itertools import pairwise
-from pathlib import Path
+from functools import cache
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
+from jsonargparse._common import is_subclasses_disabled
+from jsonargparse._parameter_resolvers import get_signature_parameters
+from jsonargparse._typehints import (
+    ActionTypeHint,
+    get_all_subclass_paths,
+    resolve_class_path_by_name,
+)
+from jsonargparse._util import get_import_path, import_object
 from lightning.pytorch import Trainer
 
-UNKNOWN = re.compile(r"(?:Subcommand '\w+'|Group '(?P<group>[\w.]+)') does not accept option '(?P<key>[\w.]+)'")
-UNKNOWN_IN_CLASS = re.compile(r"Option '(?P<key>[\w.]+)' is not accepted")
-UNRECOGNIZED = re.compile(r"unrecognized arguments: --(?P<key>[\w.]+)")
-CLASS_PATH = re.compile(r"Problem with given class_path '(?P<path>[\w.]+)'")
+from lit_alignment.config_files import Layer, described, line_of, settings
+from lit_alignment.errors import ConfigError
+
 LINKED = {"tokenizer", "labels", "problem", "media"}  # what the module tells the data module
-TOP_LEVEL = ("seed_everything", "trainer", "model", "data", "ckpt_path", "config", "engine", "vllm")
+SPEC = ("class_path", "init_args", "dict_kwargs")
+OPTIONS = ("config", "help", "print_config")
+LISTS: tuple[Any, ...] = (list, Iterable, Sequence)
 
 
-def explain(message: str, arguments: list[str]) -> str:
-    """One line about what is wrong with the configuration.
+class Checker:
+    """Looks for keys and classes that do not exist, in all layers, before the parser sees them.
+
+    Args:
+        hints: Type of each key of the configuration.
+    """
+
+    def __init__(self, hints: dict[str, Any]) -> None:
+        """No class is known yet."""
+        self.hints = hints
+        self.classes: dict[str, Any] = {}  # by key; a later layer need not repeat its `class_path`
+
+    def check(self, layers: list[Layer]) -> None:
+        """Refuse the first unknown key or class.
+
+        Raises:
+            ConfigError: Naming file, line, key, and the nearest valid one.
+        """
+        for layer in layers:
+            if layer.keys:
+                self._option(layer)
+            else:
+                self._settings(layer.root, self.hints, "", layer, None, [*self.hints])
+
+    def _option(self, layer: Layer) -> None:
+        """Follow the key of an option to its type, through classes named before."""
+        hint: Any = None
+        hints, key, prefix, owner = self.hints, "", "", None
+        names = [name.removesuffix("+") for name in layer.keys]
+        for name in names:
+            if key and name in SPEC:
+                if name == "class_path":
+                    self._value(layer.root, hint, key, layer)
+                if name != "init_args":
+                    return
+                continue
+            if key:
+                kind = self.classes.get(key) or _only_class(_classes_in(hint))
+                if kind is None:  # in lists, dictionaries, and classes not yet known, the parser has to find its way
+                    return
+                hints, owner, prefix = arguments_of(kind), kind, _prefix(key, kind)
+            if name not in hints:
+                raise ConfigError(_unknown(name, owner, [*hints, *OPTIONS[len(key) :]], f"--{'.'.join(names)}: "))
+            key, hint = f"{prefix}{name}", hints[name]
+        single = layer.keys[-1].endswith("+") and not isinstance(layer.root, yaml.SequenceNode)
+        self._value(layer.root, _item(hint) if single else hint, key, layer)
+
+    def _settings(
+        self, node: yaml.Node, hints: dict[str, Any], prefix: str, layer: Layer, owner: Any, known: Sequence[str]
+    ) -> None:
+        for name, (place, value) in settings(node).items():
+            if name not in hints:
+                raise ConfigError(_unknown(name, owner, known, line_of(place, layer)))
+            self._value(value, hints[name], f"{prefix}{name}", layer)
+
+    def _value(self, node: yaml.Node, hint: Any, key: str, layer: Layer) -> None:
+        """Look into the value of a key."""
+        classes, values = _classes_in(hint), _values_in(hint)
+        if isinstance(node, yaml.SequenceNode):
+            for known in [known for known in self.classes if known.startswith(f"{key}[")]:
+                del self.classes[known]  # a list takes the place of an earlier one
+            for number, item in enumerate(node.value):
+                self._value(item, _item(hint), f"{key}[{number}]", layer)
+        elif isinstance(node, yaml.MappingNode) and classes:
+            self._class(node, classes, key, layer)
+        elif isinstance(node, yaml.MappingNode) and values is not None:
+            for name, (_, value) in settings(node).items():
+                self._value(value, values, f"{key}.{name}", layer)
+        elif classes and node.tag.endswith(":str") and str not in _alternatives(hint) and "/" not in str(node.value):
+            if not all(map(is_subclasses_disabled, classes)):
+                self.classes[key] = _resolved(node, classes, key, layer)
+
+    def _class(self, node: yaml.MappingNode, classes: list[Any], key: str, layer: Layer) -> None:
+        """Look into the settings of a class, with or without `class_path`."""
+        keys = settings(node)
+        if "class_path" in keys:
+            kind = _resolved(keys["class_path"][1], classes, key, layer)
+        else:
+            kind = self.classes.get(key) or _only_class(classes)
+        if kind is None:
+            raise ConfigError(f"{line_of(node, layer)}{key}: class_path is missing. Give one.")
+        self.classes[key] = kind
+        if not inspect.isclass(kind):  # a function that makes one
+            return
+        hints, prefix = arguments_of(kind), _prefix(key, kind)  # type: ignore[arg-type]
+        if not {"class_path", "init_args"} & keys.keys():
+            return self._settings(node, hints, prefix, layer, kind, [*hints, *SPEC])
+        for name, (place, _) in keys.items():
+            if name not in SPEC:
+                raise ConfigError(_unknown(name, key, SPEC, line_of(place, layer)))
+        if "init_args" in keys:
+            self._settings(keys["init_args"][1], hints, prefix, layer, kind, [*hints])
+
+
+def _resolved(node: yaml.Node, classes: list[Any], key: str, layer: Layer) -> Any:
+    """The class of a `class_path` or of a class's short name.
+
+    Raises:
+        ConfigError: If there is none, or it is of another kind; with the nearest one.
+    """
+    name, place = str(node.value), line_of(node, layer)
+    found: Any = None
+    try:
+        found = import_object(resolve_class_path_by_name(tuple(classes), name))
+    except (ImportError, AttributeError, ValueError) as error:
+        missing = getattr(error, "name", None)
+        if isinstance(error, ImportError) and missing and missing != name.partition(".")[0] and "." not in missing:
+            raise ConfigError(f"{place}{key}: {name} needs the package {missing}, which is not installed.") from error
+        if not all(map(is_subclasses_disabled, classes)):
+            raise ConfigError(f"{place}{key}: unknown class '{name}'. {_nearest_class(name, classes)}") from error
+    if all(map(is_subclasses_disabled, classes)) and found not in classes:
+        raise ConfigError(f"{place}{key} takes no class_path, only the settings of {_names(classes)}.")
+    if inspect.isclass(found) and not issubclass(found, tuple(classes)):
+        raise ConfigError(f"{place}{key}: {name} is no {_names(classes)}. {_nearest_class(name, classes)}")
+    return found
+
+
+def _nearest_class(name: str, classes: list[Any]) -> str:
+    """The class that was meant, if one has a name near to this one; else what there is."""
+    ours = _public().values()  # classes are known once they are imported
+    paths = {path.rpartition(".")[2]: path for kind in classes for path in get_all_subclass_paths(kind)}
+    paths |= {short: path for path in ours if (short := path.rpartition(".")[2]) in paths}
+    by_case = {short.lower(): path for short, path in paths.items()}
+    close = get_close_matches(name.rpartition(".")[2].lower(), by_case, n=1)
+    shown = [path for path in paths.values() if path.count(".") == 1] or [*paths.values()]  # public ones, if there are
+    return f"Did you mean '{by_case[close[0]]}'?" if close else f"Known: {', '.join(sorted(shown)[:12])}."
+
+
+def explain(message: str, layers: list[Layer], command: str) -> str:
+    """One line about what the parser does not take.
 
     Args:
         message: What the parser said, often nested.
-        arguments: The command line, whose config files are searched for the offending line.
+        layers: The settings, which are searched for the offending line.
+        command: What was to be run.
     """
-    owners = CLASS_PATH.findall(message)
-    if (found := UNRECOGNIZED.search(message)) or (found := UNKNOWN.search(message)):
-        key = found["key"]
-        group = found.groupdict().get("group")
-        if group and owners:
-            return _unknown(key, f"{owners[-1]}.{group}", _group_keys(owners[-1], group), arguments)
-        head, _, last = key.rpartition(".")
-        if head and head.partition(".")[0] not in TOP_LEVEL:
-            head, last = "", head.partition(".")[0]
-        candidates = list(inspect.signature(Trainer).parameters) if head == "trainer" else list(TOP_LEVEL)
-        return _unknown(last or key, head or "the configuration", candidates, arguments)
-    if found := UNKNOWN_IN_CLASS.search(message):
-        owner = owners[-1] if owners else ""
-        return _unknown(found["key"], owner, _class_keys(owner), arguments)
-    if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
-        namespace = importlib.import_module(missing[1])
-        names = [*getattr(namespace, "__all__", []), *(n for n in dir(namespace) if not n.startswith("_"))]
-        return _unknown(missing[2], missing[1], names, arguments, kind="class")
-    return _shortened(message)
+    if missing := re.search(r"arguments are required: (.+)", message):
+        if not any(layer.file for layer in layers):
+            return f"{command}: no configuration. Give one with --config FILE, such as --config configs/sft/tiny.yaml."
+        parts = " and ".join(part.rpartition(".")[2] for part in missing[1].split(", "))
+        return f"{layers[-1].file or layers[0].file}: the configuration has no {parts}. Give its class_path."
+    if extra := re.search(r"unrecognized arguments: (\S+)", message):
+        return f"'{extra[1]}' is no option. Give a configuration with --config FILE, and a setting with --key value."
+    if option := re.search(r"argument (\S+): expected one argument", message):
+        return f"{option[1].rpartition('/')[2]} needs a value."
+    steps = re.findall(r"Parser key \"([^\"]+)\"|Problem with given class_path '([\w.]+)'", message)
+    key = ""
+    for name, class_path in steps:
+        if name and not key.endswith(name):
+            key += f".{name}" if key else name
+        elif class_path and not is_subclasses_disabled(import_object(class_path)) and not key.endswith(".init_args"):
+            key += ".init_args"
+    place, value = locate(layers, key.removeprefix(f"{command}."))
+    if wanted := expected(message[max(0, message.rfind("Parser key")) :]):  # before it are alternatives to it
+        shown = f"is {value}" if value else "is wrong"
+        return f"{place}{key} {shown}; expected {wanted}."
+    return f"{place}{key}{': ' if key else ''}{_shortened(message)}"
+
+
+def expected(message: str) -> str:
+    """What would be right, of a parser's complaint; empty where it does not say."""
+    found: dict[str, None] = {}
+    for text in re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, flags=re.MULTILINE):
+        if text.startswith("typing.Literal["):
+            choices = [choice.strip(" '\"") for choice in text[len("typing.Literal[") : -1].split(",")]
+            found[", ".join(choices)] = None
+        elif not text.startswith(("path but", "dot import path")):
+            found[re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)] = None
+    found.pop("NoneType", None)  # of any level of alternatives
+    found |= dict.fromkeys(f"settings of {name}" for name in re.findall(r"Not a valid subclass of (\w+)", message))
+    if "Unable to load config" in message:
+        found = {"settings by name": None}
+    return " or ".join(found)
+
+
+def locate(layers: list[Layer], key: str) -> tuple[str, str]:
+    """`file:line: ` and the value of a key, as the last layer has it that sets it; each may be empty."""
+    names = [name for name in re.split(r"[.\[\]]+", key) if name and name != "init_args"]
+    for layer in reversed(layers):
+        own = [name.removesuffix("+") for name in layer.keys if name != "init_args"]
+        if names[: len(own)] == own and (node := _node(layer.root, names[len(own) :])) is not None:
+            text = str(node.value)
+            short = text if len(text) <= 60 else f"{text[:60]}..."
+            shown = repr(short) if node.tag.endswith(":str") else short
+            return line_of(node, layer), shown if isinstance(node, yaml.ScalarNode) else described(node)
+    return "", ""
+
+
+def _node(node: yaml.Node, names: list[str]) -> yaml.Node | None:
+    if not names:
+        return node
+    if isinstance(node, yaml.SequenceNode):
+        items = [node.value[int(names[0])]] if names[0].isdigit() else node.value
+        rest = names[1:] if names[0].isdigit() else names
+        return next((found for item in items if (found := _node(item, rest)) is not None), None)
+    keys = settings(node)
+    keys |= settings(keys["init_args"][1]) if "init_args" in keys else {}
+    return _node(keys[names[0]][1], names[1:]) if names[0] in keys else None
 
 
 def find_misfit(value: Any, kind: Any, key: str) -> str | None:
@@ -59,26 +241,43 @@ def find_misfit(value: Any, kind: Any, key: str) -> str | None:
     """
     if value is None:
         return None if kind is Any or type(None) in typing.get_args(kind) or kind is type(None) else f"{key} is null"
-    kinds = [kind, *typing.get_args(kind)]
-    takes_list = any(typing.get_origin(each) is list for each in kinds)
-    if isinstance(value, list) and not takes_list and any(map(dataclasses.is_dataclass, kinds)):
-        return f"{key} is a list, not settings by name"
-    for each in kinds:
-        if isinstance(value, list) and typing.get_origin(each) is list:
-            (inner,) = typing.get_args(each)
-            found = (find_misfit(one, inner, f"{key}[{number}]") for number, one in enumerate(value))
+    classes, values = _classes_in(kind), _values_in(kind)
+    if isinstance(value, list):
+        if any(map(_is_list, _alternatives(kind))):
+            found = (find_misfit(one, _item(kind), f"{key}[{number}]") for number, one in enumerate(value))
             return next(filter(None, found), None)
-        if isinstance(value, dict) and typing.get_origin(each) is dict:
-            inner = typing.get_args(each)[1]
-            return next(filter(None, (find_misfit(one, inner, f"{key}.{name}") for name, one in value.items())), None)
-        if isinstance(value, Namespace) and dataclasses.is_dataclass(each):
-            return _misfit_in(value, typing.get_type_hints(each), key)
-    if isinstance(value, Namespace) and str(value.get("class_path", "")).startswith("lit_alignment."):
-        module, _, name = str(value.class_path).rpartition(".")
-        given = value.get("init_args")
-        hints = _arguments(getattr(importlib.import_module(module), name))
-        return _misfit_in(given, hints, f"{key}.init_args") if isinstance(given, Namespace) else None
+        return f"{key} is a list, not settings by name" if any(map(is_subclasses_disabled, classes)) else None
+    if isinstance(value, dict) and values is not None:
+        return next(filter(None, (find_misfit(one, values, f"{key}.{name}") for name, one in value.items())), None)
+    if isinstance(value, Namespace):
+        if str(value.get("class_path", "")).startswith("lit_alignment."):
+            given = value.get("init_args")
+            hints = arguments_of(import_object(value.class_path))
+            return _misfit_in(given, hints, f"{key}.init_args") if isinstance(given, Namespace) else None
+        if (only := _only_class(classes)) is not None:
+            return _misfit_in(value, arguments_of(only), key)
     return None
+
+
+def find_no_number(value: Any, key: str = "") -> str | None:
+    """What is wrong with a NaN, or an integer that no tensor holds, which types let through; else None.
+
+    Args:
+        value: A part of the parsed configuration.
+        key: Its key.
+    """
+    if isinstance(value, Namespace | dict | list):
+        named = value if isinstance(value, dict) else vars(value) if isinstance(value, Namespace) else {}
+        pairs: Iterable[tuple[str | int, Any]] = enumerate(value) if isinstance(value, list) else named.items()
+        parts = ((_joined(key, name), each) for name, each in pairs)
+        return next(filter(None, (find_no_number(each, name) for name, each in parts)), None)
+    if isinstance(value, float) and value != value:
+        return f"{key} is not a number (NaN)"
+    return f"{key} is {value:.3g}, past any count" if isinstance(value, int) and abs(value) >= 2**63 else None
+
+
+def _joined(key: str, name: str | int) -> str:
+    return f"{key}[{name}]" if isinstance(name, int) else f"{key}.{name}".removeprefix(".")
 
 
 def _misfit_in(values: Namespace, hints: dict[str, Any], key: str) -> str | None:
@@ -90,66 +289,82 @@ def _misfit_in(values: Namespace, hints: dict[str, Any], key: str) -> str | None
     return next(filter(None, found), None)
 
 
-def _unknown(key: str, owner: str, candidates: list[str], arguments: list[str], kind: str = "key") -> str:
-    close = get_close_matches(key.rpartition(".")[2], candidates, n=1, cutoff=0.5)
-    hint = f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(candidates)[:20])}."
-    return f"{_place(key, arguments)}unknown {kind} '{key}' in {owner}. {hint}"
-
-
-def _class_keys(path: str) -> list[str]:
-    module, _, name = path.rpartition(".")
-    return list(_arguments(getattr(importlib.import_module(module), name)))
-
-
-def _arguments(kind: Any) -> dict[str, Any]:
+@cache
+def arguments_of(kind: Any) -> dict[str, Any]:
     """Names and types of what a class takes, those that it passes on to its bases as `**settings` included."""
-    found: dict[str, Any] = {}
-    for owner in (owner for owner in kind.__mro__ if "__init__" in vars(owner)):
-        parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
-        hints = typing.get_type_hints(owner.__init__)
-        named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-        found = {name: hints.get(name, Any) for name in named} | found
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-            break
-    return found
+    found = get_signature_parameters(kind, None)
+    return {each.name: Any if each.annotation is inspect.Parameter.empty else each.annotation for each in found}
 
 
-def _group_keys(path: str, group: str) -> list[str]:
-    """Fields of the dataclass that a class takes under this name."""
-    module, _, name = path.rpartition(".")
-    kind: object = getattr(importlib.import_module(module), name)
-    for step in group.split("."):
-        kind = _arguments(kind).get(step) if isinstance(kind, type) else None
-    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+def _alternatives(hint: Any) -> list[Any]:
+    """The types of a union, flat."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [each for part in typing.get_args(hint) for each in _alternatives(part)]
+    return [hint]
 
 
-def _place(key: str, arguments: list[str]) -> str:
-    """`file:line: ` of a key or value in the given config files, or nothing if it came from the command line."""
-    word = re.compile(rf"[\"']?\b{re.escape(key.rpartition('.')[2])}\b")
-    files = [b for a, b in pairwise(arguments) if a in ("--config", "-c")]
-    files += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
-    for file in reversed(files):
-        if Path(file).is_file():
-            for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
-                if word.search(line.partition("#")[0]):
-                    return f"{file}:{number}: "
-    return ""
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) in LISTS
+
+
+def _item(hint: Any) -> Any:
+    """The type of a list's items."""
+    return next((typing.get_args(each)[0] for each in _alternatives(hint) if _is_list(each)), Any)
+
+
+def _values_in(hint: Any) -> Any:
+    """The type of a dictionary's values, if the hint has one."""
+    found = (typing.get_args(each) for each in _alternatives(hint) if typing.get_origin(each) is dict)
+    return next((pair[1] for pair in found), None)
+
+
+def _classes_in(hint: Any) -> list[Any]:
+    """The classes among the alternatives whose settings can be given."""
+    return [each for each in _alternatives(hint) if inspect.isclass(each) and _takes_settings(each)]
+
+
+def _takes_settings(kind: Any) -> bool:
+    return bool(is_subclasses_disabled(kind) or ActionTypeHint.is_subclass_typehint(kind))  # type: ignore[no-untyped-call]
+
+
+def _only_class(classes: list[Any]) -> Any:
+    """The class that needs no `class_path`: the only one, and without subclasses."""
+    return next((kind for kind in classes if is_subclasses_disabled(kind) or kind is Trainer), None)
+
+
+def _prefix(key: str, kind: Any) -> str:
+    return f"{key}." if _only_class([kind]) is not None else f"{key}.init_args."
+
+
+@cache
+def _public() -> dict[Any, str]:
+    """The classes that can be named as `lit_alignment.X`."""
+    package = importlib.import_module("lit_alignment")
+    return {getattr(package, name): f"lit_alignment.{name}" for name in package.__all__}
+
+
+def _name(kind: Any) -> str:
+    """How a configuration names what takes a key: a class, the Trainer, or nothing but the configuration itself."""
+    if kind is None or isinstance(kind, str):
+        return kind or "the configuration"
+    return "trainer" if kind is Trainer else _public().get(kind) or str(get_import_path(kind))
+
+
+def _names(classes: list[Any]) -> str:
+    return " or ".join(kind.__name__ for kind in classes)
+
+
+def _unknown(key: str, owner: Any, candidates: Iterable[str], place: str) -> str:
+    names = sorted(candidates)
+    initials = (name for name in names if "".join(word[:1] for word in name.split("_")) == key)  # lr
+    close = [*initials, *get_close_matches(key, names, n=1, cutoff=0.5), *(n for n in names if n.startswith(key))]
+    hint = f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(names[:20])}."
+    return f"{place}unknown key '{key}' in {_name(owner)}. {hint}"
 
 
 def _shortened(message: str) -> str:
-    """The first line, the innermost reasons, and the value."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    noise = (
-        "Does not validate",
-        "Subtypes:",
-        "Errors:",
-        "Given value type:",
-        "Given value: {",
-        "Subclass types expect one of:",
-        "- a class path (str)",
-        "- a dict with",
-        "- Expected a <class 'NoneType'>",
-    )
-    kept = [line.removeprefix("- ") for line in lines if not line.startswith(noise)]
-    shown = [re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", line) for line in kept]
-    return " ".join(dict.fromkeys(line if len(line) < 300 else line[:300] + " ..." for line in shown))
+    """The innermost reason."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Subclass types expect", "- a ", "Parser key")
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(noise)] or lines[-1:]
+    return " ".join(dict.fromkeys(line if len(line) < 300 else line[:300] + " ..." for line in kept))

@@ -1,8 +1,10 @@
 """The errors that users see, and the one way to ask for an optional package."""
 
+import errno
 import importlib
 import os
 import signal
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,19 @@ from types import ModuleType
 from typing import TypeVar
 
 Value = TypeVar("Value")
+DISK = {
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "A part of the path is a file, not a folder; choose another one.",
+    errno.EISDIR: "Give a file, not a folder.",
+    errno.EACCES: "Choose a path that you may read and write.",
+    errno.EPERM: "Choose a path that you may read and write.",
+    errno.EROFS: "Choose a path that can be written.",
+    errno.EEXIST: "A file is in the way; choose another path.",
+    errno.ENAMETOOLONG: "Choose a shorter path.",
+    errno.ENOSPC: "Make room, and run this again; what was written before is kept.",
+    errno.EDQUOT: "Make room, and run this again; what was written before is kept.",
+}
+MAKERS = ("__init__", "__post_init__")
 
 
 class AlignmentError(ValueError):
@@ -94,6 +109,45 @@ def writing(path: Path, kind: type[AlignmentError], fix: str) -> Iterator[None]:
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)  # others put the path, or more, into the text
         raise kind(f"{path}: cannot be written ({why}). {fix}.") from error
+
+
+@contextmanager
+def constructing(what: str) -> Iterator[None]:
+    """Turn what a library's constructor says about a configured value into a ConfigError; a fault of ours stays one.
+
+    Args:
+        what: What is made, for the message where no class is known.
+
+    Raises:
+        ConfigError: Naming the class that refused.
+    """
+    try:
+        yield
+    except (AlignmentError, OSError):
+        raise
+    except Exception as error:  # libraries refuse a value by whatever type they like
+        root: BaseException = error
+        while root.__cause__ is not None and not isinstance(root, AlignmentError | OSError):
+            root = root.__cause__  # the parser wraps what a constructor raises
+        if root is not error and isinstance(root, AlignmentError | OSError):
+            raise root from error
+        frames = [frame for frame, _ in traceback.walk_tb(root.__traceback__)]
+        if not frames or Path(__file__).parent in Path(frames[-1].f_code.co_filename).parents:
+            raise
+        makers = [frame.f_locals.get("self") for frame in frames if frame.f_code.co_name in MAKERS]
+        names = [type(maker).__name__ for maker in makers if maker is not None]
+        reason = " ".join(str(root).split()) or type(root).__name__
+        raise ConfigError(f"{names[0] if names else what}: {reason}") from error
+
+
+def disk_message(error: OSError) -> str | None:
+    """What a user can do about an error of the file system; None where it is none of the disk's and the user's."""
+    if error.errno is None:
+        return str(error)  # a message of ours
+    if error.errno not in DISK:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{str(error.strerror).lower()}. {DISK[error.errno]}"
 
 
 def require(package: str, extra: str, instead: str = "") -> ModuleType:

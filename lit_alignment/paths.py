@@ -1,7 +1,12 @@
 """Where things are kept outside a run."""
 
 import os
+import socket
+import threading
+import urllib.request
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from lit_alignment.errors import ConfigError
 
@@ -25,4 +30,40 @@ def local_path(name: str) -> str:
         return str(fetched)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ConfigError(f"{name}: no such model folder (looked from {Path.cwd()}). Check backbone.path.")
+    look_for_hub()
     return name
+
+
+@cache
+def look_for_hub(seconds: float = 4.0) -> str:
+    """Why the hub, or the mirror in HF_ENDPOINT, cannot be asked; empty if it can. Looked for once.
+
+    Where it cannot, the libraries are told to be offline: they find what they have kept, and else give up at once
+    instead of after a minute of attempts.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    parts = urlsplit(constants.ENDPOINT)
+    if parts.scheme in urllib.request.getproxies():  # it is the proxy that knows
+        return ""
+    answers = threading.Event()
+
+    def ask() -> None:
+        try:
+            socket.create_connection((parts.hostname, parts.port or {"http": 80}.get(parts.scheme, 443))).close()
+        except OSError:
+            return
+        answers.set()
+
+    # In a thread, since looking up a name cannot be given a time.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if answers.is_set():
+        return ""
+    import datasets
+
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    return f"{constants.ENDPOINT} cannot be reached"

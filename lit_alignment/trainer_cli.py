@@ -1,29 +1,36 @@
 """LightningCLI in subclass mode: fit, validate, test and predict from YAML or JSON."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pydoc import locate
 from typing import Any, Literal, TypeVar
 
+from datasets import disable_progress_bars
 from jsonargparse import ArgumentError, Namespace, _typehints, namespace_to_dict
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_alignment.callbacks.interrupt import Interrupt, slurm_job
+from lit_alignment.callbacks.monitors import Monitors
 from lit_alignment.callbacks.predictions import PredictionWriter
+from lit_alignment.callbacks.progress import Bar, ProgressLines
 from lit_alignment.callbacks.run_folder import RunFolder
+from lit_alignment.callbacks.summary import EndSummary
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.checkpoints.resuming import REQUEUED, CheckpointConnector, find_checkpoint, write_into_run_of
-from lit_alignment.config_errors import explain, find_misfit
+from lit_alignment.config_errors import Checker, explain, find_misfit, find_no_number
+from lit_alignment.config_files import read_layers
 from lit_alignment.data.base import AlignmentDataModule
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, constructing
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import cache_dir
 from lit_alignment.secrets import MASK, masked, masks_in
@@ -31,7 +38,9 @@ from lit_alignment.secrets import MASK, masked, masks_in
 # Said by libraries about themselves; a user can do nothing about them.
 QUIET = (
     r".*The dirpath has changed from.*",
-    r".*Total length of `PlannedLoader` across ranks is zero.*",
+    r".*Total length of `.*` across ranks is zero.*",
+    r".*the dataloader .* is not resumable.*",
+    r".*module\(s\) in eval mode at the start of training.*",
     r".*LightningCLI's args parameter is intended.*",
     r".*`loftq_config` specified but will be ignored.*",
     r".*Precision .* is not supported by the model summary.*",
@@ -47,6 +56,13 @@ QUIET = (
 
 
 Engine = Literal["transformers", "vllm"]
+COMMANDS: dict[str, tuple[str, ...]] = {  # and which settings each has besides
+    "fit": ("ckpt_path", "weights_only"),
+    "validate": ("ckpt_path", "weights_only", "verbose"),
+    "test": ("ckpt_path", "weights_only", "verbose"),
+    "predict": ("ckpt_path", "weights_only", "return_predictions"),
+}
+FULL_NAMES: dict[str, Any] = {"allow_abbrev": False}
 # A Trainer that touches no device and no logger.
 NO_DEVICE: dict[str, Any] = {"logger": False, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 NO_DEVICE |= {"plugins": None, "profiler": None, "precision": None}
@@ -118,8 +134,21 @@ class AlignmentCLI(LightningCLI):
                 raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
             if (problem := find_misfit(config[part], kind, part)) is not None:
                 raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
+        if (problem := find_misfit(config.trainer, Trainer, "trainer")) is not None:
+            raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
+        if (problem := find_no_number(config)) is not None:
+            raise ConfigError(f"{problem}. Give a finite number.")
         if self.uses_vllm:
             _ask(self.config[self.subcommand].trainer, NO_DEVICE)
+
+    def _set_seed(self) -> None:
+        with constructing("seed_everything"):
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Make module, data module and trainer."""
+        with constructing("the configuration"):
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with atomic checkpoints, a Ctrl-C that is not lost, and in predict a writer."""
@@ -134,8 +163,16 @@ class AlignmentCLI(LightningCLI):
         if self.subcommand == "predict" and not any(isinstance(c, PredictionWriter) for c in callbacks):
             callbacks.append(PredictionWriter())
         self.run_folder = RunFolder()
-        callbacks += [Interrupt(), self.run_folder]
+        callbacks.insert(0, Monitors())  # before those that would stop the run at their first look
+        callbacks += [Interrupt(), self.run_folder, EndSummary()]
         return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        has_bar = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
+        if config.get("enable_progress_bar") is not False and not has_bar:
+            callbacks = [*callbacks, Bar() if sys.stdout.isatty() else ProgressLines()]
+        return super()._instantiate_trainer(config, callbacks)
 
     def _fetch_checkpoint(self, subcommand: str) -> None:
         """Find the newest checkpoint, or fetch one that is given by its URL; the saved configuration keeps the word."""
@@ -245,6 +282,10 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
     for pattern in QUIET:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    layers = read_layers(arguments)
+    Checker(_hints()).check(layers)
     try:
         with _lists_replace_lists():
             return kind(
@@ -256,14 +297,21 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
                 seed_everything_default=0,
                 save_config_callback=MaskedConfig,
                 save_config_kwargs={"overwrite": True},
-                parser_kwargs={"exit_on_error": False},
+                parser_kwargs={"exit_on_error": False, **FULL_NAMES, **dict.fromkeys(COMMANDS, FULL_NAMES)},
                 args=arguments,
                 run=run,
             )
     except ArgumentError as error:
-        raise ConfigError(explain(str(error), arguments)) from error
+        raise ConfigError(explain(str(error), layers, arguments[0] if run else "")) from error
     except MisconfigurationException as error:
         raise ConfigError(str(error).strip()) from error
+
+
+def _hints() -> dict[str, Any]:
+    """Type of each key of a configuration; those of a command other than the one that runs are taken, too."""
+    parts = {"trainer": Trainer, "model": AlignmentModule, "data": AlignmentDataModule}
+    plain = {"seed_everything": bool | int, "engine": Engine, "vllm": dict[str, Any]}
+    return parts | plain | dict.fromkeys([name for names in COMMANDS.values() for name in names], Any)
 
 
 @contextmanager
@@ -310,4 +358,5 @@ def build_for_tool(arguments: list[str], kind: type[ToolCLI] = ToolCLI) -> ToolC
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: " not in record.getMessage()
+    text = record.getMessage()
+    return "Tip: " not in text and "`Trainer.fit` stopped" not in text  # which EndSummary says, with what was best

@@ -32,7 +32,7 @@ def _no_hub():
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path, monkeypatch):
-    """Every test has its own cache, runs from the root, as the README's commands do, and leaves the logs as they were."""
+    """Every test has its own cache, runs from the root, as the README's commands do, and leaves log levels alone."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     monkeypatch.setenv("LIT_ALIGNMENT_CACHE", str(tmp_path / "cache"))

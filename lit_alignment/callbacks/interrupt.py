@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_alignment.callbacks.summary import ending
 from lit_alignment.checkpoints.resuming import INTERRUPTED, REQUEUED
 from lit_alignment.distributed.agreement import Agreement
 from lit_alignment.errors import AlignmentError, Stopped
@@ -125,11 +126,12 @@ class Interrupt(Callback):
         self._training = False
         job = self._job() if isinstance(exception, Stopped) and exception.signal == self._requeue else None
         saved = _save(trainer, f"{REQUEUED}{job}" if job else INTERRUPTED)
-        note = f"saved {saved}; to go on: --ckpt_path newest"
-        if saved is not None and isinstance(exception, Stopped):
+        where = f"saved {saved}" if saved is not None else "not saved where it stands"
+        note = ending(trainer, where, saved is not None)
+        if isinstance(exception, Stopped):
             exception.note = note
-        elif saved is not None:
-            rank_zero_info(f"the training ends here: {note}")
+        else:
+            rank_zero_info(f"ended by an error: {note}")
         if job is not None and saved is not None and trainer.is_global_zero:
             _requeue(job)
 

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +34,8 @@ SPLITS: dict[str, tuple[Split, ...]] = {
     "test": ("test",),
     "predict": ("predict",),
 }
+
+USES = {"train": "train on", "val": "validate on", "test": "test on", "predict": "predict"}
 
 
 class AlignmentDataModule(PlannedDataModule):
@@ -212,8 +213,8 @@ class AlignmentDataModule(PlannedDataModule):
                 raise ConfigError(f"data.on_drop is 'error' and records were dropped. {report.line()}")
             if len(dataset) == 0:
                 raise ConfigError(
-                    f"data.{split}: no example is left, so there is nothing to {TrainerFn(stage).value} on. "
-                    f"{report.line()}\nChange the records, what drops them, or the sources' repeat and weight."
+                    f"data.{split}: no example is left, so there is nothing to {USES[split]}. {report.line()}\n"
+                    "Change the records, what drops them, or the sources' repeat and weight."
                 )
         # Every rank must ask for it: ranks agree on log_dir.
         directory = self.trainer.log_dir if self.trainer is not None else None

@@ -239,7 +239,10 @@ def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Re
                 ("dataset", line["dataset"], str),
             ):
                 if not isinstance(value, kind):
-                    raise RecordError(where, name, "is missing or wrong", "Give a file that predict has written.")
+                    fix = "Give a file that predict has written."
+                    if name == "answers" and "prediction" in raw:
+                        fix = "These are a classifier's predictions, which `lit-alignment test` measures."
+                    raise RecordError(where, name, "is missing or wrong", fix)
             key = line["dataset"], line["id"]
             if key in seen:
                 problem = f"'{record.id}' of '{key[0]}' was answered at {seen[key]} already"

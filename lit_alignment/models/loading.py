@@ -29,7 +29,7 @@ from lit_alignment.models.attention import DOCUMENT_SDPA, Attention, choose_atte
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.moved import renamed
-from lit_alignment.paths import local_path
+from lit_alignment.paths import local_path, look_for_hub
 
 # What files that are missing, damaged, of another architecture, or pickles of more than weights raise.
 DAMAGED = (OSError, ValueError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, SafetensorError)
@@ -330,6 +330,12 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
             raise ConfigError(
                 f"{name}: this model comes with Python code of its own, which is not run unless you ask for it: "
                 "model.backbone.trust_remote_code: true, or --trust-remote-code of a tool. Read the code first."
+            ) from error
+        if path == name and not Path(path).is_dir() and (reason := look_for_hub()):
+            raise ConfigError(
+                f"{name}: no folder of this name (looked from {Path.cwd()}), not in the cache, and {reason}. Check "
+                "backbone.path, or set HF_ENDPOINT to a mirror; `lit-alignment fetch --help` lists models that need "
+                "no hub."
             ) from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(

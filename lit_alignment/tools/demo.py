@@ -1,6 +1,5 @@
 """`lit-alignment demo`: fine-tune a real model on CPU, and show what it answers before and after."""
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.throughput import Throughput
 from lit_alignment.tools.fetch import fetch
+from lit_alignment.tools.options import OptionParser
 from lit_alignment.trainer_cli import build
 
 CONFIG = "configs/sft/smollm2_lora.yaml"
@@ -21,7 +21,7 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def main(arguments: list[str]) -> None:
     """Run the demo from a checkout's root."""
-    parser = argparse.ArgumentParser(prog="lit-alignment demo", description="Fine-tune SmolLM2 on support requests.")
+    parser = OptionParser(prog="lit-alignment demo", description="Fine-tune SmolLM2 on support requests.")
     parser.add_argument("--config", default=CONFIG, help=f"recipe to run (default: {CONFIG})")
     parser.add_argument("--install-seconds", type=float, default=0.0, help="time the installation took, for the total")
     options = parser.parse_args(arguments)

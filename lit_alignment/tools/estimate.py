@@ -23,6 +23,7 @@ from lit_alignment.planning.scaling import (
     sequence_bytes_per_token,
     tensor_bytes_per_token,
 )
+from lit_alignment.tools.options import OptionParser, positive, whole
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
 GIB = 2**30
@@ -56,20 +57,24 @@ class Sharding:
 
 def main(arguments: list[str]) -> None:
     """Print parameters, memory by part, and whether it fits."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="lit-alignment estimate",
         description="Memory per device of a training step. The step is simulated with tensors that have shapes and no "
         "data, so it needs neither the weights nor the device. Takes the options of fit: --config, and any setting.",
     )
-    parser.add_argument("--memory", type=float, help="GiB of one device: say whether it fits")
-    parser.add_argument("--trained-share", type=float, default=1.0, help="share of trained tokens (default: all)")
+    parser.add_argument("--memory", type=positive(), help="GiB of one device: say whether it fits")
+    parser.add_argument("--trained-share", type=positive(1), default=1.0, help="share of trained tokens (default: all)")
     parser.add_argument("--scale", help="also FSDP2 on these numbers of devices, such as 8,64,1024")
-    parser.add_argument("--tflops", type=float, default=989, help="of a device in bfloat16 (default: 989, an H100)")
-    parser.add_argument("--utilization", type=float, default=0.4, help="share of these that is reached (default: 0.4)")
-    parser.add_argument("--per-node", type=int, default=8, help="devices of a node (default: 8)")
-    parser.add_argument("--link", type=float, default=450, help="GB/s of a device within its node (default: 450)")
-    parser.add_argument("--network", type=float, default=50, help="GB/s of a device to other nodes (default: 50)")
-    options, rest = parser.parse_known_args(arguments)
+    parser.add_argument(
+        "--tflops", type=positive(), default=989, help="of a device in bfloat16 (default: 989, an H100)"
+    )
+    parser.add_argument(
+        "--utilization", type=positive(1), default=0.4, help="share of these that is reached (default: 0.4)"
+    )
+    parser.add_argument("--per-node", type=whole(1), default=8, help="devices of a node (default: 8)")
+    parser.add_argument("--link", type=positive(), default=450, help="GB/s of a device within its node (default: 450)")
+    parser.add_argument("--network", type=positive(), default=50, help="GB/s of a device to other nodes (default: 50)")
+    options, rest = parser.split(arguments)
     cli = build_for_tool(rest)
     memory, workload = estimate(cli, options.trained_share)
     sharding = sharding_of(cli.asked)

@@ -24,6 +24,7 @@ from lit_alignment.generation.reward_scorer import RewardScorer
 from lit_alignment.models.loading import BackboneConfig, load_network, load_tokenizer
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.terminal import Terminal
+from lit_alignment.tools.options import OptionParser, whole
 
 Line = tuple[dict[str, Any], AnsweredPrompt]
 PROMPTS_TOGETHER = 32
@@ -68,16 +69,16 @@ def main(arguments: list[str]) -> None:
         _write(options.json, json.dumps(means, indent=2) + "\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lit-alignment evaluate",
         description="Metrics of generated answers: exact_match, length, distinct, diversity, self_bleu, rouge; with "
         "models perplexity, kl, reward, retrieval_utility.",
     )
     parser.add_argument("predictions", type=Path, nargs="+", help="files that predict has written")
     parser.add_argument("--metrics", help="names, with commas (default: those that apply)")
-    parser.add_argument("--ngram", type=int, default=3, help="largest n of distinct and self_bleu (default: 3)")
-    parser.add_argument("--vocabulary", type=int, help="size for the expectation-adjusted form of distinct")
+    parser.add_argument("--ngram", type=whole(1), default=3, help="largest n of distinct and self_bleu (default: 3)")
+    parser.add_argument("--vocabulary", type=whole(1), help="size for the expectation-adjusted form of distinct")
     parser.add_argument("--model", help="model, adapter folder or checkpoint, for perplexity, kl, retrieval_utility")
     parser.add_argument("--base", help="base model, for kl; an adapter's own base by default")
     parser.add_argument("--reward", help="reward model: a sequence classifier with one label")

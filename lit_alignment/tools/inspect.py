@@ -1,6 +1,5 @@
 """`lit-alignment inspect`: what the model will see, token by token, and what became of the records."""
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +18,7 @@ from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
 from lit_alignment.terminal import Terminal, printable
+from lit_alignment.tools.options import OptionParser, whole
 from lit_alignment.trainer_cli import build_for_tool
 
 STAGES: dict[Split, str] = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
@@ -55,17 +55,17 @@ class Token:
 
 def main(arguments: list[str]) -> None:
     """Print the first examples of a split, and write a page if asked."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="lit-alignment inspect",
         description="Show what the model will see: tokens and labels of the first examples, the trained share, the "
         "lengths, and why records were dropped. Takes the options of fit: --config, and any setting.",
         epilog="In the terminal trained tokens are green (and in [brackets] where there is no colour).",
     )
     parser.add_argument("--split", choices=list(STAGES), default="train")
-    parser.add_argument("--number", type=int, default=2, help="examples to show (default: 2)")
+    parser.add_argument("--number", type=whole(1), default=2, help="examples to show (default: 2)")
     parser.add_argument("--tokens", action="store_true", help="one line a token, with id, label and weight")
     parser.add_argument("--html", type=Path, help="also write the view to this file")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.split(arguments)
     data = build_for_tool(rest).datamodule
     if not data.sources[options.split]:
         raise ConfigError(f"data.{options.split} is empty: nothing to inspect. Choose another --split.")

@@ -37,6 +37,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, ModalityConfig
 from lit_alignment.models.multimodal.reading import cache_index, file_reader
 from lit_alignment.models.multimodal.vision import EncoderConfig, load_encoder
+from lit_alignment.tools.options import OptionParser
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
 
@@ -174,7 +175,7 @@ class WithoutCache(ToolCLI):
 
 def main(arguments: list[str]) -> None:
     """Encode all files that have no features yet, and report those that cannot be read."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="lit-alignment preprocess",
         description="Encode the images (or sounds) of a configuration once, with a Trainer on its devices. Set "
         "model.image.cache to the folder afterwards. A killed run resumes where it stopped. Any setting of the "
@@ -192,7 +193,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--per-shard", type=int, default=512, help="files in one shard (default: 512)")
     parser.add_argument("--strict", action="store_true", help="fail if a file cannot be read")
     parser.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.split(arguments)
     if min(options.batch_size, options.per_shard) < 1:
         raise ConfigError("--batch-size and --per-shard must be 1 or more.")
     if options.encoder is not None:

@@ -1,6 +1,5 @@
 """`lit-alignment sample`: choose among scored answers, and write the choice as pairs, chats or records."""
 
-import argparse
 import hashlib
 import json
 import math
@@ -16,6 +15,7 @@ from typing import Any, Literal, TextIO
 from lit_alignment.data.encoding.messages import Message, finite, read_id, value_kind
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.generation.prediction_file import read_predictions
+from lit_alignment.tools.options import OptionParser
 
 Strategy = Literal["random", "best_of_n", "worst_of_n", "rso"]
 SampleForm = Literal["records", "pairs", "chats"]
@@ -111,8 +111,8 @@ def main(arguments: list[str]) -> None:
     print(f"{options.form}: {given.out}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lit-alignment sample",
         description="Choose among the answers of prediction files by their rewards (from a predict of a RewardModule), "
         "and write the choice as preference pairs, as chats, or as records of the same form.",

@@ -10,6 +10,7 @@ from pathlib import Path
 from lit_alignment.checkpoints.saved import head_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.paths import local_path
+from lit_alignment.tools.options import OptionParser, whole
 from lit_alignment.vllm.engine import import_vllm, on_cpu
 from lit_alignment.vllm.model import Served, served_model
 
@@ -53,17 +54,16 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"vLLM's server ended with status {status}; what it wrote stands above.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lit-alignment serve",
         description="Serve a trained model over HTTP, as OpenAI's API, with the template and stop tokens of its "
         "training. All other options go to `vllm serve` as they stand.",
-        allow_abbrev=False,
     )
     parser.add_argument("source", help="an exported folder, a checkpoint, an adapter folder, or a model's name")
     parser.add_argument("--name", help="what clients call it (default: that of the file or folder)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=whole(1), default=8000)
     parser.add_argument("--api-key", help="what clients must send (default: $VLLM_API_KEY, or nothing)")
     parser.add_argument("--api-key-file", type=Path, help="a file with it, which other users cannot see as an argument")
     return parser

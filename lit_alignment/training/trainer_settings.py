@@ -34,6 +34,8 @@ def check_trainer(trainer: Trainer, data: AlignmentDataModule) -> None:
             "number of batches, or a larger share."
         )
     interval = trainer.val_check_interval
+    if not interval:
+        raise ConfigError("trainer.val_check_interval is 0; use a number of batches, or a share of an epoch.")
     if isinstance(interval, int) and trainer.check_val_every_n_epoch is not None and "val" in data.examples:
         if interval > batches:
             raise ConfigError(

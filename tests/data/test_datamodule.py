@@ -71,7 +71,7 @@ def test_drop_report_counts_reasons_and_is_written_beside_the_run(tmp_path):
 def test_nothing_left_and_dropped_records_can_be_errors(tokenizer):
     question = {"messages": [{"role": "user", "content": "q"}]}
     with pytest.raises(
-        ConfigError, match="data.train: no example .* nothing to fit on. train: 0 examples from 1 records"
+        ConfigError, match="data.train: no example .* nothing to train on. train: 0 examples from 1 records"
     ):
         module_of(tokenizer, SourceConfig(records=[question])).setup("fit")
     with pytest.raises(ConfigError, match=r"records were dropped. train: 2 examples .* 1 no_trained_message"):

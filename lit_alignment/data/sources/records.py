@@ -10,6 +10,9 @@ from typing import Any
 
 from lit_alignment.data.sources.values import LIMITS, Misfit, RecordLimitsConfig, parse_json, plain
 from lit_alignment.errors import AlignmentError, ConfigError, RecordError
+from lit_alignment.paths import look_for_hub
+
+MOST_REPEATS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,11 @@ class SourceConfig:
             raise ConfigError(f"source {self.title}: give 'weight' or 'repeat', not both.")
         if self.sample_rate is not None and not 0 < self.sample_rate <= 1:
             raise ConfigError(f"source {self.title}: sample_rate is {self.sample_rate}; use a number in (0, 1].")
-        if not (0 < self.repeat < inf and (self.weight is None or 0 < self.weight < inf)):
-            raise ConfigError(f"source {self.title}: 'repeat' and 'weight' must be finite and above 0.")
+        weight = 1.0 if self.weight is None else self.weight
+        if not (0 < self.repeat <= MOST_REPEATS and 0 < weight < inf):
+            raise ConfigError(
+                f"source {self.title}: 'repeat' (at most {MOST_REPEATS}) and 'weight' must be finite and above 0."
+            )
         if min(self.offset, self.num_rows or 0, self.num_samples or 0) < 0:
             raise ConfigError(f"source {self.title}: 'offset', 'num_rows' and 'num_samples' must be 0 or more.")
 
@@ -126,9 +132,15 @@ class SourceConfig:
     def _read_hub(self) -> Iterator[tuple[str, Any]]:
         import datasets
 
+        reason = look_for_hub()
         try:
             rows = datasets.load_dataset(self.path, self.subset, split=self.split or "train")
         except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+            if reason:
+                raise ConfigError(
+                    f"{self.path}: no file or folder (looked from {Path.cwd()}), not in the cache, and {reason}. Check "
+                    "data's 'path', or set HF_ENDPOINT to a mirror."
+                ) from error
             raise ConfigError(
                 f"{self.path}: neither a local file nor a data set that the hub gives "
                 f"({type(error).__name__}: {str(error).splitlines()[0]}). Check data's 'path'."

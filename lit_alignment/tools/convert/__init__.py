@@ -1,6 +1,5 @@
 """`lit-alignment convert`: a JSON configuration of turbo-alignment as one of ours."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.tools.convert.document import Document
 from lit_alignment.tools.convert.kinds import CONVERTERS, PREFERENCES, SHORT, kind_of
 from lit_alignment.tools.convert.settings import Notes, Settings, read_json
+from lit_alignment.tools.options import OptionParser
 
 
 def main(arguments: list[str]) -> None:
@@ -46,8 +46,8 @@ def convert(top: Settings, kind: str) -> list[Document]:
     return CONVERTERS[kind](top)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lit-alignment convert",
         description="Turn a JSON configuration of turbo-alignment into a YAML for lit-alignment, and list each setting "
         "that works otherwise, has no counterpart, or is not known.",
