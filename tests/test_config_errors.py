@@ -106,7 +106,7 @@ FILES = {
         "data: {init_args: {train: [{path: a, num_samples: -1}]}}",
         "source a: 'offset', 'num_rows' and 'num_samp",
     ),
-    "repeat": ("data: {init_args: {train: [{path: a, repeat: 1.0e+30}]}}", "'repeat' at most 1000000."),
+    "repeat": ("data: {init_args: {train: [{path: a, repeat: 1.0e+30}]}}", "'repeat' (at most 1000000)"),
     "seed": ("seed_everything: -1", "seed_everything: -1 is not in bounds"),
 }
 OPTIONS = {
