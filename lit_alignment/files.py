@@ -60,6 +60,22 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return found
 
 
+def config_in(path: Path, kind: type[Config], what: str) -> Config:
+    """A settings dataclass from a file of JSON; fields that it does not know are of another version, and left out.
+
+    Args:
+        path: The file.
+        kind: The dataclass.
+        what: What it should be, for the message.
+
+    Raises:
+        ConfigError: If it is no JSON object.
+        CheckpointError: If a field is missing, or of the wrong type.
+    """
+    known = get_type_hints(kind)
+    return config_from(kind, {name: each for name, each in read_json(path, what).items() if name in known}, path)
+
+
 def config_from(kind: type[Config], values: Any, where: object) -> Config:
     """A settings dataclass from plain values of a file.
 

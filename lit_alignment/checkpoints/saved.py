@@ -167,12 +167,14 @@ def head_of(folder: Path) -> HeadConfig | None:
     if not (folder / "config.json").is_file():
         return None
     config = read_json(folder / "config.json", "a model's configuration")
-    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
-        return None
-    names: Mapping[str, str] = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    problem = PROBLEMS.get(config.get("problem_type") or "", "regression" if len(names) == 1 else "single_label")
     try:
+        if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or []):
+            return None
+        names: Mapping[str, str] = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        problem = PROBLEMS.get(config.get("problem_type") or "", "regression" if len(names) == 1 else "single_label")
         labels = tuple(names[str(index)] for index in range(len(names)))
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: id2label does not name all labels, from 0 on.") from error
-    return HeadConfig(labels, problem, measured={name: config[name] for name in MEASURED if name in config})
+    except (KeyError, TypeError, AttributeError) as error:
+        problems = "architectures, problem_type or id2label (all labels, from 0 on)"
+        raise CheckpointError(f"{folder / 'config.json'}: {problems} have the wrong form ({error}).") from error
+    measured = {name: config[name] for name in MEASURED if name in config}
+    return config_from(HeadConfig, {"labels": labels, "problem": problem, "measured": measured}, folder / "config.json")

@@ -6,9 +6,9 @@ N passages, D width
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.sources.content import file_hash
 from lit_alignment.errors import ConfigError
+from lit_alignment.files import config_in, inside
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -48,7 +49,7 @@ class Manifest:
     encoder: dict[str, Any]
     encoder_hash: str
     dimension: int
-    dtype: str
+    dtype: Literal["float32", "bfloat16", "float16"]
     count: int
     shards: list[list[Any]] = field(default_factory=list)
     search: str = "exact"
@@ -66,7 +67,8 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         FileNotFoundError: If there is no index.
-        ConfigError: If it is damaged or of another version.
+        ConfigError: If it is no JSON, or of another version.
+        CheckpointError: If it is damaged.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -74,12 +76,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: no index here (no {MANIFEST}; looked from {Path.cwd()}). "
             "Make it: lit-alignment index build --config FILE."
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        known = {f.name for f in fields(Manifest)}
-        manifest = Manifest(**{name: value for name, value in values.items() if name in known})
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a manifest of an index ({error}). Build the index again.") from error
+    manifest = config_in(path, Manifest, "a manifest of an index")
     if manifest.format != FORMAT:
         raise ConfigError(f"{path}: format {manifest.format} is not {FORMAT}. Build the index again.")
     return manifest
@@ -154,20 +151,19 @@ def map_shards(folder: Path, manifest: Manifest, writable: bool = False) -> list
     """
     dtype = DTYPES[manifest.dtype]
     mapped = []
-    for name, rows in manifest.shards:
-        path = folder / name
+    for shard in manifest.shards:
         try:
+            name, rows = shard
+            path = inside(folder, name)
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 shape = json.loads(file.read(length))["embeddings"]["shape"]
             expected = 8 + length + rows * manifest.dimension * dtype.itemsize
             if shape != [rows, manifest.dimension] or path.stat().st_size != expected:
                 raise ValueError(f"it holds {shape}")
-        except (OSError, ValueError, KeyError) as error:
-            wanted = f"[{rows}, {manifest.dimension}]"
-            raise ConfigError(
-                f"{path}: not the embeddings {wanted} that the manifest names ({error}). Build the index again."
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            wanted = f"of {manifest.dimension} numbers a row that the manifest names as {shard}"
+            raise ConfigError(f"{folder}: not the embeddings {wanted} ({error}). Build the index again.") from error
         if rows == 0:
             mapped.append(torch.empty(0, manifest.dimension, dtype=dtype))
             continue

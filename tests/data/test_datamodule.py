@@ -76,7 +76,9 @@ def test_nothing_left_and_dropped_records_can_be_errors(tokenizer):
         module_of(tokenizer, SourceConfig(records=[question])).setup("fit")
     with pytest.raises(ConfigError, match=r"records were dropped. train: 2 examples .* 1 no_trained_message"):
         module_of(tokenizer, SourceConfig(records=[*chats(2), question]), on_drop="error").setup("fit")
-    with pytest.raises(ConfigError, match="nothing to validate on. val: 0 examples from 1 records.*1 no_trained_message"):
+    with pytest.raises(
+        ConfigError, match="nothing to validate on. val: 0 examples from 1 records.*1 no_trained_message"
+    ):
         sources = {"train": [SourceConfig(records=chats(2))], "val": [SourceConfig(records=[question])]}
         SFTDataModule(tokenizer, **sources).setup(TrainerFn.FITTING)  # as the Trainer calls it
     with pytest.raises(ConfigError, match="data.train is empty"):

@@ -206,9 +206,9 @@ VALUES = st.recursive(
 
 
 @st.composite
-def mutated(draw: st.DrawFn, form: str) -> bytes:
-    """A file with a valid record and one in which a few values are replaced, removed, or swapped, or bytes are cut."""
-    record = FORMS[form]
+def mutations(draw: st.DrawFn, valid: Record) -> Record:
+    """A record in which a few values are replaced, removed, or swapped."""
+    record = valid
     for _ in range(draw(st.integers(1, 3))):
         places = list(paths(record))
         if not places:
@@ -223,6 +223,13 @@ def mutated(draw: st.DrawFn, form: str) -> bytes:
                 record = replaced(record, path, [_at(record, path)])
             case "other":
                 record = replaced(record, path, copy.deepcopy(_at(record, draw(st.sampled_from(places)))))
+    return record
+
+
+@st.composite
+def mutated(draw: st.DrawFn, form: str) -> bytes:
+    """A file with a valid record and one that is mutated, or whose bytes are cut."""
+    record = draw(mutations(FORMS[form]))
     # Lone surrogates are escaped: a file cannot hold them otherwise.
     text = f"{json.dumps(FORMS[form] | {'id': 'valid'})}\n{json.dumps(record)}\n".encode()
     if draw(st.integers(0, 9)) == 0:

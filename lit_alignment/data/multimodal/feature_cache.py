@@ -6,7 +6,7 @@ P patches, D width
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lit_alignment.data.multimodal.media import UnreadableMediaError
 from lit_alignment.data.sources.content import content_hash
 from lit_alignment.errors import CacheError, CheckpointError, ConfigError
+from lit_alignment.files import config_in
 
 INDEX = "features.json"
 UNREADABLE = "unreadable.jsonl"
@@ -231,7 +232,8 @@ def read_index(folder: Path) -> CacheIndex:
 
     Raises:
         FileNotFoundError: If there is none.
-        ConfigError: If it is damaged or of another version.
+        ConfigError: If it is no JSON, or of another version.
+        CheckpointError: If it is damaged.
     """
     path = folder / INDEX
     if not path.is_file():
@@ -239,11 +241,7 @@ def read_index(folder: Path) -> CacheIndex:
             f"{folder}: no feature cache here (no {INDEX}; looked from {Path.cwd()}). "
             "Make it: lit-alignment preprocess --config FILE."
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = CacheIndex(**{name: values[name] for name in (f.name for f in fields(CacheIndex)) if name in values})
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not an index of a feature cache ({error}). Make the cache again.") from error
+    found = config_in(path, CacheIndex, "an index of a feature cache")
     if found.format != FORMAT:
         raise ConfigError(f"{path}: format {found.format} is not {FORMAT}. Make the cache again.")
     return found
