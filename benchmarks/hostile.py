@@ -241,21 +241,26 @@ def remote_with(folder: Path, manifest: dict[str, Any]) -> None:
 # Commands in children of this process, which has imported everything.
 
 
-def child(work: Callable[[], int], log: Path) -> int:
-    """Exit code of something that runs in a child."""
+def child(work: Callable[[], int]) -> tuple[int, str]:
+    """Exit code of something that runs in a child, and what it says."""
+    reads, writes = os.pipe()  # no file, whose size is limited
     pid = os.fork()
     if not pid:
         code = 1
         try:
-            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
+            os.dup2(writes, 1)
+            os.dup2(writes, 2)
+            os.close(reads)
             torch.set_num_threads(1)  # the parent's other threads are not there
             code = work()
         except BaseException as error:
             print(f"Traceback: {error!r}", file=sys.stderr, flush=True)
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        finally:
+            os._exit(code)
+    os.close(writes)
+    with os.fdopen(reads, errors="replace") as said:
+        text = said.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
 
 
 def writers(folder: Path, checkpoint: str) -> dict[str, list[str]]:
@@ -298,11 +303,10 @@ def full_disks(folder: Path, checkpoint: str) -> str:
     """Run every writer under limits of different sizes."""
     ends = Counter[str]()
     for name, words in writers(folder, checkpoint).items():
-        for limit in (0, 2_000, 60_000):
+        for limit in (300, 6_000, 200_000):
             shutil.rmtree(folder / "out", ignore_errors=True)
             (folder / "out").mkdir()
-            code = child(partial(limited, words, limit), folder / "log")
-            said = (folder / "log").read_text(errors="replace")
+            code, said = child(partial(limited, words, limit))
             end = {0: "fitted in", 2: "one message"}.get(code, "OTHER EXIT CODE")
             end = "TRACEBACK" if "Traceback" in said else end
             ends[end] += 1
@@ -377,17 +381,16 @@ def signals(folder: Path) -> str:
                 ]
             if phase == "imports":
                 heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-                with (folder / "log").open("w") as log:
-                    run = [sys.executable, "-m", "lit_alignment", *words]
-                    process = subprocess.Popen(run, cwd=ROOT, stdout=log, stderr=log, preexec_fn=heed)
-                    time.sleep(1)
-                    process.send_signal(number)
-                    code = process.wait()
+                run = [sys.executable, "-m", "lit_alignment", *words]
+                process = subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+                time.sleep(1)
+                process.send_signal(number)
+                _, said = process.communicate()
+                code = process.returncode
             else:
                 target = (ExampleMaker, "load") if phase == "encoding" else None
-                code = child(partial(interrupted, words, number, target), folder / "log")
-            said = (folder / "log").read_text(errors="replace")
-            over = phase in ("the end of training", "fit's end")  # everything is done and saved
+                code, said = child(partial(interrupted, words, number, target))
+            over = phase in ("the end of an epoch", "the end of training", "fit's end")  # everything is done and saved
             right = code in (128 + number, -number) or (over and code == 0)
             saved = phase not in list(HOOKS)[1:8] or bool(list(out.rglob("*.ckpt")))
             end = "right exit code" if right and saved and "Traceback" not in said else "WRONG END"

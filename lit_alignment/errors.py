@@ -22,6 +22,7 @@ DISK = {
     errno.EEXIST: "A file is in the way; choose another path.",
     errno.ENAMETOOLONG: "Choose a shorter path.",
     errno.ENOSPC: "Make room, and run this again; what was written before is kept.",
+    errno.EFBIG: "Files may not grow that large here; raise the limit, or choose another disk.",
     errno.EDQUOT: "Make room, and run this again; what was written before is kept.",
 }
 MAKERS = ("__init__", "__post_init__")

@@ -305,6 +305,10 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
         raise ConfigError(explain(str(error), layers, arguments[0] if run else "")) from error
     except MisconfigurationException as error:
         raise ConfigError(str(error).strip()) from error
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # before the run takes the signal, as while it encodes
+            raise KeyboardInterrupt from stop
+        raise
 
 
 def _hints() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -96,7 +97,7 @@ def write_folder(
             shutil.rmtree(target)
         os.replace(partial, target)
         flush_folder(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{target}: cannot write the export ({error}). The checkpoint is untouched.") from error
     return target

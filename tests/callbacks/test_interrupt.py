@@ -17,6 +17,7 @@ from lit_alignment import AtomicCheckpointIO
 from lit_alignment.callbacks.interrupt import Interrupt
 from lit_alignment.checkpoints.resuming import CheckpointConnector
 from lit_alignment.cli import main
+from lit_alignment.data.examples import ExampleMaker
 from lit_alignment.errors import Stopped
 from tests.helpers import ROOT, Seen, chats, sft_data, sft_module, trainer, weights, write_jsonl
 from tests.helpers.ranks import run_on_ranks
@@ -214,6 +215,12 @@ def test_ctrl_c_during_imports_is_130(tmp_path):
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in said, said
+
+
+def test_ctrl_c_while_data_are_encoded_is_130(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ExampleMaker, "load", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert main(tiny(tmp_path)) == 130
+    assert capsys.readouterr().err.strip().endswith("error: interrupted. What was written is kept.")
 
 
 @pytest.mark.slow
