@@ -13,7 +13,7 @@ from typing import Any
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_alignment.callbacks.summary import ending
 from lit_alignment.checkpoints.resuming import INTERRUPTED, REQUEUED
@@ -69,8 +69,10 @@ class Interrupt(Callback):
             self.received, self._at = number, time.monotonic()
         if again or not self._training:
             raise Stopped(number)
-        name = signal.Signals(number).name
-        rank_zero_info(f"\n{name}: stopping before the next micro-batch; a second one stops at once, without saving.")
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # past Python's buffers, which the signal may have found half written
+            name = signal.Signals(number).name
+            text = f"\n{name}: stopping before the next micro-batch; a second one stops at once, without saving.\n"
+            os.write(2, text.encode())
 
     # Where a run stops.
 

@@ -5,10 +5,12 @@ import os
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lit_alignment import AtomicCheckpointIO, SFTModule
 from lit_alignment.checkpoints.newest import newest_checkpoint
+from lit_alignment.checkpoints.resuming import write_into_run_of
 from lit_alignment.checkpoints.sharded import partial_path, put_in_place, read_whole
 from lit_alignment.errors import CheckpointError
 from lit_alignment.trainer_cli import build
@@ -33,6 +35,18 @@ def write_sharded(path, value=1.0):
         {"state_dict": {"x": torch.full((5000,), value)}, "optimizer_0": optimizer}, checkpoint_id=partial, no_dist=True
     )
     put_in_place(partial, path, {"global_step": 3})
+
+
+@pytest.mark.parametrize("run", [True, False])
+def test_resumed_run_writes_into_folders_of_runs_alone(tmp_path, run):
+    logger = CSVLogger(tmp_path, name="mine")
+    path = tmp_path / "mine/first/checkpoints/x.ckpt"
+    path.parent.mkdir(parents=True)
+    if run:
+        (tmp_path / "mine/first/metrics.csv").write_text("step\n")
+    write_into_run_of(str(path), trainer(tmp_path, logger=logger))
+    assert logger.version == ("first" if run else 0)  # a folder of checkpoints alone may be anybody's
+    assert (tmp_path / "mine/first/metrics.1.csv").exists() == run
 
 
 def test_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, capsys):
