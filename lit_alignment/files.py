@@ -1,6 +1,7 @@
 """What stands in files that others have written: names, JSON and settings, each taken for what it must be."""
 
 import json
+import reprlib
 import types
 from dataclasses import is_dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -91,7 +92,7 @@ def config_from(kind: type[Config], values: Any, where: object) -> Config:
         hints = get_type_hints(kind)
         for name, value in dict(values).items():
             if not _fits(value, hints[name]):
-                raise TypeError(f"{name} is {value!r:.100}")
+                raise TypeError(f"{name} is {reprlib.repr(value)}")
         return kind(**values)
     except AlignmentError:
         raise

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import fsspec
 import pytest
@@ -20,6 +21,8 @@ OPTIONS = {
     "client_kwargs": {"aws_session_token": f"session-{PLANTED}", "region_name": "eu"},
     "endpoint_url": f"https://user:{PLANTED}@host/path?sig={PLANTED}",
     "config": [{"password": PLANTED, "accountKey": PLANTED}],
+    "connection_string": f"Endpoint=x;AccountKey={PLANTED}",
+    "headers": {"PRIVATE-TOKEN": PLANTED, "X-Anything": PLANTED},
 }
 
 
@@ -76,10 +79,21 @@ def test_messages_do_not_quote_secrets(arguments, tmp_path, capfd):
 def test_names_of_secrets_are_told_from_those_of_tokens():
     names = ["key", "api_key", "apiKey", "HF_TOKEN", "token", "aws_secret_access_key", "passwd", "session_token"]
     assert all(map(is_secret, names))
+    assert all(map(is_secret, ["github_token", "connection_string", "creds", "jwt", "secretkey", "client_secret"]))
     names = ["tokens", "pad_token", "max_tokens", "tokens_per_batch", "token_id", "passages", "monitor", "keyword"]
     assert not any(map(is_secret, names))
     settings = {"image": {"token": "<image>"}, "tokens": {"new": {"<key>": {}}}, "api_key": None, "key": 5}
     assert masked(settings) == settings | {"key": MASK}
+    chat = "See https://docs.org/. Answer with the password: swordfish."  # a text is no setting
+    source = {"system_prompt": chat, "records": [{"meta": {"key": "C major"}, "password": "x"}]}
+    assert masked(source) == source and masked({"note": chat}) == {"note": chat}
+    for text in (
+        "Authorization: Bearer abcdefgh123",
+        "{'password': 'two words'}",
+        "s3://a:b/c@bucket/x",
+        "AccountKey=abc",
+    ):
+        assert not re.search("abcdefgh123|two|words|b/c|=abc", mask_text(text)), text
     assert mask_text("unknown key: model.x; pad_token: <pad>") == "unknown key: model.x; pad_token: <pad>"
 
 

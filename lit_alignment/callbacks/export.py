@@ -15,6 +15,7 @@ from lit_alignment.checkpoints.export import Check, write_checked
 from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, export_form, write_folder
 from lit_alignment.checkpoints.restore import restore
 from lit_alignment.checkpoints.saved import read_saved
+from lit_alignment.checkpoints.states import is_inside
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.head import base_model
@@ -91,7 +92,7 @@ class Export(Callback):
                 place = next(place for place in places if Path(place) in Path(best).parents)
                 point_to(Path(place) / "export", folder_of(best))
             for path in self._exported - wanted:
-                if any(Path(place) in Path(path).parents for place in places):
+                if is_inside(path, places):
                     shutil.rmtree(folder_of(path), ignore_errors=True)
         self._exported, self._best = wanted, best
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_alignment.checkpoints.states import is_inside
 from lit_alignment.data.passages import format_passage
 from lit_alignment.distributed.fsdp2 import FSDP2Strategy
 from lit_alignment.errors import ConfigError
@@ -71,7 +72,8 @@ class IndexRefresh(Callback):
         if self._saved:
             self._made_at = int(self._saved["step"])
             folder = Path(self._saved["folder"])
-            if self._made_at == 0 and not folder.exists():
+            own = [str(self._folder), str(Path(retriever.index_config.path).absolute().parent)]
+            if (self._made_at == 0 and not folder.exists()) or not is_inside(str(folder), own):
                 return self._check_first(trainer, retriever)
             try:
                 found = read_manifest(folder)

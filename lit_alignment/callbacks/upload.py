@@ -22,6 +22,7 @@ from torch import Tensor
 from lit_alignment.callbacks.export import Export
 from lit_alignment.checkpoints.background import save_queue
 from lit_alignment.checkpoints.remote import RemoteFile, RemoteFolder, RemoteItem, RemoteKind, describe, reason
+from lit_alignment.checkpoints.states import is_inside
 from lit_alignment.distributed.rank_zero import on_rank_zero
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.files import relative
@@ -149,9 +150,9 @@ class Upload(Callback):
         for saver in (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)):
             scores: dict[str, Tensor | None] = {saver.last_model_path: None}
             scores |= {saver.best_model_path: saver.best_model_score, **saver.best_k_models}
-            scores.pop("", None)
-            for name, score in scores.items():
-                path = Path(name)
+            own = [name for name in scores if is_inside(name, [str(saver.dirpath)])]  # not an earlier run's best
+            for name in own:
+                path, score = Path(name), scores[name]
                 number = re.search(r"step=(\d+)", path.stem)
                 step = int(number[1]) if number else trainer.global_step
                 value = None if score is None or not math.isfinite(score) else float(score)

@@ -1,12 +1,12 @@
 """Find the newest checkpoint of a run that can be read."""
 
-import zipfile
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_alignment.checkpoints.reading import ShardReader, is_deepspeed
+from lit_alignment.checkpoints.reading import ShardReader, check_archive, is_deepspeed, unreadable
 from lit_alignment.checkpoints.sharded import OLD, found_path, is_sharded, read_rest
 from lit_alignment.errors import CheckpointError
 
@@ -59,14 +59,14 @@ def check(path: Path) -> None:
         if path.is_dir():
             raise CheckpointError(f"{path}: no whole checkpoint: the run ended while it was written.")
         try:
-            with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums that it writes
-                broken = archive.testzip()
-        except OSError:
+            check_archive(path)
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except FileNotFoundError:
             raise
         except Exception as error:  # a damaged directory of the archive raises whatever its reader happens to
-            raise CheckpointError(f"{path}: cannot read the checkpoint ({error}).") from error
-        if broken is not None:
-            raise CheckpointError(f"{path}: cannot read the checkpoint (wrong checksum of {broken}).")
+            raise unreadable(path, error) from error
+        if not isinstance(content, dict) or "state_dict" not in content:
+            raise CheckpointError(f"{path}: no checkpoint.")
         return
     read_rest(path)
     for place in ShardReader(path).read_metadata().storage_data.values():

@@ -5,11 +5,13 @@ import os
 import pickle
 import re
 import tempfile
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PosixPath
-from typing import Any
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -23,6 +25,7 @@ from torch.serialization import _get_layout, safe_globals
 from lit_alignment.errors import CheckpointError, require
 from lit_alignment.files import inside
 
+IN_PYTHON: Any = pickle._Unpickler
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # what torch.load asks before its own arguments
 # What the description of shards is made of; names are compared whole, so no attribute of these can be reached.
 DESCRIPTION: dict[tuple[str, str], Any] = {
@@ -43,7 +46,7 @@ DESCRIPTION: dict[tuple[str, str], Any] = {
     },
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _get_layout,
-    ("pathlib", "PosixPath"): PosixPath,  # compared by nobody, opened by nobody
+    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),  # where it was written, which nobody asks
     **{("torch", name): kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)},
 }
 
@@ -55,6 +58,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         CheckpointError: If it is damaged, or holds anything else.
     """
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -63,6 +67,22 @@ def read_plain(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, and a checkpoint is a dict. Use another one.")
     return content
+
+
+def check_archive(path: Path) -> None:
+    """Compare a file of `torch.save` with its checksums, which torch writes and does not look at.
+
+    Raises:
+        ValueError: If it is damaged, or compressed, which torch writes none: a small file could hold any amount.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.") if not path.exists() else ValueError("it is no file")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed")
+            if (broken := archive.testzip()) is not None:
+                raise ValueError(f"wrong checksum of {broken}")
 
 
 def unreadable(path: Path, error: BaseException) -> CheckpointError:
@@ -80,8 +100,32 @@ def unreadable(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(f"{path}: cannot read the checkpoint ({reason}). It is damaged; use an earlier one.")
 
 
-class _Description(pickle.Unpickler):
-    """Reads the description of shards, which torch itself reads with plain pickle."""
+def _fields(kind: Any) -> set[str]:
+    return {each.name for each in fields(kind)} if is_dataclass(kind) else set()
+
+
+class _Description(IN_PYTHON):  # type: ignore[misc]
+    """Reads the description of shards, which torch itself reads with plain pickle.
+
+    In Python, since what C gives a state to can be anything that it has found, a class too.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(IN_PYTHON.dispatch)
+
+    def load_build(self) -> None:
+        """Give a state to an instance of a dataclass, by its fields alone.
+
+        Raises:
+            UnpicklingError: If it is anything else.
+        """
+        state, made = self.stack[-1], self.stack[-2]
+        parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+        named = all(part is None or (isinstance(part, dict) and part.keys() <= _fields(type(made))) for part in parts)
+        if isinstance(made, type) or not (isinstance(made, stored.TensorProperties) or (named and _fields(type(made)))):
+            raise pickle.UnpicklingError(f"it changes {made!r:.100}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         """One of the few names that there can be.
@@ -93,6 +137,21 @@ class _Description(pickle.Unpickler):
             return DESCRIPTION[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it names {module}.{name}") from None
+
+
+def _check_tensors(folder: Path, description: stored.Metadata) -> None:
+    """Refuse tensors that lack chunks, or hold more than the files do: torch would leave memory as it is."""
+    total = 0
+    for name, tensor in description.state_dict_metadata.items():
+        if not isinstance(tensor, stored.TensorStorageMetadata):
+            continue
+        places, held = {tuple(chunk.offsets) for chunk in tensor.chunks}, sum(c.sizes.numel() for c in tensor.chunks)
+        if len(places) < len(tensor.chunks) or held != tensor.size.numel():
+            raise ValueError(f"parts of {name} are missing")
+        total += tensor.size.numel() * tensor.properties.dtype.itemsize
+    size = sum(file.stat().st_size for file in folder.glob("*.distcp"))
+    if total > size:
+        raise ValueError(f"it describes {total} bytes, and the shards have {size}")
 
 
 class ShardReader(FileSystemReader):
@@ -112,6 +171,7 @@ class ShardReader(FileSystemReader):
                 raise TypeError(f"it describes a {type(found).__name__}")
             for name in {place.relative_path for place in found.storage_data.values()}:
                 inside(Path(self.path), name)
+            _check_tensors(Path(self.path), found)
             keys = [key for keys in (found.planner_data or {}).values() for key in keys if isinstance(key, int)]
             if max(keys, default=0) > len(found.state_dict_metadata):  # torch makes lists that long
                 raise ValueError(f"it has a list of {max(keys)} values")

@@ -1,5 +1,6 @@
 """What a checkpoint, or a folder of an adapter or a classifier, says of its model."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,10 +108,10 @@ def _from_content(source: Path, content: dict[str, Any]) -> Saved:
     tokens = tokens | {"new": {token: config_from(NewTokenConfig, how, source) for token, how in new.items()}}
     modalities = _dict(source, "modalities", info.get("modalities", {}))
     if not modalities.keys() <= set(MODALITIES):  # each becomes the name of a folder
-        raise TypeError(f"modalities are {', '.join(modalities)!r:.100}")
+        raise TypeError(f"modalities are {reprlib.repr([*modalities])}")
     peft, adapter, head, template = (info.get(key) for key in ("peft", "adapter", "head", "chat_template"))
     if not isinstance(template, str | dict | None):
-        raise TypeError(f"chat_template is {template!r:.100}")
+        raise TypeError(f"chat_template is {reprlib.repr(template)}")
     return Saved(
         backbone=config_from(BackboneConfig, info.get("backbone"), source),
         peft=None if peft is None else inert_peft(peft, source),

@@ -141,6 +141,7 @@ def read_into(path: Path, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: If it is damaged or lacks one.
     """
+    ShardReader(path).read_metadata()  # else torch logs what is wrong as a fault of its own
     _guarded(path, lambda: load(state, storage_reader=ShardReader(path), planner=ShardPlanner()))
 
 
@@ -155,10 +156,11 @@ def read_whole(path: Path, optimizers: bool = True) -> dict[str, Any]:
         CheckpointError: If it is damaged.
     """
     shards: dict[str, Any] = {}
+    ShardReader(path).read_metadata()  # as above
     planner = WholePlanner(None if optimizers else {"state_dict"})
     _guarded(path, lambda: _load_state_dict(shards, ShardReader(path), planner=planner, no_dist=True))
     states = [by_number(shards[name]) for name in sorted(shards) if name.startswith(OPTIMIZER)]
-    return read_rest(path) | {"state_dict": shards["state_dict"], "optimizer_states": states}
+    return read_rest(path) | {"state_dict": shards.get("state_dict"), "optimizer_states": states}
 
 
 def by_number(state: dict[str, Any]) -> dict[str, Any]:

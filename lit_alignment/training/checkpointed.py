@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_alignment.checkpoints.restore import refuse_missing, trained_names
 from lit_alignment.checkpoints.saved import CHECKPOINT_KEY
+from lit_alignment.checkpoints.states import check_moments, keep_own_paths
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.data.batching.standing import (
@@ -104,6 +105,8 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         """Do what was due where a resumed run stands, with this run's settings."""
         schedule: Any = self.lr_schedulers()
         changed = []
+        for optimizer in self.trainer.optimizers:
+            check_moments(optimizer)
         if self.settings:  # else a subclass has made the optimizer
             changed = apply_settings(self.trainer.optimizers[0], schedule, self.settings)
         changed += (begun := datamodule_of(self.trainer).begun).changed
@@ -175,6 +178,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
+        keep_own_paths(checkpoint.get("callbacks", {}), self.trainer)
         data = datamodule_of(self.trainer)
         stored = checkpoint.get(type(data).__qualname__, {})
         if not checkpoint.get("loops", {}).get("fit_loop") or "train" not in stored:

@@ -1,12 +1,18 @@
 """Nothing that is loaded is executed, changes the configuration, or reaches outside of its folder."""
 
+import copy
+import os
+import pickle
 import sys
+import zipfile
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.serialization import _get_layout
 
-from lit_alignment import AtomicCheckpointIO
+from lit_alignment import AtomicCheckpointIO, Export, Upload
 from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.checkpoints.resuming import CheckpointConnector
 from lit_alignment.checkpoints.saved import read_saved
@@ -170,3 +176,92 @@ def test_an_empty_file_says_so(tmp_path, capsys):
     (tmp_path / "x.ckpt").touch()
     assert main(["export", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "out")]) == 2
     assert "x.ckpt: cannot read the checkpoint (it is empty)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", ["local://{0}/precious", "{1}/../precious", "{0}/precious", "{1}/link/precious", "file://{0}/precious"]
+)
+def test_states_of_callbacks_remove_and_send_nothing_outside_of_the_run(good, tmp_path, path):
+    """Lightning removes, and Upload sends, what a checkpoint says were its best, last and other checkpoints."""
+    content, base = good
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    (run / "ckpt").mkdir(parents=True)
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    (run / "ckpt/link").symlink_to(tmp_path)
+    (key, state) = next((k, v) for k, v in content["callbacks"].items() if k.startswith("ModelCheckpoint"))
+    where = path.format(tmp_path, run / "ckpt")
+    named = dict.fromkeys(("best_model_path", "last_model_path", "kth_best_model_path"), where)
+    named["best_k_models"] = {where: torch.tensor(1.0)}
+    for with_folder in (True, False):
+        changed = dict(state) | named | {"dirpath": str(run / "ckpt")}
+        changed = changed if with_folder else {k: v for k, v in changed.items() if k != "dirpath"}
+        torch.save(content | {"callbacks": {key: changed, "Export": {"exported": [where]}}}, tmp_path / "evil.ckpt")
+        module = module_with(base, WEIGHTS["lora"])
+        callbacks = [Export(), Upload(f"file://{tmp_path}/bucket"), ModelCheckpoint(run / "ckpt", save_last=True)]
+        runner = trainer(run, callbacks=callbacks, enable_checkpointing=True, max_epochs=4)
+        runner.fit(module, sft_data(module, chats(8), chats(4), batch_size=4), ckpt_path=tmp_path / "evil.ckpt")
+        assert (precious / "thesis.txt").read_text() == "years of work"
+        assert not list((tmp_path / "bucket").rglob("thesis*"))
+
+
+def test_moments_of_another_shape_do_not_reach_the_optimizer(good, tmp_path):
+    content, base = good
+    states = copy.deepcopy(content["optimizer_states"])
+    states[0]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(content | {"optimizer_states": states}, tmp_path / "evil.ckpt")
+    module = module_with(base, WEIGHTS["lora"])
+    with pytest.raises(CheckpointError, match=r"has exp_avg of shape \[3\] for a weight of"):
+        data = sft_data(module, chats(8), chats(4), batch_size=4)
+        trainer(tmp_path, max_epochs=3).fit(module, data, ckpt_path=tmp_path / "evil.ckpt")
+
+
+@pytest.mark.parametrize("made", ["class", "function"])
+def test_a_description_of_shards_changes_no_class(good, tmp_path, made):
+    path = hostile_checkpoints(tmp_path / "evil", good[0], tmp_path / "executed")["a shard behind a link"]
+    names = {
+        "class": b"ctorch.distributed.checkpoint.metadata\nMetadata\n",
+        "function": b"ctorch.serialization\n_get_layout\n",
+    }
+    state = b"(N}S'changed'\nI1\nst"  # no attributes of its own, and one for slots
+    (path / ".metadata").write_bytes(b"\x80\x02" + names[made] + state + b"b0" + (path / ".metadata").read_bytes()[2:])
+    with pytest.raises(CheckpointError, match="it changes"):
+        read_saved(path)
+    assert not hasattr(Metadata, "changed") and not hasattr(_get_layout, "changed")
+
+
+def test_damaged_compressed_and_odd_files_are_named(good, tmp_path):
+    content, _ = good
+    torch.save(content, tmp_path / "x.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.ckpt") as old,
+        zipfile.ZipFile(tmp_path / "z.ckpt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(CheckpointError, match="it is compressed"):
+        read_saved(tmp_path / "z.ckpt")
+    data = bytearray((tmp_path / "x.ckpt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "x.ckpt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="wrong checksum of"):
+        read_saved(tmp_path / "x.ckpt")
+    os.mkfifo(tmp_path / "fifo.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    saver = trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    assert newest_checkpoint(saver) is None  # none of them is taken, and none is waited for
+
+
+def test_tensors_that_the_shards_do_not_hold_are_refused(good, tmp_path):
+    folder = hostile_checkpoints(tmp_path / "evil", good[0], tmp_path / "executed")["a shard behind a link"].parent
+    for path in (folder / "shard.ckpt", folder / "beside.ckpt"):
+        with (path / ".metadata").open("rb") as file:
+            description = pickle.load(file)
+        tensor = next(v for k, v in description.state_dict_metadata.items() if k.startswith("state_dict"))
+        if path.stem == "shard":
+            tensor.chunks.clear()
+        else:
+            tensor.size = tensor.chunks[0].sizes = torch.Size([2**40])
+        (path / ".metadata").write_bytes(pickle.dumps(description))
+        with pytest.raises(CheckpointError, match=r"parts of .* are missing|and the shards have"):
+            read_saved(path)

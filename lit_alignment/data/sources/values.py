@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -189,8 +190,7 @@ def _plain_items(value: Any, limits: RecordLimitsConfig, table: bool, depth: int
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise Misfit(f"holds the key {twice!r} twice", "Keep one of them.")
     return found
 
