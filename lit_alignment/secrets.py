@@ -6,10 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MASK = "***"
-WORDS = set(
-    "secret secrets password passwd passphrase pwd credential credentials creds apikey authorization auth".split()
-)
-WORDS |= set("bearer cookie dsn jwt pat pkey accesskey secretkey sig signature".split())  # sig: of signed URLs
+WORDS = set("secret secrets password passwd passphrase pwd credential credentials creds apikey authorization".split())
+WORDS |= set("auth bearer cookie dsn jwt pat pkey accesskey secretkey sig signature".split())  # sig: of signed URLs
 NAMES = {"connection_string"}
 # A token of these is a tokenizer's, or a placeholder; others, such as `hf_token`, are to log in with.
 OF_TEXT = set("audio bos cls end eos first image last mask pad sep special start stop unk".split())

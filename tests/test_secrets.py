@@ -87,12 +87,8 @@ def test_names_of_secrets_are_told_from_those_of_tokens():
     chat = "See https://docs.org/. Answer with the password: swordfish."  # a text is no setting
     source = {"system_prompt": chat, "records": [{"meta": {"key": "C major"}, "password": "x"}]}
     assert masked(source) == source and masked({"note": chat}) == {"note": chat}
-    for text in (
-        "Authorization: Bearer abcdefgh123",
-        "{'password': 'two words'}",
-        "s3://a:b/c@bucket/x",
-        "AccountKey=abc",
-    ):
+    texts = ["Authorization: Bearer abcdefgh123", "{'password': 'two words'}", "s3://a:b/c@bucket/x", "AccountKey=abc"]
+    for text in texts:
         assert not re.search("abcdefgh123|two|words|b/c|=abc", mask_text(text)), text
     assert mask_text("unknown key: model.x; pad_token: <pad>") == "unknown key: model.x; pad_token: <pad>"
 

@@ -11,11 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.items import ItemBatch, PromptBatch
 from lit_alignment.data.encoding.prompts import Item
+from lit_alignment.data.sources.cache import fingerprint
+from lit_alignment.data.sources.content import content_hash
 from lit_alignment.distributed.rank_zero import on_rank_zero
 from lit_alignment.errors import ConfigError
 from lit_alignment.files import relative
 from lit_alignment.generation.prediction_file import PredictionFile, lock_folder, unlock_folder
 from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.paths import cache_dir, local_path
 
 
 class PredictionWriter(Callback):
@@ -137,12 +140,24 @@ class PredictionWriter(Callback):
 def _settings(trainer: Trainer, module: AlignmentModule) -> dict[str, Any]:
     """What decides the predictions, whatever the method."""
     checkpoint = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
+    folders = {"weights": Path(local_path(module.backbone.path))}
+    if module.adapter is not None:
+        folders["adapter_weights"] = Path(module.adapter.path).expanduser()
     return {
         "model": module.backbone.path,
         "revision": module.backbone.revision,
+        "dtype": module.backbone.dtype,
+        "precision": str(trainer.precision),
         "adapter": module.adapter and module.adapter.path,
+        **{name: _content(folder) for name, folder in folders.items()},
         "checkpoint": None if checkpoint is None else [str(checkpoint), checkpoint.stat().st_mtime_ns],
     }
+
+
+def _content(folder: Path) -> str:
+    """A hash of what a model's folder holds; empty for a model of the hub, whose revision says it."""
+    files = sorted(file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin", ".json"))
+    return fingerprint([(file.name, content_hash(file, cache_dir())) for file in files]) if files else ""
 
 
 def _line(item: Item, predicted: dict[str, Any], fingerprint: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from lit_alignment.models.stop_rule import StopRule, generation_config, stop_rul
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference of a logit, as a share of the largest logit: rounding of the stored weights, and nothing else,
 # since both sides compute in float32.
+WRITTEN = {".json", ".safetensors", ".jinja", ".txt", ".model", ".md"}  # what an export consists of
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
@@ -109,8 +110,7 @@ def export(config: ExportConfig) -> None:
         CheckpointError: If the difference is past the tolerance; nothing is written then.
     """
     target = config.out
-    if target.exists() and not config.overwrite:
-        raise ConfigError(f"{target} exists. Choose another --out, or add --overwrite.")
+    _check_target(config)
     saved = read_saved(config.source, config.base, config.trust_remote_code)
     network, tokenizer = restore(saved)
     composed = restore_towers(saved, network) if saved.modalities else None
@@ -126,6 +126,25 @@ def export(config: ExportConfig) -> None:
     size = sum(file.stat().st_size for file in target.iterdir())
     stored = "" if form == "adapter" else f", {str(dtype).removeprefix('torch.')}"
     print(f"{'LLaVA' if parts.merges else form}: {target}  ({size / 1e6:.1f} MB{stored})")
+
+
+def _check_target(config: ExportConfig) -> None:
+    """Refuse to write where something stands that an export has not written.
+
+    Raises:
+        ConfigError: Saying what.
+    """
+    target, given = config.out, [config.source, Path(config.base or config.source), Path.cwd()]
+    if (target.exists() or target.is_symlink()) and not config.overwrite:
+        raise ConfigError(f"{target} exists. Choose another --out, or add --overwrite.")
+    if target.is_symlink() or target.is_file():
+        raise ConfigError(f"{target} is a link or a file, which --overwrite does not replace. Choose another --out.")
+    whole = target.resolve()
+    if any(whole == path.resolve() or whole in path.resolve().parents for path in given):
+        raise ConfigError(f"{target} holds what is exported, or where you are. Choose another --out.")
+    foreign = next((path.name for path in target.glob("*") if path.suffix not in WRITTEN and path.is_file()), None)
+    if foreign is not None:
+        raise ConfigError(f"{target} holds {foreign}, which no export has written. Choose another --out, or remove it.")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
@@ -189,12 +190,31 @@ def load_adapter(model: nn.Module, adapter: AdapterConfig, tokenizer: PreTrained
         wrapped: PeftModel = PeftModel.from_pretrained(
             model, str(folder), is_trainable=adapter.trainable, config=config, use_safetensors=True
         )
-    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        refuse_missing_weights(wrapped, folder / "adapter_model.safetensors")
+    except AlignmentError:
+        raise
+    except Exception as error:  # peft and safetensors raise whatever a wrong description or a damaged file leads to
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{adapter.path}: this adapter does not fit the backbone ({reason}).") from error
     if not adapter.trainable:
         wrapped.requires_grad_(False)  # peft leaves virtual tokens trainable
     return wrapped
+
+
+def refuse_missing_weights(network: PeftModel, file: Path) -> None:
+    """Refuse weights of which some are missing: peft would leave these at their start, and say so in a warning.
+
+    Raises:
+        CheckpointError: Naming the first.
+    """
+    with safe_open(file, "pt") as weights:
+        found = set(weights.keys())
+    missing = sorted(get_peft_model_state_dict(network, save_embedding_layers=False).keys() - found)
+    if missing:
+        raise CheckpointError(
+            f"{file}: lacks {len(missing)} weights of the adapter that its configuration describes, the first is "
+            f"'{missing[0]}'. It is damaged, or belongs to another configuration."
+        )
 
 
 def is_prompt_learning(model: nn.Module) -> bool:

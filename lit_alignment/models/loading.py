@@ -1,6 +1,5 @@
 """Load a tokenizer and a language model as the configuration asks."""
 
-import pickle
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,15 +22,13 @@ from transformers import (
 from transformers.utils import logging
 
 from lit_alignment.errors import AlignmentError, ConfigError, require
+from lit_alignment.files import read_json, relative
 from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt_learning, load_adapter
 from lit_alignment.models.attention import DOCUMENT_SDPA, Attention, choose_attention, knows_sdpa
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.moved import renamed
 from lit_alignment.paths import local_path, look_for_hub
-
-# What files that are missing, damaged, of another architecture, or pickles of more than weights raise.
-DAMAGED = (OSError, ValueError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -151,6 +147,11 @@ def load_network(
         ConfigError: If it cannot be loaded, or cannot be trained that way.
     """
     wrapped = peft is not None or adapter is not None
+    if (Path(local_path(backbone.path)) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{backbone.path}: holds an adapter, which transformers would load unseen. Give its base as backbone.path, "
+            "and this folder as model.adapter."
+        )
     _check_device(backbone, wrapped, device_type)
     config = from_pretrained(AutoConfig, backbone, backbone.path)
     kind = _class_of(config, head)
@@ -319,13 +320,16 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
         ConfigError: If it cannot be loaded.
     """
     path = local_path(name)
+    check_folder(Path(path))
     try:
         return loader.from_pretrained(
             path, revision=backbone.revision, trust_remote_code=backbone.trust_remote_code, **options
         )
-    except (AlignmentError, torch.OutOfMemoryError):
+    except (AlignmentError, MemoryError, torch.OutOfMemoryError):
         raise
-    except DAMAGED as error:
+    except Exception as error:  # files that are missing, damaged or hostile raise whatever their readers happen to
+        if error.args == (DOCUMENT_SDPA,):  # no such attention in this architecture
+            raise
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"{name}: this model comes with Python code of its own, which is not run unless you ask for it: "
@@ -342,6 +346,18 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
             f"{name}: cannot load this model ({first}). Give a folder with config.json, tokenizer and "
             "weights, or a hub name that can be reached; `lit-alignment fetch --help` lists models that need no hub."
         ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model's folder whose list of weights names files elsewhere.
+
+    Raises:
+        CheckpointError: If it does.
+    """
+    for index in folder.glob("*.index.json"):
+        names = read_json(index, "a list of weights").get("weight_map")
+        for name in set(names.values()) if isinstance(names, dict) else ():
+            relative(name, index)
 
 
 def pinned(config: Loaded) -> Loaded:
