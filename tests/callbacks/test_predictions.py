@@ -7,14 +7,15 @@ import sys
 
 import pytest
 from lightning.pytorch import Callback
+from safetensors.torch import load_file, save_file
 
-from lit_alignment import PredictionWriter, SFTDataModule
+from lit_alignment import BackboneConfig, PredictionWriter, SFTDataModule, SFTModule
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import DecodingConfig
-from tests.helpers import chats, sft_module, trainer, write_jsonl
+from tests.helpers import base_model_folder, chats, sft_data, sft_module, trainer, write_jsonl
 
 USUAL = EncodingConfig()
 SETTINGS = {
@@ -228,3 +229,17 @@ def test_second_predict_into_the_same_folder_is_refused_until_the_first_ends_how
         first.communicate()
     assert run(tmp_path) == 24
     assert not (tmp_path / "out/.lock").exists()
+
+
+def test_answers_of_other_weights_under_the_same_name_are_not_taken_for_these(tmp_path):
+    base = base_model_folder(tmp_path / "base")
+    module = SFTModule(BackboneConfig(base), generation={"greedy": DecodingConfig(max_new_tokens=2)})
+    data = sft_data(module, chats(2), chats(2))
+    out = str(tmp_path / "out")
+    trainer(tmp_path, callbacks=[PredictionWriter(out)]).predict(module, data, return_predictions=False)
+    state = load_file(tmp_path / "base/model.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, tmp_path / "base/model.safetensors", {"format": "pt"})
+    again = SFTModule(BackboneConfig(base), generation={"greedy": DecodingConfig(max_new_tokens=2)})
+    with pytest.raises(ConfigError, match=r"made with other settings \(weights"):
+        data = sft_data(again, chats(2), chats(2))
+        trainer(tmp_path, callbacks=[PredictionWriter(out)]).predict(again, data, return_predictions=False)

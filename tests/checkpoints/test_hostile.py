@@ -1,6 +1,7 @@
 """Nothing that is loaded is executed, changes the configuration, or reaches outside of its folder."""
 
 import copy
+import json
 import os
 import pickle
 import sys
@@ -9,6 +10,7 @@ import zipfile
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.serialization import _get_layout
 
@@ -19,7 +21,7 @@ from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.checkpoints.sharded import read_into
 from lit_alignment.cli import main
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.adapters import AdapterConfig, save_adapter
 from tests.helpers import base_model_folder, chats, sft_data, trainer
 from tests.helpers.adapters import WEIGHTS, fit, module_with
 from tests.helpers.hostile import Payload, hostile_adapters, hostile_checkpoints, model_with_code
@@ -265,3 +267,28 @@ def test_tensors_that_the_shards_do_not_hold_are_refused(good, tmp_path):
         (path / ".metadata").write_bytes(pickle.dumps(description))
         with pytest.raises(CheckpointError, match=r"parts of .* are missing|and the shards have"):
             read_saved(path)
+
+
+def test_a_list_of_weights_that_names_files_elsewhere_is_refused(tmp_path):
+    folder = base_model_folder(tmp_path / "base")
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": "../outside.safetensors"}}
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names the file '../outside.safetensors'"):
+        module_with(folder).load_model()
+
+
+def test_a_model_s_folder_with_an_adapter_in_it_is_refused(tmp_path):
+    folder = base_model_folder(tmp_path / "base")
+    (tmp_path / "base/adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds an adapter, which transformers would load unseen"):
+        module_with(folder).load_model()
+
+
+def test_an_adapter_that_lacks_weights_is_refused(good, tmp_path):
+    module = module_with(good[1], WEIGHTS["lora"])
+    save_adapter(module.load_model(), tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({f"other.{name}": value for name, value in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match=r"lacks 28 weights of the adapter that its configuration describes"):
+        module_with(good[1], adapter=AdapterConfig(str(tmp_path / "adapter"))).load_model()

@@ -254,3 +254,22 @@ def test_scores_of_a_head_are_compared_and_kept(form, base, tmp_path, capsys):
 def plain_classifier(folder):
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_overwrite_replaces_exports_alone(base, tmp_path, monkeypatch):
+    last = fit(tmp_path, module_with(base, WEIGHTS["lora"]))
+    mine, link = tmp_path / "mine", tmp_path / "link"
+    mine.mkdir()
+    (mine / "thesis.docx").write_text("years of work")
+    link.symlink_to(mine)
+    for target, message in (
+        (mine, "holds thesis.docx, which no export has written"),
+        (link, "is a link or a file"),
+        (tmp_path / "ckpt", "holds what is exported"),
+        (tmp_path, "holds what is exported"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            export.main([last, "--out", str(target), "--overwrite"])
+    with pytest.raises(ConfigError, match="holds what is exported"):
+        export.main([last, "--base", base, "--out", base, "--overwrite"])
+    assert (mine / "thesis.docx").exists()
