@@ -2,7 +2,10 @@
 
 import importlib
 import logging
+import os
+import signal
 import sys
+import threading
 
 TRAINER_COMMANDS = {
     "fit": "train a model, validating as it goes",
@@ -63,12 +66,19 @@ def _guarded(command: str, arguments: list[str]) -> int:
     """Run, turning errors that a user can fix into one message; a fault of ours keeps its traceback."""
     from lit_alignment.errors import AlignmentError, Stopped, disk_message
 
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    # Until a run takes them. Only the main thread may, and who ignores them, as `nohup` does, is left alone.
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    taken = {each: signal.signal(each, stop) for each in numbers if signal.getsignal(each) is not signal.SIG_IGN}
     try:
         _run(command, arguments)
-    except KeyboardInterrupt:  # before a run takes the signal, or in a tool
+    except KeyboardInterrupt:
         return _fail("interrupted. What was written is kept.", 130)
-    except Stopped as stop:
-        return _fail(str(stop), int(stop.code or 1))
+    except Stopped as stopped:
+        code = int(stopped.code or 1)
+        return _fail(str(stopped), code) if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0" else code
     except OSError as error:
         message = disk_message(error)
         if message is None:
@@ -81,6 +91,9 @@ def _guarded(command: str, arguments: list[str]) -> int:
         if cause is None:
             raise
         return _fail(str(cause))
+    finally:
+        for each, handler in taken.items():
+            signal.signal(each, handler)
     return 0
 
 

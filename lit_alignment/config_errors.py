@@ -181,13 +181,21 @@ def explain(message: str, layers: list[Layer], command: str) -> str:
     for name, class_path in steps:
         if name and not key.endswith(name):
             key += f".{name}" if key else name
-        elif class_path and not is_subclasses_disabled(import_object(class_path)) and not key.endswith(".init_args"):
+        elif class_path and _takes_class_path(class_path) and not key.endswith(".init_args"):
             key += ".init_args"
     place, value = locate(layers, key.removeprefix(f"{command}."))
     if wanted := expected(message[max(0, message.rfind("Parser key")) :]):  # before it are alternatives to it
         shown = f"is {value}" if value else "is wrong"
         return f"{place}{key} {shown}; expected {wanted}."
     return f"{place}{key}{': ' if key else ''}{_shortened(message)}"
+
+
+def _takes_class_path(name: str) -> bool:
+    """Whether a class has its settings under `init_args`; what is no class has none."""
+    try:
+        return not is_subclasses_disabled(import_object(name))
+    except (ImportError, AttributeError, ValueError):
+        return False
 
 
 def expected(message: str) -> str:

@@ -38,6 +38,8 @@ from lit_alignment.secrets import MASK, masked, masks_in
 # Said by libraries about themselves; a user can do nothing about them.
 QUIET = (
     r".*The dirpath has changed from.*",
+    r".*Be aware that when using `ckpt_path`, callbacks used to create.*",
+    r".*`weights_only` was not set.*",
     r".*Total length of `.*` across ranks is zero.*",
     r".*the dataloader .* is not resumable.*",
     r".*module\(s\) in eval mode at the start of training.*",
@@ -185,7 +187,7 @@ class AlignmentCLI(LightningCLI):
             word = str(fetch_checkpoint(word, cache_dir(), options))
         job = slurm_job()
         if resumes and job is not None and (left := newest_checkpoint(self.trainer, f"{REQUEUED}{job}")) is not None:
-            word = str(left)  # this job has run before
+            word = str(newest_checkpoint(self.trainer, only=left.parent) or left)  # this job has run before
         found = find_checkpoint(word, self.trainer, resumes)
         if found != given:
             self.config_init[subcommand]["ckpt_path"] = found

@@ -1,12 +1,7 @@
 """The command line as a user meets it: help, overrides, and one clear message for each mistake."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from functools import partial
 
 import pytest
 import yaml
@@ -134,28 +129,6 @@ def test_run_folder_holds_config_report_and_checkpoint_that_resumes(tmp_path):
     assert again.returncode == 0 and "Restored all states" in again.stderr
     for name in ("validate", "test"):
         assert "loss" in command(name, "--config", config, f"--ckpt_path={checkpoint}").stdout
-
-
-@pytest.mark.slow
-def test_ctrl_c_keeps_checkpoints_and_exits_with_one_message(tmp_path):
-    saver = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"every_n_train_steps": 1, "dirpath": str(tmp_path / "ckpt")},
-    }
-    config = quick(tmp_path, max_epochs=100_000, callbacks=[saver])
-    arguments = [sys.executable, "-m", "lit_alignment", "fit", "--config", config]
-    # A shell starts what it puts into the background with the signal ignored, and the tests may have been started so.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ, preexec_fn=heed)
-    deadline = time.time() + 60
-    while time.time() < deadline and not list((tmp_path / "ckpt").glob("*.ckpt")):
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=240)
-    assert process.returncode == 2
-    assert stderr.strip().splitlines()[-1].startswith("lit-alignment: error: interrupted. Saved checkpoints")
-    assert "Traceback" not in stderr
-    assert list((tmp_path / "ckpt").glob("*.ckpt")) and not list((tmp_path / "ckpt").glob(".*"))
 
 
 def test_list_takes_the_place_of_an_earlier_list(tmp_path):

@@ -38,6 +38,7 @@ class Interrupt(Callback):
         self._previous: dict[int, Any] = {}
         self._requeue: int | None = None  # SLURM's signal
         self._training = False
+        self._process = os.getpid()
         self._micro_batches = 0
         self._agreement: Agreement | None = None
 
@@ -47,6 +48,7 @@ class Interrupt(Callback):
         """Take the signals; only the main thread may."""
         if threading.current_thread() is not threading.main_thread() or self._previous:
             return
+        self._process = os.getpid()
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = int(environment.requeue_signal or signal.SIGUSR1)
@@ -64,10 +66,13 @@ class Interrupt(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Note a signal, and stop at once unless a training can stop in order."""
+        if os.getpid() != self._process:  # a fork of it
+            return
         again = self.received is not None and time.monotonic() - self._at > ONE_SIGNAL
         if self.received is None:
             self.received, self._at = number, time.monotonic()
         if again or not self._training:
+            self._training = self._training and not again  # else it is saved, which takes time
             raise Stopped(number)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # past Python's buffers, which the signal may have found half written
             name = signal.Signals(number).name
@@ -129,7 +134,7 @@ class Interrupt(Callback):
         job = self._job() if isinstance(exception, Stopped) and exception.signal == self._requeue else None
         saved = _save(trainer, f"{REQUEUED}{job}" if job else INTERRUPTED)
         where = f"saved {saved}" if saved is not None else "not saved where it stands"
-        note = ending(trainer, where, saved is not None)
+        note = ending(trainer, where, saved)
         if isinstance(exception, Stopped):
             exception.note = note
         else:
@@ -171,7 +176,7 @@ def _save(trainer: Trainer, stem: str) -> Path | None:
             return Path(saver._last_checkpoint_saved)
     path = Path(str(savers[0].dirpath)) / f"{stem}.ckpt"
     try:
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
     except AlignmentError as error:  # a full disk, or the inside of an optimizer step
         rank_zero_warn(str(error))
         return None

@@ -81,6 +81,17 @@ class ProgressLines(ProgressBar):
             parts.append(f"{timedelta(seconds=round(seconds))}".removeprefix("0:").removeprefix("0") + " left")
         return ", ".join(parts)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of its lines."""
+        self._said = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was measured."""
+        found = {str(name): value for name, value in trainer.callback_metrics.items() if str(name).startswith("val/")}
+        if self._enabled and found and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            shown = ", ".join(f"{name.removeprefix('val/')} {float(value):.4g}" for name, value in found.items())
+            print(f"validation: {shown}", flush=True)
+
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:

@@ -13,7 +13,7 @@ from lit_alignment.errors import CheckpointError
 SUFFIX = ".ckpt"
 
 
-def newest_checkpoint(trainer: Trainer, stem: str = "*") -> Path | None:
+def newest_checkpoint(trainer: Trainer, stem: str = "*", only: Path | None = None) -> Path | None:
     """The newest readable checkpoint where this run, or an earlier one of the same name, keeps them; None without any.
 
     Damaged ones are passed over, which is said.
@@ -21,10 +21,12 @@ def newest_checkpoint(trainer: Trainer, stem: str = "*") -> Path | None:
     Args:
         trainer: Its callbacks and loggers say where.
         stem: Pattern of their names, without `.ckpt`.
+        only: One folder, where this is not to be any of theirs.
     """
     # A link can point to nothing: the run was killed between a removal and the next link.
-    found = [path for folder in folders(trainer) for path in folder.glob(f"{stem}{SUFFIX}") if path.exists()]
-    for old in (path for folder in folders(trainer) for path in folder.glob(f".{stem}{SUFFIX}{OLD}")):
+    places = folders(trainer) if only is None else [only]
+    found = [path for folder in places for path in folder.glob(f"{stem}{SUFFIX}") if path.exists()]
+    for old in (path for folder in places for path in folder.glob(f".{stem}{SUFFIX}{OLD}")):
         if found_path(old.with_name(old.name.removeprefix(".").removesuffix(OLD))) == old:
             found.append(old)  # killed between the two renames of a save
     for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):

@@ -94,6 +94,8 @@ def unreadable(path: Path, error: BaseException) -> CheckpointError:
             f"{path}: names {named[1]}, and a checkpoint holds weights and plain values alone: nothing in it is run. "
             "Use one that lit_alignment has written."
         )
+    if text.startswith("Weights only load failed"):  # torch's advice is to load it all the same
+        return CheckpointError(f"{path}: no checkpoint, or a damaged one. Give one that lit_alignment has written.")
     reason = (text.splitlines() or [type(error).__name__])[0]
     if path.is_file() and path.stat().st_size == 0:
         reason = "it is empty"

@@ -16,6 +16,7 @@ from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
 
 NEWEST, LAST = "newest", "last"  # in place of a checkpoint's path
+UNKNOWN = ("best", "hpc", "registry")  # Lightning's words, which mean nothing to a new process
 INTERRUPTED = "interrupted"  # a training that a signal or an error has ended, where it stood
 REQUEUED = "requeued-"  # and the number of its SLURM job, which begins anew
 OF_A_RUN = ("metrics.csv", "config.yaml", "hparams.yaml")
@@ -33,6 +34,8 @@ def find_checkpoint(word: str | None, trainer: Trainer, resumes: bool) -> str | 
     Raises:
         ConfigError: If there is none.
     """
+    if word in UNKNOWN:
+        raise ConfigError(f"--ckpt_path {word}: give a checkpoint's path, {NEWEST} or {LAST}.")
     if word not in (NEWEST, LAST):
         return word
     names = {saver.CHECKPOINT_NAME_LAST for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)}

@@ -87,6 +87,8 @@ class AlignmentDataModule(PlannedDataModule):
         }
         self.encoding, self.packing = encoding, packing
         self.tokens_per_batch = tokens_per_batch or self.lengths_in_row * encoding.max_length
+        if num_workers < 0:
+            raise ConfigError(f"data.num_workers is {num_workers}; use 0 or more.")
         self.batch_size, self.num_workers, self.num_proc = batch_size, num_workers, num_proc
         self.seed, self.on_drop = seed, on_drop
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir() / "data"

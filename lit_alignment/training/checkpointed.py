@@ -25,6 +25,7 @@ from lit_alignment.data.batching.standing import (
     settle,
     skip_validation,
     total_steps,
+    validate_last,
 )
 from lit_alignment.data.planned import data_rank
 from lit_alignment.errors import CheckpointError
@@ -131,6 +132,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The step is whole; a validation inside of its window, if there was one before a resume, is not repeated."""
         self._stepping = False
+        validate_last(self.trainer)
         if self._validated is not None:
             skip_validation(self.trainer, self._validated)
 

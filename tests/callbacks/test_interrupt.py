@@ -1,6 +1,7 @@
 """Signals and errors end a training where it stands, and nothing of it is lost."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def signals():
     """The handlers of the tests' own process, put back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -166,6 +168,36 @@ def test_ranks_stop_before_the_same_micro_batch_whichever_of_them_is_asked(tmp_p
         assert all(torch.equal(found[name], value) for name, value in end.items())
 
 
+def test_a_second_signal_saves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_alignment.callbacks.interrupt.ONE_SIGNAL", -1.0)
+    fit(tmp_path, During(partial(run_twice, signal.SIGTERM)))
+    assert not list(tmp_path.rglob("interrupted.ckpt"))
+
+
+def run_twice(number):
+    signal.raise_signal(number)
+    signal.raise_signal(number)
+
+
+@pytest.mark.slow
+def test_signals_to_workers_do_not_end_the_training_before_it_is_saved(tmp_path):
+    """A terminal and a supervisor signal all processes of a group."""
+    process = start(*tiny(tmp_path, "--data.init_args.num_workers=2"), start_new_session=True)
+    wait_for(lambda: list(tmp_path.rglob("events*")), process)
+    time.sleep(4)  # some steps
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 143 and "Traceback" not in said, said
+    assert list(tmp_path.rglob("interrupted.ckpt")), said
+
+
+def test_the_end_is_validated_and_saved_wherever_it_falls(tmp_path):
+    saver = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
+    fit(tmp_path, saver, max_steps=3, saver=True)  # in the middle of an epoch of eight micro-batches
+    (path,) = (tmp_path / "best").glob("*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 3 and saver.best_model_score is not None
+
+
 def tiny(folder, *more):
     """A training that takes longer than any test."""
     options = {"max_epochs": 10_000, "default_root_dir": folder, "logger.init_args.save_dir": folder / "runs"}
@@ -173,12 +205,13 @@ def tiny(folder, *more):
     return ["fit", "--config", "configs/sft/tiny.yaml", *words, *more]
 
 
-def start(*arguments, **environment):
+def start(*arguments, start_new_session=False, **environment):
     # A shell starts what it puts into the background with SIGINT ignored, and the tests may have been started so.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     command = [sys.executable, "-m", "lit_alignment", *map(str, arguments)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, preexec_fn=heed, **pipe)
+    options = {"start_new_session": start_new_session, **pipe}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, preexec_fn=heed, **options)
 
 
 def wait_for(there, process):
@@ -197,12 +230,11 @@ def test_a_signal_in_training_ends_with_a_checkpoint_a_message_and_its_exit_code
     process.send_signal(number)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "Traceback" not in said
-    (left,) = tmp_path.rglob("interrupted.ckpt")
     last = said.strip().splitlines()[-1]
     assert last.startswith(
         "lit-alignment: error: " + ("interrupted" if number == signal.SIGINT else "stopped by SIGTERM")
     )
-    assert "--ckpt_path newest" in last
+    left = re.search(r": saved (\S+\.ckpt) .* --ckpt_path \1", last)[1]  # now, or a moment before by ModelCheckpoint
     steps = torch.load(left, weights_only=True)["global_step"]
     again = tiny(tmp_path, "--ckpt_path=newest", f"--trainer.max_steps={steps + 1}")
     assert main(again) == 0
@@ -229,7 +261,8 @@ def test_sigterm_in_predict_ends_it_and_keeps_what_is_answered(tmp_path):
     source = f"[{{path: {write_jsonl(tmp_path / 'p.jsonl', records)}}}]"
     words = ["predict", "--config", "configs/sft/tiny.yaml", f"--data.init_args.predict={source}"]
     writer = {"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": str(tmp_path / "out")}}
-    process = start(*words, "--trainer.callbacks", str([writer]), "--trainer.logger=false")
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    process = start(*words, "--trainer.callbacks", str([writer]), "--trainer.logger=false", folder)
     partial_file = lambda: [f for f in tmp_path.glob("out/*.partial0") if f.stat().st_size]  # noqa: E731
     wait_for(partial_file, process)
     process.send_signal(signal.SIGTERM)
@@ -260,5 +293,9 @@ def test_slurm_s_signal_saves_and_requeues_and_the_job_goes_on_from_there_alone(
     capsys.readouterr()
     assert main(command) == 2  # the job's own checkpoint is of a model with adapters
     assert "the checkpoint has adapters, and this run has none" in capsys.readouterr().err
+    content = torch.load(tmp_path / "ckpt/requeued-77.ckpt", weights_only=True)
+    content["lit_alignment"]["module"] = "Newer"
+    torch.save(content, tmp_path / "ckpt/newer.ckpt")
+    assert main(command) == 2 and "the checkpoint is of Newer" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     assert main([*command, "--trainer.max_steps=1"]) == 0  # another job begins

@@ -71,6 +71,7 @@ def test_command_without_a_terminal_says_lines_and_why_it_ended(tmp_path):
         "step 1/2",
         "step 2/2",
     ]
-    assert "trainer.max_steps: 2 is reached (optimizer step 2, epoch 1). No checkpoint was saved." in result.stderr
+    assert "validation: loss " in result.stdout
+    assert "trainer.max_steps: 2 is reached (optimizer step 2, epoch 1). Best val/loss: " in result.stderr
     for alarm in ("resumable", "eval mode at", "ranks is zero", "Epoch 0/-2", "Setting accelerator", "Encoding"):
         assert alarm not in result.stdout + result.stderr

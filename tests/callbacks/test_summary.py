@@ -27,18 +27,24 @@ def test_early_stopping_is_named_with_the_best_step_and_the_command(tmp_path):
     assert f"(optimizer step 16, epoch {run.current_epoch})" in line
     step = saver.best_model_path.rpartition("step=")[2].removesuffix(".ckpt")
     assert f"Best val/loss: {float(saver.best_model_score):.4g} at step {step}, {saver.best_model_path}." in line
-    assert line.endswith(f"To go on: lit-alignment fit --config '{config}' --ckpt_path newest")
+    assert line.endswith(f"To go on: lit-alignment fit --config '{config}' --ckpt_path '{saver.best_model_path}'")
 
 
 def test_a_limit_that_is_reached_is_raised_in_the_command(tmp_path):
     run = fit(tmp_path, ModelCheckpoint(tmp_path), max_steps=4, max_epochs=-1)
     assert ending(run, why_ended(run)) == (
         "trainer.max_steps: 4 is reached (optimizer step 4, epoch 1). "
-        "To go on: lit-alignment fit --config ... --ckpt_path newest --trainer.max_steps 8"
+        f"To go on: lit-alignment fit --config ... --ckpt_path {tmp_path}/epoch=0-step=4.ckpt --trainer.max_steps 8"
     )
     run = fit(tmp_path, ModelCheckpoint(tmp_path, filename="x"), max_epochs=1)
     assert why_ended(run) == "trainer.max_epochs: 1 is reached"
-    assert ending(run, "interrupted").endswith("--ckpt_path newest --trainer.max_epochs 2")
+    assert ending(run, "interrupted").endswith(f"--ckpt_path {tmp_path}/x.ckpt --trainer.max_epochs 2")
+
+
+def test_a_limit_of_time_is_named_and_raised(tmp_path):
+    run = fit(tmp_path, ModelCheckpoint(tmp_path, filename="x"), max_epochs=-1, max_time="00:00:00:01")
+    assert ending(run, why_ended(run)).startswith("trainer.max_time is reached")
+    assert ending(run, why_ended(run)).endswith("x.ckpt --trainer.max_time 00:00:00:02")
 
 
 def test_without_a_checkpoint_no_command_is_given(tmp_path):

@@ -1,5 +1,6 @@
 """The loader behind every training and validation loop: it follows a plan."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
@@ -26,6 +27,15 @@ class _PlannedDataset(Dataset[Batch | AlignmentError]):
 
     def __len__(self) -> int:
         return len(self.plan)
+
+
+def ignore_signals(number: int) -> None:
+    """Leave signals to the process that trains, which a terminal and a supervisor send to its workers, too.
+
+    A worker that one ends, ends the training before it is saved; one whose training is gone ends by itself.
+    """
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
 
 
 class PlannedLoader(Generic[Batch]):
@@ -83,7 +93,8 @@ class PlannedLoader(Generic[Batch]):
             AlignmentError: As building one does.
         """
         dataset = _PlannedDataset(self.plan(self.epoch), self.build)
-        for batch in DataLoader(dataset, batch_size=None, num_workers=self.num_workers, pin_memory=self.pin_memory):
+        options: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
+        for batch in DataLoader(dataset, batch_size=None, worker_init_fn=ignore_signals, **options):
             if isinstance(batch, AlignmentError):
                 raise batch
             yield batch

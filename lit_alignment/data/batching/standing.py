@@ -160,6 +160,8 @@ def catch_up(trainer: Trainer, validated: tuple[int, int] | None) -> None:
         trainer: Resumed.
         validated: Epoch and micro-batch behind which the last validation stood.
     """
+    epochs: Any = trainer.fit_loop.epoch_loop
+    epochs.__dict__.pop("_should_check_val_fx", None)  # of a training that has ended
     # A scheduler of it acts at the beginning of epochs alone.
     trainer.accumulate_grad_batches = accumulation(trainer, trainer.current_epoch)
     loop, at = trainer.fit_loop.epoch_loop, standing(trainer)
@@ -179,6 +181,15 @@ def catch_up(trainer: Trainer, validated: tuple[int, int] | None) -> None:
             continue
         if callback.monitor in NO_METRIC:
             callback._last_global_step_saved = trainer.global_step  # it is there
+
+
+def validate_last(trainer: Trainer) -> None:
+    """Have a training that ends here validate, where that ranks its checkpoints; called at the end of a micro-batch."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    ends = 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
+    monitors = [saver.monitor or "" for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    if ends and trainer.enable_validation and any(monitor.startswith("val/") for monitor in monitors):
+        loop._should_check_val_fx = lambda fetcher: True
 
 
 def skip_validation(trainer: Trainer, validated: tuple[int, int]) -> None:
