@@ -6,7 +6,8 @@
 Tiny models of every method train in one process, under DDP and FSDP2 on two ranks, with dropout, workers and
 accumulation. Each run is killed at a random moment, drawn with a fixed seed, and resumes from its newest checkpoint; a
 third of them is killed once more. Its final weights have to be, to the bit, those of a run that was let alone. Then the
-disk is full, and the newest checkpoint is damaged. Further rows are counted by the tests that they name. Kills are sent
+disk is full, and the newest checkpoint is damaged; malformed and hostile files, full disks under every command that writes,
+and signals at every phase are those of `benchmarks.hostile`. Further rows are counted by the tests that they name. Kills are sent
 to children of a process that has imported everything, so that they fall into training and not into the start of Python.
 """
 
@@ -36,6 +37,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig
 
+from benchmarks import hostile
 from lit_alignment import AtomicCheckpointIO, FSDP2Strategy, SFTModule
 from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.checkpoints.sharded import full
@@ -345,6 +347,8 @@ def main() -> None:
         return
     print(f"| the disk is full while a checkpoint is saved | {full_disks()} |", flush=True)
     print(f"| the newest checkpoint is cut off or changed | {damages()} |", flush=True)
+    for title, row in hostile.rows():
+        print(f"| {title} | {row} |", flush=True)
     for title, test in TESTS:
         command = [sys.executable, "-m", "pytest", *test.split()]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
