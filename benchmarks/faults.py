@@ -6,9 +6,10 @@
 Tiny models of every method train in one process, under DDP and FSDP2 on two ranks, with dropout, workers and
 accumulation. Each run is killed at a random moment, drawn with a fixed seed, and resumes from its newest checkpoint; a
 third of them is killed once more. Its final weights have to be, to the bit, those of a run that was let alone. Then the
-disk is full, and the newest checkpoint is damaged; malformed and hostile files, full disks under every command that writes,
-and signals at every phase are those of `benchmarks.hostile`. Further rows are counted by the tests that they name. Kills are sent
-to children of a process that has imported everything, so that they fall into training and not into the start of Python.
+disk is full, and the newest checkpoint is damaged. Malformed and hostile files, full disks under every command that
+writes, and signals at every phase are those of `benchmarks.hostile`. Further rows are counted by the tests that they
+name. Kills are sent to children of a process that has imported everything, so that they fall into training and not into
+the start of Python.
 """
 
 import argparse
