@@ -147,12 +147,7 @@ def load_network(
         ConfigError: If it cannot be loaded, or cannot be trained that way.
     """
     wrapped = peft is not None or adapter is not None
-    if (Path(local_path(backbone.path)) / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{backbone.path}: holds an adapter, which transformers would load unseen. Give its base as backbone.path, "
-            "and this folder as model.adapter."
-        )
-    _check_device(backbone, wrapped, device_type)
+    _check_backbone(backbone, wrapped, device_type)
     config = from_pretrained(AutoConfig, backbone, backbone.path)
     kind = _class_of(config, head)
     dtype = "auto" if as_stored else weights_dtype(backbone, wrapped, device_type)
@@ -257,8 +252,13 @@ def _load_under_head(kind: Any, backbone: BackboneConfig, name: str, **options: 
     return fitted
 
 
-def _check_device(backbone: BackboneConfig, wrapped: bool, device_type: str) -> None:
-    """Refuse what only a GPU can do, before anything is loaded."""
+def _check_backbone(backbone: BackboneConfig, wrapped: bool, device_type: str) -> None:
+    """Refuse a folder that is no base, and what only a GPU can do, before anything is loaded."""
+    if (Path(local_path(backbone.path)) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{backbone.path}: holds an adapter, which transformers would load unseen. Give its base as backbone.path, "
+            "and this folder as model.adapter."
+        )
     if backbone.quantization != "none":
         if not wrapped:
             raise ConfigError("backbone.quantization: quantised weights cannot train; add model.peft (QLoRA).")
