@@ -157,7 +157,9 @@ def _check_tensors(folder: Path, description: stored.Metadata) -> None:
 
 
 class ShardReader(FileSystemReader):
-    """Reads shards whose description names nothing outside of their folder."""
+    """Reads shards whose description names nothing outside of their folder, and is read once."""
+
+    description: stored.Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> stored.Metadata:
         """The description of the shards.
@@ -165,6 +167,8 @@ class ShardReader(FileSystemReader):
         Raises:
             CheckpointError: If it is damaged, or names anything but weights, values and files of the folder.
         """
+        if self.description is not None:
+            return self.description
         path = Path(self._get_metadata_path(kwargs.get("rank")))
         try:
             with path.open("rb") as file:
@@ -183,6 +187,7 @@ class ShardReader(FileSystemReader):
             raise unreadable(path, error) from error
         found.storage_meta = found.storage_meta or stored.StorageMeta()
         found.storage_meta.load_id = self.load_id
+        self.description = found
         return found
 
 

@@ -141,8 +141,9 @@ def read_into(path: Path, state: dict[str, Any]) -> None:
     Raises:
         CheckpointError: If it is damaged or lacks one.
     """
-    ShardReader(path).read_metadata()  # else torch logs what is wrong as a fault of its own
-    _guarded(path, lambda: load(state, storage_reader=ShardReader(path), planner=ShardPlanner()))
+    reader = ShardReader(path)
+    reader.read_metadata()  # else torch logs what is wrong as a fault of its own
+    _guarded(path, lambda: load(state, storage_reader=reader, planner=ShardPlanner()))
 
 
 def read_whole(path: Path, optimizers: bool = True) -> dict[str, Any]:
@@ -156,9 +157,10 @@ def read_whole(path: Path, optimizers: bool = True) -> dict[str, Any]:
         CheckpointError: If it is damaged.
     """
     shards: dict[str, Any] = {}
-    ShardReader(path).read_metadata()  # as above
+    reader = ShardReader(path)
+    reader.read_metadata()  # as above
     planner = WholePlanner(None if optimizers else {"state_dict"})
-    _guarded(path, lambda: _load_state_dict(shards, ShardReader(path), planner=planner, no_dist=True))
+    _guarded(path, lambda: _load_state_dict(shards, reader, planner=planner, no_dist=True))
     states = [by_number(shards[name]) for name in sorted(shards) if name.startswith(OPTIMIZER)]
     return read_rest(path) | {"state_dict": shards.get("state_dict"), "optimizer_states": states}
 
