@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,7 +189,7 @@ def test_signals_to_workers_do_not_end_the_training_before_it_is_saved(tmp_path)
     os.killpg(process.pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 143 and "Traceback" not in said, said
-    assert list(tmp_path.rglob("interrupted.ckpt")), said
+    assert saved(said).is_file()
 
 
 def test_the_end_is_validated_and_saved_wherever_it_falls(tmp_path):
@@ -221,6 +222,11 @@ def wait_for(there, process):
         time.sleep(0.1)
 
 
+def saved(said):
+    """Where a stopped training was saved: now, or at the same step before by a ModelCheckpoint."""
+    return Path(re.search(r": saved (\S+\.ckpt) .* --ckpt_path \1", said)[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_training_ends_with_a_checkpoint_a_message_and_its_exit_code(tmp_path, number):
@@ -234,8 +240,7 @@ def test_a_signal_in_training_ends_with_a_checkpoint_a_message_and_its_exit_code
     assert last.startswith(
         "lit-alignment: error: " + ("interrupted" if number == signal.SIGINT else "stopped by SIGTERM")
     )
-    left = re.search(r": saved (\S+\.ckpt) .* --ckpt_path \1", last)[1]  # now, or a moment before by ModelCheckpoint
-    steps = torch.load(left, weights_only=True)["global_step"]
+    steps = torch.load(saved(last), weights_only=True)["global_step"]
     again = tiny(tmp_path, "--ckpt_path=newest", f"--trainer.max_steps={steps + 1}")
     assert main(again) == 0
 

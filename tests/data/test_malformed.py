@@ -12,7 +12,7 @@ from tests.helpers.malformed import FORMS, cases, load, mutated
 FEW = settings(
     max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-MANY = settings(FEW, max_examples=300)
+MANY = settings(FEW, max_examples=100)
 # What each file of a kind must end in an error for; hostile ones may be valid.
 REFUSED = ("deep", "wrong encoding", "cut off")
 
