@@ -119,7 +119,7 @@ class FeedbackDataModule(ConversationDataModule):
             problem = f"the record has {len(scores)} response(s), which data.kind: {self.kind} does not take"
             raise RecordError(record.where, "", problem, "Set data.kind to what the records hold.")
         if self.kind == "preferences":
-            texts = [json.dumps(response["message"], sort_keys=True) for response in record.responses]
+            texts = [json.dumps(response["messages"], sort_keys=True) for response in record.responses]
             if len(set(scores)) < 2 or len(set(texts)) < 2:
                 raise Dropped("nothing_to_prefer")
         return scores
@@ -132,7 +132,7 @@ class FeedbackDataModule(ConversationDataModule):
             source: Where it is from.
             allow_empty: Also take a response without text.
         """
-        messages = [response["message"] for response in record.responses]
+        messages = [response["messages"] for response in record.responses]
         examples = self.encoder.encode_responses(record, messages, source.system_prompt, allow_empty)
         start = _shared_start(examples)
         sequences = Sequences(examples[0].input_ids[:start], [example.input_ids[start:] for example in examples])
@@ -156,7 +156,7 @@ class FeedbackDataModule(ConversationDataModule):
             meta = {"subset": record.subset, **(meta if isinstance(meta, dict) else {})}
         texts = {
             "messages": record.messages,
-            "answers": [{"id": r["id"], "content": r["message"]["content"]} for r in record.responses],
+            "answers": [{"id": r["id"], "content": r["messages"][-1]["content"]} for r in record.responses],
             "scores": [response["score"] for response in record.responses],
             "label": record.label,
             "meta": meta,

@@ -12,7 +12,7 @@ from lit_alignment.data.batching.items import ItemBatch
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.feedback import Feedback, ScoredResponse
-from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Message
 from lit_alignment.data.feedback import IDS, FeedbackDataModule, FeedbackItem, FeedbackKind
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import RecordError
@@ -151,7 +151,8 @@ class RewardDataModule(FeedbackDataModule):
         """Ids of a record's prompt and responses, and the record itself."""
         if record.steps:
             content = "".join(step + self.step_separator for step in record.steps)
-            whole: ScoredResponse = {"id": "0", "message": {"role": "assistant", "content": content}, "score": None}
+            response: Message = {"role": "assistant", "content": content}
+            whole: ScoredResponse = {"id": "0", "messages": [response], "score": None}
             record = replace(record, responses=[whole])
         return super().predict_row(record, source)
 

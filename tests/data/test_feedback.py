@@ -15,7 +15,7 @@ def read(**raw):
 
 
 def responses(record):
-    return [(r["id"], r["message"]["content"], r["score"]) for r in record.responses]
+    return [(r["id"], r["messages"][-1]["content"], r["score"]) for r in record.responses]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,19 @@ def test_every_form_of_a_pair_is_read_alike(raw):
     record = read(id=5, **raw)
     assert record.messages == [ASK] and record.id == "5"
     assert responses(record) == [("chosen", "good", 1.0), ("rejected", "bad", 0.0)]
+
+
+def test_a_response_of_several_turns_follows_what_both_conversations_begin_with():
+    more, other = {"role": "user", "content": "more"}, {"role": "user", "content": "less"}
+    whole = read(chosen=[ASK, GOOD, more, GOOD], rejected=[ASK, GOOD, more, BAD])
+    assert whole.messages == [ASK, GOOD, more] and responses(whole) == [
+        ("chosen", "good", 1.0),
+        ("rejected", "bad", 0.0),
+    ]
+    early = read(prompt="q", chosen=[GOOD, more, GOOD], rejected=[BAD])
+    assert early.messages == [ASK] and [r["messages"] for r in early.responses] == [[GOOD, more, GOOD], [BAD]]
+    asked = read(chosen=[ASK, GOOD, more, GOOD], rejected=[ASK, GOOD, other, BAD])  # users differ, too
+    assert asked.messages == [ASK] and [len(r["messages"]) for r in asked.responses] == [3, 3]
 
 
 def test_margin_has_two_names_and_subset_is_kept():
@@ -104,7 +117,7 @@ def test_steps_have_labels_of_their_own():
         ({"messages": [ASK]}, "hold no response to judge"),
         ({"messages": [GOOD], "label": 1}, "hold no response to judge"),
         ({"prompt": "q", "completion": "a", "label": 3}, "field 'label' is 3"),
-        ({"prompt": "q", "completion": [GOOD, BAD], "label": 1}, "field 'completion' holds 2 messages"),
+        ({"prompt": "q", "completion": [ASK, BAD], "label": 1}, "field 'completion' begins with a message of the user"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 10**400}, "field 'margin' is a number"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1e39}, "field 'margin' is 1e.39"),
         ({"prompt": "q", "candidates": [{"id": [], "content": "a"}]}, r"field 'candidates\[0\].id' is a list"),

@@ -21,13 +21,14 @@ class ScoredResponse(TypedDict):
 
     Args:
         id: Its name within the record.
-        message: The response.
+        messages: The response; several if the conversation goes on behind its first message, and the last is then the
+            assistant's, too.
         score: How good it is, higher is better: 1 for the chosen response of a pair or a good one alone, 0 for the
             rejected or a bad one; a reward as it is; less its rank in a ranking. None if nothing is known.
     """
 
     id: str
-    message: Message
+    messages: list[Message]
     score: float | None
 
 
@@ -51,6 +52,7 @@ class Feedback(Record):
 
 
 PAIRS = (("chosen", "rejected"), ("answer_w", "answer_l"))
+PAIR_NAMES = tuple(name for names in PAIRS for name in names)
 CONTEXTS = ("context", "prompt", "messages")
 STEPS = ("steps", "completions")
 
@@ -131,25 +133,31 @@ def _read_response(value: object, name: str, where: str) -> list[Message]:
         raise RecordError(
             where, name, f"ends with a message of the {messages[-1]['role']}", "End with the assistant's."
         )
+    if messages[0]["role"] != "assistant" and name not in PAIR_NAMES:
+        raise RecordError(
+            where, name, f"begins with a message of the {messages[0]['role']}", "Give the response alone."
+        )
     return messages
 
 
 def _read_pair(raw: dict[str, Any], names: tuple[str, str], where: str) -> tuple[list[Message], list[ScoredResponse]]:
-    chosen, rejected = (_read_response(raw[name], name, where) for name in names)
+    """The prompt, which both conversations begin with, and what follows it in each."""
+    sides = [_read_response(raw[name], name, where) for name in names]
     context = _read_context(raw, where) if any(name in raw for name in CONTEXTS) else []
-    if chosen[:-1] != rejected[:-1]:
-        raise RecordError(
-            where, names[1], f"does not begin with the messages of '{names[0]}'", "Let them differ in the last message."
-        )
-    shared = chosen[:-1]
-    if shared[: len(context)] == context:  # whole conversations, with the prompt or without it beside them
-        context = shared
-    else:
-        context = context + shared
-    if not context:
-        raise RecordError(where, "context", "is missing", "Give 'context', 'prompt' or 'messages'.")
-    scored = zip(("chosen", "rejected"), (chosen[-1], rejected[-1]), (1.0, 0.0), strict=True)
-    return context, [{"id": name, "message": message, "score": score} for name, message, score in scored]
+    # Whole conversations, with the prompt or without it beside them.
+    whole = [side if side[: len(context)] == context else context + side for side in sides]
+    shared = 0
+    while shared < min(map(len, whole)) - 1 and whole[0][shared] == whole[1][shared]:
+        shared += 1
+    while shared > len(context) and not all(side[shared]["role"] == "assistant" for side in whole):
+        shared -= 1  # what differs before a response is a part of the responses
+    if not shared or not all(side[shared]["role"] == "assistant" for side in whole):
+        if sides[0][0]["role"] == "assistant":
+            raise RecordError(where, "context", "is missing", "Give 'context', 'prompt' or 'messages'.")
+        problem = f"does not begin with the messages of '{names[0]}'"
+        raise RecordError(where, names[1], problem, "Let them differ from a message of the assistant's on.")
+    scored = zip(("chosen", "rejected"), whole, (1.0, 0.0), strict=True)
+    return whole[0][:shared], [{"id": name, "messages": side[shared:], "score": score} for name, side, score in scored]
 
 
 def _read_margin(raw: dict[str, Any], where: str) -> float | None:
@@ -171,9 +179,9 @@ def _read_candidates(raw: dict[str, Any], where: str) -> list[ScoredResponse]:
     for index, candidate in enumerate(candidates):
         name = f"candidates[{index}]"
         own = read_id(candidate.get("id") if isinstance(candidate, dict) else None, f"{name}.id", where, index)
-        message = _only(_read_response(candidate, name, where), name, where)
+        messages = _read_response(candidate, name, where)
         score = None if ranking is None else -_number(ranking[index], f"ranking[{index}]", where)
-        responses.append({"id": own, "message": message, "score": score})
+        responses.append({"id": own, "messages": messages, "score": score})
     return _different_ids(responses, "candidates", where)
 
 
@@ -196,8 +204,8 @@ def _read_answers(raw: dict[str, Any], where: str) -> list[ScoredResponse]:
                     where, f"rewards.{own}", "is missing", "Give a reward for each answer, or none at all."
                 )
             score = _number(rewards[own], f"rewards.{own}", where)
-        message = _only(_read_response({"content": answer.get("content")}, name, where), name, where)
-        responses.append({"id": own, "message": message, "score": score})
+        messages = _read_response({"content": answer.get("content")}, name, where)
+        responses.append({"id": own, "messages": messages, "score": score})
     return _different_ids(responses, "answers", where)
 
 
@@ -218,11 +226,11 @@ def _read_single(raw: dict[str, Any], where: str) -> tuple[list[Message], list[S
     """One judged response."""
     name = next((name for name in ("completion", "answer") if name in raw), None)
     if name is not None:
-        prompt, response = _read_context(raw, where), _only(_read_response(raw[name], name, where), name, where)
+        prompt, response = _read_context(raw, where), _read_response(raw[name], name, where)
     else:
         messages = _read_context(raw, where)
-        prompt, response = messages[:-1], messages[-1]
-        if response["role"] != "assistant" or not prompt:
+        prompt, response = messages[:-1], messages[-1:]
+        if messages[-1]["role"] != "assistant" or not prompt:
             raise RecordError(
                 where,
                 "messages",
@@ -231,13 +239,7 @@ def _read_single(raw: dict[str, Any], where: str) -> tuple[list[Message], list[S
             )
     judged = next((name for name in ("label", "is_desirable") if raw.get(name) is not None), None)
     score = None if judged is None else _binary(raw[judged], judged, where)
-    return prompt, [{"id": "0", "message": response, "score": score}]
-
-
-def _only(messages: list[Message], name: str, where: str) -> Message:
-    if len(messages) != 1:
-        raise RecordError(where, name, f"holds {len(messages)} messages", "Give the response alone.")
-    return messages[0]
+    return prompt, [{"id": "0", "messages": response, "score": score}]
 
 
 def _different_ids(responses: list[ScoredResponse], name: str, where: str) -> list[ScoredResponse]:

@@ -18,7 +18,11 @@ class ResponseEncoder(Encoder):
     """Encodes prompts with their responses."""
 
     def encode_responses(
-        self, record: Record, responses: list[Message], system_prompt: str | None = None, allow_empty: bool = False
+        self,
+        record: Record,
+        responses: list[list[Message]],
+        system_prompt: str | None = None,
+        allow_empty: bool = False,
     ) -> list[Example]:
         """Examples of several responses to one prompt, which begin with the same prompt ids and train their response.
 
@@ -28,7 +32,7 @@ class ResponseEncoder(Encoder):
 
         Args:
             record: The conversation up to the responses.
-            responses: What could follow.
+            responses: What could follow; of several messages the assistant's are trained.
             system_prompt: Replaces the system message.
             allow_empty: Also take a response without text, which can be scored, though nothing is learned from it.
 
@@ -36,14 +40,15 @@ class ResponseEncoder(Encoder):
             Dropped: With the reason, if a response is empty or nothing of the prompt would be left.
             RecordError: If it is too long and the policy says `error`.
         """
-        if not allow_empty and not all(
-            (message["content"] or "").strip() or message.get("tool_calls") for message in responses
-        ):
+        own = [message for response in responses for message in response if message["role"] == "assistant"]
+        if not allow_empty and not all((m["content"] or "").strip() or m.get("tool_calls") for m in own):
             raise Dropped("empty_response")
-        trained = [{**message, "train": True} for message in responses]
+        trained: list[list[Message]] = [
+            [{**message, "train": message["role"] == "assistant"} for message in response] for response in responses
+        ]
 
         def encode(prompt: list[Message]) -> list[Example]:
-            return [self._encode_messages([*prompt, response], record.tools) for response in trained]
+            return [self._encode_messages([*prompt, *response], record.tools) for response in trained]
 
         def longest(examples: list[Example]) -> int:
             return max(len(example.input_ids) for example in examples)
