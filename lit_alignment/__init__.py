@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lit_alignment.data.classification import ClassificationDataModule
     from lit_alignment.data.encoding.encoder import EncodingConfig
     from lit_alignment.data.encoding.templates import TemplateConfig
+    from lit_alignment.data.preference import PreferenceDataModule
     from lit_alignment.data.rag import RAGDataModule
     from lit_alignment.data.retriever import PassageDataModule, RetrieverDataModule
     from lit_alignment.data.reward import RewardDataModule
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from lit_alignment.distributed.fsdp2 import FSDP2Strategy
     from lit_alignment.generation.settings import DecodingConfig
     from lit_alignment.loggers import ClearMLLogger
+    from lit_alignment.losses.preference_config import LossConfig
     from lit_alignment.models.adapters import AdapterConfig
     from lit_alignment.models.dual_encoder import RetrieverConfig
     from lit_alignment.models.loading import BackboneConfig
     from lit_alignment.models.multimodal.modality import ModalityConfig
     from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
     from lit_alignment.modules.classification import ClassificationModule
+    from lit_alignment.modules.preference import PreferenceModule
     from lit_alignment.modules.rag import RAGModule
     from lit_alignment.modules.retriever import RetrieverModule
     from lit_alignment.modules.reward import RewardModule
@@ -62,10 +65,13 @@ _PLACES = {
     "FSDP2Strategy": "lit_alignment.distributed.fsdp2",
     "IndexConfig": "lit_alignment.retrieval.index",
     "IndexRefresh": "lit_alignment.callbacks.refresh",
+    "LossConfig": "lit_alignment.losses.preference_config",
     "ModalityConfig": "lit_alignment.models.multimodal.modality",
     "NewTokenConfig": "lit_alignment.models.tokens",
     "OptimizerConfig": "lit_alignment.optimization",
     "PassageDataModule": "lit_alignment.data.retriever",
+    "PreferenceDataModule": "lit_alignment.data.preference",
+    "PreferenceModule": "lit_alignment.modules.preference",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
     "RAGDataModule": "lit_alignment.data.rag",
     "RAGModule": "lit_alignment.modules.rag",
@@ -102,11 +108,14 @@ __all__ = [
     "FSDP2Strategy",
     "IndexConfig",
     "IndexRefresh",
+    "LossConfig",
     "ModalityConfig",
     "NewTokenConfig",
     "OptimizerConfig",
     "PassageDataModule",
     "PredictionWriter",
+    "PreferenceDataModule",
+    "PreferenceModule",
     "RAGDataModule",
     "RAGModule",
     "RetrieverConfig",

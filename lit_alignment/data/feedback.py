@@ -140,7 +140,17 @@ class FeedbackDataModule(ConversationDataModule):
             "length": sequences.num_tokens(self.share_prompts),
             "prompt": sequences.prompt,
             "responses": sequences.responses,
+            **self.response_columns(examples, start),
         }
+
+    def response_columns(self, examples: list[Example], start: int) -> dict[str, Any]:
+        """What a method keeps of each response besides its ids.
+
+        Args:
+            examples: The prompt with each response.
+            start: Where the responses begin in them.
+        """
+        return {}
 
     # What predict reads.
 
@@ -164,7 +174,7 @@ class FeedbackDataModule(ConversationDataModule):
         columns = self.sequences(record, source, allow_empty=True)
         return {**columns, **{name: json.dumps(value) for name, value in texts.items()}}
 
-    def predict_item(self, row: dict[str, Any], index: int) -> FeedbackItem:
+    def predict_item(self, row: dict[str, Any], index: int) -> Item:
         """One row of `predict_features`."""
         return FeedbackItem(
             index=index,
@@ -183,5 +193,5 @@ def _shared_start(examples: list[Example]) -> int:
     start = min(places[0] for places in trained)
     prompts = {tuple(example.input_ids[:start]) for example in examples}
     if len(prompts) != 1:
-        raise TypeError("the responses of a record do not follow the same prompt ids.")
+        raise Dropped("prompts_differ", "the template renders the prompt differently before each response")
     return start

@@ -70,13 +70,13 @@ class Pairs:
         chosen: The better ones.
         rejected: The others.
         margins: What the records say of how far apart they are, [B].
-        baselines: z of the chosen and of the rejected responses of the whole optimizer step, for kto_pair.
+        baselines: z of the chosen and of the rejected responses of the whole optimizer step, [2]; for kto_pair.
     """
 
     chosen: ResponseLogps
     rejected: ResponseLogps
     margins: Tensor
-    baselines: tuple[Tensor, Tensor] | None = None
+    baselines: Tensor | None = None
 
 
 def responses_of(policy: Tensor, reference: Tensor | None, lengths: Sequence[int], counts: Tensor) -> ResponseLogps:
@@ -100,7 +100,7 @@ def pairs_of(
     chosen: Tensor,
     rejected: Tensor,
     margins: Tensor,
-    baselines: tuple[Tensor, Tensor] | None = None,
+    baselines: Tensor | None = None,
 ) -> Pairs:
     """Both sides of pairs, from log-probabilities of tokens.
 
@@ -112,7 +112,7 @@ def pairs_of(
         chosen: Index of the better response of each pair, [B].
         rejected: Of the other.
         margins: What the records say of how far apart they are, [B].
-        baselines: z of both sides over the whole optimizer step.
+        baselines: z of both sides over the whole optimizer step, [2].
     """
     tokens = [None if values is None else by_response(values, lengths) for values in (policy, reference)]  # [S, T]
     positions = torch.arange(max(lengths), device=counts.device)

@@ -127,7 +127,7 @@ def add_adapters(model: nn.Module, peft: PeftConfig, added: dict[str, int], trai
         train_token_rows(model, config, added)
     if isinstance(config, PromptTuningConfig) and config.tokenizer_name_or_path:
         config.tokenizer_name_or_path = local_path(config.tokenizer_name_or_path)
-    mutates = _mutates_base(config)
+    mutates = mutates_base(config)
     try:
         # Randomised initialisations of the base (pissa_niter_N) must come out the same when a run is resumed.
         with torch.random.fork_rng(enabled=mutates):
@@ -270,7 +270,7 @@ def save_adapter(network: PeftModel, folder: Path) -> None:
     if isinstance(config, AdaLoraConfig):
         config.rank_pattern = pattern
     (folder / "README.md").unlink(missing_ok=True)  # an empty form
-    if _mutates_base(network.active_peft_config):
+    if mutates_base(network.active_peft_config):
         _convert_to_lora(folder, network.start_state)
 
 
@@ -366,7 +366,8 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
-def _mutates_base(config: PeftConfig) -> bool:
+def mutates_base(config: PeftConfig) -> bool:
+    """Whether new adapters change the weights of their base, which is the model before training with them alone."""
     init = config.init_lora_weights if isinstance(config, LoraConfig) else None
     return isinstance(init, str) and init.startswith(MUTATING_INITS)
 

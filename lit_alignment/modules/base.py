@@ -115,7 +115,7 @@ class AlignmentModule(CheckpointedModule):
         self.features.shard(model, layered=True, cast=cast)
         self.load_extra_networks(device_type)
         for network in self.extra_networks().values():
-            self.features.shard(network)
+            self.features.shard(network, layered=type(network) is type(model))
 
     @property
     def features(self) -> StrategyFeatures:

@@ -117,8 +117,8 @@ def test_worked_case_of_kto_over_pairs(dtype, tolerance):
     (case,) = (case for case in VECTORS["cases"] if case["kind"] == "batch")
     expected, batch = case["expected"], VECTORS["pair_batches"][case["batch"]]
     _, _, alone = pairs_in(batch, dtype)
-    baselines = tuple(side.ratio.mean().clamp_min(0).detach() for side in (alone.chosen, alone.rejected))
-    close(torch.stack(baselines), [expected["kl_chosen"], expected["kl_rejected"]], tolerance)
+    baselines = torch.stack([side.ratio.mean().clamp_min(0).detach() for side in (alone.chosen, alone.rejected)])
+    close(baselines, [expected["kl_chosen"], expected["kl_rejected"]], tolerance)
     loss = pair_loss(config_of(case), pairs_in(batch, dtype, baselines=baselines)[2])
     both = torch.tensor([expected["chosen_losses"], expected["rejected_losses"]], dtype=torch.float64)
     close(loss, both.mean(0), tolerance)
@@ -131,8 +131,9 @@ def pair_apart(chosen, rejected, tokens=10):
     reference = torch.full((2 * tokens,), -1.0)
     policy = (reference + ratios).requires_grad_()
     counts = torch.tensor([tokens, tokens])
-    zero = (torch.zeros(()), torch.zeros(()))
-    found = pairs_of(policy, reference, [tokens] * 2, counts, torch.tensor([0]), torch.tensor([1]), torch.ones(1), zero)
+    found = pairs_of(
+        policy, reference, [tokens] * 2, counts, torch.tensor([0]), torch.tensor([1]), torch.ones(1), torch.zeros(2)
+    )
     return policy, found
 
 

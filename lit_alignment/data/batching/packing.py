@@ -25,6 +25,9 @@ class PlannedBatch:
         window_examples: Number of examples in these micro-batches.
         dummy: Whether it only keeps this rank in step with the others; its labels are then ignored.
         share: Its tokens as a share of those of the window.
+        window: In a rank's first micro-batch of an optimizer step, those of all ranks in that step; in its later ones
+            empty, and None where there are no steps.
+        ranks: This rank, and the number of ranks, whose micro-batches alternate in the window.
     """
 
     indices: list[int]
@@ -32,6 +35,17 @@ class PlannedBatch:
     window_examples: int = 0
     dummy: bool = False
     share: float = 0.0
+    window: Sequence[list[int]] | None = None
+    ranks: tuple[int, int] = (0, 1)
+
+    @property
+    def own_window(self) -> list[list[int]]:
+        """Of the window the micro-batches of this rank; empty where it has a dummy, so that all ranks have as many."""
+        if self.window is None:
+            return [[] if self.dummy else self.indices]
+        rank, number = self.ranks
+        rounds = (self.window[start : start + number] for start in range(0, len(self.window), number))
+        return [groups[rank] if rank < len(groups) else [] for groups in rounds]
 
 
 @dataclass(frozen=True)
@@ -174,7 +188,7 @@ class BatchPlan:
         return len(self._rows)
 
     def batches(
-        self, groups: Sequence[list[int]], rank: int = 0, world_size: int = 1, accumulate: int = 1
+        self, groups: Sequence[list[int]], rank: int = 0, world_size: int = 1, accumulate: int | None = None
     ) -> list[PlannedBatch]:
         """The micro-batches of one rank.
 
@@ -185,9 +199,9 @@ class BatchPlan:
             groups: The micro-batches of all ranks.
             rank: This process.
             world_size: Number of processes.
-            accumulate: Micro-batches a rank sees in one optimizer step.
+            accumulate: Micro-batches a rank sees in one optimizer step; None where there are no steps.
         """
-        window = accumulate * world_size
+        window = (accumulate or 1) * world_size
         totals = [
             float(sum(self.weights[group].sum() for group in groups[start : start + window]))
             for start in range(0, len(groups), window)
@@ -198,11 +212,15 @@ class BatchPlan:
         for first in range(0, len(groups), world_size):
             position = first + rank
             total, size = totals[first // window], sizes[first // window]
+            begin = first // window * window
             if position < len(groups):
-                begin = first // window * window
                 share = tokens[position] / sum(tokens[begin : begin + window])
-                planned.append(PlannedBatch(groups[position], total, size, share=share))
+                batch = PlannedBatch(groups[position], total, size, share=share)
             else:
                 shortest = min(groups[first], key=lambda i: self.lengths[i])
-                planned.append(PlannedBatch([int(shortest)], total, size, dummy=True))
+                batch = PlannedBatch([int(shortest)], total, size, dummy=True)
+            if accumulate is not None:
+                whole = groups[begin : begin + window] if first == begin else ()
+                batch = replace(batch, window=whole, ranks=(rank, world_size))
+            planned.append(batch)
         return planned

@@ -1,0 +1,246 @@
+"""Pairs, rankings and judged responses for preference optimisation."""
+
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_alignment.data.batching.collate import TargetBatch, collate_responses
+from lit_alignment.data.batching.items import PromptBatch
+from lit_alignment.data.batching.packing import PlannedBatch
+from lit_alignment.data.conversation import ConversationDataModule
+from lit_alignment.data.encoding.example import Dropped, Example
+from lit_alignment.data.encoding.feedback import Feedback
+from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, Item, prompt_item, prompt_row
+from lit_alignment.data.feedback import IDS, FeedbackDataModule
+from lit_alignment.data.sources.record_batches import CachedRows
+from lit_alignment.data.sources.records import SourceConfig
+
+Compared = Literal["all_pairs", "best_and_worst"]
+VALIDATION_BLOCK = 64  # records among which a validation looks for mismatched responses
+
+
+@dataclass(kw_only=True)
+class PreferenceBatch(TargetBatch):
+    """Responses with what is known of them, in the order of records and responses.
+
+    S responses, P pairs
+
+    Args:
+        counts: Number of targets of each response, [S].
+        scores: How good each response is, higher is better, [S].
+        chosen: Index of the better response of each pair, [P].
+        rejected: Index of the other, [P].
+        margins: How far apart the pairs should be, [P]; NaN where the record does not say.
+        dummy: Whether it only keeps its rank in step with the others.
+        baseline: What the KL estimate of its optimizer step, or validation batch, is taken over; empty where another
+            micro-batch has it, or the loss needs none.
+    """
+
+    counts: Tensor
+    scores: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    margins: Tensor
+    dummy: bool = False
+    baseline: "list[PreferenceBatch]" = field(default_factory=list)
+
+
+class PreferenceDataModule(FeedbackDataModule):
+    """Pairs and rankings, or responses judged alone, as the tokens of their responses behind one prompt each.
+
+    Records are those that `read_feedback` knows. `predict` answers the prompts of the same records.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        kind: `preferences` compares the responses of a record, `outcomes` judges each response alone (KTO).
+        share_prompts: In a packed row, read a prompt once for all its responses.
+        compared: Of a ranking, compare all responses that differ, or the best with the worst alone.
+        **settings: As of AlignmentDataModule.
+
+    Attributes:
+        baseline: What batches bring along for a KL estimate: each prompt with another one's response, the responses of
+            the whole optimizer step, or nothing. The module says.
+    """
+
+    baseline: Literal["mismatched", "other_side"] | None = None
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: Literal["preferences", "outcomes"] = "preferences",
+        share_prompts: bool = True,
+        compared: Compared = "all_pairs",
+        **settings: Any,
+    ) -> None:
+        """Check the settings; files are read in `prepare_data`."""
+        super().__init__(tokenizer, kind, share_prompts, **settings)
+        self.compared = compared
+
+    def decides_encoding(self) -> list[Any]:
+        """Also which responses are compared, which decides the number of pairs."""
+        return [*super().decides_encoding(), self.compared]
+
+    @property
+    def features(self) -> datasets.Features:
+        """Columns of an encoded record; `trained` holds begins and ends of what counts in each response."""
+        number = datasets.Value("int64")
+        return datasets.Features({**super().features, "trained": datasets.List(IDS), "num_trained": number})
+
+    def encode_record(self, record: Feedback, source: SourceConfig) -> dict[str, Any]:
+        """Ids of one record's prompt and responses, their scores, and what of them counts."""
+        columns = super().encode_record(record, source)
+        spans = columns["trained"]
+        pairs = self.pairs(columns["scores"])
+        return columns | {
+            "margin": float("nan") if record.margin is None else record.margin,
+            "weight": float(len(pairs)) if self.kind == "preferences" else 1.0,
+            "num_trained": sum(end - begin for own in spans for begin, end in zip(own[::2], own[1::2], strict=True)),
+        }
+
+    def sequences(self, record: Feedback, source: SourceConfig, allow_empty: bool = False) -> dict[str, Any]:
+        """Also `trained`."""
+        if record.steps:
+            raise Dropped("judged_steps", "steps are for reward models")
+        return super().sequences(record, source, allow_empty)
+
+    def response_columns(self, examples: list[Example], start: int) -> dict[str, Any]:
+        """Begins and ends of the tokens that count in each response, which begins at `start`."""
+        return {"trained": [_spans(example.labels[start:]) for example in examples]}
+
+    def pairs(self, scores: list[float]) -> list[tuple[int, int]]:
+        """Indices of the better and the worse response of each pair of a record; none if its response is judged alone.
+
+        Args:
+            scores: Of its responses.
+        """
+        if self.compared == "best_and_worst" and len(scores) > 1:
+            return [(scores.index(max(scores)), scores.index(min(scores)))]
+        number = range(len(scores))
+        return [(i, j) for i in number for j in number if scores[i] > scores[j]]
+
+    def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> PreferenceBatch:
+        """All responses of the records, in one packed row or padded."""
+        pad = None if self.packing else int(self.tokenizer.pad_token_id)
+        batch = collate_responses([_examples(row) for row in rows], pad, self.share_prompts, planned.window_weight)
+        chosen, rejected, margins, first = [], [], [], 0
+        for row in rows:
+            for better, worse in self.pairs(row["scores"]):
+                chosen.append(first + better)
+                rejected.append(first + worse)
+                margins.append(row["margin"])
+            first += len(row["scores"])
+        return PreferenceBatch(
+            **vars(batch) | {"ids": [f"{row['dataset']}/{row['id']}" for row in rows]},
+            counts=torch.tensor(batch.lengths),
+            scores=torch.tensor([score for row in rows for score in row["scores"]]),
+            chosen=torch.tensor(chosen, dtype=torch.long),
+            rejected=torch.tensor(rejected, dtype=torch.long),
+            margins=torch.tensor(margins),
+            dummy=planned.dummy,
+        )
+
+    # What a KL estimate is taken over.
+
+    def _batch(self, rows: CachedRows, planned: PlannedBatch) -> PreferenceBatch:
+        batch: PreferenceBatch = super()._batch(rows, planned)
+        if self.baseline is None:
+            return batch
+        window = None if planned.window is None else [index for group in planned.window for index in group]
+        for group in planned.own_window:
+            records = self._compared_rows(rows, group, window)
+            dummy = PlannedBatch([], 0.0, dummy=not records)
+            batch.baseline.append(self.collate(records or rows.rows(planned.indices[:1]), dummy))
+        return batch
+
+    def _compared_rows(self, rows: CachedRows, group: list[int], window: list[int] | None) -> list[dict[str, Any]]:
+        """What of a micro-batch the KL estimate is taken over.
+
+        Args:
+            rows: All of the split.
+            group: Records of the micro-batch.
+            window: Records of the whole optimizer step; None where there are no steps.
+        """
+        if self.baseline == "other_side" or not group:
+            return rows.rows(group)
+        if window is None:  # neighbours in the order of records, whatever the size of a batch
+            blocks = {index // VALIDATION_BLOCK * VALIDATION_BLOCK for index in group}
+            window = [i for start in blocks for i in range(start, min(start + VALIDATION_BLOCK, len(rows)))]
+        order = np.random.default_rng([self.seed, *sorted(set(window))]).permutation(sorted(set(window))).tolist()
+        known = dict(zip(order, rows.rows(order), strict=True))
+        found = []
+        for index in group:
+            own, start = known[index], order.index(index)
+            others = (known[other] for other in order[start + 1 :] + order[:start])
+            partner = next((other for other in others if other["prompt"] != own["prompt"]), None)
+            if partner is not None:
+                found += _behind(own, partner, self.encoding.max_length)
+        return found
+
+    def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:
+        """Each response behind its prompt, with what is known of it; marked are the tokens that count."""
+        if "responses" not in row:
+            return ConversationDataModule.views(self, row)
+        names = self._names(row["scores"])
+        return list(zip(names, _examples(row), strict=True))
+
+    def _names(self, scores: list[float]) -> list[str]:
+        if self.kind == "outcomes":
+            return [f"{'good' if score else 'bad'} response" for score in scores]
+        if len(scores) == 2:
+            return ["chosen" if score == max(scores) else "rejected" for score in scores]
+        return [f"response {number}, rank {1 + sum(o > s for o in scores)}" for number, s in enumerate(scores)]
+
+    # What predict answers.
+
+    @property
+    def predict_features(self) -> datasets.Features:
+        """Columns of a prompt."""
+        return PROMPT_FEATURES
+
+    def predict_row(self, record: Feedback, source: SourceConfig) -> dict[str, Any]:
+        """The prompt of a record, with the first turn of its best response as reference."""
+        known = [response for response in record.responses if response["score"] is not None]
+        best = max(known, key=lambda response: response["score"] or 0.0)["messages"][:1] if known else []
+        return prompt_row(self.encoder, replace(record, messages=[*record.messages, *best]), source)
+
+    def predict_item(self, row: dict[str, Any], index: int) -> Item:
+        """One prompt."""
+        return prompt_item(row, index)
+
+    def predict_collate(self, items: list[Any]) -> PromptBatch:
+        """Prompts to answer together."""
+        return PromptBatch(items)
+
+
+def _spans(labels: list[int]) -> list[int]:
+    """Begins and ends of the runs of labels that count, alternately."""
+    counts = [False, *(label != IGNORE_INDEX for label in labels), False]
+    return [position for position, (before, now) in enumerate(pairwise(counts)) if before != now]
+
+
+def _behind(row: dict[str, Any], other: dict[str, Any], max_length: int) -> list[dict[str, Any]]:
+    """Another record's first response behind a record's prompt, cut at `max_length`; none if nothing of it is left."""
+    response = other["responses"][0][: max(max_length - len(row["prompt"]), 0)]
+    spans = [min(place, len(response)) for place in other["trained"][0]]
+    if not any(begin < end for begin, end in zip(spans[::2], spans[1::2], strict=True)):
+        return []
+    return [{**row, "responses": [response], "trained": [spans], "scores": [0.0]}]
+
+
+def _examples(row: dict[str, Any]) -> list[Example]:
+    """The prompt with each of its responses."""
+    examples = []
+    for response, spans in zip(row["responses"], row["trained"], strict=True):
+        ids, start = row["prompt"] + response, len(row["prompt"])
+        labels = [IGNORE_INDEX] * len(ids)
+        for begin, end in zip(spans[::2], spans[1::2], strict=True):
+            labels[start + begin : start + end] = response[begin:end]
+        examples.append(Example(ids, labels, [0.0 if label == IGNORE_INDEX else 1.0 for label in labels]))
+    return examples

@@ -1,0 +1,133 @@
+"""What is logged of preference optimisation: means over pairs, or over responses judged alone.
+
+N tokens, S responses, P pairs
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_alignment.losses.pairs import Pairs, ResponseLogps, by_response
+
+SIDES = ("chosen", "rejected")
+# Of pairs, for the correlation of margins with the difference in length.
+MOMENTS = ("margin^2", "longer", "longer^2", "margin*longer")
+
+
+class NamedMeans(Metric):
+    """Mean of each of several quantities over all of its values, on all ranks.
+
+    Args:
+        names: What the quantities are called.
+    """
+
+    full_state_update = False
+    totals: Tensor
+    counts: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Start at zero, in float64."""
+        super().__init__()
+        self.names = list(names)
+        for name in ("totals", "counts"):
+            self.add_state(name, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
+
+    def update(self, values: dict[str, Tensor]) -> None:
+        """Add values, [N] of each name, with an N of its own."""
+        positions = [self.names.index(name) for name in values]
+        totals = torch.stack([each.detach().double().sum() for each in values.values()])
+        self.totals[positions] += totals
+        self.counts[positions] += totals.new_tensor([each.numel() for each in values.values()])
+
+    def compute(self) -> dict[str, Tensor]:
+        """The mean of each quantity of which there were values, float64 scalars."""
+        means = zip(self.names, self.totals / self.counts, self.counts.tolist(), strict=True)
+        return {name: mean for name, mean, count in means if count}
+
+
+def value_names(of_responses: bool) -> list[str]:
+    """What is averaged, by name.
+
+    Args:
+        of_responses: Whether responses are judged alone.
+    """
+    sides = ("desirable", "undesirable") if of_responses else SIDES
+    own = [f"{side}_{what}" for side in sides for what in ("reward", "logp", "length")]
+    return ["loss", *own, "kl", *(["desirable"] if of_responses else ["accuracy", "margin", *MOMENTS])]
+
+
+def pair_values(chosen: Tensor, rejected: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+    """What is averaged over pairs, [P] each. Of equal rewards half counts as right.
+
+    Args:
+        chosen: Rewards of the chosen responses, [P].
+        rejected: Of the others.
+        pairs: Their log-probabilities and lengths.
+    """
+    margin, longer = chosen - rejected, (pairs.chosen.lengths - pairs.rejected.lengths).to(chosen)
+    return {
+        **_side_values("chosen", chosen, pairs.chosen),
+        **_side_values("rejected", rejected, pairs.rejected),
+        "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
+        "margin": margin,
+        "margin^2": margin.square(),
+        "longer": longer,
+        "longer^2": longer.square(),
+        "margin*longer": margin * longer,
+    }
+
+
+def response_values(rewards: Tensor, responses: ResponseLogps, desirable: Tensor) -> dict[str, Tensor]:
+    """What is averaged over responses judged alone, by side.
+
+    Args:
+        rewards: [S].
+        responses: Their log-probabilities and lengths.
+        desirable: Whether each is good, [S].
+    """
+    values = {"desirable": desirable.float()}
+    for name, side in (("desirable", desirable), ("undesirable", ~desirable)):
+        own = ResponseLogps(responses.policy[side], None, responses.lengths[side])
+        values |= _side_values(name, rewards[side], own)
+    return values
+
+
+def _side_values(name: str, rewards: Tensor, responses: ResponseLogps) -> dict[str, Tensor]:
+    found = {"reward": rewards, "logp": responses.policy, "length": responses.lengths}
+    return {f"{name}_{what}": value for what, value in found.items()}
+
+
+def k3_estimate(policy: Tensor, reference: Tensor, lengths: Sequence[int]) -> Tensor:
+    """An estimate of KL(policy || reference) over each response, [S]: the sum over tokens of exp(-d) - 1 + d.
+
+    It is unbiased for responses of the policy; of others it says how far the policy has moved on them.
+
+    Args:
+        policy: Log-probabilities, [N].
+        reference: The same under the reference.
+        lengths: Tokens of each response.
+
+    Source: Schulman 2020, "Approximating KL divergence", k3.
+    """
+    difference = policy.detach() - reference
+    return by_response(torch.expm1(-difference) + difference, lengths).sum(1)
+
+
+def logged_means(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is logged of means: the moments become `length_correlation`, and both sides' rewards a margin.
+
+    Args:
+        values: Of `pair_values` or `response_values`.
+    """
+    found = {name: value for name, value in values.items() if name not in MOMENTS}
+    if "longer" in values:
+        margin, longer = values["margin"], values["longer"]
+        variances = (values["margin^2"] - margin**2) * (values["longer^2"] - longer**2)
+        if float(variances) > 0:
+            found["length_correlation"] = (values["margin*longer"] - margin * longer) / variances.sqrt()
+    elif {"desirable_reward", "undesirable_reward"} <= values.keys():
+        found["margin"] = values["desirable_reward"] - values["undesirable_reward"]
+    return found

@@ -1,0 +1,289 @@
+"""Preference optimisation: DPO and its family on pairs, KTO on responses judged alone.
+
+N trained tokens, S responses, P pairs
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.preference import PreferenceBatch, PreferenceDataModule
+from lit_alignment.errors import ConfigError
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.hooks import Stage
+from lit_alignment.losses.pairs import pair_loss, pairs_of, response_loss, responses_of, rewards
+from lit_alignment.losses.preference_config import LossConfig
+from lit_alignment.metrics.preference import (
+    NamedMeans,
+    k3_estimate,
+    logged_means,
+    pair_values,
+    response_values,
+    value_names,
+)
+from lit_alignment.models.adapters import AdapterConfig, mutates_base
+from lit_alignment.models.loading import BackboneConfig, load_network
+from lit_alignment.models.logprobs import target_logps
+from lit_alignment.models.reference import adapters_off, add_reference, quiet_logps, reference_on, without_dropout
+from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.generative import GenerativeModule
+from lit_alignment.optimization import OptimizerConfig
+
+ReferenceKind = Literal["auto", "adapter_off", "frozen_copy", "none"]
+
+
+class PreferenceModule(GenerativeModule):
+    """A causal language model that learns which responses are preferred.
+
+    loss of an optimizer step = sum over losses of weight * mean over all its pairs, on all ranks and in all
+    micro-batches. Log-probabilities are summed over the assistant's tokens of a response; dropout is off.
+
+    Args:
+        backbone: The pretrained model.
+        peft: New adapters from the peft library; without these and `adapter` all weights train.
+        adapter: An existing adapter, frozen or to be trained further.
+        tokens: Special and new tokens; with LoRA only the rows of new ones train.
+        optimizer: Optimizer and schedule.
+        losses: What is minimised; DPO by default.
+        reference: What the policy is compared with. `auto` is the model before training, held as cheaply as it can
+            be: new adapters switched off, a frozen second copy of a continued adapter or, where all weights train, of
+            the model.
+        generation: Decoding configurations of `predict`, by name.
+    """
+
+    shares_batches = True
+    progress_bar = ("loss", "accuracy", "margin")
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        peft: PeftConfig | None = None,
+        adapter: AdapterConfig | None = None,
+        tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        losses: list[LossConfig] | None = None,
+        reference: ReferenceKind = "auto",
+        generation: dict[str, DecodingConfig] | None = None,
+    ) -> None:
+        """Check the losses and the reference; the weights come in `configure_model`."""
+        super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
+        self.losses = losses or [LossConfig("sigmoid")]
+        self.reference = reference_of(reference, self.losses, peft, adapter)
+        self.reference_model: nn.Module | None = None
+        self.of_responses = self.losses[0].form.of == "responses"
+        self.loss_names = [f"{loss.name}_loss" for loss in self.losses] if len(self.losses) > 1 else []
+        self.train_means = NamedMeans([*value_names(self.of_responses), *self.loss_names])
+        self._baselines = torch.zeros(2)  # z of the optimizer step, or of the validation
+
+    # Model and reference.
+
+    def load_model(self, *arguments: Any, **options: Any) -> nn.Module:
+        """Load the weights, without dropout, and what of the reference stands in the same model."""
+        self._random_state = torch.get_rng_state()
+        network = super().load_model(*arguments, **options)
+        without_dropout(network)
+        if self.reference == "frozen_copy" and self.adapter is not None and self._compares:
+            add_reference(network, self.adapter)
+        return network
+
+    def load_extra_networks(self, device_type: str = "cpu") -> None:
+        """Load the model a second time, if all of its weights train, or its adapters have changed them."""
+        if self.reference != "frozen_copy" or self.adapter is not None or not self._compares:
+            return
+        with torch.random.fork_rng():  # new weights, as of new tokens, begin as the policy's
+            torch.set_rng_state(self._random_state)
+            reference = load_network(
+                self.backbone,
+                self.tokenizer,
+                tokens=self.tokens_config,
+                added=self.added_tokens,
+                packing=self.data.packing,
+                shared_prompts=self.data.share_prompts,
+                device_type=device_type,
+            )
+        self.reference_model = reference.requires_grad_(False).eval()
+
+    def extra_networks(self) -> dict[str, nn.Module]:
+        """The reference, where it is a model of its own."""
+        return {} if self.reference_model is None else {"the reference": self.reference_model}
+
+    @property
+    def _compares(self) -> bool:
+        """Whether this run computes losses, or metrics, for which it needs the reference."""
+        return self._trainer is not None and self.trainer.state.fn in ("fit", "validate", "test")
+
+    def _reference_logps(self, batch: PreferenceBatch) -> Tensor | None:
+        """Log-probability of each target under the reference, [N]."""
+        network = self.network
+        switched: AbstractContextManager[None] = nullcontext()
+        match self.reference:
+            case "none":
+                return None
+            case "adapter_off":
+                switched = adapters_off(network)
+            case "frozen_copy" if self.reference_model is not None:
+                network = self.reference_model
+            case _:
+                switched = reference_on(network)
+        with switched:
+            return quiet_logps(network, batch, self.sequence)
+
+    # Steps and metrics.
+
+    def setup(self, stage: str) -> None:
+        """Refuse data of another kind than the losses are of, and say what KL estimates are taken over."""
+        super().setup(stage)
+        if stage == "predict":
+            return
+        wanted = "outcomes" if self.of_responses else "preferences"
+        if self.data.kind != wanted:
+            raise ConfigError(
+                f"model.losses: {self.losses[0].name} is a loss of {self.losses[0].form.of}, and data.kind is "
+                f"{self.data.kind}. Set data.kind to {wanted}, or choose another loss."
+            )
+        self.data.baseline = next((loss.form.baseline for loss in self.losses if loss.form.baseline), None)
+        if self.data.baseline is not None and self.features.sequence is not None:
+            raise ConfigError(
+                f"model.losses: {self.losses[0].name} cannot share rows between ranks. Use another strategy."
+            )
+
+    @property
+    def data(self) -> PreferenceDataModule:
+        """The data module.
+
+        Raises:
+            ConfigError: If it is another method's.
+        """
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, PreferenceDataModule):
+            raise ConfigError(f"PreferenceModule needs a PreferenceDataModule, not {type(data).__name__}.")
+        return data
+
+    def stage_metrics(self) -> dict[str, Metric]:
+        """Means over pairs or responses."""
+        return {"means": NamedMeans([*value_names(self.of_responses), *self.loss_names])}
+
+    def step(self, batch: PreferenceBatch, stage: Stage) -> Tensor:
+        """The batch's share of the loss in training; else its loss, after adding it to the metrics."""
+        if stage == "train" and batch.baseline:
+            self._baselines = self._estimate(batch.baseline)
+        reference = self._reference_logps(batch)
+        policy = target_logps(self.network, batch, sequence=self.sequence)
+        if self.of_responses:
+            responses = responses_of(policy, reference, batch.lengths, batch.counts)
+            desirable = batch.scores > 0
+            parts = [response_loss(loss, responses, desirable, self._baselines[0]) for loss in self.losses]
+            values = response_values(rewards(self.losses, responses), responses, desirable)
+        else:
+            sides = batch.chosen, batch.rejected, batch.margins, self._baselines
+            pairs = pairs_of(policy, reference, batch.lengths, batch.counts, *sides)
+            parts = [pair_loss(loss, pairs) for loss in self.losses]
+            values = pair_values(rewards(self.losses, pairs.chosen), rewards(self.losses, pairs.rejected), pairs)
+        losses = torch.stack([loss.weight * part for loss, part in zip(self.losses, parts, strict=True)]).sum(0)  # [B]
+        if not batch.dummy:
+            if reference is not None:
+                values["kl"] = k3_estimate(policy, reference, batch.lengths)
+            values |= {"loss": losses, **dict(zip(self.loss_names, parts, strict=False))}
+            metric = self.train_means if stage == "train" else self.metrics_of(stage)["means"]
+            metric.update(values)
+        loss_sum = losses.sum() * (0.0 if batch.dummy else 1.0)
+        return self.step_loss(loss_sum, batch.window_weight) if stage == "train" else loss_sum
+
+    def _estimate(self, batches: Iterable[PreferenceBatch]) -> Tensor:
+        """Z of the chosen and of the rejected responses, or of mismatched ones: mean log-ratio on all ranks, [2].
+
+        Args:
+            batches: What it is taken over, of which each rank has as many.
+        """
+        totals = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # of each side the sum and the number
+        for batch in batches:
+            reference = self._reference_logps(batch)
+            policy = quiet_logps(self.network, batch, self.sequence)
+            ratios = responses_of(policy, reference, batch.lengths, batch.counts).ratio.double()
+            for side, own in enumerate(
+                [ratios] if self.of_responses else [ratios[batch.chosen], ratios[batch.rejected]]
+            ):
+                if not batch.dummy:
+                totals[side] += torch.stack([own.sum(), totals.new_tensor(own.numel())])
+        totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        return (totals[:, 0] / totals[:, 1].clamp_min(1)).clamp_min(0).float()
+
+    def _estimate_on(self, loaders: Any, numbers: list[Any]) -> None:
+        """The same over all that a validation or test sees, before it begins."""
+        if self.data.baseline is None:
+            return
+        batches = (batch for whole in islice(loaders, numbers[0]) for batch in whole.baseline)
+        strategy = self.trainer.strategy
+        with self.trainer.precision_plugin.forward_context():
+            self._baselines = self._estimate(strategy.batch_to_device(batch) for batch in batches)
+
+    def on_validation_epoch_start(self) -> None:
+        """Take the KL estimate over all of the validation."""
+        trainer = self.trainer
+        numbers = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._estimate_on(trainer.val_dataloaders, numbers)
+
+    def on_test_epoch_start(self) -> None:
+        """Take the KL estimate over all of the test."""
+        self._estimate_on(self.trainer.test_dataloaders, self.trainer.num_test_batches)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log means over all pairs or responses, of all ranks, since the last time."""
+        super().on_before_optimizer_step(optimizer)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            values = logged_means(self.train_means.compute())
+            self.log_dict({f"train/{name}": float(value) for name, value in values.items() if name != "loss"})
+            self.train_means.reset()
+
+    def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
+        """Means over pairs or responses, and how margins go with lengths."""
+        return dict(logged_means(self.metrics_of(stage)["means"].compute()))
+
+
+def reference_of(
+    wanted: ReferenceKind, losses: list[LossConfig], peft: PeftConfig | None, adapter: AdapterConfig | None
+) -> ReferenceKind:
+    """How the reference is held.
+
+    Args:
+        wanted: What the configuration asks for.
+        losses: What it is for.
+        peft: New adapters.
+        adapter: An existing one.
+
+    Raises:
+        ConfigError: If the losses need another one, or none.
+    """
+    kinds = {loss.form.of for loss in losses}
+    if len(kinds) > 1:
+        raise ConfigError("model.losses: losses of pairs and of responses judged alone do not go together.")
+    comparing = [loss.name for loss in losses if loss.form.needs_reference]
+    if not comparing:
+        if wanted not in ("auto", "none"):
+            raise ConfigError(
+                f"model.reference is {wanted}, and {losses[0].name} is compared with no reference. Remove it."
+            )
+        return "none"
+    if wanted == "none":
+        raise ConfigError(f"model.reference is none, and {comparing[0]} needs one. Set it to auto.")
+    if wanted == "adapter_off":
+        if peft is None and adapter is None:
+            raise ConfigError("model.reference is adapter_off, and there are no adapters. Set it to auto.")
+        if peft is not None and mutates_base(peft):
+            raise ConfigError(
+                "model.reference is adapter_off, and these adapters change the base weights when they begin, so that "
+                "without them it is another model. Set init_lora_weights: true."
+            )
+    new = peft is not None and not mutates_base(peft)
+    if wanted == "auto":
+        return "adapter_off" if new else "frozen_copy"
+    if wanted == "frozen_copy" and new:
+        raise ConfigError("model.reference: a copy would hold what new adapters switched off are: use adapter_off.")
+    return wanted
