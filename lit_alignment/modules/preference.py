@@ -207,10 +207,8 @@ class PreferenceModule(GenerativeModule):
             reference = self._reference_logps(batch)
             policy = quiet_logps(self.network, batch, self.sequence)
             ratios = responses_of(policy, reference, batch.lengths, batch.counts).ratio.double()
-            for side, own in enumerate(
-                [ratios] if self.of_responses else [ratios[batch.chosen], ratios[batch.rejected]]
-            ):
-                if not batch.dummy:
+            sides = [ratios] if self.of_responses else [ratios[batch.chosen], ratios[batch.rejected]]
+            for side, own in enumerate([] if batch.dummy else sides):
                 totals[side] += torch.stack([own.sum(), totals.new_tensor(own.numel())])
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
         return (totals[:, 0] / totals[:, 1].clamp_min(1)).clamp_min(0).float()

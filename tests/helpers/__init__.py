@@ -15,6 +15,8 @@ from lit_alignment import (
     AtomicCheckpointIO,
     ClassificationDataModule,
     ClassificationModule,
+    PreferenceDataModule,
+    PreferenceModule,
     RAGDataModule,
     RAGModule,
     RewardDataModule,
@@ -216,6 +218,15 @@ def class_data(module: ClassificationModule, train=None, val=None, **settings: A
 def reward_data(module: RewardModule, train=None, val=None, **settings: Any) -> RewardDataModule:
     settings.setdefault("encoding", EncodingConfig(max_length=512))
     return RewardDataModule(module.tokenizer, **_sources(train, val), **settings)
+
+
+def preference_module(path: str = "configs/tiny", lora: bool = False, **settings: Any) -> PreferenceModule:
+    return PreferenceModule(**scoring_settings(path, lora, settings))
+
+
+def preference_data(module: PreferenceModule, train=None, val=None, **settings: Any) -> PreferenceDataModule:
+    settings.setdefault("encoding", EncodingConfig(max_length=512))
+    return PreferenceDataModule(module.tokenizer, **_sources(train, val), **settings)
 
 
 def step_gradients(folder: Path, module, data, **options: Any) -> dict[str, torch.Tensor]:

@@ -1,0 +1,420 @@
+"""Preference optimisation: the reference, what a step is a mean of, KTO's estimate over the step, what is logged."""
+
+import math
+import random
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+from lit_alignment import AdapterConfig, LossConfig
+from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.errors import ConfigError
+from lit_alignment.losses.pairs import Pairs, ResponseLogps, pair_loss
+from lit_alignment.models.adapters import save_adapter
+from lit_alignment.models.head import base_model
+from lit_alignment.models.reference import adapters_off, quiet_logps
+from lit_alignment.modules.preference import reference_of
+from tests.helpers import (
+    WORDS,
+    Seen,
+    base_model_folder,
+    pairs,
+    preference_data,
+    preference_module,
+    sft_data,
+    sft_module,
+    step_gradients,
+    trainer,
+)
+from tests.helpers.ranks import run_on_ranks
+
+DROPOUT = {"attention_dropout": 0.3}
+LAYOUTS = {
+    "shared": {"tokens_per_batch": 8192},
+    "packed": {"tokens_per_batch": 8192, "share_prompts": False},
+    "padded": {"packing": False, "batch_size": 16},
+}
+
+
+def judged(number, seed=0):
+    generator = random.Random(seed)
+
+    def text():
+        return " ".join(generator.choices(WORDS, k=generator.choice((1, 2, 5, 40))))
+
+    return [{"id": f"r{i}", "prompt": text(), "completion": f"{text()} {i}", "label": i % 3 > 0} for i in range(number)]
+
+
+def whole_logps(module, prompt, response):
+    """Sum and number of the log-probabilities of one response's tokens, by transformers' own forward pass."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    asked, answered = (
+        module.tokenizer.apply_chat_template(part, add_generation_prompt=ask, return_dict=False)
+        for part, ask in ((messages[:1], True), (messages, False))
+    )
+    end = module.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    answered = answered[: len(answered) - answered[::-1].index(end)]  # the line end behind it is nobody's
+    ids = torch.tensor([answered])
+    logps = module.network(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return logps.gather(1, ids[0, 1:, None])[len(asked) - 1 :, 0]
+
+
+def fitted(folder, module, data, callbacks=(), **options):
+    run = trainer(folder, callbacks=list(callbacks), log_every_n_steps=1, **options)
+    run.fit(module, data)
+    return run
+
+
+def one_adapter(folder):
+    """A base with an adapter that was trained a little."""
+    base = base_model_folder(folder / "base")
+    module = preference_module(base, lora=True)
+    fitted(folder, module, preference_data(module, pairs(6)), max_epochs=3)
+    save_adapter(module.network, folder / "adapter")
+    return base, str(folder / "adapter")
+
+
+# The reference.
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_first_loss_is_ln_2_and_all_rewards_are_zero(tmp_path, layout, precision, lora):
+    path = base_model_folder(tmp_path / "base", **DROPOUT)
+    module = preference_module(path, lora)
+    seen = Seen()
+    run = fitted(
+        tmp_path, module, preference_data(module, pairs(6), **LAYOUTS[layout]), [seen], max_steps=1, precision=precision
+    )
+    assert any(isinstance(each, nn.Module) and getattr(each, "attention_dropout", 1) == 0 for each in module.modules())
+    assert seen.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    logged = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert logged["train/chosen_reward"] == logged["train/rejected_reward"] == logged["train/kl"] == 0.0
+    assert logged["train/accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["new adapter", "continued adapter", "full"])
+def test_reference_is_the_model_before_training_and_stays_it(tmp_path, kind):
+    adapter = None
+    if kind == "continued adapter":
+        base, folder = one_adapter(tmp_path)
+        adapter = AdapterConfig(folder, trainable=True)
+    else:
+        base = base_model_folder(tmp_path / "base")
+    module = preference_module(base, kind == "new adapter", adapter=adapter)
+    data = preference_data(module, pairs(6), pairs(4, 1))
+    run = trainer(tmp_path, max_steps=3)
+    run.fit(module, data)
+    batch = next(iter(data.val_dataloader()))
+    found = module._reference_logps(batch)
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    before = preference_module(base, kind == "new adapter", adapter=adapter)
+    fresh = trainer(tmp_path)
+    fresh.validate(before, preference_data(before, val=pairs(4, 1)), verbose=False)
+    expected = before._reference_logps(batch)
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        assert not torch.allclose(quiet_logps(module.network, batch), found)  # it did train
+        assert torch.equal(quiet_logps(before.network, batch), found)  # the policy before training is the reference
+    assert trained and not any("reference" in name for name in trained)
+
+
+def test_second_adapter_costs_the_adapter_alone(tmp_path):
+    base, folder = one_adapter(tmp_path)
+    module = preference_module(base, adapter=AdapterConfig(folder, trainable=True))
+    trainer(tmp_path, max_steps=1).fit(module, preference_data(module, pairs(4)))
+    own = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    kept = sum(p.numel() for name, p in module.named_parameters() if ".reference." in name)
+    assert kept == own > 0 and module.reference_model is None
+    total = sum(p.numel() for p in module.parameters())
+    assert total == sum(p.numel() for p in base_model(module.network).parameters())
+
+
+def test_adapters_are_on_again_after_an_exception(tmp_path):
+    module = preference_module(base_model_folder(tmp_path / "base"), lora=True)
+    module.load_model()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        on = module.network(input_ids=ids).logits
+        with pytest.raises(ZeroDivisionError), adapters_off(module.network):
+            assert not torch.allclose(module.network(input_ids=ids).logits, on)
+            raise ZeroDivisionError
+        assert torch.equal(module.network(input_ids=ids).logits, on)
+    assert any(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "losses", "peft", "message"),
+    [
+        ("none", ["sigmoid"], True, "sigmoid needs one. Set it to auto"),
+        ("adapter_off", ["sigmoid"], False, "there are no adapters"),
+        ("frozen_copy", ["simpo"], True, "simpo is compared with no reference. Remove it"),
+        ("frozen_copy", ["sigmoid"], True, "use adapter_off"),
+        ("auto", ["sigmoid", "kto"], True, "do not go together"),
+        ("adapter_off", ["sigmoid"], "pissa", "change the base weights"),
+    ],
+)
+def test_reference_that_does_not_fit_is_refused(wanted, losses, peft, message):
+    config = LoraConfig(init_lora_weights="pissa" if peft == "pissa" else True) if peft else None
+    with pytest.raises(ConfigError, match=message):
+        reference_of(wanted, [LossConfig(name) for name in losses], config, None)
+
+
+def test_adapters_that_change_the_base_are_compared_with_the_base_as_it_was(tmp_path):
+    base = base_model_folder(tmp_path / "base")
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="pissa")
+    module = preference_module(base, peft=peft)
+    seen = Seen()
+    fitted(tmp_path, module, preference_data(module, pairs(6), tokens_per_batch=8192), [seen], max_steps=1)
+    assert seen.losses[0] == pytest.approx(math.log(2), abs=1e-4) and module.reference_model is not None
+
+
+# The loss of an optimizer step.
+
+
+def slow_loss(module, reference, records, config):
+    """Mean over the pairs, each response alone in a forward pass."""
+    total = torch.zeros(())
+    for record in records:
+        sides = []
+        for name in ("chosen", "rejected"):
+            policy = whole_logps(module, record["prompt"], record[name])
+            with torch.no_grad():
+                before = whole_logps(reference, record["prompt"], record[name])
+            number = torch.tensor([len(policy)])
+            sides.append(ResponseLogps(policy.sum()[None], before.sum()[None], number))
+        total = total + pair_loss(config, Pairs(*sides, torch.tensor([record["margin"]]))).sum()
+    return total / len(records)
+
+
+@pytest.mark.parametrize("name", ["sigmoid_margin", "ipo", "rpo", "simpo", "orpo"])
+def test_gradient_equals_a_slow_loop_over_single_responses(tmp_path, name):
+    config = LossConfig(name)
+    module = preference_module(losses=[config])
+    found = step_gradients(tmp_path, module, preference_data(module, pairs(5), tokens_per_batch=8192))
+    module = preference_module(losses=[config])
+    module.load_model().eval()
+    reference = preference_module()
+    reference.load_model().eval()
+    slow_loss(module, reference, pairs(5), config).backward()
+    for own, parameter in module.named_parameters():
+        torch.testing.assert_close(found[own], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def changed(module):
+    """Move the policy away from its reference, so that losses and gradients of all kinds are there."""
+    load = module.load_model
+
+    def moved(*arguments, **options):
+        network = load(*arguments, **options)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(1)
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        return network
+
+    module.load_model = moved
+    return module
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "kto_pair", "mpo"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"tokens_per_batch": 512}, {"tokens_per_batch": 512, "share_prompts": False}, {"packing": False, "batch_size": 2}],
+    ids=["shared", "packed", "padded"],
+)
+def test_gradient_is_the_same_for_any_layout_and_split_into_micro_batches(tmp_path, settings, name):
+    make = dict(losses=[LossConfig(name)], lora=True)
+    path = base_model_folder(tmp_path / "base")
+    one = changed(preference_module(path, **make))
+    expected = step_gradients(tmp_path, one, preference_data(one, pairs(9), packing=False, batch_size=9))
+    many = changed(preference_module(path, **make))
+    found = step_gradients(tmp_path, many, preference_data(many, pairs(9), **settings), accumulate_grad_batches=9)
+    assert expected and found.keys() == expected.keys()
+    for own, gradient in expected.items():
+        difference = (found[own] - gradient).abs().max()
+        assert float(difference) <= 1e-5 * float(gradient.abs().max()), own
+
+
+def on_rank(folder, path, name, ranks):
+    of_responses = name == "kto"
+    module = changed(preference_module(path, lora=True, losses=[LossConfig(name)]))
+    records = judged(9) if of_responses else pairs(9)
+    data = preference_data(
+        module, records, records, packing=False, batch_size=2, kind="outcomes" if of_responses else "preferences"
+    )
+    options = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+    run = trainer(folder, max_steps=3, log_every_n_steps=1, accumulate_grad_batches=4 // ranks, **options)
+    run.fit(module, data)
+    if run.is_global_zero:
+        torch.save({name: float(value) for name, value in run.callback_metrics.items()}, folder / f"{ranks}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sigmoid", "kto", "kto_pair"])
+def test_two_ranks_train_and_log_what_one_does(tmp_path, name):
+    path = base_model_folder(tmp_path / "base")
+    for ranks in (1, 2):
+        run_on_ranks(on_rank, tmp_path, path, name, ranks, ranks=ranks)
+    one, two = (torch.load(tmp_path / f"{ranks}.pt") for ranks in (1, 2))
+    assert one.keys() == two.keys() and {"train/loss", "train/margin", "val/loss", "val/kl"} <= one.keys()
+    for key, value in one.items():
+        assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+def test_weights_of_losses_are_of_their_means(tmp_path):
+    def loss(*losses):
+        module = changed(preference_module(losses=list(losses), reference="auto"))
+        (result,) = trainer(tmp_path).validate(module, preference_data(module, val=pairs(5)), verbose=False)
+        return result
+
+    dpo, sft = loss(LossConfig("sigmoid"))["val/loss"], loss(LossConfig("sft"))["val/loss"]
+    both = loss(LossConfig("sigmoid", weight=0.5), LossConfig("sft", weight=0.2))
+    assert both["val/loss"] == pytest.approx(0.5 * dpo + 0.2 * sft, rel=1e-5)
+    assert both["val/sigmoid_loss"] == pytest.approx(dpo) and both["val/sft_loss"] == pytest.approx(sft)
+
+
+def test_ranking_compares_all_responses_or_the_best_with_the_worst(tmp_path):
+    ranking = {"prompt": "order", "candidates": ["yes please", "no", "repair it now"], "ranking": [2, 3, 1]}
+    for compared, number in (("all_pairs", 3), ("best_and_worst", 1)):
+        module = preference_module()
+        data = preference_data(module, [ranking], compared=compared)
+        data.setup("fit")
+        (batch,) = data.train_dataloader()
+        assert len(batch.chosen) == number == batch.window_weight
+        assert all(batch.scores[batch.chosen] > batch.scores[batch.rejected])
+    assert (batch.chosen.item(), batch.rejected.item()) == (2, 1)
+
+
+# What is encoded.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_responses_follow_the_prompt_ids_of_predict_and_count_to_their_end_of_turn(layout):
+    module = preference_module()
+    data = preference_data(module, pairs(5), pairs(5), **LAYOUTS[layout])
+    data.setup("fit")
+    data.setup("predict")
+    asked = {item.id: item.input_ids for batch in data.predict_dataloader() for item in batch.items}
+    for row in data.examples["train"].rows(range(5)):
+        assert row["prompt"] == asked[row["id"]]
+        for response, (begin, end) in zip(row["responses"], row["trained"], strict=True):
+            text = module.tokenizer.decode(response[begin:end])
+            assert begin == 0 and text.count("<|im_end|>") == 1 and text.strip().endswith("<|im_end|>")
+    batch = next(iter(data.train_dataloader()))
+    assert batch.num_trained == sum(batch.lengths) == int(batch.counts.sum())
+
+
+def test_of_a_response_of_several_turns_the_assistant_s_count():
+    turn = {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}
+    record = {"prompt": "order", "chosen": [*turn, {**turn[0], "content": "please"}], "rejected": "no"}
+    module = preference_module()
+    data = preference_data(module, [record])
+    data.setup("fit")
+    (row,) = data.examples["train"].rows([0])
+    texts = [
+        module.tokenizer.decode(response[begin:end])
+        for response, spans in zip(row["responses"], row["trained"], strict=True)
+        for begin, end in zip(spans[::2], spans[1::2], strict=True)
+    ]
+    assert [text.split("<")[0] for text in texts] == ["yes", "please", "no"]
+    assert "why" in module.tokenizer.decode(row["responses"][0])
+
+
+def test_long_prompts_are_shortened_once_and_no_response_is_cut():
+    record = {"id": "a", "chosen": "yes", "rejected": " ".join(["no"] * 30)}
+    record["prompt"] = [{"role": "user", "content": "order " * 40}, *[{"role": "assistant", "content": "so"}] * 1]
+    record["prompt"] += [{"role": "user", "content": "reply"}]
+    module = preference_module()
+    data = preference_data(module, [record], encoding=EncodingConfig(max_length=96), tokens_per_batch=512)
+    data.setup("fit")
+    (row,) = data.examples["train"].rows([0])
+    assert len(row["prompt"]) + max(map(len, row["responses"])) <= 96
+    assert all(spans[-1] >= len(response) - 1 for spans, response in zip(row["trained"], row["responses"], strict=True))
+
+
+# KTO.
+
+
+def batches_of(records, accumulate=3, batch_size=2, ranks=1):
+    """Batches of the first epoch on each rank, with what the KL estimate is taken over."""
+    module = preference_module(losses=[LossConfig("kto")])
+    data = preference_data(module, records, kind="outcomes", packing=False, batch_size=batch_size)
+    data.baseline = "mismatched"
+    data.setup("fit")
+    plan = data.plan("train")
+    rows = data.examples["train"]
+    return data, [
+        [data._batch(rows, planned) for planned in plan.batches(plan.groups(0), rank, ranks, accumulate // ranks)]
+        for rank in range(ranks)
+    ]
+
+
+def mismatched(data, batches):
+    """Texts of all sequences that estimates are taken over, by the first micro-batch of each step."""
+    found = []
+    for batch in batches:
+        if batch.baseline:
+            found.append([])
+        for each in batch.baseline:
+            if not each.dummy:
+                masks = each.attention_mask.bool()
+                found[-1] += [data.tokenizer.decode(ids[mask]) for ids, mask in zip(each.input_ids, masks, strict=True)]
+    return [sorted(step) for step in found]
+
+
+def test_estimate_is_over_other_responses_of_the_whole_step_under_any_split():
+    records = judged(11)
+    expected = None
+    for accumulate, size, ranks in ((3, 2, 1), (6, 1, 1), (1, 6, 1), (6, 1, 2)):
+        data, batches = batches_of(records, accumulate, size, ranks)
+        per_rank = [mismatched(data, own) for own in batches]
+        found = [sorted(text for own in step for text in own) for step in zip(*per_rank, strict=True)]
+        expected = expected or found
+        assert found == expected and [len(step) for step in found] == [6, 5]
+        assert sum(bool(batch.baseline) for batch in batches[0]) == 2  # known before the first backward pass
+    texts = {(r["prompt"], r["completion"]) for r in records}
+    own = {f"user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{answer}<" for prompt, answer in texts}
+    assert not any(text in whole for step in expected for whole in step for text in own)
+
+
+def test_no_partner_answers_the_same_prompt():
+    records = judged(2) + [{"id": f"x{i}", "prompt": "order", "completion": f"{i}", "label": 1} for i in range(4)]
+    data, (batches,) = batches_of(records, 1, 6)
+    (texts,) = mismatched(data, batches)
+    answers = [text.split("assistant\n")[1].split("<")[0] for text in texts if "user\norder<" in text]
+    assert len(answers) == 4 and not set(answers) & {"0", "1", "2", "3"}
+    alone, (batches,) = batches_of(records[2:], 1, 4)
+    assert mismatched(alone, batches) == [[]]  # nothing to estimate from: z is 0
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_window_of_one_side_only_trains_with_the_estimate(tmp_path, label):
+    records = [record | {"label": label} for record in judged(6)]
+    module = changed(preference_module(losses=[LossConfig("kto")]))
+    data = preference_data(module, records, kind="outcomes", packing=False, batch_size=1)
+    run = fitted(tmp_path, module, data, max_steps=1, accumulate_grad_batches=6)
+    assert math.isfinite(float(run.callback_metrics["train/loss"]))
+    assert f"train/{'undesirable' if label else 'desirable'}_reward" not in run.callback_metrics
+
+
+def test_kinds_of_data_and_loss_must_agree(tmp_path):
+    module = preference_module(losses=[LossConfig("kto")])
+    with pytest.raises(ConfigError, match="kto is a loss of responses, and data.kind is preferences"):
+        trainer(tmp_path).fit(module, preference_data(module, pairs(4)))
+    module = preference_module()
+    with pytest.raises(ConfigError, match="needs a PreferenceDataModule, not SFTDataModule"):
+        trainer(tmp_path).fit(module, sft_data(sft_module(), pairs(0) or [{"prompt": "a", "completion": "b"}]))
+
+
+def test_training_prefers_what_is_chosen(tmp_path):
+    module = preference_module(lora=True, path=base_model_folder(tmp_path / "base"))
+    run = fitted(tmp_path, module, preference_data(module, pairs(8), pairs(8)), max_epochs=15)
+    assert float(run.callback_metrics["val/accuracy"]) > 0.9 and float(run.callback_metrics["val/loss"]) < 0.4
