@@ -1,5 +1,6 @@
 """Pairs, rankings and judged responses for preference optimisation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_alignment.data.base import Split
 from lit_alignment.data.batching.collate import TargetBatch, collate_responses
 from lit_alignment.data.batching.items import PromptBatch
+from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.example import Dropped, Example
@@ -39,6 +42,7 @@ class PreferenceBatch(TargetBatch):
         rejected: Index of the other, [P].
         margins: How far apart the pairs should be, [P]; NaN where the record does not say.
         dummy: Whether it only keeps its rank in step with the others.
+        reference: Log-probabilities of the targets under the reference, [N], where they were computed before.
         baseline: What the KL estimate of its optimizer step, or validation batch, is taken over; empty where another
             micro-batch has it, or the loss needs none.
     """
@@ -49,6 +53,7 @@ class PreferenceBatch(TargetBatch):
     rejected: Tensor
     margins: Tensor
     dummy: bool = False
+    reference: Tensor | None = None
     baseline: "list[PreferenceBatch]" = field(default_factory=list)
 
 
@@ -67,9 +72,11 @@ class PreferenceDataModule(FeedbackDataModule):
     Attributes:
         baseline: What batches bring along for a KL estimate: each prompt with another one's response, the responses of
             the whole optimizer step, or nothing. The module says.
+        compute_reference: Gives log-probabilities of a split's targets under the reference, row by row; the module's.
     """
 
     baseline: Literal["mismatched", "other_side"] | None = None
+    compute_reference: Callable[[Split], CachedRows] | None = None
 
     def __init__(
         self,
@@ -82,6 +89,7 @@ class PreferenceDataModule(FeedbackDataModule):
         """Check the settings; files are read in `prepare_data`."""
         super().__init__(tokenizer, kind, share_prompts, **settings)
         self.compared = compared
+        self.references: dict[str, CachedRows] = {}
 
     def decides_encoding(self) -> list[Any]:
         """Also which responses are compared, which decides the number of pairs."""
@@ -146,17 +154,25 @@ class PreferenceDataModule(FeedbackDataModule):
             dummy=planned.dummy,
         )
 
-    # What a KL estimate is taken over.
+    # What the module adds to batches.
+
+    def _loader(self, split: Any) -> PlannedLoader[Any]:
+        if self.compute_reference is not None:
+            self.references[split] = self.compute_reference(split)
+        return super()._loader(split)
 
     def _batch(self, rows: CachedRows, planned: PlannedBatch) -> PreferenceBatch:
         batch: PreferenceBatch = super()._batch(rows, planned)
+        references = next((found for split, found in self.references.items() if self.examples[split] is rows), None)
+        batch.reference = _reference(references, planned.indices)
         if self.baseline is None:
             return batch
         window = None if planned.window is None else [index for group in planned.window for index in group]
         for group in planned.own_window:
             records = self._compared_rows(rows, group, window)
-            dummy = PlannedBatch([], 0.0, dummy=not records)
-            batch.baseline.append(self.collate(records or rows.rows(planned.indices[:1]), dummy))
+            own = self.collate(records or rows.rows(planned.indices[:1]), PlannedBatch([], 0.0, dummy=not records))
+            own.reference = _reference(references, group or planned.indices[:1])
+            batch.baseline.append(own)
         return batch
 
     def _compared_rows(self, rows: CachedRows, group: list[int], window: list[int] | None) -> list[dict[str, Any]]:
@@ -217,6 +233,13 @@ class PreferenceDataModule(FeedbackDataModule):
     def predict_collate(self, items: list[Any]) -> PromptBatch:
         """Prompts to answer together."""
         return PromptBatch(items)
+
+
+def _reference(references: CachedRows | None, indices: list[int]) -> Tensor | None:
+    """The log-probabilities of some records' targets, [N]."""
+    if references is None:
+        return None
+    return torch.tensor([value for row in references.rows(indices) for value in row["logps"]])
 
 
 def _spans(labels: list[int]) -> list[int]:

@@ -3,8 +3,10 @@
 N trained tokens, S responses, P pairs
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -13,8 +15,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.base import Split, datamodule_of
 from lit_alignment.data.preference import PreferenceBatch, PreferenceDataModule
+from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
@@ -29,14 +32,16 @@ from lit_alignment.metrics.preference import (
     value_names,
 )
 from lit_alignment.models.adapters import AdapterConfig, mutates_base
+from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import BackboneConfig, load_network
 from lit_alignment.models.logprobs import target_logps
 from lit_alignment.models.reference import adapters_off, add_reference, quiet_logps, reference_on, without_dropout
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.training.reference_pass import cached_reference, made_of
 
-ReferenceKind = Literal["auto", "adapter_off", "frozen_copy", "none"]
+ReferenceKind = Literal["auto", "adapter_off", "frozen_copy", "cached", "none"]
 
 
 class PreferenceModule(GenerativeModule):
@@ -52,9 +57,10 @@ class PreferenceModule(GenerativeModule):
         tokens: Special and new tokens; with LoRA only the rows of new ones train.
         optimizer: Optimizer and schedule.
         losses: What is minimised; DPO by default.
-        reference: What the policy is compared with. `auto` is the model before training, held as cheaply as it can
-            be: new adapters switched off, a frozen second copy of a continued adapter or, where all weights train, of
-            the model.
+        reference: What the policy is compared with, the model before training: `adapter_off` switches new adapters off,
+            `frozen_copy` holds a second copy of a continued adapter or, where all weights train, of the model, `cached`
+            computes its log-probabilities before training, once, and keeps them in the data cache. `auto` takes what
+            costs least: new adapters off, a copy of a continued adapter, a cache where all weights train.
         generation: Decoding configurations of `predict`, by name.
     """
 
@@ -86,7 +92,7 @@ class PreferenceModule(GenerativeModule):
 
     def load_model(self, *arguments: Any, **options: Any) -> nn.Module:
         """Load the weights, without dropout, and what of the reference stands in the same model."""
-        self._random_state = torch.get_rng_state()
+        self._random_state, self._untrained = torch.get_rng_state(), True
         network = super().load_model(*arguments, **options)
         without_dropout(network)
         if self.reference == "frozen_copy" and self.adapter is not None and self._compares:
@@ -95,8 +101,11 @@ class PreferenceModule(GenerativeModule):
 
     def load_extra_networks(self, device_type: str = "cpu") -> None:
         """Load the model a second time, if all of its weights train, or its adapters have changed them."""
-        if self.reference != "frozen_copy" or self.adapter is not None or not self._compares:
-            return
+        if self.reference == "frozen_copy" and self.adapter is None and self._compares:
+            self.reference_model = self._load_reference(device_type)
+
+    def _load_reference(self, device_type: str, adapter: AdapterConfig | None = None) -> nn.Module:
+        """The model before training, frozen."""
         with torch.random.fork_rng():  # new weights, as of new tokens, begin as the policy's
             torch.set_rng_state(self._random_state)
             reference = load_network(
@@ -104,11 +113,12 @@ class PreferenceModule(GenerativeModule):
                 self.tokenizer,
                 tokens=self.tokens_config,
                 added=self.added_tokens,
+                adapter=adapter,
                 packing=self.data.packing,
                 shared_prompts=self.data.share_prompts,
                 device_type=device_type,
             )
-        self.reference_model = reference.requires_grad_(False).eval()
+        return reference.requires_grad_(False).eval()
 
     def extra_networks(self) -> dict[str, nn.Module]:
         """The reference, where it is a model of its own."""
@@ -126,6 +136,8 @@ class PreferenceModule(GenerativeModule):
         match self.reference:
             case "none":
                 return None
+            case "cached":
+                return batch.reference
             case "adapter_off":
                 switched = adapters_off(network)
             case "frozen_copy" if self.reference_model is not None:
@@ -134,6 +146,43 @@ class PreferenceModule(GenerativeModule):
                 switched = reference_on(network)
         with switched:
             return quiet_logps(network, batch, self.sequence)
+
+    def _cached(self, split: Split) -> CachedRows:
+        """Log-probabilities of a split's targets under the model before training."""
+        drawn = self.backbone.weights == "random" or bool(self.added_tokens)
+        frozen = None if self.adapter is None else replace(self.adapter, trainable=False)
+        weights = made_of(self.backbone, frozen, self._random_state if drawn else None, self.data.cache_dir)
+        return cached_reference(
+            self.trainer, self.data, split, weights, base_model(self.network), partial(self._before_training, frozen)
+        )
+
+    @contextmanager
+    def _before_training(self, adapter: AdapterConfig | None) -> Iterator[Callable[[PreferenceBatch], Tensor]]:
+        """What computes log-probabilities under the model before training: the policy, until it trains.
+
+        Args:
+            adapter: What it starts with.
+        """
+        network = self.network
+        switched: AbstractContextManager[None] = nullcontext()
+        if self.peft_config is not None and not mutates_base(self.peft_config):
+            switched = adapters_off(network)
+        elif not self._untrained:
+            network = self._load_reference(self.device.type, adapter)
+            self.features.shard(network, layered=True)
+            network.to(self.device)
+        with switched:
+            yield lambda batch: quiet_logps(network, batch, self.sequence)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """From here on the policy is no longer the model before training."""
+        super().on_load_checkpoint(checkpoint)
+        self._untrained = False
+
+    def on_train_start(self) -> None:
+        """The same."""
+        super().on_train_start()
+        self._untrained = False
 
     # Steps and metrics.
 
@@ -148,6 +197,7 @@ class PreferenceModule(GenerativeModule):
                 f"model.losses: {self.losses[0].name} is a loss of {self.losses[0].form.of}, and data.kind is "
                 f"{self.data.kind}. Set data.kind to {wanted}, or choose another loss."
             )
+        self.data.compute_reference = self._cached if self.reference == "cached" else None
         self.data.baseline = next((loss.form.baseline for loss in self.losses if loss.form.baseline), None)
         if self.data.baseline is not None and self.features.sequence is not None:
             raise ConfigError(
@@ -280,8 +330,16 @@ def reference_of(
                 "without them it is another model. Set init_lora_weights: true."
             )
     new = peft is not None and not mutates_base(peft)
+    mismatched = [loss.name for loss in losses if loss.form.baseline == "mismatched"]
+    if wanted == "cached" and mismatched:
+        raise ConfigError(
+            f"model.reference is cached, and {mismatched[0]} also reads responses behind other prompts, which change "
+            "with each step. Set it to auto."
+        )
     if wanted == "auto":
-        return "adapter_off" if new else "frozen_copy"
+        if new:
+            return "adapter_off"
+        return "frozen_copy" if mismatched or adapter is not None else "cached"
     if wanted == "frozen_copy" and new:
         raise ConfigError("model.reference: a copy would hold what new adapters switched off are: use adapter_off.")
     return wanted

@@ -2,10 +2,13 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_alignment import AdapterConfig, LossConfig
@@ -172,7 +175,164 @@ def test_adapters_that_change_the_base_are_compared_with_the_base_as_it_was(tmp_
     module = preference_module(base, peft=peft)
     seen = Seen()
     fitted(tmp_path, module, preference_data(module, pairs(6), tokens_per_batch=8192), [seen], max_steps=1)
-    assert seen.losses[0] == pytest.approx(math.log(2), abs=1e-4) and module.reference_model is not None
+    assert seen.losses[0] == pytest.approx(math.log(2), abs=1e-6) and module.reference == "cached"
+
+
+# The cached reference.
+
+
+def values_of(folder, base, records=None, callbacks=(), reference="cached", cache="cache", resume=None, **settings):
+    """Losses of a training of all weights, and the values of its validation."""
+    module = preference_module(base, reference=reference, losses=[LossConfig("sigmoid", beta=0.5)])
+    shape = {"tokens_per_batch": 512, "cache_dir": str(folder / cache)} | settings
+    data = preference_data(module, records or pairs(6), pairs(4, 1), **shape)
+    seen = Seen()
+    run = trainer(folder, callbacks=[seen, *callbacks], max_epochs=3, enable_checkpointing=bool(callbacks))
+    run.fit(module, data, ckpt_path=resume)
+    return seen.losses, {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("val/")}
+
+
+def files_in(folder):
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "cache").glob("reference-*.arrow")}
+
+
+def logps_by_id(folder, base, reference, dtype, **settings):
+    """Log-probabilities of the validation's targets under the reference, by record."""
+    module = preference_module(base, reference=reference)
+    module.backbone = replace(module.backbone, dtype=dtype)
+    data = preference_data(module, val=pairs(8, 1), **settings)
+    found = {}
+
+    def step(batch, stage):
+        values = module._reference_logps(batch)
+        parts = iter(torch.split(values, batch.lengths))
+        for name in batch.ids:
+            found[name] = torch.cat([next(parts), next(parts)])
+
+    module.step = step
+    module.stage_values = lambda stage: {}
+    trainer(folder).validate(module, data, verbose=False)
+    return torch.cat([found[name] for name in sorted(found)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cached_reference_is_the_one_computed_beside_whatever_its_batches(tmp_path, dtype):
+    base = base_model_folder(tmp_path / "base")
+    layouts = {name: {**shape, "cache_dir": str(tmp_path / name)} for name, shape in LAYOUTS.items()}
+    beside = {name: logps_by_id(tmp_path, base, "frozen_copy", dtype, **shape) for name, shape in layouts.items()}
+    rounding = (beside["padded"] - beside["packed"]).abs().max() if dtype == "bfloat16" else 0.0
+    for name, shape in layouts.items():
+        cached = logps_by_id(tmp_path, base, "cached", dtype, **shape)
+        for other in beside.values():
+            assert float((cached - other).abs().max()) <= max(1e-5, 3 * rounding)
+        again = logps_by_id(tmp_path, base, "cached", dtype, **LAYOUTS["padded"] | {"cache_dir": str(tmp_path / name)})
+        assert torch.equal(again, cached) and len(list((tmp_path / name).glob("reference-*"))) == 1
+    assert beside["padded"].dtype == cached.dtype == torch.float32
+
+
+def test_training_beside_a_cached_reference_is_that_beside_a_copy(tmp_path):
+    base = base_model_folder(tmp_path / "base")
+    expected = values_of(tmp_path, base, reference="frozen_copy")
+    found = values_of(tmp_path, base)
+    assert found[0] == pytest.approx(expected[0], rel=1e-4) and len(found[0]) > 2
+    assert found[1] == pytest.approx(expected[1], rel=1e-3) and "val/kl" in found[1]
+
+
+@pytest.mark.parametrize("touched", ["weights", "records", "dtype", "attention", "template"])
+def test_cached_reference_is_never_of_something_else(tmp_path, touched):
+    base = base_model_folder(tmp_path / "base")
+    values_of(tmp_path, base)
+    before = files_in(tmp_path)
+    settings, records = {}, None
+    match touched:
+        case "weights":
+            file = tmp_path / "base/model.safetensors"
+            state = load_file(file)
+            state["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
+            save_file(state, file, {"format": "pt"})
+        case "records":
+            records = [*pairs(5), pairs(6)[-1] | {"chosen": "something else"}]
+        case "template":
+            settings["encoding"] = EncodingConfig(max_length=512, ignore_system_prompt=False, add_stop=False)
+    module = preference_module(base, reference="cached")
+    if touched in ("dtype", "attention"):
+        value = {"dtype": "bfloat16", "attention": "eager"}[touched]
+        module.backbone = replace(module.backbone, **{touched: value})
+    if touched == "template":
+        module.tokenizer.chat_template = module.tokenizer.chat_template.replace("<|im_start|>", "<|im_start|> ")
+    data = preference_data(
+        module,
+        records or pairs(6),
+        tokens_per_batch=512,
+        cache_dir=str(tmp_path / "cache"),
+        packing=touched != "attention",
+        batch_size=6,
+        **settings,
+    )
+    trainer(tmp_path, max_steps=1).fit(module, data)
+    assert len(files_in(tmp_path).keys() - before.keys()) == 1
+
+
+def test_changed_byte_in_the_cache_is_noticed_and_computed_again(tmp_path, capsys):
+    base = base_model_folder(tmp_path / "base")
+    expected = values_of(tmp_path, base)
+    for path in (tmp_path / "cache").glob("reference-*.arrow"):
+        content = bytearray(path.read_bytes())
+        content[-200] ^= 1
+        path.write_bytes(content)
+    before = files_in(tmp_path)
+    assert values_of(tmp_path, base) == expected
+    after = files_in(tmp_path)
+    assert before.keys() == after.keys() and all(after[name] != before[name] for name in before)
+
+
+@pytest.mark.parametrize("cache", ["cache", "lost"])
+def test_resumed_training_has_the_same_reference(tmp_path, cache):
+    base = base_model_folder(tmp_path / "base")
+    whole = values_of(tmp_path, base)
+    saver = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2, save_top_k=-1)
+    values_of(tmp_path, base, callbacks=[saver])
+    before = files_in(tmp_path)
+    resumed = values_of(tmp_path, base, resume=tmp_path / "saved/epoch=0-step=2.ckpt", cache=cache)
+    assert resumed[0] == pytest.approx(whole[0][2:], abs=1e-6)
+    assert resumed[1] == pytest.approx(whole[1], abs=1e-5)
+    assert files_in(tmp_path) == before
+
+
+def test_validation_of_a_new_file_after_training_is_against_the_model_before_it(tmp_path):
+    base = base_model_folder(tmp_path / "base")
+    found = []
+    for reference in ("cached", "frozen_copy"):
+        module = preference_module(base, reference=reference)
+        data = preference_data(module, pairs(6), cache_dir=str(tmp_path / "cache"))
+        run = fitted(tmp_path, module, data, max_epochs=3)
+        new = preference_data(module, val=pairs(5, 7), cache_dir=str(tmp_path / "cache"))
+        found += run.validate(module, new, verbose=False)
+    assert found[0] == pytest.approx(found[1], abs=1e-5) and abs(found[0]["val/chosen_reward"]) > 1e-3
+
+
+def cached_on_rank(folder, base):
+    module = preference_module(base, reference="cached")
+    data = preference_data(module, pairs(6), pairs(5, 1), tokens_per_batch=512, cache_dir=str(folder / "shared"))
+    run = trainer(folder, max_steps=3, devices=2, strategy="ddp", log_every_n_steps=1)
+    run.fit(module, data)
+    if run.is_global_zero:
+        torch.save({name: float(value) for name, value in run.callback_metrics.items()}, folder / "found.pt")
+
+
+@pytest.mark.slow
+def test_ranks_compute_the_cache_together(tmp_path):
+    base = base_model_folder(tmp_path / "base")
+    run_on_ranks(cached_on_rank, tmp_path, base)
+    found = torch.load(tmp_path / "found.pt")
+    assert len(list((tmp_path / "shared").glob("reference-*"))) == 2
+    run_on_ranks(cached_on_rank, tmp_path, base)
+    assert torch.load(tmp_path / "found.pt") == pytest.approx(found)
+    module = preference_module(base, reference="frozen_copy")
+    data = preference_data(module, val=pairs(5, 1), tokens_per_batch=512)
+    (expected,) = trainer(tmp_path).validate(module, data, verbose=False)
+    assert expected["val/chosen_reward"] == 0.0 and found["val/chosen_reward"] != 0.0
+    assert found["val/chosen_length"] == expected["val/chosen_length"]
 
 
 # The loss of an optimizer step.
