@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in CONFIGS if path.parent.name in ("adapters", "trainer")]
-TINY = [path for path in CONFIGS if path.name == "tiny.yaml"]
+TINY = [path for path in CONFIGS if path.name.startswith("tiny")]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -30,6 +30,7 @@ EXPECTED = {  # metric, its bound, name of the predictions file, what each line 
     "sft": ("val/loss", 2.5, "greedy", "answers"),
     "classification": ("val/loss", 1.5, "classes", "probabilities"),
     "reward": ("val/loss", 0.5, "rewards", "rewards"),
+    "preference": ("val/loss", 0.45, "greedy", "answers"),
     "rag": ("val/loss", 1.0, "greedy", "doc_scores"),
     "vlm": ("val/loss", 0.8, "greedy", "answers"),  # of colors and shapes that were never together in training
 }

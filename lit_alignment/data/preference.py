@@ -64,7 +64,8 @@ class PreferenceDataModule(FeedbackDataModule):
 
     Args:
         tokenizer: The model's tokenizer.
-        kind: `preferences` compares the responses of a record, `outcomes` judges each response alone (KTO).
+        kind: `preferences` compares the responses of a record, `outcomes` judges each response alone (KTO), those of
+            pairs too.
         share_prompts: In a packed row, read a prompt once for all its responses.
         compared: Of a ranking, compare all responses that differ, or the best with the worst alone.
         **settings: As of AlignmentDataModule.
@@ -108,9 +109,14 @@ class PreferenceDataModule(FeedbackDataModule):
         pairs = self.pairs(columns["scores"])
         return columns | {
             "margin": float("nan") if record.margin is None else record.margin,
-            "weight": float(len(pairs)) if self.kind == "preferences" else 1.0,
+            "weight": float(len(pairs) if self.kind == "preferences" else len(spans)),
             "num_trained": sum(end - begin for own in spans for begin, end in zip(own[::2], own[1::2], strict=True)),
         }
+
+    def scores(self, record: Feedback) -> list[float]:
+        """The score of each response; of a pair that is judged alone the chosen one is good, and the other bad."""
+        pair = [response["id"] for response in record.responses] == ["chosen", "rejected"]
+        return [1.0, 0.0] if pair and self.kind == "outcomes" else super().scores(record)
 
     def sequences(self, record: Feedback, source: SourceConfig, allow_empty: bool = False) -> dict[str, Any]:
         """Also `trained`."""
@@ -249,7 +255,31 @@ def _spans(labels: list[int]) -> list[int]:
 
 
 def _behind(row: dict[str, Any], other: dict[str, Any], max_length: int) -> list[dict[str, Any]]:
-    """Another record's first response behind a record's prompt, cut at `max_length`; none if nothing of it is left."""
+    """Another record's responses behind a record's prompt, cut at `max_length`; none if nothing of them is left."""
+    room, responses, trained = max_length - len(row["prompt"]), [], []
+    for response, spans in zip(other["responses"], other["trained"], strict=True):
+        cut = [min(position, max(room, 0)) for position in spans]
+        if any(begin < end for begin, end in zip(cut[::2], cut[1::2], strict=True)):
+            responses.append(response[: max(room, 0)])
+            trained.append(cut)
+    return [{**row, "responses": responses, "trained": trained, "scores": [0.0] * len(responses)}] if responses else []
+
+
+def _reference(references: CachedRows | None, indices: list[int]) -> Tensor | None:
+    """The log-probabilities of some records' targets, [N]."""
+    if references is None:
+        return None
+    return torch.tensor([value for row in references.rows(indices) for value in row["logps"]])
+
+
+def _spans(labels: list[int]) -> list[int]:
+    """Begins and ends of the runs of labels that count, alternately."""
+    counts = [False, *(label != IGNORE_INDEX for label in labels), False]
+    return [position for position, (before, now) in enumerate(pairwise(counts)) if before != now]
+
+
+def _behind(row: dict[str, Any], other: dict[str, Any], max_length: int) -> list[dict[str, Any]]:
+    """Another record's responses behind a record's prompt, cut at `max_length`; none if nothing of them is left."""
     response = other["responses"][0][: max(max_length - len(row["prompt"]), 0)]
     spans = [min(place, len(response)) for place in other["trained"][0]]
     if not any(begin < end for begin, end in zip(spans[::2], spans[1::2], strict=True)):
