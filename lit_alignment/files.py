@@ -7,9 +7,12 @@ from dataclasses import is_dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
 from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
 
 Config = TypeVar("Config")
+LARGEST = 2**63  # what torch and NumPy count to
 
 
 def inside(root: Path, name: str) -> Path:
@@ -121,3 +124,47 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, int | float if hint is float else int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def conformed(stored: Any, own: Any, key: str, counts: bool = False) -> Any:
+    """A part of a checkpoint in the form of this run's own part; names that this run does not have are left out.
+
+    Args:
+        stored: The part.
+        own: This run's; None stands for anything, and an empty container for any of its kind.
+        key: Where it stands, for the message.
+        counts: Whether all numbers are counters.
+
+    Raises:
+        CheckpointError: If a name is missing, but for flags, or a value is of another type, non-finite or too large.
+    """
+    if own is None:
+        return stored
+    if not _has_form(stored, own, counts):
+        raise CheckpointError(
+            f"the checkpoint has {key}: {reprlib.repr(stored)}, where this run has {reprlib.repr(own)}. It is damaged, "
+            "or of another version; use an earlier one."
+        )
+    if isinstance(own, dict) and own:
+        missing = [name for name, value in own.items() if name not in stored and not isinstance(value, bool | None)]
+        if missing:
+            raise CheckpointError(f"the checkpoint has no {key}.{missing[0]}. It is damaged; use an earlier one.")
+        return {name: conformed(stored[name], own[name], f"{key}.{name}", counts) for name in own if name in stored}
+    if isinstance(own, list | tuple) and own:
+        last = len(own) - 1
+        return [conformed(each, own[min(n, last)], f"{key}.{n}", counts) for n, each in enumerate(stored)]
+    return stored
+
+
+def _has_form(stored: Any, own: Any, counts: bool) -> bool:
+    if isinstance(own, bool):
+        return isinstance(stored, bool | None)
+    if isinstance(own, int | float):
+        least = min(own, 0) if isinstance(own, int) else -LARGEST
+        is_number = isinstance(stored, int if counts else int | float) and not isinstance(stored, bool)
+        return is_number and (least <= stored < LARGEST or not abs(own) < LARGEST)
+    if isinstance(own, Tensor):
+        return isinstance(stored, Tensor) and stored.shape == own.shape
+    if isinstance(own, tuple):
+        return isinstance(stored, list | tuple) and len(stored) == len(own)
+    return isinstance(stored, type(own))

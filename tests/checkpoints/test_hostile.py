@@ -175,6 +175,81 @@ def test_a_training_does_not_resume_from_a_checkpoint_of_the_wrong_form(good, tm
         runner.fit(module, sft_data(module, chats(8), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
 
 
+def changed(content, key, value):
+    """A copy in which what a dotted key names is another value, or missing if that is `...`."""
+    content = copy.deepcopy(content)
+    *path, last = [int(name) if name.isdigit() else name for name in key.split("/")]
+    inner = content
+    for name in path:
+        inner = inner[next(k for k in inner if k.startswith(name)) if name == "ModelCheckpoint" else name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return content
+
+
+FIT, STEP = "loops/fit_loop", "epoch_loop.automatic_optimization.optim_progress/optimizer/step"
+GROUP, SAVER = "optimizer_states/0/param_groups/0", "callbacks/ModelCheckpoint"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("global_step", 10**30),
+        ("global_step", -1),
+        ("global_step", float("nan")),
+        ("epoch", "1"),
+        (f"{FIT}/epoch_progress", ...),
+        (f"{FIT}/epoch_progress/current/ready", 1.5),
+        (f"{FIT}/epoch_progress/total/completed", ...),
+        (f"{FIT}/{STEP}/total/completed", -3),
+        (f"{FIT}/epoch_loop.state_dict/_batches_that_stepped", []),
+        ("lr_schedulers", {}),
+        ("lr_schedulers/0/last_epoch", "x"),
+        ("lr_schedulers/0/last_epoch", ...),
+        ("lr_schedulers/0/base_lrs", [None]),
+        ("optimizer_states/0", 3),
+        (f"{GROUP}/lr", "fast"),
+        (f"{GROUP}/lr", float("nan")),
+        (f"{GROUP}/lr", ...),
+        (f"{GROUP}/betas", (0.9,)),
+        (f"{GROUP}/betas", (0.9, None)),
+        (f"{GROUP}/fused", "x"),
+        (f"{GROUP}/params", [100 + number for number in range(28)]),
+        ("optimizer_states/0/state/0/exp_avg", ...),
+        ("optimizer_states/0/state/0/step", torch.zeros(3)),
+        (f"{SAVER}/best_k_models", {"x.ckpt": "low"}),
+        (f"{SAVER}/best_model_score", "low"),
+        (f"{SAVER}/kth_value", "low"),
+        ("SFTDataModule/train/global_step", 10**30),
+        ("SFTDataModule/train/epoch", -1),
+        ("SFTDataModule/train/ranks", None),
+        ("SFTDataModule/train/stretches", [{"used": 1}]),
+        ("lit_alignment/validated", [0, "x"]),
+    ],
+)
+def test_a_part_of_another_form_than_the_run_s_own_is_one_message_that_names_it(good, tmp_path, key, value):
+    torch.save(changed(good[0], key, value), tmp_path / "x.ckpt")
+    module = module_with(good[1], WEIGHTS["lora"])
+    runner = trainer(tmp_path, max_epochs=3, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    runner._checkpoint_connector = CheckpointConnector(runner)
+    with pytest.raises(CheckpointError, match=r"the checkpoint.* ha(s|ve) ") as refused:
+        runner.fit(module, sft_data(module, chats(8), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
+    assert "/state/" in key or "/params" in key or "x.ckpt: " in str(refused.value)
+
+
+def test_what_another_version_of_a_library_adds_or_lacks_does_not_matter(good, tmp_path):
+    content = changed(changed(good[0], f"{GROUP}/fused", ...), "lr_schedulers/0/verbose", True)
+    content = changed(changed(content, f"{GROUP}/weight_decay", 0), f"{SAVER}/new", [1])
+    torch.save(changed(content, "lr_schedulers/0/_is_initial", ...), tmp_path / "x.ckpt")
+    module = module_with(good[1], WEIGHTS["lora"])
+    runner = trainer(tmp_path, max_epochs=3, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    runner._checkpoint_connector = CheckpointConnector(runner)
+    runner.fit(module, sft_data(module, chats(8), chats(4), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
+    assert runner.global_step > good[0]["global_step"]
+
+
 def test_an_empty_file_says_so(tmp_path, capsys):
     (tmp_path / "x.ckpt").touch()
     assert main(["export", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "out")]) == 2
