@@ -23,10 +23,12 @@ def inside(root: Path, name: str) -> Path:
         name: A relative path, with slashes.
 
     Raises:
-        CheckpointError: If it is absolute, empty, or leads out of the folder, by a link too.
+        CheckpointError: If it is absolute, empty, or leads out of the folder, by a link too; in the hub's cache, where
+            `snapshots/COMMIT` holds links into `blobs` beside it, out of that too.
     """
-    path = root / relative(name, root)
-    if not path.resolve().is_relative_to(root.resolve()):
+    path, own = root / relative(name, root), root.resolve()
+    hub = next((each.parent / "blobs" for each in own.parents if each.name == "snapshots"), own)
+    if not any(path.resolve().is_relative_to(each) for each in (own, hub)):
         raise CheckpointError(f"{root}: {name!r} is a link that leads out of it. Use another one.")
     return path
 

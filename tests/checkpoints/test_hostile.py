@@ -4,8 +4,10 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import sys
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -343,6 +345,19 @@ def test_tensors_that_the_shards_do_not_hold_are_refused(good, tmp_path):
         (path / ".metadata").write_bytes(pickle.dumps(description))
         with pytest.raises(CheckpointError, match=r"parts of .* are missing|and the shards have"):
             read_saved(path)
+
+
+def test_shards_behind_the_links_of_the_hub_s_cache_are_read_and_behind_others_not(good, tmp_path):
+    saved = hostile_checkpoints(tmp_path / "evil", good[0], tmp_path / "executed")["a shard behind a link"]
+    folder = shutil.copytree(saved, tmp_path / "models--x--y/snapshots/abc/run.ckpt", symlinks=True)
+    (tmp_path / "models--x--y/blobs").mkdir()
+    blob = (tmp_path / "evil/outside.distcp").rename(tmp_path / "models--x--y/blobs/1f")
+    for target, refused in ((blob, False), (tmp_path / "models--x--y/snapshots/1f", True), (tmp_path / "1f", True)):
+        blob = blob.rename(target)
+        (folder / "link.distcp").unlink()
+        (folder / "link.distcp").symlink_to(os.path.relpath(target, folder))
+        with pytest.raises(CheckpointError, match="a link that leads out") if refused else nullcontext():
+            read_saved(folder)
 
 
 def test_a_list_of_weights_that_names_files_elsewhere_is_refused(tmp_path):
