@@ -3,7 +3,7 @@
 import json
 import reprlib
 import types
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -126,6 +126,78 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, int | float if hint is float else int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model's folder whose list of weights names files elsewhere.
+
+    Raises:
+        CheckpointError: If it does.
+    """
+    for index in folder.glob("*.index.json"):
+        names = read_json(index, "a list of weights").get("weight_map")
+        for name in set(names.values()) if isinstance(names, dict) else ():
+            relative(name, index)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Fields of `config.json` that transformers takes for what they should be."""
+
+    model_type: str = ""
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | None = None
+    dtype: str | dict[str, Any] | None = None
+    id2label: dict[str, str] | None = None
+    layer_types: list[str] | None = None
+    quantization_config: dict[str, Any] | None = None
+    text_config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class GenerationDescription:
+    """The same of `generation_config.json`."""
+
+    eos_token_id: int | list[int] | None = None
+    stop_strings: str | list[str] | None = None
+    compile_config: dict[str, Any] | None = None
+    watermarking_config: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerDescription:
+    """The same of `tokenizer_config.json`."""
+
+    tokenizer_class: str | None = None
+    added_tokens_decoder: dict[str, dict[str, Any]] | None = None
+    auto_map: dict[str, Any] | list[Any] | None = None
+    bos_token: str | dict[str, Any] | None = None
+    eos_token: str | dict[str, Any] | None = None
+    extra_special_tokens: list[Any] | dict[str, Any] | None = None
+    pad_token: str | dict[str, Any] | None = None
+    unk_token: str | dict[str, Any] | None = None
+
+
+DESCRIPTIONS = {
+    "config.json": ModelDescription,
+    "generation_config.json": GenerationDescription,
+    "tokenizer_config.json": TokenizerDescription,
+}
+
+
+def check_descriptions(folder: Path) -> None:
+    """Name the file beside a model's weights, and its field, that has the wrong form, if one has.
+
+    Raises:
+        ConfigError: If it is no JSON object.
+        CheckpointError: If a field has the wrong type.
+    """
+    for name, kind in DESCRIPTIONS.items():
+        if (folder / name).is_file():
+            config_in(folder / name, kind, "a description of a model, its tokenizer or its decoding")
+    for name in ("tokenizer.json", "special_tokens_map.json", "preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            read_json(folder / name, "a part of a tokenizer or processor")
 
 
 def conformed(stored: Any, own: Any, key: str, counts: bool = False) -> Any:
