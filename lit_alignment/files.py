@@ -203,6 +203,8 @@ def check_descriptions(folder: Path) -> None:
 def conformed(stored: Any, own: Any, key: str, counts: bool = False) -> Any:
     """A part of a checkpoint in the form of this run's own part; names that this run does not have are left out.
 
+    Flags say how something is computed, and stay this run's own, but for those beside counters.
+
     Args:
         stored: The part.
         own: This run's; None stands for anything, and an empty container for any of its kind.
@@ -223,11 +225,11 @@ def conformed(stored: Any, own: Any, key: str, counts: bool = False) -> Any:
         missing = [name for name, value in own.items() if name not in stored and not isinstance(value, bool | None)]
         if missing:
             raise CheckpointError(f"the checkpoint has no {key}.{missing[0]}. It is damaged; use an earlier one.")
-        return {name: conformed(stored[name], own[name], f"{key}.{name}", counts) for name in own if name in stored}
+        return {name: conformed(stored.get(name, form), form, f"{key}.{name}", counts) for name, form in own.items()}
     if isinstance(own, list | tuple) and own:
         last = len(own) - 1
-        return [conformed(each, own[min(n, last)], f"{key}.{n}", counts) for n, each in enumerate(stored)]
-    return stored
+        return type(own)(conformed(each, own[min(n, last)], f"{key}.{n}", counts) for n, each in enumerate(stored))
+    return own if isinstance(own, bool) and not counts else stored
 
 
 def _has_form(stored: Any, own: Any, counts: bool) -> bool:

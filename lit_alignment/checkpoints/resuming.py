@@ -79,7 +79,7 @@ class CheckpointConnector(_CheckpointConnector):
             stored = (self._loaded_checkpoint.get("callbacks") or {}).get(callback.state_key, {})
             for name, own in callback.state_dict().items():
                 form = type(own)() if isinstance(own, dict | list) else own  # what is in them differs from run to run
-                if stored.get(name) is not None:
+                if name in stored and (stored[name] is not None or isinstance(own, int | float)):
                     conformed(stored[name], form, f"callbacks.{callback.state_key}.{name}")
         super().restore_callbacks()
 

@@ -57,6 +57,8 @@ def keep_own_paths(states: Any, trainer: Trainer) -> None:
                 if not all(isinstance(score, Tensor) for score in scores):
                     raise TypeError(f"scores that are no tensors: {reprlib.repr(scores)}")
                 state["best_k_models"] = {path: score for path, score in kept.items() if is_inside(path, folders)}
+                if (worst := state.get("kth_best_model_path")) and worst not in state["best_k_models"]:
+                    state["best_k_models"] = {}  # which Lightning would look for it
                 for name in PATHS:
                     path = str(state.get(name) or "")
                     state[name] = path if is_inside(path, folders) else ""

@@ -21,6 +21,7 @@ from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.checkpoints.resuming import CheckpointConnector
 from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.checkpoints.sharded import read_into
+from lit_alignment.checkpoints.states import keep_own_paths
 from lit_alignment.cli import main
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.adapters import AdapterConfig, save_adapter
@@ -241,8 +242,9 @@ def test_a_part_of_another_form_than_the_run_s_own_is_one_message_that_names_it(
     assert "/state/" in key or "/params" in key or "x.ckpt: " in str(refused.value)
 
 
-def test_what_another_version_of_a_library_adds_or_lacks_does_not_matter(good, tmp_path):
+def test_what_another_version_of_a_library_adds_or_lacks_does_not_matter_nor_how_it_computes(good, tmp_path):
     content = changed(changed(good[0], f"{GROUP}/fused", ...), "lr_schedulers/0/verbose", True)
+    content = changed(changed(content, f"{GROUP}/differentiable", True), f"{GROUP}/maximize", None)
     content = changed(changed(content, f"{GROUP}/weight_decay", 0), f"{SAVER}/new", [1])
     torch.save(changed(content, "lr_schedulers/0/_is_initial", ...), tmp_path / "x.ckpt")
     module = module_with(good[1], WEIGHTS["lora"])
@@ -250,6 +252,13 @@ def test_what_another_version_of_a_library_adds_or_lacks_does_not_matter(good, t
     runner._checkpoint_connector = CheckpointConnector(runner)
     runner.fit(module, sft_data(module, chats(8), chats(4), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
     assert runner.global_step > good[0]["global_step"]
+
+
+def test_a_worst_checkpoint_that_is_none_of_the_kept_ones_is_not_looked_for(tmp_path):
+    runner = trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    state = {"best_k_models": {f"{tmp_path}/a.ckpt": torch.tensor(1.0)}, "kth_best_model_path": f"{tmp_path}/b.ckpt"}
+    keep_own_paths({"ModelCheckpoint{}": state}, runner)
+    assert state["best_k_models"] == {}
 
 
 def test_an_empty_file_says_so(tmp_path, capsys):
