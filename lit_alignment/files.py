@@ -241,6 +241,6 @@ def _has_form(stored: Any, own: Any, counts: bool) -> bool:
         return is_number and (least <= stored < LARGEST or not abs(own) < LARGEST)
     if isinstance(own, Tensor):
         return isinstance(stored, Tensor) and stored.shape == own.shape
-    if isinstance(own, tuple):
-        return isinstance(stored, list | tuple) and len(stored) == len(own)
+    if isinstance(own, list | tuple):  # strategies that shard make one of the other
+        return isinstance(stored, list | tuple) and (isinstance(own, list) or len(stored) == len(own))
     return isinstance(stored, type(own))

@@ -24,6 +24,7 @@ from lit_alignment.checkpoints.sharded import read_into
 from lit_alignment.checkpoints.states import keep_own_paths
 from lit_alignment.cli import main
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.files import conformed
 from lit_alignment.models.adapters import AdapterConfig, save_adapter
 from tests.helpers import base_model_folder, chats, sft_data, trainer
 from tests.helpers.adapters import WEIGHTS, fit, module_with
@@ -252,6 +253,7 @@ def test_what_another_version_of_a_library_adds_or_lacks_does_not_matter_nor_how
     runner._checkpoint_connector = CheckpointConnector(runner)
     runner.fit(module, sft_data(module, chats(8), chats(4), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
     assert runner.global_step > good[0]["global_step"]
+    assert conformed((0.9, 0.999), [0.5, 0.5], "betas") == [0.9, 0.999]
 
 
 def test_a_worst_checkpoint_that_is_none_of_the_kept_ones_is_not_looked_for(tmp_path):
