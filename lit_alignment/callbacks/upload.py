@@ -22,6 +22,7 @@ from torch import Tensor
 from lit_alignment.callbacks.export import Export
 from lit_alignment.checkpoints.background import save_queue
 from lit_alignment.checkpoints.remote import RemoteFile, RemoteFolder, RemoteItem, RemoteKind, describe, reason
+from lit_alignment.checkpoints.sharded import swap
 from lit_alignment.checkpoints.states import is_inside
 from lit_alignment.distributed.rank_zero import on_rank_zero
 from lit_alignment.errors import CheckpointError, ConfigError
@@ -30,6 +31,7 @@ from lit_alignment.secrets import mask_text
 
 REPORTS = ("config.yaml", "data_report.json", "cherry_picks.html")
 SNAPSHOTS = ".upload-snapshots"
+NOTED = ".files"  # beside a downloaded checkpoint: what it consists of
 
 
 @dataclass(frozen=True)
@@ -307,7 +309,7 @@ def _link(source: str, target: str) -> None:
 
 
 def fetch_checkpoint(url: str, cache: Path, storage_options: dict[str, Any] | None = None) -> Path:
-    """A local copy of a checkpoint that lies behind a URL, downloaded unless the same bytes are in the cache.
+    """A local copy of a checkpoint that lies behind a URL, downloaded unless it is in the cache as it was downloaded.
 
     Args:
         url: Address of the checkpoint.
@@ -328,7 +330,9 @@ def fetch_checkpoint(url: str, cache: Path, storage_options: dict[str, Any] | No
     try:
         version = str(item.files) if item else remote.fs.ukey(f"{remote.path}/{name}")
         target = cache / "checkpoints" / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:24] / name
-        if not target.exists():
+        noted = target.with_name(NOTED)
+        expected = str(item.files) if item else noted.read_text() if noted.is_file() else ""
+        if not target.exists() or str(describe(target.parent, name)) != expected:
             rank_zero_info(f"checkpoint: downloading {shown} to {target}")
             _download(remote, name, item, target)
     except FileNotFoundError as error:
@@ -344,16 +348,18 @@ def fetch_checkpoint(url: str, cache: Path, storage_options: dict[str, Any] | No
 
 
 def _download(remote: RemoteFolder, name: str, item: RemoteItem | None, target: Path) -> None:
-    """Download beside the target, compare with the manifest, and rename."""
+    """Download beside the target, compare with the manifest, note what it holds, and rename."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         for part in [file.name for file in item.files] if item else [name]:
             local = Path(folder) / part
             local.parent.mkdir(parents=True, exist_ok=True)
             remote.fs.get_file(f"{remote.path}/{part}", str(local))
+        found = describe(Path(folder), name)
         if item is not None:
-            _compare(remote.url, item, describe(Path(folder), name))
-        os.replace(Path(folder) / name, target)
+            _compare(remote.url, item, found)
+        target.with_name(NOTED).write_text(str(found))
+        swap(Path(folder) / name, target)
 
 
 def _compare(url: str, item: RemoteItem, found: tuple[RemoteFile, ...]) -> None:

@@ -36,7 +36,7 @@ from lit_alignment.models.dual_encoder import DUAL
 from lit_alignment.models.loading import BackboneConfig, stored_dtype
 from lit_alignment.models.multimodal.llava import composed_writer
 from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, save_towers
-from lit_alignment.models.stop_rule import StopRule, generation_config, stop_rule
+from lit_alignment.models.stop_rule import StopRule, generation_config, read_generation_config, stop_rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest difference of a logit, as a share of the largest logit: rounding of the stored weights, and nothing else,
@@ -305,9 +305,7 @@ def _generation_config(saved: Saved, source: Path, tokenizer: PreTrainedTokenize
         return None
     if saved.stop is not None:
         return generation_config(tokenizer, StopRule(**saved.stop))
-    if (source / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(source)
-    return generation_config(tokenizer, stop_rule(tokenizer, []))
+    return read_generation_config(source) or generation_config(tokenizer, stop_rule(tokenizer, []))
 
 
 def _write_towers(towers: dict[str, MediaTower], trained: dict[str, Tensor], folder: Path) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
+from lit_alignment.files import conformed
 
 NEWEST, LAST = "newest", "last"  # in place of a checkpoint's path
 UNKNOWN = ("best", "hpc", "registry")  # Lightning's words, which mean nothing to a new process
@@ -57,32 +58,64 @@ MISFITS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueE
 
 
 class CheckpointConnector(_CheckpointConnector):
-    """Restores what a command was given and nothing else, and says so where that has another form."""
+    """Restores what a command was given and nothing else, and says so where that has another form than this run."""
 
     _hpc_resume_path = None  # Lightning's name in the working folder, which any other run may have left there
 
     def _restore_modules_and_callbacks(self, *arguments: Any, **options: Any) -> None:
-        with _explained():
+        with self._explained():
             super()._restore_modules_and_callbacks(*arguments, **options)
+
+    def resume_start(self, *arguments: Any, **options: Any) -> None:
+        """Read the checkpoint, and its counters as such."""
+        super().resume_start(*arguments, **options)
+        loops = self._get_loops_state_dict()
+        loops["fit_loop"]["state_dict"] = {}  # of loaders
+        self._conform({"epoch": 0, "global_step": 0, "loops": loops}, counts=True)
+
+    def restore_callbacks(self) -> None:
+        """States of callbacks, whose parts have the types of this run's own."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            stored = (self._loaded_checkpoint.get("callbacks") or {}).get(callback.state_key, {})
+            for name, own in callback.state_dict().items():
+                form = type(own)() if isinstance(own, dict | list) else own  # what is in them differs from run to run
+                if name in stored and (stored[name] is not None or isinstance(own, int | float)):
+                    conformed(stored[name], form, f"callbacks.{callback.state_key}.{name}")
+        super().restore_callbacks()
 
     def restore_training_state(self) -> None:
         """Optimizers, loops and schedulers."""
-        with _explained():
+        with self._explained():
+            if self.trainer.state.fn == "fit":
+                schedules = [each.scheduler.state_dict() for each in self.trainer.lr_scheduler_configs]
+                groups = [
+                    [{**group, "params": None} for group in each.param_groups] for each in self.trainer.optimizers
+                ]
+                optimizers = [{"state": {}, "param_groups": each} for each in groups]
+                self._conform({"lr_schedulers": schedules, "optimizer_states": optimizers})
             super().restore_training_state()
 
+    def _conform(self, own: dict[str, Any], counts: bool = False) -> None:
+        """Take those parts of the checkpoint that are there in the form of this run's own."""
+        checkpoint = self._loaded_checkpoint
+        checkpoint |= {name: conformed(checkpoint[name], own[name], name, counts) for name in own if name in checkpoint}
 
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except AlignmentError:
-        raise
-    except MISFITS as error:
-        reason = (str(error).strip().splitlines() or [""])[-1].strip()
-        raise CheckpointError(
-            f"the checkpoint cannot be restored ({type(error).__name__}: {reason}): it is damaged, or was made by "
-            f"another run or version. Use an earlier one; or {FROM_WEIGHTS}."
-        ) from error
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            if str(self._ckpt_path) in str(error):
+                raise
+            raise CheckpointError(f"{self._ckpt_path}: {error}") from error
+        except AlignmentError:
+            raise
+        except MISFITS as error:
+            reason = (str(error).strip().splitlines() or [""])[-1].strip()
+            raise CheckpointError(
+                f"{self._ckpt_path}: cannot be restored ({type(error).__name__}: {reason}): it is damaged, or was made "
+                f"by another run or version. Use an earlier one; or {FROM_WEIGHTS}."
+            ) from error
 
 
 def write_into_run_of(checkpoint: str, trainer: Trainer) -> None:

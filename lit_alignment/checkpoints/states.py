@@ -1,6 +1,7 @@
 """States of callbacks and optimizers from a checkpoint, taken for what they must be before anything acts on them."""
 
 import os
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from lit_alignment.errors import CheckpointError
 
 PATHS = ("kth_best_model_path", "last_model_path")  # of ModelCheckpoint, which removes what they name
+SCORES = ("best_model_score", "current_score")
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")
 
 
@@ -51,7 +53,12 @@ def keep_own_paths(states: Any, trainer: Trainer) -> None:
                 led_out = any(Path(folder) in Path(best).parents for folder in folders) and not is_inside(best, folders)
                 state["best_model_path"] = "" if led_out else best
                 kept = dict(state.get("best_k_models") or {})
+                scores = [*kept.values(), *(state[name] for name in SCORES if state.get(name) is not None)]
+                if not all(isinstance(score, Tensor) for score in scores):
+                    raise TypeError(f"scores that are no tensors: {reprlib.repr(scores)}")
                 state["best_k_models"] = {path: score for path, score in kept.items() if is_inside(path, folders)}
+                if (worst := state.get("kth_best_model_path")) and worst not in state["best_k_models"]:
+                    state["best_k_models"] = {}  # which Lightning would look for it
                 for name in PATHS:
                     path = str(state.get(name) or "")
                     state[name] = path if is_inside(path, folders) else ""
@@ -64,14 +71,21 @@ def keep_own_paths(states: Any, trainer: Trainer) -> None:
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse moments of another shape than their parameter's: fused kernels write past their end.
+    """Refuse moments that are missing, or of another shape than their parameter's: fused kernels write past their end.
 
     Raises:
         CheckpointError: If there is one.
     """
+    needed = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
     for parameter, state in optimizer.state.items():
+        if not isinstance(parameter, Tensor) or needed - state.keys():
+            raise CheckpointError(
+                f"the checkpoint's optimizer has {', '.join(sorted(state)) or 'nothing'} for a weight, where this "
+                f"run's has {', '.join(sorted(needed))}. It is damaged; use an earlier one."
+            )
         for name, value in state.items():
-            if name in MOMENTS and (not isinstance(value, Tensor) or value.shape != parameter.shape):
+            shape = parameter.shape if name in MOMENTS else torch.Size()
+            if name in (*MOMENTS, *needed) and (not isinstance(value, Tensor) or value.shape != shape):
                 raise CheckpointError(
                     f"the checkpoint's optimizer has {name} of shape {list(getattr(value, 'shape', []))} for a weight "
                     f"of {list(parameter.shape)}. It is damaged, or of another model; use an earlier one."

@@ -55,7 +55,7 @@ class PredictionFile:
             earlier = json.loads(self.manifest.read_bytes()) if self.manifest.exists() else None
         except (ValueError, RecursionError):
             earlier = None
-        if not isinstance(earlier, dict):
+        if not isinstance(earlier, dict) or not earlier.keys() & {"format", "model"}:  # which no version left out
             raise ConfigError(
                 f"{self.manifest}: missing or damaged, and it says how the answers of {self.path} were made. {ANOTHER}"
             )
@@ -170,6 +170,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[Key, dict[str, Any]]]:
         for number, raw in enumerate(file, start=1):
             try:
                 line = json.loads(raw)
+                json.dumps(line, ensure_ascii=False).encode()  # it is written again, which a lone surrogate cannot be
                 problem = "no prediction (an object with 'dataset' and 'id')"
             except (ValueError, RecursionError) as error:
                 if not raw.endswith(b"\n"):

@@ -9,7 +9,7 @@ from lit_alignment.data.encoding.messages import Message
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.engine import Engine, Request
 from lit_alignment.generation.transformers_engine import TransformersEngine
-from lit_alignment.paths import local_path
+from lit_alignment.models.loading import BackboneConfig, from_pretrained
 
 
 class RewardScorer:
@@ -24,12 +24,9 @@ class RewardScorer:
 
     def __init__(self, path: str) -> None:
         """Load it."""
-        folder = local_path(path)
-        try:
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            self.model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False).eval()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot load this reward model ({str(error).splitlines()[0]}).") from error
+        plain = BackboneConfig(path)
+        self.tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, plain, path)
+        self.model = from_pretrained(AutoModelForSequenceClassification, plain, path).eval()
         if self.tokenizer.chat_template is None:
             raise ConfigError(f"{path}: this reward model has no chat template. Save one with its tokenizer.")
         if self.model.config.num_labels != 1:

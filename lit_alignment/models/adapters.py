@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Cache, PreTrainedTokenizerBase
 
 from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
-from lit_alignment.files import read_json
+from lit_alignment.files import check_descriptions, read_json
 from lit_alignment.models.head import base_model
 from lit_alignment.models.tokens import vocabulary_difference
 from lit_alignment.moved import renamed
@@ -178,14 +178,16 @@ def load_adapter(model: nn.Module, adapter: AdapterConfig, tokenizer: PreTrained
             f"model.adapter: {adapter.path} holds virtual tokens without the encoder that made them, so they cannot "
             "train on. Resume from the checkpoint instead: --ckpt_path."
         )
-    if (folder / "tokenizer_config.json").is_file():
-        difference = vocabulary_difference(tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-        if difference:
-            raise CheckpointError(
-                f"{adapter.path}: this adapter was trained with another vocabulary than the backbone's tokenizer: "
-                f"{difference}. Set model.backbone.tokenizer to {adapter.path}, or give model.tokens.new as then."
-            )
     try:
+        if (folder / "tokenizer_config.json").is_file():
+            difference = vocabulary_difference(
+                tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            )
+            if difference:
+                raise CheckpointError(
+                    f"{adapter.path}: this adapter was trained with another vocabulary than the backbone's tokenizer: "
+                    f"{difference}. Set model.backbone.tokenizer to {adapter.path}, or give model.tokens.new as then."
+                )
         config.inference_mode = not adapter.trainable
         wrapped: PeftModel = PeftModel.from_pretrained(
             model, str(folder), is_trainable=adapter.trainable, config=config, use_safetensors=True
@@ -194,8 +196,11 @@ def load_adapter(model: nn.Module, adapter: AdapterConfig, tokenizer: PreTrained
     except AlignmentError:
         raise
     except Exception as error:  # peft and safetensors raise whatever a wrong description or a damaged file leads to
+        check_descriptions(folder)
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{adapter.path}: this adapter does not fit the backbone ({reason}).") from error
+        raise CheckpointError(
+            f"{adapter.path}: this adapter does not fit the backbone ({reason}). Check its adapter_config.json."
+        ) from error
     if not adapter.trainable:
         wrapped.requires_grad_(False)  # peft leaves virtual tokens trainable
     return wrapped

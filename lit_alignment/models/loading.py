@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lit_alignment.errors import AlignmentError, ConfigError, require
-from lit_alignment.files import read_json, relative
+from lit_alignment.files import check_descriptions, check_folder
 from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt_learning, load_adapter
 from lit_alignment.models.attention import DOCUMENT_SDPA, Attention, choose_attention, knows_sdpa
 from lit_alignment.models.head import SCORE, output_head
@@ -318,6 +318,7 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
 
     Raises:
         ConfigError: If it cannot be loaded.
+        CheckpointError: If that is since a file beside the weights has a field of the wrong type.
     """
     path = local_path(name)
     check_folder(Path(path))
@@ -341,23 +342,12 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
                 "backbone.path, or set HF_ENDPOINT to a mirror; `lit-alignment fetch --help` lists models that need "
                 "no hub."
             ) from error
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        check_descriptions(Path(path))
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(
-            f"{name}: cannot load this model ({first}). Give a folder with config.json, tokenizer and "
+            f"{name}: cannot load this model ({reason}). Give a folder with config.json, tokenizer and "
             "weights, or a hub name that can be reached; `lit-alignment fetch --help` lists models that need no hub."
         ) from error
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a model's folder whose list of weights names files elsewhere.
-
-    Raises:
-        CheckpointError: If it does.
-    """
-    for index in folder.glob("*.index.json"):
-        names = read_json(index, "a list of weights").get("weight_map")
-        for name in set(names.values()) if isinstance(names, dict) else ():
-            relative(name, index)
 
 
 def pinned(config: Loaded) -> Loaded:

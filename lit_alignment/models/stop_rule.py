@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lit_alignment.errors import CheckpointError
+from lit_alignment.files import GenerationDescription, config_in
 
 
 @dataclass(frozen=True)
@@ -51,3 +55,20 @@ def generation_config(tokenizer: PreTrainedTokenizerBase, stop: StopRule) -> Gen
         pad_token_id=tokenizer.pad_token_id,
         stop_strings=stop.strings or None,
     )
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation settings of a model's or adapter's folder, if it has some.
+
+    Raises:
+        ConfigError: If they are no JSON object.
+        CheckpointError: If they are none of transformers'.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    config_in(file, GenerationDescription, "a generation configuration")
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers refuses a field by whatever its use raises
+        raise CheckpointError(f"{file}: not a generation configuration ({error}). Restore it, or remove it.") from error

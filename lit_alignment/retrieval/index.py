@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, require
-from lit_alignment.retrieval.files import PASSAGES, FileChecks, Manifest, map_shards, read_manifest
+from lit_alignment.retrieval.files import PASSAGE_FEATURES, PASSAGES, FileChecks, Manifest, map_shards, read_manifest
 from lit_alignment.retrieval.search import exact_search, sharded_search
 
 SearchKind = Literal["exact", "flat", "ivf", "hnsw"]
@@ -113,7 +113,9 @@ class PassageIndex:
                 faiss = require("faiss", "rag", "index.search: exact")
                 searcher = faiss.read_index(str(folder / FAISS_FILE), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
             passages = datasets.Dataset.from_file(str(folder / PASSAGES))
-        except (RuntimeError, OSError, pa.ArrowException) as error:
+            if passages.features != PASSAGE_FEATURES or any(column.null_count for column in passages.data.columns):
+                raise ValueError(f"{PASSAGES} has {passages.features}, and needs texts in {[*PASSAGE_FEATURES]}")
+        except (RuntimeError, OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
             raise ConfigError(f"{folder}: damaged ({error}). Build the index again.") from error
         shards, compare = map_shards(folder, manifest), FileChecks(folder, manifest.checksums)
         return cls(manifest, shards, passages, searcher, compare)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lit_alignment.checkpoints.saved import head_of
 from lit_alignment.errors import ConfigError
+from lit_alignment.models.stop_rule import read_generation_config
 from lit_alignment.paths import local_path
 from lit_alignment.tools.options import OptionParser, whole
 from lit_alignment.vllm.engine import import_vllm, on_cpu
@@ -122,7 +123,6 @@ def command(served: Served, name: str, host: str, port: int) -> list[str]:
 
 def say_what_clients_need(served: Served) -> None:
     """Name stop strings, which only a request can carry."""
-    file = served.trained_folder / "generation_config.json"
-    strings = json.loads(file.read_text()).get("stop_strings") if file.is_file() else None
-    if strings:
-        print(f"note: a turn ends with plain text here, so each request needs stop={strings}")
+    settings = read_generation_config(served.trained_folder)
+    if settings is not None and settings.stop_strings:
+        print(f"note: a turn ends with plain text here, so each request needs stop={settings.stop_strings}")

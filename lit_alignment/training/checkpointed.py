@@ -29,6 +29,7 @@ from lit_alignment.data.batching.standing import (
 )
 from lit_alignment.data.planned import data_rank
 from lit_alignment.errors import CheckpointError
+from lit_alignment.files import conformed
 from lit_alignment.hooks import MethodHooks
 from lit_alignment.models.adalora import RankSchedule
 from lit_alignment.models.adapters import AdapterConfig
@@ -202,7 +203,8 @@ class CheckpointedModule(MethodHooks, PreciseModule):
                 f"the checkpoint has {begun.epoch} epochs behind it, and trainer.max_epochs is {most}. Raise it."
             )
         if about.get("validated") is not None:
-            self._validated = (about["validated"][0], about["validated"][1])
+            first, second = conformed(about["validated"], (0, 0), "lit_alignment.validated", counts=True)
+            self._validated = (first, second)
             if begun.changed and self._validated >= (begun.epoch, stored["train"]["batches"]):
                 self._validated = (begun.epoch, begun.batches)
         if begun.changed and begun.batches:

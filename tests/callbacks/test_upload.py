@@ -316,6 +316,17 @@ def test_checkpoint_without_a_manifest_is_fetched(tmp_path):
     assert fetch_checkpoint("memory://elsewhere/x.ckpt", tmp_path).read_bytes() == b"weights"
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_copy_whose_bytes_have_changed_is_downloaded_again(tmp_path, listed):
+    put(tmp_path, RemoteFolder("memory://run"), 1)
+    if not listed:
+        MemoryFileSystem.store.pop("/run/manifest.json")
+    for _ in range(2):
+        fetched = fetch_checkpoint("memory://run/step=1.ckpt", tmp_path / "cache")
+        assert fetched.read_text() == "weights 1"
+        fetched.write_text("weights X")
+
+
 def test_damaged_missing_and_unfinished_checkpoints_are_refused(tmp_path):
     there = RemoteFolder("memory://run")
     for step in (1, 2):

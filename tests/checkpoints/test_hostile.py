@@ -4,8 +4,10 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import sys
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,8 +21,10 @@ from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.checkpoints.resuming import CheckpointConnector
 from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.checkpoints.sharded import read_into
+from lit_alignment.checkpoints.states import keep_own_paths
 from lit_alignment.cli import main
 from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.files import conformed
 from lit_alignment.models.adapters import AdapterConfig, save_adapter
 from tests.helpers import base_model_folder, chats, sft_data, trainer
 from tests.helpers.adapters import WEIGHTS, fit, module_with
@@ -175,6 +179,90 @@ def test_a_training_does_not_resume_from_a_checkpoint_of_the_wrong_form(good, tm
         runner.fit(module, sft_data(module, chats(8), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
 
 
+def changed(content, key, value):
+    """A copy in which what a dotted key names is another value, or missing if that is `...`."""
+    content = copy.deepcopy(content)
+    *path, last = [int(name) if name.isdigit() else name for name in key.split("/")]
+    inner = content
+    for name in path:
+        inner = inner[next(k for k in inner if k.startswith(name)) if name == "ModelCheckpoint" else name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return content
+
+
+FIT, STEP = "loops/fit_loop", "epoch_loop.automatic_optimization.optim_progress/optimizer/step"
+GROUP, SAVER = "optimizer_states/0/param_groups/0", "callbacks/ModelCheckpoint"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("global_step", 10**30),
+        ("global_step", -1),
+        ("global_step", float("nan")),
+        ("epoch", "1"),
+        (f"{FIT}/epoch_progress", ...),
+        (f"{FIT}/epoch_progress/current/ready", 1.5),
+        (f"{FIT}/epoch_progress/total/completed", ...),
+        (f"{FIT}/{STEP}/total/completed", -3),
+        (f"{FIT}/epoch_loop.state_dict/_batches_that_stepped", []),
+        ("lr_schedulers", {}),
+        ("lr_schedulers/0/last_epoch", "x"),
+        ("lr_schedulers/0/last_epoch", ...),
+        ("lr_schedulers/0/base_lrs", [None]),
+        ("optimizer_states/0", 3),
+        (f"{GROUP}/lr", "fast"),
+        (f"{GROUP}/lr", float("nan")),
+        (f"{GROUP}/lr", ...),
+        (f"{GROUP}/betas", (0.9,)),
+        (f"{GROUP}/betas", (0.9, None)),
+        (f"{GROUP}/fused", "x"),
+        (f"{GROUP}/params", [100 + number for number in range(28)]),
+        ("optimizer_states/0/state/0/exp_avg", ...),
+        ("optimizer_states/0/state/0/step", torch.zeros(3)),
+        (f"{SAVER}/best_k_models", {"x.ckpt": "low"}),
+        (f"{SAVER}/best_model_score", "low"),
+        (f"{SAVER}/kth_value", "low"),
+        ("SFTDataModule/train/global_step", 10**30),
+        ("SFTDataModule/train/epoch", -1),
+        ("SFTDataModule/train/ranks", None),
+        ("SFTDataModule/train/stretches", [{"used": 1}]),
+        ("lit_alignment/validated", [0, "x"]),
+    ],
+)
+def test_a_part_of_another_form_than_the_run_s_own_is_one_message_that_names_it(good, tmp_path, key, value):
+    torch.save(changed(good[0], key, value), tmp_path / "x.ckpt")
+    module = module_with(good[1], WEIGHTS["lora"])
+    runner = trainer(tmp_path, max_epochs=3, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    runner._checkpoint_connector = CheckpointConnector(runner)
+    with pytest.raises(CheckpointError, match=r"the checkpoint.* ha(s|ve) ") as refused:
+        runner.fit(module, sft_data(module, chats(8), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
+    assert "/state/" in key or "/params" in key or "x.ckpt: " in str(refused.value)
+
+
+def test_what_another_version_of_a_library_adds_or_lacks_does_not_matter_nor_how_it_computes(good, tmp_path):
+    content = changed(changed(good[0], f"{GROUP}/fused", ...), "lr_schedulers/0/verbose", True)
+    content = changed(changed(content, f"{GROUP}/differentiable", True), f"{GROUP}/maximize", None)
+    content = changed(changed(content, f"{GROUP}/weight_decay", 0), f"{SAVER}/new", [1])
+    torch.save(changed(content, "lr_schedulers/0/_is_initial", ...), tmp_path / "x.ckpt")
+    module = module_with(good[1], WEIGHTS["lora"])
+    runner = trainer(tmp_path, max_epochs=3, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    runner._checkpoint_connector = CheckpointConnector(runner)
+    runner.fit(module, sft_data(module, chats(8), chats(4), batch_size=4), ckpt_path=tmp_path / "x.ckpt")
+    assert runner.global_step > good[0]["global_step"]
+    assert conformed((0.9, 0.999), [0.5, 0.5], "betas") == [0.9, 0.999]
+
+
+def test_a_worst_checkpoint_that_is_none_of_the_kept_ones_is_not_looked_for(tmp_path):
+    runner = trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    state = {"best_k_models": {f"{tmp_path}/a.ckpt": torch.tensor(1.0)}, "kth_best_model_path": f"{tmp_path}/b.ckpt"}
+    keep_own_paths({"ModelCheckpoint{}": state}, runner)
+    assert state["best_k_models"] == {}
+
+
 def test_an_empty_file_says_so(tmp_path, capsys):
     (tmp_path / "x.ckpt").touch()
     assert main(["export", str(tmp_path / "x.ckpt"), "--out", str(tmp_path / "out")]) == 2
@@ -268,6 +356,19 @@ def test_tensors_that_the_shards_do_not_hold_are_refused(good, tmp_path):
         (path / ".metadata").write_bytes(pickle.dumps(description))
         with pytest.raises(CheckpointError, match=r"parts of .* are missing|and the shards have"):
             read_saved(path)
+
+
+def test_shards_behind_the_links_of_the_hub_s_cache_are_read_and_behind_others_not(good, tmp_path):
+    saved = hostile_checkpoints(tmp_path / "evil", good[0], tmp_path / "executed")["a shard behind a link"]
+    folder = shutil.copytree(saved, tmp_path / "models--x--y/snapshots/abc/run.ckpt", symlinks=True)
+    (tmp_path / "models--x--y/blobs").mkdir()
+    blob = (tmp_path / "evil/outside.distcp").rename(tmp_path / "models--x--y/blobs/1f")
+    for target, refused in ((blob, False), (tmp_path / "models--x--y/snapshots/1f", True), (tmp_path / "1f", True)):
+        blob = blob.rename(target)
+        (folder / "link.distcp").unlink()
+        (folder / "link.distcp").symlink_to(os.path.relpath(target, folder))
+        with pytest.raises(CheckpointError, match="a link that leads out") if refused else nullcontext():
+            read_saved(folder)
 
 
 def test_a_list_of_weights_that_names_files_elsewhere_is_refused(tmp_path):

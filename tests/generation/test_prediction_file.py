@@ -38,6 +38,8 @@ def test_answer_to_an_earlier_prompt_never_takes_the_place_of_the_new_one(tmp_pa
         (b'{"dataset": "d", "id": "1"', "not valid JSON"),
         (b'{"dataset": "d", "id": "\xff"}', "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
+        (b'{"dataset": "d", "id": "\\ud800"}', "not valid JSON"),
+        (b'{"dataset": "d", "id": "1", "answers": ["\\udfff"]}', "not valid JSON"),
         (b"5", "no prediction"),
         (b"[]", "no prediction"),
         (b'{"id": "1"}', "no prediction"),
@@ -68,7 +70,7 @@ def test_cut_off_end_is_answered_again(tmp_path, name):
         file.remove()
 
 
-@pytest.mark.parametrize("manifest", [b"", b'{"model": "x', b"[]", b"5", b"\xff", b"[" * 100_000, None])
+@pytest.mark.parametrize("manifest", [b"", b'{"model": "x', b"[]", b"5", b"\xff", b"[" * 100_000, b"{}", None])
 def test_damaged_settings_are_one_message_where_there_are_answers(tmp_path, manifest):
     file = PredictionFile(tmp_path / "a.jsonl")
     if manifest is not None:

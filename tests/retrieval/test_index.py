@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors import safe_open
@@ -77,6 +78,19 @@ def test_flipped_bit_is_noticed_when_its_file_is_first_read(embeddings, tmp_path
             read(PassageIndex.load(folder))
     passages.write_bytes(passages.read_bytes()[:100])
     with pytest.raises(ConfigError, match=r"index: damaged \(.*\). Build the index again"):
+        PassageIndex.load(folder)
+
+
+@pytest.mark.parametrize(
+    "columns", [{"id": ["x"] * 10, "text": ["x"] * 10}, dict.fromkeys(("id", "title", "text"), [1] * 10), {}, None]
+)
+def test_passages_of_another_form_are_refused(embeddings, tmp_path, columns):
+    folder = knowledge_index(IndexConfig(str(tmp_path / "index")), embeddings)
+    columns = dict.fromkeys(("id", "title", "text"), [None] + ["x"] * 9) if columns is None else columns
+    table = pa.table(columns)
+    with pa.OSFile(str(folder / "passages.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(ConfigError, match=r"damaged \(passages.arrow has .*needs texts in \['id', 'title', 'text'\]"):
         PassageIndex.load(folder)
 
 

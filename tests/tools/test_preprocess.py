@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from lit_alignment.data.multimodal.feature_cache import FeatureCache, ShardWriter, read_index, shards_of, written_names
-from lit_alignment.errors import CacheError, ConfigError
+from lit_alignment.errors import AlignmentError, CacheError, ConfigError
 from lit_alignment.models.multimodal import modality
 from lit_alignment.models.multimodal.modality import MediaShape, ModalityConfig
 from lit_alignment.models.multimodal.reading import cache_index
@@ -120,6 +120,38 @@ def test_damaged_features_are_noticed_when_they_are_read(config, tmp_path):
             FeatureCache(folder, cache_index(MediaShape("image", IMAGE))).read(path)
 
 
+@pytest.mark.parametrize("features", [torch.tensor(1.0), torch.ones(2, 16, 32), torch.ones(16, 32, dtype=torch.int32)])
+def test_features_of_another_form_are_refused(config, tmp_path, features):
+    folder = run(config, tmp_path)
+    (shard,) = shards_of(folder)
+    save_file(load_file(shard) | {"b/3.png": features}, shard)
+    cache = FeatureCache(folder, cache_index(MediaShape("image", IMAGE)))
+    with pytest.raises(
+        CacheError, match=r"features of 'b/3.png' are \[.*\] in torch.*, and the encoder makes \[16, 32\]"
+    ):
+        cache.read(str(tmp_path / "pictures/b/3.png"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_patches": 9},
+        {"dim": 8},
+        {"dim": None},
+        {"root": 5},
+        {"encoders": [3]},
+        {"encoders": {}},
+        {"complete": "x"},
+    ],
+)
+def test_an_index_of_other_features_or_of_the_wrong_form_is_refused(config, tmp_path, other):
+    folder = run(config, tmp_path)
+    path = folder / "features.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    with pytest.raises(AlignmentError, match=r"cache: holds features of|features.json: not the values of"):
+        FeatureCache(folder, cache_index(MediaShape("image", IMAGE)))
+
+
 def test_unreadable_files_are_listed_and_the_rest_is_encoded(config, tmp_path, capsys):
     broken = tmp_path / "pictures/a/0.png"
     broken.write_bytes(broken.read_bytes()[:60])
@@ -164,7 +196,7 @@ def test_single_file_of_turbo_alignment_is_read(tmp_path):
     assert len(data.examples["train"]) == 4
     save_file({name: value[:, :8].clone() for name, value in features.items()}, tmp_path / "narrow.safetensors")
     module = vlm_module(image=replace(IMAGE, cache=str(tmp_path / "narrow.safetensors")))
-    with pytest.raises(ConfigError, match=r"the features are \[16, 8\], and the encoder makes \[16, 32\]"):
+    with pytest.raises(CacheError, match=r"are \[16, 8\] in torch.float32, and the encoder makes \[16, 32\]"):
         module.media  # noqa: B018
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lit_alignment.data.batching.packing import BatchPlan, Stretch
 from lit_alignment.data.batching.standing import Standing, standing_of, write_standing
 from lit_alignment.errors import CheckpointError
+from lit_alignment.files import conformed
 
 FROM_WEIGHTS = "start a new run from its weights: export it, and give the folder as model.adapter or model.backbone"
 
@@ -79,7 +80,7 @@ def write_position(plan: BatchPlan, at: Standing, begun: Begun, window: Window, 
 
 
 def update_position(checkpoint: dict[str, Any], stored: dict[str, Any], plan: BatchPlan, window: Window) -> None:
-    """Bring what an earlier version wrote, `{epoch, used}`, into today's form, under the plan of this run.
+    """Take a position in its form, and bring what an earlier version wrote, `{epoch, used}`, into today's form.
 
     Args:
         checkpoint: One of Lightning's, whose counters may stand inside of a batch.
@@ -87,8 +88,10 @@ def update_position(checkpoint: dict[str, Any], stored: dict[str, Any], plan: Ba
         plan: Of the training data.
         window: Of this run's steps.
     """
-    position = stored["train"]
-    if "stretches" in position:
+    own = write_position(replace(plan, tokens_per_batch=None), Standing(0, 1, 1), Begun(0), window, 0)
+    form = own if "stretches" in stored["train"] else {"epoch": 0, "used": 0}
+    position = stored["train"] = conformed(stored["train"], form, "train", counts=True)
+    if form is own:
         return
     ranks = checkpoint["lit_alignment"].get("ranks") or window.ranks
     at = standing_of(checkpoint, position["used"] // ranks)

@@ -66,16 +66,20 @@ class FeatureCache:
 
         Raises:
             FileNotFoundError: If there is no cache.
-            ConfigError: If another encoder made it, or it is damaged.
+            ConfigError: If another encoder made it.
+            CacheError: If it is damaged.
         """
         self.path = Path(path).expanduser()
         self.root: Path | None = None
         self._places: dict[str, Path] = {}
         self._checksums: dict[str, str] = {}  # of features, where the version that wrote them has noted it
         self._compared: set[str] = set()
+        self._shape = [index.num_patches, index.dim]
         if self.path.is_file():
             self._note(self.path)
-            self._check_single(index)
+            if not self._places:
+                raise ConfigError(f"{self.path}: the cache holds nothing. Make it again.")
+            self._tensor(next(iter(self._places)))
             return
         found = read_index(self.path)
         check_same(found, index, self.path)
@@ -89,17 +93,6 @@ class FeatureCache:
         names, checksums = _names(shard)
         self._places |= dict.fromkeys(names, shard)
         self._checksums |= checksums
-
-    def _check_single(self, index: CacheIndex) -> None:
-        name = next(iter(self._places), None)
-        if name is None:
-            raise ConfigError(f"{self.path}: the cache holds nothing. Make it again.")
-        shape = list(self._tensor(name).shape[-2:])
-        if shape != [index.num_patches, index.dim]:
-            raise ConfigError(
-                f"{self.path}: the features are {shape}, and the encoder makes [{index.num_patches}, {index.dim}]. "
-                "Make the cache with this encoder: lit-alignment preprocess."
-            )
 
     def __len__(self) -> int:
         """Number of files."""
@@ -122,7 +115,7 @@ class FeatureCache:
         """The features of a file, [P, D].
 
         Raises:
-            CacheError: If they are damaged.
+            CacheError: If they are damaged, or none of the encoder's.
         """
         return [self._tensor(self._name(path))]
 
@@ -141,10 +134,16 @@ class FeatureCache:
                 found: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CacheError(f"{shard}: damaged ({error}). {_ENCODE}") from error
+        features = found[0] if found.ndim == 3 and len(found) == 1 else found
+        if [*features.shape] != self._shape or not features.is_floating_point():
+            made = f"{[*features.shape]} in {features.dtype}"
+            raise CacheError(
+                f"{shard}: the features of '{name}' are {made}, and the encoder makes {self._shape}. {_ENCODE}"
+            )
         if name not in self._compared and self._checksums.get(name, _checksum(found)) != _checksum(found):
             raise CacheError(f"{shard}: damaged (the features of '{name}' have another checksum). {_ENCODE}")
         self._compared.add(name)
-        return found[0] if found.ndim == 3 else found
+        return features
 
 
 class ShardWriter:
@@ -272,6 +271,9 @@ def check_same(found: CacheIndex, wanted: CacheIndex, folder: Path) -> None:
                 f"{folder}: another encoder made this cache: encoders[{number}] had {changed}: {made.get(changed)!r}, "
                 f"and the model's has {ours[changed]!r}. {_AGAIN}"
             )
+    sizes = [[index.num_patches, index.dim] for index in (found, wanted)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"{folder}: holds features of {sizes[0]}, and the model's encoders make {sizes[1]}. {_AGAIN}")
 
 
 _AGAIN = "Make it again: lit-alignment preprocess --overwrite, or choose another model's cache."
