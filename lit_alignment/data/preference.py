@@ -265,28 +265,6 @@ def _behind(row: dict[str, Any], other: dict[str, Any], max_length: int) -> list
     return [{**row, "responses": responses, "trained": trained, "scores": [0.0] * len(responses)}] if responses else []
 
 
-def _reference(references: CachedRows | None, indices: list[int]) -> Tensor | None:
-    """The log-probabilities of some records' targets, [N]."""
-    if references is None:
-        return None
-    return torch.tensor([value for row in references.rows(indices) for value in row["logps"]])
-
-
-def _spans(labels: list[int]) -> list[int]:
-    """Begins and ends of the runs of labels that count, alternately."""
-    counts = [False, *(label != IGNORE_INDEX for label in labels), False]
-    return [position for position, (before, now) in enumerate(pairwise(counts)) if before != now]
-
-
-def _behind(row: dict[str, Any], other: dict[str, Any], max_length: int) -> list[dict[str, Any]]:
-    """Another record's responses behind a record's prompt, cut at `max_length`; none if nothing of them is left."""
-    response = other["responses"][0][: max(max_length - len(row["prompt"]), 0)]
-    spans = [min(place, len(response)) for place in other["trained"][0]]
-    if not any(begin < end for begin, end in zip(spans[::2], spans[1::2], strict=True)):
-        return []
-    return [{**row, "responses": [response], "trained": [spans], "scores": [0.0]}]
-
-
 def _examples(row: dict[str, Any]) -> list[Example]:
     """The prompt with each of its responses."""
     examples = []
