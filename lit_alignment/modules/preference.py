@@ -23,14 +23,7 @@ from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
 from lit_alignment.losses.pairs import pair_loss, pairs_of, response_loss, responses_of, rewards
 from lit_alignment.losses.preference_config import LossConfig
-from lit_alignment.metrics.preference import (
-    NamedMeans,
-    k3_estimate,
-    logged_means,
-    pair_values,
-    response_values,
-    value_names,
-)
+from lit_alignment.metrics.named import NamedMeans
 from lit_alignment.models.adapters import AdapterConfig, mutates_base
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import BackboneConfig, load_network
@@ -39,6 +32,13 @@ from lit_alignment.models.reference import adapters_off, add_reference, quiet_lo
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.training.preference_values import (
+    k3_estimate,
+    logged_means,
+    pair_values,
+    response_values,
+    value_names,
+)
 from lit_alignment.training.reference_pass import cached_reference, made_of
 
 ReferenceKind = Literal["auto", "adapter_off", "frozen_copy", "cached", "none"]

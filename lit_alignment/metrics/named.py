@@ -1,0 +1,39 @@
+"""Means of several quantities at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class NamedMeans(Metric):
+    """Mean of each of several quantities over all of its values, on all ranks.
+
+    Args:
+        names: What the quantities are called.
+    """
+
+    full_state_update = False
+    totals: Tensor
+    counts: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Start at zero, in float64."""
+        super().__init__()
+        self.names = list(names)
+        for name in ("totals", "counts"):
+            self.add_state(name, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
+        self.set_dtype(torch.float64)
+
+    def update(self, values: dict[str, Tensor]) -> None:
+        """Add values, [N] of each name, with an N of its own."""
+        positions = [self.names.index(name) for name in values]
+        totals = torch.stack([each.detach().double().sum() for each in values.values()])
+        self.totals[positions] += totals
+        self.counts[positions] += totals.new_tensor([each.numel() for each in values.values()])
+
+    def compute(self) -> dict[str, Tensor]:
+        """The mean of each quantity of which there were values, float64 scalars."""
+        means = zip(self.names, self.totals / self.counts, self.counts.tolist(), strict=True)
+        return {name: mean for name, mean, count in means if count}
