@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import isclass
 from pydoc import locate
 from typing import Any, Literal, TypeVar
 
@@ -27,8 +28,8 @@ from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.checkpoints.resuming import REQUEUED, CheckpointConnector, find_checkpoint, write_into_run_of
-from lit_alignment.config_errors import Checker, explain, find_misfit, find_no_number
-from lit_alignment.config_files import read_layers
+from lit_alignment.config_errors import Checker, explain, find_misfit, find_unusable
+from lit_alignment.config_files import placed, read_layers
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError, constructing
 from lit_alignment.modules.base import AlignmentModule
@@ -135,11 +136,10 @@ class AlignmentCLI(LightningCLI):
             if locate(str(config[part].class_path)) is kind:  # what the parser takes without one
                 raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
             if (problem := find_misfit(config[part], kind, part)) is not None:
-                raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
-        if (problem := find_misfit(config.trainer, Trainer, "trainer")) is not None:
-            raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
-        if (problem := find_no_number(config)) is not None:
-            raise ConfigError(f"{problem}. Give a finite number.")
+                raise ConfigError(problem)
+        if (problem := find_misfit(config.trainer, Trainer, "trainer") or find_unusable(config)) is not None:
+            raise ConfigError(problem)
+        _check_pair(*(locate(config[part].class_path) for part in ("model", "data")))  # type: ignore[arg-type]
         if self.uses_vllm:
             _ask(self.config[self.subcommand].trainer, NO_DEVICE)
 
@@ -230,6 +230,14 @@ def _ask(trainer: Namespace, settings: dict[str, Any]) -> None:
         trainer[name] = value
 
 
+def _check_pair(model: type[AlignmentModule], data: type[AlignmentDataModule]) -> None:
+    """Refuse a module with another method's data module, whose batches it cannot read."""
+    ours = isclass(model) and isclass(data) and data.__module__.startswith("lit_alignment.")
+    if ours and not issubclass(data, model.data_classes):
+        usual = " or ".join(f"lit_alignment.{kind.__name__}" for kind in model.data_classes)
+        raise ConfigError(f"data.class_path is {data.__name__}, and {model.__name__} reads other data. Use {usual}.")
+
+
 def _check_run_folder(trainer: Trainer) -> None:
     """Refuse a first logger that keeps nothing on this disk: reports and configuration would have no place."""
     first = trainer.loggers[0] if trainer.loggers else None
@@ -287,7 +295,8 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
     if not sys.stderr.isatty():
         disable_progress_bars()
     layers = read_layers(arguments)
-    Checker(_hints()).check(layers)
+    checker = Checker(_hints())
+    checker.check(layers)
     try:
         with _lists_replace_lists():
             return kind(
@@ -304,9 +313,12 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
                 run=run,
             )
     except ArgumentError as error:
-        raise ConfigError(explain(str(error), layers, arguments[0] if run else "")) from error
+        raise ConfigError(explain(str(error), layers, arguments[0] if run else "", checker.classes)) from error
     except MisconfigurationException as error:
         raise ConfigError(str(error).strip()) from error
+    except ConfigError as error:
+        error.args = (placed(str(error), layers),)
+        raise
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # before the run takes the signal, as while it encodes
             raise KeyboardInterrupt from stop

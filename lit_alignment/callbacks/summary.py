@@ -54,6 +54,9 @@ def why_ended(trainer: Trainer) -> str:
         return f"early stopping: {stopper.stopping_reason_message or stopper.monitor}".rstrip(". ")
     if _timer(trainer) is not None:
         return "trainer.max_time is reached"
+    for name, most in (("max_epochs", trainer.max_epochs), ("max_steps", trainer.max_steps)):
+        if most == 0:
+            return f"nothing was trained, as trainer.{name} is 0"
     if 0 < trainer.max_steps <= trainer.global_step:
         return f"trainer.max_steps: {trainer.max_steps} is reached"
     if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:

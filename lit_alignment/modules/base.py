@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_alignment.checkpoints.background import start_saving
 from lit_alignment.checkpoints.sharded import full
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.base import AlignmentDataModule, datamodule_of
 from lit_alignment.data.batching.collate import Rows
 from lit_alignment.data.batching.standing import (
     total_steps,
@@ -58,6 +58,8 @@ class AlignmentModule(CheckpointedModule):
         tokens: Special and new tokens; with LoRA only the rows of new ones train.
         optimizer: Optimizer and schedule.
     """
+
+    data_classes: tuple[type[AlignmentDataModule], ...] = (AlignmentDataModule,)  # whose batches it reads
 
     def __init__(
         self,
