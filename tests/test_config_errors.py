@@ -217,3 +217,20 @@ def test_what_is_expected_is_said_without_repeating_the_parser():
     )
     assert expected(literal) == "a, b" and expected("something else") == ""
     assert expected("Expected a <class 'int'>\nExpected a <class 'bool'>") == "int or bool"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("checkpoints/a.ckpt", "Give one of the checkpoints in it, such as folder/checkpoints/a.ckpt."),
+        ("adapter_config.json", "It holds an adapter: give it as model.adapter.path."),
+        ("config.json", "It holds a model: give it as model.backbone.path."),
+        ("notes.txt", "It holds notes.txt; give a .ckpt file, or a folder with .metadata and meta.pt."),
+    ],
+)
+def test_folder_that_is_no_checkpoint_is_said_with_what_it_is(name, words, tmp_path):
+    file = tmp_path / "folder" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    message = error(tmp_path, "", "--ckpt_path", str(tmp_path / "folder"))
+    assert message == f"--ckpt_path folder: a folder that is no checkpoint. {words}"
