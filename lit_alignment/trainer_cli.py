@@ -14,14 +14,15 @@ from jsonargparse import ArgumentError, Namespace, _typehints, namespace_to_dict
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
+from transformers.utils.logging import disable_progress_bar
 
 from lit_alignment.callbacks.interrupt import Interrupt, slurm_job
 from lit_alignment.callbacks.monitors import Monitors
 from lit_alignment.callbacks.predictions import PredictionWriter
-from lit_alignment.callbacks.progress import Bar, ProgressLines
+from lit_alignment.callbacks.progress import ModelSize, progress
 from lit_alignment.callbacks.run_folder import RunFolder
 from lit_alignment.callbacks.summary import EndSummary
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
@@ -56,7 +57,8 @@ QUIET = (
     r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics have been summed over all ranks
     r".*Trainer was configured with `enable_model_summary.*",
 )
-
+# Of Lightning's log; why a training stopped EndSummary says, with what was best.
+SAID = ("Tip: ", "`Trainer.fit` stopped", "TPU available: False", "configured with model summary callbacks")
 
 Engine = Literal["transformers", "vllm"]
 COMMANDS: dict[str, tuple[str, ...]] = {  # and which settings each has besides
@@ -171,9 +173,13 @@ class AlignmentCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
-        has_bar = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
-        if config.get("enable_progress_bar") is not False and not has_bar:
-            callbacks = [*callbacks, Bar() if sys.stdout.isatty() else ProgressLines()]
+        given = given if isinstance(given, list) else [given]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(each, ProgressBar) for each in given):
+            callbacks = [*callbacks, progress()]
+        if config.get("enable_model_summary") is not False and not any(
+            isinstance(each, ModelSummary) for each in given
+        ):
+            callbacks = [*callbacks, ModelSize()]
         return super()._instantiate_trainer(config, callbacks)
 
     def _fetch_checkpoint(self, subcommand: str) -> None:
@@ -294,6 +300,7 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     if not sys.stderr.isatty():
         disable_progress_bars()
+        disable_progress_bar()
     layers = read_layers(arguments)
     checker = Checker(_hints())
     checker.check(layers)
@@ -377,4 +384,4 @@ def build_for_tool(arguments: list[str], kind: type[ToolCLI] = ToolCLI) -> ToolC
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return "Tip: " not in text and "`Trainer.fit` stopped" not in text  # which EndSummary says, with what was best
+    return not any(said in text for said in SAID)

@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from lit_alignment.callbacks.progress import progress
 from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.messages import value_kind
@@ -84,7 +85,7 @@ def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options:
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[EmbeddingWriter(retriever, index)],
+        callbacks=[progress(), EmbeddingWriter(retriever, index)],
     )
     trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:

@@ -117,7 +117,7 @@ def test_what_was_saved_at_this_step_already_is_not_saved_again(tmp_path):
 
 def test_without_checkpoints_nothing_is_saved_and_none_is_promised(tmp_path):
     _, _, error = fit(tmp_path, During(partial(signal.raise_signal, signal.SIGTERM)), saver=False)
-    assert str(error) == "stopped by SIGTERM: not saved where it stands (optimizer step 1, epoch 0)."
+    assert str(error) == "stopped by SIGTERM: not saved where it stands (optimizer step 1, epoch 1)."
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
