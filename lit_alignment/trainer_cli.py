@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import isclass
+from pathlib import Path
 from pydoc import locate
 from typing import Any, Literal, TypeVar
 
@@ -33,6 +34,7 @@ from lit_alignment.config_errors import Checker, explain, find_misfit, find_unus
 from lit_alignment.config_files import placed, read_layers
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError, constructing
+from lit_alignment.files import naming
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import cache_dir
 from lit_alignment.secrets import MASK, masked, masks_in
@@ -81,7 +83,8 @@ class MaskedConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it."""
         self.config = masked(self.config)
-        super().setup(trainer, pl_module, stage)
+        with naming(Path(trainer.log_dir or "") / self.config_filename):
+            super().setup(trainer, pl_module, stage)
 
 
 class AlignmentCLI(LightningCLI):
@@ -208,7 +211,8 @@ class AlignmentCLI(LightningCLI):
         self._fetch_checkpoint(subcommand)
         self.run_folder.take(self.trainer)
         try:
-            self._run(subcommand)
+            with naming(Path(self.trainer.log_dir or self.trainer.default_root_dir)):  # loggers name no file
+                self._run(subcommand)
         finally:
             self.run_folder.leave()
 

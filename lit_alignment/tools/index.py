@@ -21,6 +21,7 @@ from lit_alignment.data.passages import Passage
 from lit_alignment.data.retriever import PassageBatch, PassageDataModule
 from lit_alignment.data.sources.records import read_file
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.files import replaced
 from lit_alignment.metrics.retrieval import ranking_metrics
 from lit_alignment.models.dual_encoder import (
     DUAL,
@@ -189,7 +190,8 @@ def evaluate(retriever: RetrieverConfig, index: IndexConfig, options: argparse.N
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
+        with replaced(options.json) as file:
+            file.write(json.dumps(means, indent=2) + "\n")
 
 
 def _cuts(text: str) -> list[int]:
