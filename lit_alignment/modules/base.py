@@ -59,7 +59,7 @@ class AlignmentModule(CheckpointedModule):
         optimizer: Optimizer and schedule.
     """
 
-    data_classes: tuple[type[AlignmentDataModule], ...] = (AlignmentDataModule,)  # whose batches it reads
+    data_classes: tuple[type[AlignmentDataModule], ...] = (AlignmentDataModule,)
 
     def __init__(
         self,
@@ -77,8 +77,7 @@ class AlignmentModule(CheckpointedModule):
                 "on top of an existing one, merge that first (lit-alignment merge) and make the result the backbone."
             )
         self.strict_loading = False  # checkpoints hold what was trained; see on_load_checkpoint
-        self.peft_config, self.adapter, self.tokens_config = peft, adapter, tokens
-        self.optimizer_config = optimizer
+        self.peft_config, self.adapter, self.tokens_config, self.optimizer_config = peft, adapter, tokens, optimizer
         self.tokenizer, self.added_tokens = load_tokenizer(backbone, tokens)
         self.backbone = pinned(backbone)  # weights come from the same commit
         self.model: nn.Module | None = None
