@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
+from math import isfinite
 from typing import Any
 
 import yaml
@@ -22,12 +23,13 @@ from jsonargparse._typehints import (
 from jsonargparse._util import get_import_path, import_object
 from lightning.pytorch import Trainer
 
-from lit_alignment.config_files import Layer, described, line_of, settings
+from lit_alignment.config_files import Layer, find_node, line_of, locate, node_at, settings
 from lit_alignment.errors import ConfigError
 
 LINKED = {"tokenizer", "labels", "problem", "media"}  # what the module tells the data module
 SPEC = ("class_path", "init_args", "dict_kwargs")
 OPTIONS = ("config", "help", "print_config")
+DEFAULT = "give a value, or leave it out for the default."
 LISTS: tuple[Any, ...] = (list, Iterable, Sequence)
 
 
@@ -73,7 +75,8 @@ class Checker:
                     return
                 hints, owner, prefix = arguments_of(kind), kind, _prefix(key, kind)
             if name not in hints:
-                raise ConfigError(_unknown(name, owner, [*hints, *OPTIONS[len(key) :]], f"--{'.'.join(names)}: "))
+                known, place = [*hints, *OPTIONS[len(key) :]], f"--{'.'.join(names)}: "
+                raise ConfigError(_unknown(name, owner, known, place, self._below(hints, prefix)))
             key, hint = f"{prefix}{name}", hints[name]
         single = layer.keys[-1].endswith("+") and not isinstance(layer.root, yaml.SequenceNode)
         self._value(layer.root, _item(hint) if single else hint, key, layer)
@@ -83,8 +86,20 @@ class Checker:
     ) -> None:
         for name, (place, value) in settings(node).items():
             if name not in hints:
-                raise ConfigError(_unknown(name, owner, known, line_of(place, layer)))
+                raise ConfigError(_unknown(name, owner, known, line_of(place, layer), self._below(hints, prefix)))
             self._value(value, hints[name], f"{prefix}{name}", layer)
+
+    def _below(self, hints: dict[str, Any], prefix: str) -> list[str]:
+        """Keys of the settings below these, nearest first."""
+        found, parts = [], [(name, f"{prefix}{name}", hint) for name, hint in hints.items()]
+        while parts:
+            short, key, hint = parts.pop(0)
+            kind = self.classes.get(key) or _only_class(_classes_in(hint))
+            if inspect.isclass(kind):
+                inner = arguments_of(kind)  # type: ignore[arg-type]
+                found += [f"{short}.{name}" for name in inner]
+                parts += [(f"{short}.{name}", f"{_prefix(key, kind)}{name}", each) for name, each in inner.items()]
+        return found
 
     def _value(self, node: yaml.Node, hint: Any, key: str, layer: Layer) -> None:
         """Look into the value of a key."""
@@ -159,14 +174,17 @@ def _nearest_class(name: str, classes: list[Any]) -> str:
     return f"Did you mean '{by_case[close[0]]}'?" if close else f"Known: {', '.join(sorted(shown)[:12])}."
 
 
-def explain(message: str, layers: list[Layer], command: str) -> str:
+def explain(message: str, layers: list[Layer], command: str, classes: dict[str, Any]) -> str:
     """One line about what the parser does not take.
 
     Args:
         message: What the parser said, often nested.
         layers: The settings, which are searched for the offending line.
         command: What was to be run.
+        classes: Those that were found in the settings, by key.
     """
+    if missing := re.search(r"class_path '([\w.]+)':\s+the following arguments are required: (\S+)", message):
+        return _incomplete(import_object(missing[1]), missing[2].rstrip(","), layers, classes)
     if missing := re.search(r"arguments are required: (.+)", message):
         if not any(layer.file for layer in layers):
             return f"{command}: no configuration. Give one with --config FILE, such as --config configs/sft/tiny.yaml."
@@ -176,6 +194,8 @@ def explain(message: str, layers: list[Layer], command: str) -> str:
         return f"'{extra[1]}' is no option. Give a configuration with --config FILE, and a setting with --key value."
     if option := re.search(r"argument (\S+): expected one argument", message):
         return f"{option[1].rpartition('/')[2]} needs a value."
+    if refused := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message):
+        return f"{refused[1]} has no setting '{refused[2]}'. Give its key a class_path first, with one that has it."
     steps = re.findall(r"Parser key \"([^\"]+)\"|Problem with given class_path '([\w.]+)'", message)
     key = ""
     for name, class_path in steps:
@@ -188,6 +208,16 @@ def explain(message: str, layers: list[Layer], command: str) -> str:
         shown = f"is {value}" if value else "is wrong"
         return f"{place}{key} {shown}; expected {wanted}."
     return f"{place}{key}{': ' if key else ''}{_shortened(message)}"
+
+
+def _incomplete(kind: Any, argument: str, layers: list[Layer], classes: dict[str, Any]) -> str:
+    """That a class lacks what it cannot do without, and in which line."""
+    places = [(key, found) for key, each in classes.items() if each is kind and (found := find_node(layers, key))]
+    lacking = (place for place in places if node_at(place[1][1], [argument]) is None)
+    key, (layer, node) = next(lacking, places[0]) if places else ("", (layers[-1], None))
+    where = f"{line_of(node, layer)}{key}: " if node is not None else ""
+    below = "" if is_subclasses_disabled(kind) else " under init_args"
+    return f"{where}{_name(kind)} needs '{argument}', which is missing. Give it{below}."
 
 
 def _takes_class_path(name: str) -> bool:
@@ -214,33 +244,8 @@ def expected(message: str) -> str:
     return " or ".join(found)
 
 
-def locate(layers: list[Layer], key: str) -> tuple[str, str]:
-    """`file:line: ` and the value of a key, as the last layer has it that sets it; each may be empty."""
-    names = [name for name in re.split(r"[.\[\]]+", key) if name and name != "init_args"]
-    for layer in reversed(layers):
-        own = [name.removesuffix("+") for name in layer.keys if name != "init_args"]
-        if names[: len(own)] == own and (node := _node(layer.root, names[len(own) :])) is not None:
-            text = str(node.value)
-            short = text if len(text) <= 60 else f"{text[:60]}..."
-            shown = repr(short) if node.tag.endswith(":str") else short
-            return line_of(node, layer), shown if isinstance(node, yaml.ScalarNode) else described(node)
-    return "", ""
-
-
-def _node(node: yaml.Node, names: list[str]) -> yaml.Node | None:
-    if not names:
-        return node
-    if isinstance(node, yaml.SequenceNode):
-        items = [node.value[int(names[0])]] if names[0].isdigit() else node.value
-        rest = names[1:] if names[0].isdigit() else names
-        return next((found for item in items if (found := _node(item, rest)) is not None), None)
-    keys = settings(node)
-    keys |= settings(keys["init_args"][1]) if "init_args" in keys else {}
-    return _node(keys[names[0]][1], names[1:]) if names[0] in keys else None
-
-
 def find_misfit(value: Any, kind: Any, key: str) -> str | None:
-    """What is wrong with a null, or a list in place of settings, that the parser lets through; else None.
+    """What is wrong with a null, or other settings than a part takes, that the parser lets through; else None.
 
     Args:
         value: A part of the parsed configuration.
@@ -248,13 +253,16 @@ def find_misfit(value: Any, kind: Any, key: str) -> str | None:
         key: Its key.
     """
     if value is None:
-        return None if kind is Any or type(None) in typing.get_args(kind) or kind is type(None) else f"{key} is null"
+        optional = kind is Any or type(None) in typing.get_args(kind) or kind is type(None)
+        return None if optional else f"{key} is null; {DEFAULT}"
     classes, values = _classes_in(kind), _values_in(kind)
     if isinstance(value, list):
         if any(map(_is_list, _alternatives(kind))):
             found = (find_misfit(one, _item(kind), f"{key}[{number}]") for number, one in enumerate(value))
             return next(filter(None, found), None)
-        return f"{key} is a list, not settings by name" if any(map(is_subclasses_disabled, classes)) else None
+        return (
+            f"{key} is a list, not settings by name; {DEFAULT}" if any(map(is_subclasses_disabled, classes)) else None
+        )
     if isinstance(value, dict) and values is not None:
         return next(filter(None, (find_misfit(one, values, f"{key}.{name}") for name, one in value.items())), None)
     if isinstance(value, Namespace):
@@ -267,8 +275,8 @@ def find_misfit(value: Any, kind: Any, key: str) -> str | None:
     return None
 
 
-def find_no_number(value: Any, key: str = "") -> str | None:
-    """What is wrong with a NaN, or an integer that no tensor holds, which types let through; else None.
+def find_unusable(value: Any, key: str = "") -> str | None:
+    """What is wrong with an infinite number, a NaN, a number that no tensor holds, or a source of nothing; else None.
 
     Args:
         value: A part of the parsed configuration.
@@ -276,12 +284,15 @@ def find_no_number(value: Any, key: str = "") -> str | None:
     """
     if isinstance(value, Namespace | dict | list):
         named = value if isinstance(value, dict) else vars(value) if isinstance(value, Namespace) else {}
+        if {"path", "records"} <= named.keys() and not named["path"] and named["records"] is None:
+            return f"{key} has neither 'path' nor 'records'; give one of them."
         pairs: Iterable[tuple[str | int, Any]] = enumerate(value) if isinstance(value, list) else named.items()
         parts = ((_joined(key, name), each) for name, each in pairs)
-        return next(filter(None, (find_no_number(each, name) for name, each in parts)), None)
-    if isinstance(value, float) and value != value:
-        return f"{key} is not a number (NaN)"
-    return f"{key} is {value:.3g}, past any count" if isinstance(value, int) and abs(value) >= 2**63 else None
+        return next(filter(None, (find_unusable(each, name) for name, each in parts)), None)
+    if isinstance(value, float) and not isfinite(value):
+        return f"{key} is {value}; give a finite number."
+    over = isinstance(value, int) and abs(value) >= 2**63
+    return f"{key} is {value:.3g}, past any count; give a smaller number." if over else None
 
 
 def _joined(key: str, name: str | int) -> str:
@@ -362,10 +373,19 @@ def _names(classes: list[Any]) -> str:
     return " or ".join(kind.__name__ for kind in classes)
 
 
-def _unknown(key: str, owner: Any, candidates: Iterable[str], place: str) -> str:
-    names = sorted(candidates)
-    initials = (name for name in names if "".join(word[:1] for word in name.split("_")) == key)  # lr
-    close = [*initials, *get_close_matches(key, names, n=1, cutoff=0.5), *(n for n in names if n.startswith(key))]
+def _unknown(key: str, owner: Any, candidates: Iterable[str], place: str, below: Iterable[str] = ()) -> str:
+    names, leaves = sorted(candidates), {path: path.rpartition(".")[2] for path in below}
+
+    def part_of(name: str) -> bool:  # lr, epochs, batch
+        return "".join(word[:1] for word in name.split("_")) == key or f"_{name}_".find(f"_{key}_") >= 0
+
+    close = [
+        *filter(part_of, names),
+        *(path for path, leaf in leaves.items() if leaf == key),
+        *(path for path, leaf in leaves.items() if part_of(leaf)),
+        *get_close_matches(key, names, n=1, cutoff=0.5),
+        *(name for name in names if name.startswith(key)),
+    ]
     hint = f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(names[:20])}."
     return f"{place}unknown key '{key}' in {_name(owner)}. {hint}"
 

@@ -1,5 +1,6 @@
 """Configuration files, read before the parser sees them: a wrong file is one message, and each key has its line."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,47 @@ def settings(node: yaml.Node) -> dict[str, tuple[yaml.Node, yaml.Node]]:
 def line_of(node: yaml.Node, layer: Layer) -> str:
     """`file:line: ` of a node, or nothing for the command line."""
     return f"{layer.file}:{node.start_mark.line + 1}: " if layer.file else ""
+
+
+def locate(layers: list[Layer], key: str) -> tuple[str, str]:
+    """`file:line: ` and the value of a key, as the last layer has it that sets it; each may be empty."""
+    if (found := find_node(layers, key)) is None:
+        return "", ""
+    layer, node = found
+    text = str(node.value)
+    short = text if len(text) <= 60 else f"{text[:60]}..."
+    shown = repr(short) if node.tag.endswith(":str") else short
+    return line_of(node, layer), shown if isinstance(node, yaml.ScalarNode) else described(node)
+
+
+def find_node(layers: list[Layer], key: str) -> tuple[Layer, yaml.Node] | None:
+    """The value of a key, and the last layer that sets it."""
+    names = [name for name in re.split(r"[.\[\]]+", key) if name and name != "init_args"]
+    for layer in reversed(layers):
+        own = [name.removesuffix("+") for name in layer.keys if name != "init_args"]
+        if names[: len(own)] == own and (node := node_at(layer.root, names[len(own) :])) is not None:
+            return layer, node
+    return None
+
+
+def node_at(node: yaml.Node, names: list[str]) -> yaml.Node | None:
+    """What is under these names, through `init_args`; in a list without a number the first that has it."""
+    if not names:
+        return node
+    if isinstance(node, yaml.SequenceNode):
+        items = [node.value[int(names[0])]] if names[0].isdigit() else node.value
+        rest = names[1:] if names[0].isdigit() else names
+        return next((found for item in items if (found := node_at(item, rest)) is not None), None)
+    keys = settings(node)
+    keys |= settings(keys["init_args"][1]) if "init_args" in keys else {}
+    return node_at(keys[names[0]][1], names[1:]) if names[0] in keys else None
+
+
+def placed(message: str, layers: list[Layer]) -> str:
+    """A message behind the file and the line of the setting with which it begins, if it does with one."""
+    key = re.match(r"[\w.\[\]]+(?=[ :])", message)
+    places = (locate(layers, f"{part}{key[0]}")[0] for part in ("", "model.", "data.")) if key else ()
+    return f"{next(filter(None, places), '')}{message}"
 
 
 def _option_value(text: str) -> yaml.Node:

@@ -1,11 +1,14 @@
-"""What stands in files that others have written: names, JSON and settings, each taken for what it must be."""
+"""Files: one that is written takes its name when it is whole; what others have written is taken for what it must be."""
 
 import json
+import os
 import reprlib
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -13,6 +16,32 @@ from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
 
 Config = TypeVar("Config")
 LARGEST = 2**63  # what torch and NumPy count to
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[TextIO]:
+    """A file to write that takes the name `path` when all is written; until then, and on an error, nothing changes."""
+    fresh = path.with_name(f".{path.name}.new")
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with fresh.open("w", encoding="utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have errors of the disk say what is written, as those of a write name no file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def inside(root: Path, name: str) -> Path:

@@ -5,6 +5,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import isclass
+from pathlib import Path
 from pydoc import locate
 from typing import Any, Literal, TypeVar
 
@@ -13,24 +15,26 @@ from jsonargparse import ArgumentError, Namespace, _typehints, namespace_to_dict
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
+from transformers.utils.logging import disable_progress_bar
 
 from lit_alignment.callbacks.interrupt import Interrupt, slurm_job
 from lit_alignment.callbacks.monitors import Monitors
 from lit_alignment.callbacks.predictions import PredictionWriter
-from lit_alignment.callbacks.progress import Bar, ProgressLines
+from lit_alignment.callbacks.progress import ModelSize, progress
 from lit_alignment.callbacks.run_folder import RunFolder
 from lit_alignment.callbacks.summary import EndSummary
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.checkpoints.resuming import REQUEUED, CheckpointConnector, find_checkpoint, write_into_run_of
-from lit_alignment.config_errors import Checker, explain, find_misfit, find_no_number
-from lit_alignment.config_files import read_layers
+from lit_alignment.config_errors import Checker, explain, find_misfit, find_unusable
+from lit_alignment.config_files import placed, read_layers
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError, constructing
+from lit_alignment.files import naming
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import cache_dir
 from lit_alignment.secrets import MASK, masked, masks_in
@@ -55,7 +59,8 @@ QUIET = (
     r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics have been summed over all ranks
     r".*Trainer was configured with `enable_model_summary.*",
 )
-
+# Of Lightning's log; why a training stopped EndSummary says, with what was best.
+SAID = ("Tip: ", "`Trainer.fit` stopped", "TPU available: False", "configured with model summary callbacks")
 
 Engine = Literal["transformers", "vllm"]
 COMMANDS: dict[str, tuple[str, ...]] = {  # and which settings each has besides
@@ -78,7 +83,8 @@ class MaskedConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write it."""
         self.config = masked(self.config)
-        super().setup(trainer, pl_module, stage)
+        with naming(Path(trainer.log_dir or "") / self.config_filename):
+            super().setup(trainer, pl_module, stage)
 
 
 class AlignmentCLI(LightningCLI):
@@ -135,11 +141,10 @@ class AlignmentCLI(LightningCLI):
             if locate(str(config[part].class_path)) is kind:  # what the parser takes without one
                 raise ConfigError(f"{part}.class_path is missing. Give one, such as lit_alignment.{usual}.")
             if (problem := find_misfit(config[part], kind, part)) is not None:
-                raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
-        if (problem := find_misfit(config.trainer, Trainer, "trainer")) is not None:
-            raise ConfigError(f"{problem}. Give a value, or leave it out for the default.")
-        if (problem := find_no_number(config)) is not None:
-            raise ConfigError(f"{problem}. Give a finite number.")
+                raise ConfigError(problem)
+        if (problem := find_misfit(config.trainer, Trainer, "trainer") or find_unusable(config)) is not None:
+            raise ConfigError(problem)
+        _check_pair(*(locate(config[part].class_path) for part in ("model", "data")))  # type: ignore[arg-type]
         if self.uses_vllm:
             _ask(self.config[self.subcommand].trainer, NO_DEVICE)
 
@@ -171,9 +176,13 @@ class AlignmentCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
-        has_bar = any(isinstance(each, ProgressBar) for each in (given if isinstance(given, list) else [given]))
-        if config.get("enable_progress_bar") is not False and not has_bar:
-            callbacks = [*callbacks, Bar() if sys.stdout.isatty() else ProgressLines()]
+        given = given if isinstance(given, list) else [given]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(each, ProgressBar) for each in given):
+            callbacks = [*callbacks, progress()]
+        if config.get("enable_model_summary") is not False and not any(
+            isinstance(each, ModelSummary) for each in given
+        ):
+            callbacks = [*callbacks, ModelSize()]
         return super()._instantiate_trainer(config, callbacks)
 
     def _fetch_checkpoint(self, subcommand: str) -> None:
@@ -202,7 +211,8 @@ class AlignmentCLI(LightningCLI):
         self._fetch_checkpoint(subcommand)
         self.run_folder.take(self.trainer)
         try:
-            self._run(subcommand)
+            with naming(Path(self.trainer.log_dir or self.trainer.default_root_dir)):  # loggers name no file
+                self._run(subcommand)
         finally:
             self.run_folder.leave()
 
@@ -228,6 +238,14 @@ def _ask(trainer: Namespace, settings: dict[str, Any]) -> None:
     """Ask a Trainer for other settings than the configuration does."""
     for name, value in settings.items():
         trainer[name] = value
+
+
+def _check_pair(model: type[AlignmentModule], data: type[AlignmentDataModule]) -> None:
+    """Refuse a module with another method's data module, whose batches it cannot read."""
+    ours = isclass(model) and isclass(data) and data.__module__.startswith("lit_alignment.")
+    if ours and not issubclass(data, model.data_classes):
+        usual = " or ".join(f"lit_alignment.{kind.__name__}" for kind in model.data_classes)
+        raise ConfigError(f"data.class_path is {data.__name__}, and {model.__name__} reads other data. Use {usual}.")
 
 
 def _check_run_folder(trainer: Trainer) -> None:
@@ -286,8 +304,10 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     if not sys.stderr.isatty():
         disable_progress_bars()
+        disable_progress_bar()
     layers = read_layers(arguments)
-    Checker(_hints()).check(layers)
+    checker = Checker(_hints())
+    checker.check(layers)
     try:
         with _lists_replace_lists():
             return kind(
@@ -304,9 +324,12 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
                 run=run,
             )
     except ArgumentError as error:
-        raise ConfigError(explain(str(error), layers, arguments[0] if run else "")) from error
+        raise ConfigError(explain(str(error), layers, arguments[0] if run else "", checker.classes)) from error
     except MisconfigurationException as error:
         raise ConfigError(str(error).strip()) from error
+    except ConfigError as error:
+        error.args = (placed(str(error), layers),)
+        raise
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # before the run takes the signal, as while it encodes
             raise KeyboardInterrupt from stop
@@ -365,4 +388,4 @@ def build_for_tool(arguments: list[str], kind: type[ToolCLI] = ToolCLI) -> ToolC
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
     text = record.getMessage()
-    return "Tip: " not in text and "`Trainer.fit` stopped" not in text  # which EndSummary says, with what was best
+    return not any(said in text for said in SAID)

@@ -49,7 +49,7 @@ CASES = {
     "null": (
         {"model": {"init_args": {"optimizer": {"learning_rate": None}}}},
         [],
-        "model.init_args.optimizer.learning_rate is null. Give a value, or leave it out",
+        "model.init_args.optimizer.learning_rate is null; give a value, or leave it out",
     ),
     "list-for-settings": (
         {"data": {"init_args": {"encoding": []}}},

@@ -90,17 +90,48 @@ FILES = {
     "time": ("trainer: {max_time: soon}", "Trainer: `Timer(duration='soon')` is not a valid duration."),
     "nan": (
         "model: {init_args: {optimizer: {learning_rate: .nan}}}",
-        "model.init_args.optimizer.learning_rate is not a n",
+        "mine.yaml:1: model.init_args.optimizer.learning_rate is nan; give a finite number.",
+    ),
+    "infinite": (
+        "trainer:\n  gradient_clip_val: .inf",
+        "mine.yaml:2: trainer.gradient_clip_val is inf; give a finite n",
+    ),
+    "negative": (
+        "model:\n  init_args:\n    optimizer:\n      learning_rate: -1",
+        "mine.yaml:4: optimizer.learning_rate is -1.0; use a number above 0.",
+    ),
+    "null": (
+        "data:\n  init_args:\n    batch_size: null",
+        "mine.yaml:3: data.init_args.batch_size is null; give a value",
     ),
     "nan-in-list": (
         "data: {init_args: {train: [{path: a, repeat: .nan}]}}",
-        "data.init_args.train[0].repeat is not a number",
+        "data.init_args.train[0].repeat is nan; give a finite number",
     ),
-    "huge": (f"trainer: {{num_nodes: {10**30}}}", "trainer.num_nodes is 1e+30, past any count. Give a finite number."),
-    "interval": ("trainer: {val_check_interval: 0}", "trainer.val_check_interval is 0; use a number of batches"),
+    "huge": (f"trainer: {{num_nodes: {10**30}}}", "trainer.num_nodes is 1e+30, past any count; give a smaller number."),
+    "interval": (
+        "trainer:\n  val_check_interval: 0",
+        "mine.yaml:2: trainer.val_check_interval is 0; use a number of batches",
+    ),
+    "callback-without-argument": (
+        "trainer:\n  callbacks:\n    - class_path: EarlyStopping",
+        f"mine.yaml:3: trainer.callbacks[0]: {CALLBACKS}.EarlyStopping needs 'monitor', which is missing. Give",
+    ),
+    "settings-without-argument": (
+        "model: {init_args: {adapter: {trainable: true}}}",
+        "mine.yaml:1: model.init_args.adapter: lit_alignment.AdapterConfig needs 'path', which is missing. Give it.",
+    ),
+    "source-without-path": (
+        "data:\n  init_args:\n    val:\n      - name: x",
+        "mine.yaml:4: data.init_args.val[0] has neither 'path' nor 'records'; give one of them.",
+    ),
+    "other-method": (
+        "data: {class_path: lit_alignment.RewardDataModule}",
+        "mine.yaml:1: data.class_path is RewardDataModule, and SFTModule reads other data. Use lit_alignment.SFTData",
+    ),
     "null-in-callback": (
         "trainer: {callbacks: [{class_path: lit_alignment.CherryPicks, init_args: {generation: {top_p: null}}}]}",
-        "trainer.callbacks[0].init_args.generation.top_p is null. Give a value",
+        "trainer.callbacks[0].init_args.generation.top_p is null; give a value",
     ),
     "samples": (
         "data: {init_args: {train: [{path: a, num_samples: -1}]}}",
@@ -118,6 +149,13 @@ OPTIONS = {
     "--print_confg": "Did you mean 'print_config'?",
     "--trainer.logger.init_args.save_dirr=x": "unknown key 'save_dirr' in lightning.pytorch.loggers.TensorBoardLogger",
     "--trainer.callbacks+=EarlyStoping": "trainer.callbacks: unknown class 'EarlyStoping'",
+    "--lr=3": "--lr: unknown key 'lr' in the configuration. Did you mean 'model.optimizer.learning_rate'?",
+    "--model.lr=3": "unknown key 'lr' in lit_alignment.SFTModule. Did you mean 'optimizer.learning_rate'?",
+    "--max_steps=3": "Did you mean 'trainer.max_steps'?",
+    "--trainer.epochs=3": "unknown key 'epochs' in trainer. Did you mean 'max_epochs'?",
+    "--train=x": "Did you mean 'data.train'?",
+    "--seed=1": "Did you mean 'seed_everything'?",
+    "--model.peft.r=3": "peft.PeftConfig has no setting 'r'. Give its key a class_path first, with one that has it.",
     "--trainer.max_epochs": "--trainer.max_epochs needs a value.",
     "--trainer.max_epochs=1.5": "trainer.max_epochs is 1.5; expected int.",
     "--model.init_args.backbone.compile=maybe": "model.init_args.backbone.compile is 'maybe'; expected bool.",
@@ -179,3 +217,20 @@ def test_what_is_expected_is_said_without_repeating_the_parser():
     )
     assert expected(literal) == "a, b" and expected("something else") == ""
     assert expected("Expected a <class 'int'>\nExpected a <class 'bool'>") == "int or bool"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("checkpoints/a.ckpt", "Give one of the checkpoints in it, such as folder/checkpoints/a.ckpt."),
+        ("adapter_config.json", "It holds an adapter: give it as model.adapter.path."),
+        ("config.json", "It holds a model: give it as model.backbone.path."),
+        ("notes.txt", "It holds notes.txt; give a .ckpt file, or a folder with .metadata and meta.pt."),
+    ],
+)
+def test_folder_that_is_no_checkpoint_is_said_with_what_it_is(name, words, tmp_path):
+    file = tmp_path / "folder" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    message = error(tmp_path, "", "--ckpt_path", str(tmp_path / "folder"))
+    assert message == f"--ckpt_path folder: a folder that is no checkpoint. {words}"

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_alignment.callbacks.summary import ending
+from lit_alignment.checkpoints.background import wait_for_saves
 from lit_alignment.checkpoints.resuming import INTERRUPTED, REQUEUED
 from lit_alignment.distributed.agreement import Agreement
 from lit_alignment.errors import AlignmentError, Stopped
@@ -171,14 +172,16 @@ def _save(trainer: Trainer, stem: str) -> Path | None:
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
     if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    for saver in savers:
-        if saver._last_global_step_saved == trainer.global_step and saver._last_checkpoint_saved:
-            return Path(saver._last_checkpoint_saved)
     path = Path(str(savers[0].dirpath)) / f"{stem}.ckpt"
     try:
+        wait_for_saves(trainer)  # what is being written may yet fail
+        for saver in savers:
+            if saver._last_global_step_saved == trainer.global_step and saver._last_checkpoint_saved:
+                return Path(saver._last_checkpoint_saved)
         trainer.save_checkpoint(path, weights_only=False)
+        wait_for_saves(trainer)
     except AlignmentError as error:  # a full disk, or the inside of an optimizer step
-        rank_zero_warn(str(error))
+        rank_zero_info(str(error))
         return None
     return path
 

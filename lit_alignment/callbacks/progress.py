@@ -1,13 +1,35 @@
-"""Progress of a run: a bar in a terminal, lines in a log."""
+"""What a run says of itself: the size of its model, and its progress as a bar in a terminal or lines in a log."""
 
+import sys
 import time
 from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichProgressBar
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 
 EVALUATION_SECONDS = 30.0  # between two lines of validate, test and predict
+
+
+def progress() -> ProgressBar:
+    """A bar in a terminal, lines in a log."""
+    return Bar() if sys.stdout.isatty() else ProgressLines()
+
+
+class ModelSize(ModelSummary):
+    """One line in place of Lightning's table: how many parameters there are, and how many of them train."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count them, and say it."""
+        found = self._summary(trainer, pl_module)
+        counts = zip(found.layer_names, found.param_nums, strict=True)
+        parts = [f"{name} {get_human_readable_count(number)}" for name, number in counts if number]
+        rank_zero_info(
+            f"parameters: {get_human_readable_count(found.total_parameters)} ({', '.join(parts)}), "
+            f"{get_human_readable_count(int(found.trainable_parameters))} of them trained"
+        )
 
 
 class Bar(RichProgressBar):
@@ -23,10 +45,14 @@ class Bar(RichProgressBar):
         left = trainer.max_steps - trainer.global_step
         return min(total, done - done % window + left * window)
 
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """What was logged for it, without the number of the run's folder."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
     def _get_train_description(self, current_epoch: int) -> str:
         last = self.trainer.max_epochs
-        end = "" if last is None or last < 0 else f"/{last - 1}"
-        return f"Epoch {current_epoch}{end}".ljust(len(self.validation_description))
+        end = "" if last is None or last < 0 else f"/{last}"
+        return f"Epoch {current_epoch + 1}{end}".ljust(len(self.validation_description))
 
 
 class ProgressLines(ProgressBar):

@@ -26,7 +26,8 @@ def ending(trainer: Trainer, why: str, saved: Path | None = None) -> str:
         why: Without a full stop.
         saved: A checkpoint that is not one of ModelCheckpoint's.
     """
-    parts = [f"{why} (optimizer step {trainer.global_step}, epoch {trainer.current_epoch})."]
+    epoch = max(trainer.current_epoch, trainer.fit_loop.epoch_progress.current.ready)  # counted from 1
+    parts = [f"{why} (optimizer step {trainer.global_step}, epoch {epoch})."]
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     judge = next((saver for saver in savers if saver.monitor is not None and saver.best_model_score is not None), None)
     if judge is not None and Path(judge.best_model_path).exists():
@@ -54,6 +55,9 @@ def why_ended(trainer: Trainer) -> str:
         return f"early stopping: {stopper.stopping_reason_message or stopper.monitor}".rstrip(". ")
     if _timer(trainer) is not None:
         return "trainer.max_time is reached"
+    for name, most in (("max_epochs", trainer.max_epochs), ("max_steps", trainer.max_steps)):
+        if most == 0:
+            return f"nothing was trained, as trainer.{name} is 0"
     if 0 < trainer.max_steps <= trainer.global_step:
         return f"trainer.max_steps: {trainer.max_steps} is reached"
     if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:

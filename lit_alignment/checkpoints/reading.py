@@ -76,7 +76,11 @@ def check_archive(path: Path) -> None:
         ValueError: If it is damaged, or compressed, which torch writes none: a small file could hold any amount.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.") if not path.exists() else ValueError("it is no file")
+        raise (
+            FileNotFoundError(f"{path}: no such checkpoint (looked from {Path.cwd()}). Check the path.")
+            if not path.exists()
+            else ValueError("it is no file")
+        )
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):

@@ -12,6 +12,8 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_alignment.checkpoints.newest import newest_checkpoint
+from lit_alignment.checkpoints.reading import is_deepspeed
+from lit_alignment.checkpoints.sharded import REST, is_sharded
 from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
 from lit_alignment.files import conformed
@@ -38,6 +40,8 @@ def find_checkpoint(word: str | None, trainer: Trainer, resumes: bool) -> str | 
     if word in UNKNOWN:
         raise ConfigError(f"--ckpt_path {word}: give a checkpoint's path, {NEWEST} or {LAST}.")
     if word not in (NEWEST, LAST):
+        if word:
+            _check_folder(Path(word))
         return word
     names = {saver.CHECKPOINT_NAME_LAST for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)}
     stems = ["*"] if word == NEWEST else [f"{name}*" for name in names]
@@ -51,6 +55,27 @@ def find_checkpoint(word: str | None, trainer: Trainer, resumes: bool) -> str | 
         raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
     print(f"resuming from {found}" if found else "no checkpoint yet: starting", flush=True)
     return None if found is None else str(found)
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder that is no checkpoint, and say what it is.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if not path.is_dir() or is_sharded(path) or is_deepspeed(path):
+        return
+    names = sorted(each.name for each in path.iterdir())
+    within = [file for pattern in ("", "checkpoints/", "*/checkpoints/") for file in path.glob(f"{pattern}*.ckpt")]
+    if within:
+        fix = f"Give one of the checkpoints in it, such as {max(within, key=lambda file: file.stat().st_mtime)}"
+    elif "adapter_config.json" in names:
+        fix = "It holds an adapter: give it as model.adapter.path"
+    elif "config.json" in names:
+        fix = "It holds a model: give it as model.backbone.path"
+    else:
+        fix = f"It holds {', '.join(names[:4]) or 'nothing'}; give a .ckpt file, or a folder with .metadata and {REST}"
+    raise ConfigError(f"--ckpt_path {path}: a folder that is no checkpoint. {fix}.")
 
 
 # What restoring a value of the wrong form raises, somewhere inside of Lightning, torch or a callback.

@@ -77,6 +77,8 @@ def cannot_save(path: Path, error: BaseException) -> str:
     if isinstance(error, CheckpointException):  # holds an error of each process that has one
         error = next((error for error, _ in error.failures.values()), error)
     reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "enforce fail" in reason:  # a short write, as torch has it
+        reason = "its disk is full, or files may not grow that large there"
     return (
         f"{path}: cannot save the checkpoint ({reason}). Earlier checkpoints are untouched; free "
         "some space or set another folder, then resume with --ckpt_path."

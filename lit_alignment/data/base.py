@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import datasets
 import numpy as np
@@ -27,6 +27,7 @@ from lit_alignment.data.sources.report import DataReport, write_reports
 from lit_alignment.errors import ConfigError
 from lit_alignment.paths import cache_dir as default_cache_dir
 
+Data = TypeVar("Data", bound="AlignmentDataModule")
 Split = Literal["train", "val", "test", "predict"]
 SPLITS: dict[str, tuple[Split, ...]] = {
     "fit": ("train", "val"),
@@ -312,12 +313,17 @@ class AlignmentDataModule(PlannedDataModule):
 
 
 def datamodule_of(trainer: Trainer) -> AlignmentDataModule:
+    """The data module that a trainer runs on."""
+    return datamodule_as(AlignmentDataModule, trainer)  # type: ignore[type-abstract]
+
+
+def datamodule_as(kind: type[Data], trainer: Trainer) -> Data:
     """The data module that a trainer runs on.
 
     Raises:
-        ConfigError: If there is none, or it is not one of ours.
+        ConfigError: If there is none, or it is of another kind.
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(datamodule, AlignmentDataModule):
-        raise ConfigError(f"a data module of lit_alignment is needed here, not {type(datamodule).__name__}.")
+    if not isinstance(datamodule, kind):
+        raise ConfigError(f"data: a lit_alignment.{kind.__name__} is needed here, not a {type(datamodule).__name__}.")
     return datamodule

@@ -161,7 +161,7 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         if self.tensor_parallel_size > 1:
             split_layers(module, self.device_mesh["tensor_parallel"])
         if layered:
-            shard_layers(module, cast, **options)
+            shard_layers(module, options, cast)
         else:
             fully_shard(module, **options)
 

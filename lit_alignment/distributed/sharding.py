@@ -13,7 +13,7 @@ from lit_alignment.models.head import base_model
 Cast = tuple[torch.dtype, torch.dtype]  # what to change, and into what
 
 
-def shard_layers(network: nn.Module, cast: Cast | None = None, **options: Any) -> None:
+def shard_layers(network: nn.Module, options: dict[str, Any], cast: Cast | None = None) -> None:
     """Shard each decoder layer on its own, and the rest as one group, over a mesh of ranks.
 
     Frozen and trained weights are sharded alike. Embeddings and output head stay gathered from the forward pass on,
@@ -21,8 +21,8 @@ def shard_layers(network: nn.Module, cast: Cast | None = None, **options: Any) -
 
     Args:
         network: The language model.
+        options: As of `fully_shard`.
         cast: Precision to change, layer by layer, so that a rank never holds its shards twice.
-        **options: As of `fully_shard`.
     """
     for layer in base_model(network).get_decoder().layers:
         fully_shard(layer, **options)

@@ -85,7 +85,7 @@ class TransformersEngine(Engine):
         config = _generation_config(self.network, first, decoding, self._padding)
         arguments |= {"generation_config": config, "synced_gpus": self.synced}
         with seeded(first.seed, prompts, device), _nothing_else(self.network):
-            sequences = _sequences(self.network, input_ids, attention_mask, **arguments)
+            sequences = _sequences(self.network, input_ids, attention_mask, arguments)
         copies = decoding.num_return_sequences
         owners = [request for request in batch for _ in range(copies)]
         completions = [
@@ -152,7 +152,7 @@ def _nothing_else(network: nn.Module) -> Iterator[None]:
         model.generation_config = own
 
 
-def _sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, **arguments: Any) -> Tensor:
+def _sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Prompts and completions, [B * S, T].
 
     The virtual tokens of prompt learning are given as a cache that is filled already: peft's own generate counts their

@@ -149,23 +149,20 @@ def load_network(
     wrapped = peft is not None or adapter is not None
     _check_backbone(backbone, wrapped, device_type)
     config = from_pretrained(AutoConfig, backbone, backbone.path)
-    kind = _class_of(config, head)
     dtype = "auto" if as_stored else weights_dtype(backbone, wrapped, device_type)
     choose = partial(choose_attention, backbone.attention, packing, device_type, config, shared_prompts)
     load = partial(_load_base, backbone, head, config)
     try:
-        model = load({"attn_implementation": choose(knows_sdpa(kind, config)), "dtype": dtype})
+        model = load({"attn_implementation": choose(knows_sdpa(_class_of(config, head), config)), "dtype": dtype})
     except KeyError as error:  # an architecture with a table of its own, as Falcon's
         if error.args != (DOCUMENT_SDPA,):
             raise
         model = load({"attn_implementation": choose(False), "dtype": dtype})
     fit_vocabulary(model, tokenizer, added or {}, tokens)
     _speed_up(model, backbone, wrapped)
-    network: nn.Module = model
+    network: nn.Module = model if adapter is None else load_adapter(model, adapter, tokenizer)
     if peft is not None:
         network = add_adapters(model, peft, added or {}, train_head=head is not None)
-    elif adapter is not None:
-        network = load_adapter(model, adapter, tokenizer)
     if isinstance(network, PeftModel):
         network.active_peft_config.revision = backbone.revision  # for whoever loads a saved adapter
     if packing and isinstance(network, PeftModel) and is_prompt_learning(network):
@@ -220,15 +217,17 @@ def _load_base(
         model: PreTrainedModel = kind.from_config(config, **options)
     else:
         options |= _quantized(backbone) | {"config": config}
-        load = _load_under_head if head is not None else from_pretrained
-        model = load(kind, backbone, backbone.path, **options)
+        if head is not None:
+            model = _load_under_head(kind, backbone, options)
+        else:
+            model = from_pretrained(kind, backbone, backbone.path, **options)
     if head is not None:
         # Whatever the precision of the decoder: in bfloat16 a score would have three digits.
         output_head(model).float()
     return model
 
 
-def _load_under_head(kind: Any, backbone: BackboneConfig, name: str, **options: Any) -> PreTrainedModel:
+def _load_under_head(kind: Any, backbone: BackboneConfig, options: dict[str, Any]) -> PreTrainedModel:
     """A decoder under a head, which is new unless the weights have one.
 
     transformers reports a new head and an output embedding without use as a fault; other differences are one.
@@ -239,13 +238,13 @@ def _load_under_head(kind: Any, backbone: BackboneConfig, name: str, **options: 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        model, info = from_pretrained(kind, backbone, name, output_loading_info=True, **options)
+        model, info = from_pretrained(kind, backbone, backbone.path, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(before)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(f"{SCORE}."))
     if missing:
         raise ConfigError(
-            f"{name}: {len(missing)} weights of {type(model).__name__} are not there, the first is "
+            f"{backbone.path}: {len(missing)} weights of {type(model).__name__} are not there, the first is "
             f"'{missing[0]}'. Are these the weights of another architecture, or not all of them?"
         )
     fitted: PreTrainedModel = model

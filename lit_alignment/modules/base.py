@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_alignment.checkpoints.background import start_saving
 from lit_alignment.checkpoints.sharded import full
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.base import AlignmentDataModule, datamodule_of
 from lit_alignment.data.batching.collate import Rows
 from lit_alignment.data.batching.standing import (
     total_steps,
@@ -59,6 +59,8 @@ class AlignmentModule(CheckpointedModule):
         optimizer: Optimizer and schedule.
     """
 
+    data_classes: tuple[type[AlignmentDataModule], ...] = (AlignmentDataModule,)
+
     def __init__(
         self,
         backbone: BackboneConfig,
@@ -75,8 +77,7 @@ class AlignmentModule(CheckpointedModule):
                 "on top of an existing one, merge that first (lit-alignment merge) and make the result the backbone."
             )
         self.strict_loading = False  # checkpoints hold what was trained; see on_load_checkpoint
-        self.peft_config, self.adapter, self.tokens_config = peft, adapter, tokens
-        self.optimizer_config = optimizer
+        self.peft_config, self.adapter, self.tokens_config, self.optimizer_config = peft, adapter, tokens, optimizer
         self.tokenizer, self.added_tokens = load_tokenizer(backbone, tokens)
         self.backbone = pinned(backbone)  # weights come from the same commit
         self.model: nn.Module | None = None

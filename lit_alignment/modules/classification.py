@@ -53,6 +53,8 @@ class ClassificationModule(ScoringModule):
         label_smoothing: Probability spread evenly over the labels, in training only.
     """
 
+    data_classes = (ClassificationDataModule,)
+
     def __init__(
         self,
         backbone: BackboneConfig,

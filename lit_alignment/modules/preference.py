@@ -64,6 +64,7 @@ class PreferenceModule(GenerativeModule):
         generation: Decoding configurations of `predict`, by name.
     """
 
+    data_classes = (PreferenceDataModule,)
     shares_batches = True
     progress_bar = ("loss", "accuracy", "margin")
 

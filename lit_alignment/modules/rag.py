@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from lit_alignment.checkpoints.export import ExportParts
 from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.saved import Saved
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.base import datamodule_as
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.rag import RAGBatch, RAGDataModule, RAGItem
 from lit_alignment.errors import ConfigError
@@ -80,6 +80,7 @@ class RAGModule(GenerativeModule):
             answers (`rag_sequence`, `rag_sequence_fast`) or by tokens (`rag_token`). By default as in training.
     """
 
+    data_classes = (RAGDataModule,)
     beside, keeps_precision = "retriever and index", ("dual",)  # the index was made with its weights as they are
     progress_bar = ("loss", *(f"recall@{k}" for k in RECALL_AT))
 
@@ -120,15 +121,8 @@ class RAGModule(GenerativeModule):
 
     @property
     def data(self) -> RAGDataModule:
-        """The data module, which puts passages into conversations.
-
-        Raises:
-            ConfigError: If it is another method's.
-        """
-        data = datamodule_of(self.trainer)
-        if not isinstance(data, RAGDataModule):
-            raise ConfigError(f"RAGModule needs a RAGDataModule, not {type(data).__name__}.")
-        return data
+        """The data module, which puts passages into conversations."""
+        return datamodule_as(RAGDataModule, self.trainer)
 
     # Retriever.
 

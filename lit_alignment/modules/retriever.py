@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lit_alignment.data.passages import format_passage
-from lit_alignment.data.retriever import PassageBatch, QuestionBatch
+from lit_alignment.data.retriever import PassageBatch, PassageDataModule, QuestionBatch, RetrieverDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.hooks import Stage
 from lit_alignment.losses import info_nce_loss
@@ -36,6 +36,7 @@ class RetrieverModule(AlignmentModule):
     """
 
     is_causal = False
+    data_classes = (RetrieverDataModule, PassageDataModule)
     progress_bar = ("loss", "in_batch_accuracy")
 
     def __init__(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torchmetrics import Metric
 
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.base import datamodule_as
 from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.reward import ResponsesItem, RewardDataModule
 from lit_alignment.errors import ConfigError
@@ -50,6 +50,8 @@ class RewardModule(ScoringModule):
         normalize: In `predict`, take the mean of the validation data's scores off and divide by their deviation.
     """
 
+    data_classes = (RewardDataModule,)
+
     def __init__(
         self,
         backbone: BackboneConfig,
@@ -70,15 +72,8 @@ class RewardModule(ScoringModule):
 
     @property
     def data(self) -> RewardDataModule:
-        """The data module, which says what is known of the responses.
-
-        Raises:
-            ConfigError: If it is another method's.
-        """
-        data = datamodule_of(self.trainer)
-        if not isinstance(data, RewardDataModule):
-            raise ConfigError(f"RewardModule needs a RewardDataModule, not {type(data).__name__}.")
-        return data
+        """The data module, which says what is known of the responses."""
+        return datamodule_as(RewardDataModule, self.trainer)
 
     def losses(self, scores: Tensor, batch: ScoreBatch) -> Tensor:
         """Loss of each record, or of each step, [R].

@@ -8,7 +8,9 @@ from peft import PeftConfig
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.data.batching.collate import TargetBatch
+from lit_alignment.data.sft import SFTDataModule
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
 from lit_alignment.metrics import TokenMean
@@ -40,6 +42,7 @@ class SFTModule(GenerativeModule):
     """
 
     shares_batches = True
+    data_classes: tuple[type[AlignmentDataModule], ...] = (SFTDataModule,)
     progress_bar = ("loss", "token_accuracy")
 
     def __init__(

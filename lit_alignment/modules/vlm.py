@@ -17,7 +17,7 @@ from lit_alignment.checkpoints.export import ExportParts, media_parts
 from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.restore import restore, restore_towers
 from lit_alignment.checkpoints.saved import Saved
-from lit_alignment.data.base import datamodule_of
+from lit_alignment.data.base import datamodule_as, datamodule_of
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.multimodal.media import MediaTokens
 from lit_alignment.data.vlm import MediaBatch, MediaItem, VLMDataModule
@@ -60,6 +60,7 @@ class VLMModule(SFTModule):
     Source: Liu et al. 2023, LLaVA (arXiv:2304.08485).
     """
 
+    data_classes = (VLMDataModule,)
     shares_batches = False
     beside = "encoders and projectors"
 
@@ -117,15 +118,8 @@ class VLMModule(SFTModule):
 
     @property
     def data(self) -> VLMDataModule:
-        """The data module, which reads files.
-
-        Raises:
-            ConfigError: If it is another method's.
-        """
-        data = datamodule_of(self.trainer)
-        if not isinstance(data, VLMDataModule):
-            raise ConfigError(f"VLMModule needs a VLMDataModule, not {type(data).__name__}.")
-        return data
+        """The data module, which reads files."""
+        return datamodule_as(VLMDataModule, self.trainer)
 
     def data_arguments(self) -> dict[str, Any]:
         """Placeholders and readers of the media."""

@@ -19,6 +19,7 @@ from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.evaluation.answers import TEXT_METRICS, AnswerMetric, build_metric
 from lit_alignment.evaluation.scoring import AnsweredPrompt, Scorer, read_documents
+from lit_alignment.files import replaced
 from lit_alignment.generation.prediction_file import read_predictions
 from lit_alignment.generation.reward_scorer import RewardScorer
 from lit_alignment.models.loading import BackboneConfig, load_network, load_tokenizer
@@ -148,5 +149,5 @@ def _table(dataset: str, metrics: dict[str, AnswerMetric], number: int) -> Table
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with replaced(path) as file:
+        file.write(text)

@@ -13,6 +13,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from lit_alignment.callbacks.progress import progress
 from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.messages import value_kind
@@ -20,6 +21,7 @@ from lit_alignment.data.passages import Passage
 from lit_alignment.data.retriever import PassageBatch, PassageDataModule
 from lit_alignment.data.sources.records import read_file
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.files import replaced
 from lit_alignment.metrics.retrieval import ranking_metrics
 from lit_alignment.models.dual_encoder import (
     DUAL,
@@ -84,7 +86,7 @@ def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options:
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[EmbeddingWriter(retriever, index)],
+        callbacks=[progress(), EmbeddingWriter(retriever, index)],
     )
     trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
@@ -188,7 +190,8 @@ def evaluate(retriever: RetrieverConfig, index: IndexConfig, options: argparse.N
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
+        with replaced(options.json) as file:
+            file.write(json.dumps(means, indent=2) + "\n")
 
 
 def _cuts(text: str) -> list[int]:

@@ -17,6 +17,7 @@ from lit_alignment.data.base import AlignmentDataModule, Split
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
+from lit_alignment.files import replaced
 from lit_alignment.terminal import Terminal, printable
 from lit_alignment.tools.options import OptionParser, whole
 from lit_alignment.trainer_cli import build_for_tool
@@ -90,8 +91,8 @@ def main(arguments: list[str]) -> None:
     if options.split != "predict" and data.packing:
         console.print(_packing_line(data, options.split))
     if options.html is not None:
-        options.html.parent.mkdir(parents=True, exist_ok=True)
-        options.html.write_text(render_page(data, options.split, views, lengths), encoding="utf-8")
+        with replaced(options.html) as file:
+            file.write(render_page(data, options.split, views, lengths))
         console.print(f"page: {options.html}")
 
 

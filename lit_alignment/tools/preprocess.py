@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lit_alignment.callbacks.progress import progress
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.multimodal.feature_cache import (
@@ -241,7 +242,7 @@ def preprocess(paths: list[Path], shape: MediaShape, devices: dict[str, Any], op
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[FeatureWriter(folder, index, options.per_shard)],
+        callbacks=[progress(), FeatureWriter(folder, index, options.per_shard)],
     )
     data = FileDataModule(files, file_reader(shape), options.batch_size, options.workers)
     if files:

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import math
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from lit_alignment.data.encoding.messages import Message, finite, read_id, value_kind
 from lit_alignment.errors import ConfigError, RecordError
+from lit_alignment.files import replaced
 from lit_alignment.generation.prediction_file import read_predictions
 from lit_alignment.tools.options import OptionParser
 
@@ -268,21 +267,6 @@ def _margin(pair: tuple[Candidate, Candidate]) -> float:
 
 def _response(candidate: Candidate) -> Message:
     return {"role": "assistant", "content": candidate.content}
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[TextIO]:
-    """A file to write that takes the name `path` when all is written; until then, and on an error, nothing changes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        with fresh.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def summary(counts: Counter[str], options: Options) -> str:

@@ -1,5 +1,6 @@
 """Signals and errors end a training where it stands, and nothing of it is lost."""
 
+import errno
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from lit_alignment import AtomicCheckpointIO
+from lit_alignment import AsyncCheckpointIO, AtomicCheckpointIO
 from lit_alignment.callbacks.interrupt import Interrupt
 from lit_alignment.checkpoints.resuming import CheckpointConnector
 from lit_alignment.cli import main
@@ -116,9 +117,24 @@ def test_what_was_saved_at_this_step_already_is_not_saved_again(tmp_path):
     assert not list(tmp_path.rglob("interrupted.ckpt")) and "every/epoch=0-step=2.ckpt" in str(error)
 
 
+def test_save_that_fails_behind_the_training_is_no_checkpoint(tmp_path, monkeypatch):
+    def full(content, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lit_alignment.checkpoints.io.torch.save", full)
+    every = ModelCheckpoint(tmp_path / "every", every_n_train_steps=1, save_top_k=-1)
+    during = During(partial(signal.raise_signal, signal.SIGTERM), number=1)
+    module = sft_module()
+    with pytest.raises(Stopped) as caught:
+        trainer(
+            tmp_path, callbacks=[every, during, Interrupt()], plugins=[AsyncCheckpointIO()], enable_checkpointing=True
+        ).fit(module, sft_data(module, chats(EXAMPLES), batch_size=2))
+    assert "not saved where it stands" in str(caught.value) and "No checkpoint was saved." in str(caught.value)
+
+
 def test_without_checkpoints_nothing_is_saved_and_none_is_promised(tmp_path):
     _, _, error = fit(tmp_path, During(partial(signal.raise_signal, signal.SIGTERM)), saver=False)
-    assert str(error) == "stopped by SIGTERM: not saved where it stands (optimizer step 1, epoch 0)."
+    assert str(error) == "stopped by SIGTERM: not saved where it stands (optimizer step 1, epoch 1)."
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

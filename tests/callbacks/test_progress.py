@@ -58,9 +58,9 @@ def test_bar_ends_at_max_steps(tmp_path, steps, batches, epochs):
 def test_bar_without_a_last_epoch_names_none(tmp_path):
     bar = Bar()
     run = fit(tmp_path, [bar], max_epochs=-1, max_steps=2)
-    assert bar._get_train_description(0).strip() == "Epoch 0"
+    assert bar._get_train_description(0).strip() == "Epoch 1"
     run.fit_loop.max_epochs = 4
-    assert bar._get_train_description(0).strip() == "Epoch 0/3"
+    assert bar._get_train_description(0).strip() == "Epoch 1/4"
 
 
 def test_command_without_a_terminal_says_lines_and_why_it_ended(tmp_path):
@@ -73,5 +73,7 @@ def test_command_without_a_terminal_says_lines_and_why_it_ended(tmp_path):
     ]
     assert "validation: loss " in result.stdout
     assert "trainer.max_steps: 2 is reached (optimizer step 2, epoch 1). Best val/loss: " in result.stderr
-    for alarm in ("resumable", "eval mode at", "ranks is zero", "Epoch 0/-2", "Setting accelerator", "Encoding"):
+    assert "parameters: 172 K (model 172 K), 172 K of them trained\n" in result.stderr
+    alarms = ("resumable", "eval mode at", "ranks is zero", "Epoch 0/-2", "Setting accelerator", "Encoding", "TPU")
+    for alarm in (*alarms, "FLOPs", "summary callbacks", "Loading weights"):
         assert alarm not in result.stdout + result.stderr

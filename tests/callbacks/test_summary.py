@@ -41,6 +41,10 @@ def test_a_limit_that_is_reached_is_raised_in_the_command(tmp_path):
     assert ending(run, "interrupted").endswith(f"--ckpt_path {tmp_path}/x.ckpt --trainer.max_epochs 2")
 
 
+def test_a_limit_of_nothing_is_said(tmp_path):
+    assert why_ended(fit(tmp_path, max_epochs=0)) == "nothing was trained, as trainer.max_epochs is 0"
+
+
 def test_a_limit_of_time_is_named_and_raised(tmp_path):
     run = fit(tmp_path, ModelCheckpoint(tmp_path, filename="x"), max_epochs=-1, max_time="00:00:00:01")
     assert ending(run, why_ended(run)).startswith("trainer.max_time is reached")

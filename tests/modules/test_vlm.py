@@ -150,7 +150,7 @@ def test_what_cannot_work_is_refused(settings, message):
 def test_data_module_of_another_method_is_refused(tmp_path):
     """It would leave out the images without a word."""
     module = vlm_module()
-    with pytest.raises(ConfigError, match="VLMModule needs a VLMDataModule, not SFTDataModule"):
+    with pytest.raises(ConfigError, match="lit_alignment.VLMDataModule is needed here, not a SFTDataModule"):
         trainer(tmp_path).fit(module, sft_data(module, chats(2)))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
+from lit_alignment.files import naming, replaced
 
 
 class PickReport(Callback):
@@ -131,7 +131,8 @@ class PickReport(Callback):
 
     def _write(self, directory: Path, step: int, module: LightningModule) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "cherry_picks.jsonl").open("a", encoding="utf-8") as file:
+        lines = directory / "cherry_picks.jsonl"
+        with naming(lines), lines.open("a", encoding="utf-8") as file:
             for pick in self.picks:
                 line: dict[str, Any] = {
                     "step": step,
@@ -145,10 +146,8 @@ class PickReport(Callback):
                 if step in pick.documents:
                     line["documents"] = pick.documents[step]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        fresh = directory / ".cherry_picks.html.new"
-        page = render_report(directory.name, self.curves, self.picks, self.right, self.pictures(module))
-        fresh.write_text(page, encoding="utf-8")
-        os.replace(fresh, directory / "cherry_picks.html")
+        with replaced(directory / "cherry_picks.html") as file:
+            file.write(render_report(directory.name, self.curves, self.picks, self.right, self.pictures(module)))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue the same report."""

@@ -53,7 +53,7 @@ class SourceConfig:
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
         if (not self.path) == (self.records is None):
-            raise ConfigError(f"{self!r}: give either 'path' or 'records'.")
+            raise ConfigError(f"source {self.title}: give either 'path' or 'records'.")
         if self.num_samples is not None and self.sample_rate is not None:
             raise ConfigError(f"source {self.title}: give 'num_samples' or 'sample_rate', not both.")
         if self.weight is not None and self.repeat != 1.0:

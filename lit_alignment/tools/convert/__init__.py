@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.files import replaced
 from lit_alignment.tools.convert.document import Document
 from lit_alignment.tools.convert.kinds import CONVERTERS, PREFERENCES, SHORT, kind_of
 from lit_alignment.tools.convert.settings import Notes, Settings, read_json
@@ -29,8 +30,8 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{', '.join(taken)} exists. Choose another --out, or add --overwrite.")
     for document, target in zip(documents, targets, strict=True):
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(document.text(target, options.config, notes), encoding="utf-8")
+            with replaced(target) as file:
+                file.write(document.text(target, options.config, notes))
         except OSError as error:
             raise ConfigError(f"{target} cannot be written ({error.strerror}). Choose another --out.") from error
     for title, lines in zip(("warning", "not carried over", "unknown key"), notes.groups(), strict=True):
