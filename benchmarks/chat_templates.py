@@ -315,7 +315,7 @@ def judge_others(encoder: Encoder, record: Record, said: list[str]) -> list[str]
     asked, response = replace(record, messages=record.messages[:-1]), record.messages[-1]
     if asked.messages and asked.messages[-1]["role"] != "assistant":
         (scored,) = ResponseEncoder(encoder.tokenizer, encoder.config).encode_responses(
-            asked, [response], allow_empty=True
+            asked, [[response]], allow_empty=True
         )
         wrong += judge_response("a response to be scored", encoder, scored, [response])
         wrong += judge_passages(encoder, record)

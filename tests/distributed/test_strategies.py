@@ -59,8 +59,8 @@ def test_gradients_of_fully_sharded_training_are_summed_in_float32(precision, la
     """Under bf16-mixed weights are gathered in bfloat16, and nothing is cast otherwise."""
     policies = []
 
-    def record(*_, mp_policy, **__):
-        policies.append(mp_policy)
+    def record(network, options=None, *_, **given):
+        policies.append((options or given)["mp_policy"])
 
     monkeypatch.setattr(fsdp2, "shard_layers", record)
     monkeypatch.setattr(fsdp2, "fully_shard", record)

@@ -196,7 +196,7 @@ def common_start(a, b):
 
 
 def test_both_responses_of_a_pair_follow_the_same_prompt_ids(tokenizer):
-    chosen, rejected = response_encoder(tokenizer).encode_responses(record(*CONTEXT), [CHOSEN, REJECTED])
+    chosen, rejected = response_encoder(tokenizer).encode_responses(record(*CONTEXT), [[CHOSEN], [REJECTED]])
     prompt = encoder(tokenizer).encode_prompt(record(*CONTEXT)).input_ids
     assert chosen.input_ids[: len(prompt)] == rejected.input_ids[: len(prompt)] == prompt
     for example, text in ((chosen, "yes please reply"), (rejected, "no")):
@@ -207,11 +207,13 @@ def test_both_responses_of_a_pair_follow_the_same_prompt_ids(tokenizer):
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_prompt_of_a_pair_is_shortened_once_for_both(tokenizer, swap):
-    whole = response_encoder(tokenizer).encode_responses(record(*CONTEXT), [CHOSEN, REJECTED])
+    whole = response_encoder(tokenizer).encode_responses(record(*CONTEXT), [[CHOSEN], [REJECTED]])
     limit = len(whole[0].input_ids) - 1  # the longer one does not fit, the shorter one would
     assert len(whole[1].input_ids) <= limit
     responses = (REJECTED, CHOSEN) if swap else (CHOSEN, REJECTED)
-    pair = response_encoder(tokenizer, max_length=limit).encode_responses(record(*CONTEXT), list(responses))
+    pair = response_encoder(tokenizer, max_length=limit).encode_responses(
+        record(*CONTEXT), [[response] for response in responses]
+    )
     prompt = encoder(tokenizer).encode_prompt(record(*CONTEXT[2:])).input_ids
     assert all(example.input_ids[: len(prompt)] == prompt for example in pair)
     assert common_start(pair[0].input_ids, pair[1].input_ids) == len(prompt)
@@ -223,7 +225,7 @@ def test_pair_with_an_empty_response_is_refused(tokenizer, empty):
     blank = {"role": "assistant", "content": empty}
     for pair in ((CHOSEN, blank), (blank, REJECTED)):
         with pytest.raises(Dropped) as drop:
-            response_encoder(tokenizer).encode_responses(record(*CONTEXT), list(pair))
+            response_encoder(tokenizer).encode_responses(record(*CONTEXT), [[response] for response in pair])
         assert drop.value.reason == "empty_response"
 
 
@@ -231,6 +233,6 @@ def test_pair_with_an_empty_response_is_refused(tokenizer, empty):
 def test_pair_that_cannot_fit_is_dropped_with_its_reason(tokenizer, policy):
     with pytest.raises(Dropped) as drop:
         response_encoder(tokenizer, max_length=9, truncation=policy).encode_responses(
-            record(*CONTEXT), [CHOSEN, REJECTED]
+            record(*CONTEXT), [[CHOSEN], [REJECTED]]
         )
     assert drop.value.reason == "too_long"

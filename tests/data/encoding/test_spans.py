@@ -342,7 +342,7 @@ def test_other_methods_read_the_same_conversations(name, chat, rich):
     scoring = response_encoder(rich, settings, max_length=10_000)
     asked = replace(wanted, messages=wanted.messages[:-1])
     answers = [wanted.messages[-1], {"role": "assistant", "content": "ANS9 no."}]
-    found = scoring.encode_responses(asked, answers)
+    found = scoring.encode_responses(asked, [[answer] for answer in answers])
     assert [WORD.findall("".join(runs(rich, each))) for each in found] == [WORD.findall(a["content"]) for a in answers]
     prompt = "".join(word for word in WORD.findall(scoring.template.render(asked.messages, [], prompt=True)))
     for example in found:
