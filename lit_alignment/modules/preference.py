@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -32,6 +33,7 @@ from lit_alignment.models.reference import adapters_off, add_reference, quiet_lo
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.training.preference_checks import check_balance, check_margins, what_to_say
 from lit_alignment.training.preference_values import (
     k3_estimate,
     logged_means,
@@ -87,6 +89,8 @@ class PreferenceModule(GenerativeModule):
         self.of_responses = self.losses[0].form.of == "responses"
         self.loss_names = [f"{loss.name}_loss" for loss in self.losses] if len(self.losses) > 1 else []
         self.train_means = NamedMeans([*value_names(self.of_responses), *self.loss_names])
+        self._first: dict[str, float] = {}  # values of the first validation
+        self._said: set[str] = set()
         self._baselines = torch.zeros(2)  # z of the optimizer step, or of the validation
 
     # Model and reference.
@@ -180,8 +184,18 @@ class PreferenceModule(GenerativeModule):
         super().on_load_checkpoint(checkpoint)
         self._untrained = False
 
+    def on_fit_start(self) -> None:
+        """Say what the data hold that the losses do not read, and how they are balanced."""
+        super().on_fit_start()
+        self._first, self._said = {}, set()
+        examples = self.data.examples["train"]
+        if self.of_responses:
+            check_balance(examples, self.losses[0])
+        else:
+            check_margins(examples, self.losses)
+
     def on_train_start(self) -> None:
-        """The same."""
+        """From here on the policy is no longer the model before training."""
         super().on_train_start()
         self._untrained = False
 
@@ -293,7 +307,13 @@ class PreferenceModule(GenerativeModule):
 
     def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
         """Means over pairs or responses, and how margins go with lengths."""
-        return dict(logged_means(self.metrics_of(stage)["means"].compute()))
+        values = logged_means(self.metrics_of(stage)["means"].compute())
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and not self.of_responses:
+            now = {name: float(value) for name, value in values.items()}
+            self._first = self._first or now
+            for text in what_to_say(self._first, now, len(self.data.examples["val"]), self._said):
+                rank_zero_warn(text)
+        return dict(values)
 
 
 def reference_of(

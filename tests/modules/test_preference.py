@@ -19,6 +19,7 @@ from lit_alignment.models.adapters import save_adapter
 from lit_alignment.models.head import base_model
 from lit_alignment.models.reference import adapters_off, quiet_logps
 from lit_alignment.modules.preference import reference_of
+from lit_alignment.training.preference_checks import what_to_say
 from tests.helpers import (
     WORDS,
     Seen,
@@ -563,6 +564,35 @@ def test_window_of_one_side_only_trains_with_the_estimate(tmp_path, label):
     run = fitted(tmp_path, module, data, max_steps=1, accumulate_grad_batches=6)
     assert math.isfinite(float(run.callback_metrics["train/loss"]))
     assert f"train/{'undesirable' if label else 'desirable'}_reward" not in run.callback_metrics
+
+
+@pytest.mark.parametrize(("weight", "advised"), [(1.0, "to 0.50 up to 0.67"), (0.6, None)])
+def test_unbalanced_responses_are_said_with_the_weights_that_help(tmp_path, weight, advised, caplog, recwarn):
+    module = preference_module(losses=[LossConfig("kto", desirable_weight=weight)])  # 8 good, 4 bad
+    fitted(tmp_path, module, preference_data(module, judged(12), kind="outcomes"), max_steps=1)
+    assert f"8 good responses with weight {weight:g}, 4 bad ones with weight 1" in caplog.text
+    warned = [str(each.message) for each in recwarn if "desirable_weight" in str(each.message)]
+    assert len(warned) == (advised is not None) and all(advised in text for text in warned)
+
+
+def test_margins_that_a_loss_lacks_are_refused_and_those_that_none_reads_are_said(tmp_path, caplog):
+    records = [{**record, "margin": None} if i == 2 else record for i, record in enumerate(pairs(4))]
+    module = preference_module(losses=[LossConfig("ddpo")])
+    with pytest.raises(ConfigError, match="ddpo reads margins, and 1 of 4 records have none, the first is 'r2'"):
+        trainer(tmp_path).fit(module, preference_data(module, records))
+    module = preference_module()
+    fitted(tmp_path, module, preference_data(module, records), max_steps=1)
+    assert "3 of 4 records have a margin, which sigmoid does not read" in caplog.text
+
+
+def test_what_loss_and_accuracy_hide_is_said_once():
+    first, said = {"chosen_logp": -10.0, "margin": 0.1}, set()
+    assert what_to_say(first, {"chosen_logp": -9.0, "margin": 0.5, "length_correlation": 0.4}, 100, said) == []
+    later = {"chosen_logp": -12.0, "margin": 0.5, "length_correlation": 0.8}
+    assert what_to_say(first, later, 8, set())[0].startswith("the margin rises (0.1 to 0.5) while")
+    (displaced, longer) = what_to_say(first, later, 100, said)
+    assert "(-10 to -12 nats)" in displaced and "correlation 0.80" in longer
+    assert what_to_say(first, later, 100, said) == []
 
 
 def test_kinds_of_data_and_loss_must_agree(tmp_path):
