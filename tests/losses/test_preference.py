@@ -1,6 +1,8 @@
 """Worked cases of every loss, and what holds for all of them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ LETTERS = {
     ("asft", "lambda"): "odds_weight",
 }
 PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-5)]
+FULL_AND_OURS = ("DPO, full logits", "our DPO")
 PAIRED = [name for name, form in FORMS.items() if form.of == "pairs"]
 
 
@@ -205,3 +208,13 @@ def test_setting_without_effect_or_sense_is_refused(settings, message):
 def test_a_loss_of_responses_is_none_of_pairs():
     with pytest.raises(ConfigError, match="judged alone"):
         pair_loss(LossConfig("kto"), pair_apart(0.0, 0.0)[1])
+
+
+@pytest.mark.slow
+def test_logits_of_all_responses_never_exist_together():
+    """Added peak memory of DPO's loss at 131,072 entries, against full logits; each in a process of its own."""
+    script = str(Path(__file__).parents[2] / "benchmarks/loss_memory.py")
+    command = [sys.executable, script, "--rounds", "1", "--form"]
+    words = [subprocess.check_output([*command, form]).split() for form in FULL_AND_OURS]
+    (full_loss, _, full), (loss, _, added) = (map(float, each) for each in words)
+    assert loss == pytest.approx(full_loss, rel=1e-5) and added <= 0.15 * full
