@@ -75,7 +75,7 @@ TESTS = [
         "a loss that is non-finite: stopped, or skipped, with the record",
         "tests/test_optimization.py -k non_finite_loss_stops",
     ),
-    ("200 damaged inputs for each of 16 readers, files and configurations", "tests/test_fuzz.py"),
+    ("damaged records of 18 forms, files and configurations", "tests/data/test_malformed.py tests/test_fuzz.py"),
     ("kill -9 inside a save, 50 times", "tests/checkpoints/test_checkpoints.py -k kill_during"),
 ]
 
