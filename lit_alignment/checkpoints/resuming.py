@@ -1,6 +1,7 @@
 """Which checkpoint a command goes on from, and into which folder it writes then."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,4 +168,4 @@ def _keep_earlier(folder: Path) -> None:
             number = 1
             while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
                 number += 1
-            os.replace(path, kept)
+            shutil.copy2(path, kept)  # not moved: other ranks may still read the configuration from there

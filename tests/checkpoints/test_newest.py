@@ -44,7 +44,10 @@ def test_resumed_run_writes_into_folders_of_runs_alone(tmp_path, run):
     path.parent.mkdir(parents=True)
     if run:
         (tmp_path / "mine/first/metrics.csv").write_text("step\n")
+        (tmp_path / "mine/first/config.yaml").write_text("seed_everything: 0\n")
     write_into_run_of(str(path), trainer(tmp_path, logger=logger))
+    # Other ranks read it, too, where it is the configuration of the resumed run.
+    assert (tmp_path / "mine/first/config.yaml").exists() == (tmp_path / "mine/first/config.1.yaml").exists() == run
     assert logger.version == ("first" if run else 0)  # a folder of checkpoints alone may be anybody's
     assert (tmp_path / "mine/first/metrics.1.csv").exists() == run
 
