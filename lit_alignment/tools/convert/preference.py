@@ -44,28 +44,19 @@ precomputed_margin), the score of answer_w less that of answer_l. predict with a
 lit-alignment sample --form pairs the records"""
 OVERFLOW = "rewards were exponentiated as they were there, and large ones overflowed; here none does"
 
-PAIR_LOSS = "The loss is a mean over all pairs of a step, whatever micro-batch they stand in."
-KTO_LOSS = "The loss is a mean over all responses of a step, whatever micro-batch they stand in."
-REMARKS = (PAIR_LOSS, reward.SHARED)
-KTO_REMARKS = (KTO_LOSS,)
+MEAN = "The loss is a mean over all {of} of a step, whatever micro-batch they stand in."
+REMARKS, KTO_REMARKS = (MEAN.format(of="pairs"), reward.SHARED), (MEAN.format(of="responses"),)
 
 # For each old loss its settings besides beta, with their defaults.
 LOSSES: dict[str, Table] = {
+    **{key: {} for key in ("sigmoid_with_margin", "ipo", "kto", "apo_zero", "apo_down", "nca_pair", "cal_dpo")},
     "sigmoid": {"label_smoothing": Row(0.0)},
-    "sigmoid_with_margin": {},
     "hinge": {"norm": Row(True)},
-    "ipo": {},
-    "kto": {},
     "slic_hf": {"delta": Row(1.0), "norm": Row(False), "lam": SLIC_MARGIN},
     "cpo": {"norm": Row(True)},
-    "orpo": {"lambda_": Row(1.0), "ce_coef": Row(1.0)},
     "simpo": {"gamma": Row(0.1)},
-    "asft": {"lambda_": Row(1.0), "ce_coef": Row(1.0)},
-    "apo_zero": {},
-    "apo_down": {},
+    **{key: {"lambda_": Row(1.0), "ce_coef": Row(1.0)} for key in ("orpo", "asft")},
     "dpop": {"lam": Row(0.1)},
-    "nca_pair": {},
-    "cal_dpo": {},
 }
 NAMES = {"sigmoid_with_margin": "sigmoid_margin", "kto": "kto_pair"}
 # What training_arguments left to the losses themselves, whose defaults were others.
@@ -84,7 +75,7 @@ def pairs(top: Settings, old: Settings, folder: str) -> Extras:
     given = old.part("loss_settings")
     kind = given.take("loss_type", "sigmoid")
     if kind not in LOSSES:
-        raise ConfigError(f"{given.path_of('loss_type')} is '{kind}'; turbo-alignment has {', '.join(LOSSES)}.")
+        raise ConfigError(f"{given.path_of('loss_type')} is '{kind}'; turbo-alignment has {', '.join(sorted(LOSSES))}.")
     given.defaults |= NEWER.get(kind, {}) if "training_arguments" in top else {}
     means = old.take("average_log_prob", False)
     losses = _losses(kind, carry(given, {"beta": Row(0.1), **LOSSES[kind]}), means, given)

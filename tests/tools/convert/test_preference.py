@@ -114,9 +114,7 @@ def test_each_loss_has_its_name_here_and_its_value(settings, means, expected, fo
 
 def test_all_old_losses_are_covered():
     assert {settings["loss_type"] for settings, *_ in LOSSES} == set(preference.LOSSES)
-    with pytest.raises(
-        ConfigError, match=r"loss_settings\.loss_type is 'exo'; turbo-alignment has sigmoid, sigmoid_with"
-    ):
+    with pytest.raises(ConfigError, match=r"loss_settings\.loss_type is 'exo'; turbo-alignment has apo_down, apo_zero"):
         converted(with_loss(loss_type="exo"))
 
 
@@ -196,6 +194,11 @@ def test_kto_keeps_its_weights_or_gets_those_of_there():
 def test_ddpo_has_its_settings_beside_the_trainers_or_among_them():
     loss = {"name": "ddpo", "beta": 0.2, "forward_kl": True}
     assert converted(old("ddpo"), "train_ddpo")[0]["losses"] == [loss]
+    for forward in (True, False):
+        p, q = (0.2 * (CHOSEN.ratio - REJECTED.ratio)).sigmoid(), PAIRS.margins.sigmoid()
+        first, second = (q, p) if forward else (p, q)
+        there = first * (first / second).log() + (1 - first) * ((1 - first) / (1 - second)).log()
+        torch.testing.assert_close(pair_loss(LossConfig(**loss | {"forward_kl": forward}), PAIRS), there)
     values = old("ddpo")
     values["training_arguments"] = {key: values.pop(key) for key in ("beta", "forward_kl", "use_ref_model")}
     module, data, _ = converted(values, "train_ddpo")
