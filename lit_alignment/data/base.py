@@ -133,6 +133,10 @@ class AlignmentDataModule(PlannedDataModule):
             RecordError: Naming the field and the fix.
         """
 
+    def read_prompt(self, raw: object, where: str, position: int) -> Any:
+        """One raw record of predict or of cherry picks, validated."""
+        return self.read(raw, where, position)
+
     @property
     @abstractmethod
     def features(self) -> datasets.Features:
@@ -235,7 +239,7 @@ class AlignmentDataModule(PlannedDataModule):
         if prompts:
             decides = [] if self.whole_prompts else self.decides_encoding()
             features = datasets.Features({**self.predict_features, "fingerprint": datasets.Value("string")})
-            rows = RowEncoder(self.read, partial(self._asked_row, decides), features)
+            rows = RowEncoder(self.read_prompt, partial(self._asked_row, decides), features)
         else:
             rows = RowEncoder(self.read, self.encode_record, self.features, self.split_record)
         written_in = tuple(kind.__module__ for kind in type(self).__mro__ if issubclass(kind, AlignmentDataModule))

@@ -18,8 +18,8 @@ from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.example import Dropped, Example
-from lit_alignment.data.encoding.feedback import Feedback
-from lit_alignment.data.encoding.messages import IGNORE_INDEX
+from lit_alignment.data.encoding.feedback import RESPONSES, Feedback
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, read_record
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, Item, prompt_item, prompt_row
 from lit_alignment.data.feedback import IDS, FeedbackDataModule
 from lit_alignment.data.sources.record_batches import CachedRows
@@ -60,7 +60,7 @@ class PreferenceBatch(TargetBatch):
 class PreferenceDataModule(FeedbackDataModule):
     """Pairs and rankings, or responses judged alone, as the tokens of their responses behind one prompt each.
 
-    Records are those that `read_feedback` knows. `predict` answers the prompts of the same records.
+    Records are those that `read_feedback` knows. `predict` answers the prompts of the same records, and conversations.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -220,6 +220,12 @@ class PreferenceDataModule(FeedbackDataModule):
         return [f"response {number}, rank {1 + sum(o > s for o in scores)}" for number, s in enumerate(scores)]
 
     # What predict answers.
+
+    def read_prompt(self, raw: object, where: str, position: int) -> Feedback:
+        """A prompt with its responses, or a conversation of which nothing is judged."""
+        if isinstance(raw, dict) and not any(name in raw for name in RESPONSES):
+            return Feedback(**vars(read_record(raw, where, position)))
+        return self.read(raw, where, position)
 
     @property
     def predict_features(self) -> datasets.Features:

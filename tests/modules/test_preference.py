@@ -473,6 +473,17 @@ def test_responses_follow_the_prompt_ids_of_predict_and_count_to_their_end_of_tu
     assert batch.num_trained == sum(batch.lengths) == int(batch.counts.sum())
 
 
+def test_predict_answers_conversations_too():
+    """As sample tables of converted configurations do: with any label, and whoever speaks last."""
+    question, answer = {"role": "user", "content": "order"}, {"role": "assistant", "content": "repair"}
+    chats = [{"messages": [question], "label": "urgent"}, {"messages": [question, answer]}]
+    data = preference_data(preference_module(), pairs(1), chats)
+    data.setup("predict")
+    items = [item for batch in data.predict_dataloader() for item in batch.items]
+    assert [item.reference for item in items] == [None, "repair"]
+    assert items[0].input_ids == items[1].input_ids
+
+
 def test_of_a_response_of_several_turns_the_assistant_s_count():
     turn = {"role": "assistant", "content": "yes"}, {"role": "user", "content": "why"}
     record = {"prompt": "order", "chosen": [*turn, {**turn[0], "content": "please"}], "rejected": "no"}

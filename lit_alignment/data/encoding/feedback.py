@@ -55,6 +55,8 @@ PAIRS = (("chosen", "rejected"), ("answer_w", "answer_l"))
 PAIR_NAMES = tuple(name for names in PAIRS for name in names)
 CONTEXTS = ("context", "prompt", "messages")
 STEPS = ("steps", "completions")
+SINGLES = ("completion", "answer")
+RESPONSES = (*PAIR_NAMES, "candidates", "answers", *STEPS, *SINGLES)  # fields that hold responses
 
 
 def read_feedback(raw: object, where: str, position: int) -> Feedback:
@@ -224,7 +226,7 @@ def _read_steps(raw: dict[str, Any], name: str, where: str) -> tuple[list[str], 
 
 def _read_single(raw: dict[str, Any], where: str) -> tuple[list[Message], list[ScoredResponse]]:
     """One judged response."""
-    name = next((name for name in ("completion", "answer") if name in raw), None)
+    name = next((name for name in SINGLES if name in raw), None)
     if name is not None:
         prompt, response = _read_context(raw, where), _read_response(raw[name], name, where)
     else:

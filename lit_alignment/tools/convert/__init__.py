@@ -6,7 +6,7 @@ from pathlib import Path
 from lit_alignment.errors import ConfigError
 from lit_alignment.files import replaced
 from lit_alignment.tools.convert.document import Document
-from lit_alignment.tools.convert.kinds import CONVERTERS, PREFERENCES, SHORT, kind_of
+from lit_alignment.tools.convert.kinds import CONVERTERS, SHORT, kind_of
 from lit_alignment.tools.convert.settings import Notes, Settings, read_json
 from lit_alignment.tools.options import OptionParser
 
@@ -42,8 +42,6 @@ def main(arguments: list[str]) -> None:
 
 def convert(top: Settings, kind: str) -> list[Document]:
     """Our documents for an old configuration that the old command `kind` takes; the notes of `top` are filled."""
-    if kind in PREFERENCES:
-        raise ConfigError(f"{kind}: preference training is not there yet, so this cannot be converted.")
     return CONVERTERS[kind](top)
 
 
@@ -55,7 +53,7 @@ def _parser() -> OptionParser:
     )
     parser.add_argument("config", type=Path, help="the JSON file")
     parser.add_argument("--out", type=Path, help="file to write (default: beside the JSON file)")
-    kinds, known = (*SHORT, *CONVERTERS, *PREFERENCES), ", ".join(SHORT)
+    kinds, known = (*SHORT, *CONVERTERS), ", ".join(SHORT)
     told = f"if its keys do not tell: {known}, or the old command that takes it"
     parser.add_argument("--kind", choices=kinds, metavar="KIND", help=told)
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")

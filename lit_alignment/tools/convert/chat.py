@@ -27,6 +27,7 @@ RANDOM_CUT = "had no effect there; here each prompt is cut before a random respo
 EOS = """with single_eos false the closing EOS was not trained there, so only the suffix taught the model to stop; \
 here append_eos trains it"""
 NO_EOS = "no suffix closes a message, so nothing taught the model to stop there; here append_eos adds a trained EOS"
+RESPONSE_ALONE = "a response counts as a whole, and nothing before it"
 READ_WHOLE = "whole conversations are read, and their last token is scored"
 NO_LABELS = "labels of tokens play no part"
 
@@ -82,7 +83,8 @@ def encoding(method: Method, dataset: Settings, others: list[Settings], prompts:
     """Our `data.encoding`, as `dataset` says it; what `others` say otherwise is noted. Only `prompts` are answered."""
     if not dataset.values:
         return {}
-    first, *rest = whole = [_chat_settings(each) if method.scores else each for each in (dataset, *others)]
+    nested, alone = method.scores or method.compares, READ_WHOLE if method.scores else RESPONSE_ALONE
+    first, *rest = whole = [_chat_settings(each) if nested else each for each in (dataset, *others)]
     for other in rest:
         for key, default in SHARED.items():
             if (value := other.raw(key)) not in (None, first.values.get(key, default)):
@@ -102,13 +104,15 @@ def encoding(method: Method, dataset: Settings, others: list[Settings], prompts:
     cut = cut and any(source.values.get("system_prompt") for each in whole for source in each.parts("sources"))
     first.warn(REATTACH, "keep_end", when=cut)
     first.warn(LAST_REPLICA, "only_last_replica_loss", when=cut and ours["loss_on"] == "last_assistant")
-    if method.name == "Reward":  # both responses to a prompt were cut at their start, whatever was set
+    # Both responses to a prompt were cut at their start, whatever was set.
+    if method.name == "Reward" or method.compares == "pairs":
         ours["truncation"] = "keep_end"
-    if method.scores:
+    if nested:
         del ours["loss_on"]
         for each in whole:
-            each.leave_out(READ_WHOLE, "only_answer_loss", "only_last_replica_loss")
-    elif prompts.take("random_cut", False):
+            named = method.scores or each is not prompts
+            each.leave_out(alone, "only_answer_loss", "only_last_replica_loss", when=named)
+    if not method.scores and prompts.take("random_cut", False):
         ours["random_cut"] = True
         prompts.warn(RANDOM_CUT, "random_cut", "data.encoding.random_cut")
     return ours

@@ -26,6 +26,7 @@ class Method:
     further: Callable[[Settings, Settings, str], Extras] = lambda top, old, folder: ({}, {})
     remarks: tuple[str, ...] = ()  # what to know besides the notes
     model: str = "model_settings"  # where the language model's settings stand
+    compares: str = ""  # "pairs" or "responses", of which only what follows the prompt counts
 
     def configuration(
         self, seed: int, folder: str, trainer: dict[str, Any], module: dict[str, Any], data: dict[str, Any]

@@ -48,7 +48,7 @@ def training_documents(method: Method, top: Settings) -> list[Document]:
         old.leave_out(NO_CHECKPOINTING, "gradient_checkpointing")
     if method.name != "SFT" and ours["module"].pop("neftune_alpha", None) is not None:
         old.leave_out(NOISE, "neftune_noise_alpha")
-    if method.name in ("Reward", "RAG") and ours["module"].pop("label_smoothing", None) is not None:
+    if method.name in ("Reward", "RAG", "Preference") and ours["module"].pop("label_smoothing", None) is not None:
         old.leave_out(SMOOTHING, "label_smoothing_factor")
     if ours["trainer"].get("accelerator") == "cpu":
         leave_gpu(model, base)
@@ -72,7 +72,8 @@ def training_documents(method: Method, top: Settings) -> list[Document]:
     }
     trainer = ours["trainer"] | {"logger": logger(top, folder), "callbacks": callbacks}
     padded = peft.get("class_path", "peft.LoraConfig") != "peft.LoraConfig" or base.get("attention") == "eager"
-    remarks = [PADDING if padded else PACKING, *method.remarks, *([] if method.scores else [LOSS]), LAST]
+    of_tokens = not (method.scores or method.compares)
+    remarks = [PADDING if padded else PACKING, *method.remarks, *([LOSS] if of_tokens else []), LAST]
     if not found and base["dtype"] in ("bfloat16", "float16"):
         remarks.append(HALF.format(dtype=base["dtype"]))
     if not method.scores and data["encoding"].get("template", {}).get("append_eos") is False:

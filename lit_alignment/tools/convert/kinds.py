@@ -6,18 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.tools.convert import classification, merge, multimodal, rag, reward, sampling
+from lit_alignment.tools.convert import classification, merge, multimodal, preference, rag, reward, sampling
 from lit_alignment.tools.convert.document import Document, Method
 from lit_alignment.tools.convert.fit import training_documents
 from lit_alignment.tools.convert.inference import predictions
 from lit_alignment.tools.convert.settings import Settings
 
+PREFERENCES = {
+    "dpo": Method("Preference", "preferences of pairs", False, preference.pairs, preference.REMARKS, compares="pairs"),
+    "ddpo": Method(
+        "Preference", "a reward model's preferences", False, preference.distilled, preference.REMARKS, compares="pairs"
+    ),
+    "kto": Method("Preference", "KTO", False, preference.responses, preference.KTO_REMARKS, compares="responses"),
+}
 TRAINED = {
     "sft": Method("SFT", "supervised fine-tuning"),
     "rm": Method("Reward", "a reward model of pairs", True, reward.pairs, reward.REMARKS),
     "classification": Method("Classification", "classification", True, classification.loss, classification.REMARKS),
     "multimodal": Method("VLM", "a language model that sees images", False, multimodal.media, multimodal.REMARKS),
     "rag": Method("RAG", "a retriever and a generator", False, rag.retrieval, rag.REMARKS, rag.GENERATOR),
+    **PREFERENCES,
 }
 ANSWERING = {
     "chat": Method("SFT", "answers to prompts"),
@@ -33,8 +41,7 @@ CONVERTERS: dict[str, Callable[[Settings], list[Document]]] = {
     "merge_adapters_to_base": merge.convert,
     "preprocess_multimodal_dataset": multimodal.convert_preprocess,
 }
-PREFERENCES = ("train_dpo", "train_kto", "train_ddpo")
-SHORT = {name: f"train_{name}" for name in ("sft", "classification", "rm", "rag")}
+SHORT = {name: f"train_{name}" for name in ("sft", "classification", "rm", "rag", *PREFERENCES)}
 SHORT |= {"inference": "inference_chat", "merge": "merge_adapters_to_base"}
 
 

@@ -188,6 +188,39 @@ def test_an_adapter_trains_on(tmp_path, base):
     assert fit(convert(tmp_path, values, "second.yaml")).global_step == 2
 
 
+def preferring(tmp_path, base, kind, records, model, trainer):
+    """An old configuration of preference optimisation, with picks of chats."""
+    values = scored(tmp_path, base, kind, records, {"model_type": "causal", **model}, trainer)
+    picks = {"generation_config": {"max_new_tokens": 4, "stop_strings": "</RS>"}, "metric_settings": []}
+    return values | {"cherry_pick_settings": {**picks, "dataset_settings": dataset(tmp_path)}}
+
+
+PROMPT, GOOD, BAD = CHATS[0]["messages"][:1], *({"role": "bot", "content": text} for text in ("please reply", "repair"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["sigmoid_with_margin", "slic_hf"])
+def test_pairs_train_beside_a_reference_or_without(loss, tmp_path, base):
+    records = [
+        {"id": i, "context": PROMPT, "answer_w": GOOD, "answer_l": BAD, "precomputed_margin": 0.5} for i in range(4)
+    ]
+    settings = {"loss_settings": {"loss_type": loss}, "max_steps": 2}
+    trainer = fit(convert(tmp_path, preferring(tmp_path, base, "pair_preferences", records, {}, settings)))
+    assert trainer.global_step == 2 and "val/accuracy" in trainer.callback_metrics
+    assert trainer.lightning_module.reference == ("none" if loss == "slic_hf" else "cached")
+    assert len((tmp_path / "run/cherry_picks.jsonl").read_text().splitlines()) == len(CHATS)
+
+
+@pytest.mark.slow
+def test_judged_responses_train_an_adapter(tmp_path, base):
+    prompts = [[{"role": "user", "content": text}] for text in ("order", "does not work")]
+    judged = [{"context": prompts[i % 2], "answer": (GOOD, BAD)[i % 2], "is_desirable": i % 2 == 0} for i in range(8)]
+    records = [{"id": i, **record} for i, record in enumerate(judged)]
+    peft = {"peft_settings": {"name": "LORA", "r": 4, "target_modules": ["q_proj"]}}
+    trainer = fit(convert(tmp_path, preferring(tmp_path, base, "kto", records, peft, {"max_steps": 2})))
+    assert trainer.global_step == 2 and trainer.lightning_module.reference == "adapter_off"
+
+
 def scored(tmp_path, base, kind, records, model, trainer):
     """An old configuration of training a model that scores."""
     values = sft(tmp_path, base, {"model_type": "seq_cls", **model}, trainer)
