@@ -33,6 +33,7 @@ class MethodHooks:
         shares_batches: Whether ranks can compute one batch together.
         beside: What a method has beside a language model, in words.
         progress_bar: What of `stage_values` the progress bar shows.
+        charts: What of it reports draw, by chart; of training too, where it is logged there.
     """
 
     head: HeadConfig | None = None
@@ -40,6 +41,7 @@ class MethodHooks:
     shares_batches = False
     beside = ""
     progress_bar: tuple[str, ...] = ("loss",)
+    charts: tuple[tuple[str, ...], ...] = (("loss",),)
 
     # Training, validation and test.
 

@@ -35,6 +35,7 @@ from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.training.preference_checks import check_balance, check_margins, what_to_say
 from lit_alignment.training.preference_values import (
+    SIDES,
     k3_estimate,
     logged_means,
     pair_values,
@@ -69,6 +70,15 @@ class PreferenceModule(GenerativeModule):
     data_classes = (PreferenceDataModule,)
     shares_batches = True
     progress_bar = ("loss", "accuracy", "margin")
+    charts = (
+        ("loss",),
+        ("accuracy",),
+        ("margin",),
+        *((f"{better}_reward", f"{worse}_reward") for better, worse in SIDES),
+        *((f"{better}_logp", f"{worse}_logp") for better, worse in SIDES),
+        *((f"{better}_length", f"{worse}_length") for better, worse in SIDES),
+        ("kl",),
+    )
 
     def __init__(
         self,

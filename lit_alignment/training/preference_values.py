@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_alignment.losses.pairs import Pairs, ResponseLogps, by_response
 
-SIDES = ("chosen", "rejected")
+SIDES = (("chosen", "rejected"), ("desirable", "undesirable"))  # of pairs, and of responses judged alone
 # Of pairs, for the correlation of margins with the difference in length.
 MOMENTS = ("margin^2", "longer", "longer^2", "margin*longer")
 
@@ -21,7 +21,7 @@ def value_names(of_responses: bool) -> list[str]:
     Args:
         of_responses: Whether responses are judged alone.
     """
-    sides = ("desirable", "undesirable") if of_responses else SIDES
+    sides = SIDES[of_responses]
     own = [f"{side}_{what}" for side in sides for what in ("reward", "logp", "length")]
     return ["loss", *own, "kl", *(["desirable"] if of_responses else ["accuracy", "margin", *MOMENTS])]
 
@@ -56,7 +56,7 @@ def response_values(rewards: Tensor, responses: ResponseLogps, desirable: Tensor
         desirable: Whether each is good, [S].
     """
     values = {"desirable": desirable.float()}
-    for name, side in (("desirable", desirable), ("undesirable", ~desirable)):
+    for name, side in zip(SIDES[1], (desirable, ~desirable), strict=True):
         own = ResponseLogps(responses.policy[side], None, responses.lengths[side])
         values |= _side_values(name, rewards[side], own)
     return values

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lit_alignment import AdapterConfig, LossConfig
+from lit_alignment import AdapterConfig, CherryPicks, DecodingConfig, LossConfig
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses.pairs import Pairs, ResponseLogps, pair_loss
@@ -604,6 +605,15 @@ def test_what_loss_and_accuracy_hide_is_said_once():
     (displaced, longer) = what_to_say(first, later, 100, said)
     assert "(-10 to -12 nats)" in displaced and "correlation 0.80" in longer
     assert what_to_say(first, later, 100, said) == []
+
+
+def test_report_draws_what_is_logged(tmp_path):
+    module = preference_module(generation={"greedy": DecodingConfig(max_new_tokens=2)})
+    picks = CherryPicks(num_samples=1, generation=DecodingConfig(max_new_tokens=2))
+    fitted(tmp_path, module, preference_data(module, pairs(4), pairs(4)), [picks], max_epochs=2)
+    drawn = re.findall('aria-label="([^"]*)"', (tmp_path / "cherry_picks.html").read_text())
+    assert "train/accuracy, val/accuracy" in drawn and "train/kl, val/kl" in drawn and len(drawn) == 7
+    assert "train/chosen_reward, train/rejected_reward, val/chosen_reward, val/rejected_reward" in drawn
 
 
 def test_kinds_of_data_and_loss_must_agree(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
 from lit_alignment.files import naming, replaced
+from lit_alignment.modules.base import alignment_module
 
 
 class PickReport(Callback):
@@ -92,20 +94,23 @@ class PickReport(Callback):
             self._report(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Remember the training loss."""
-        loss = trainer.callback_metrics.get("train/loss")
-        points = self.curves.setdefault("train/loss", [])
-        if loss is not None and trainer.global_step > (points[-1][0] if points else 0):
-            points.append((trainer.global_step, float(loss)))
+        """Remember what of the training is drawn: the loss of each step, the rest where it was logged anew."""
+        step, logged = trainer.global_step, trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        for name in _drawn(pl_module):
+            value = trainer.callback_metrics.get(f"train/{name}") if logged or name == "loss" else None
+            points = self.curves.setdefault(f"train/{name}", []) if value is not None else []
+            if value is not None and step > (points[-1][0] if points else 0):
+                points.append((step, float(value)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the records, and write the report."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validations += 1
-        loss = float(trainer.callback_metrics.get("val/loss", math.nan))
-        if math.isfinite(loss):
-            self.curves.setdefault("val/loss", []).append((trainer.global_step, loss))
+        for name in _drawn(pl_module):
+            value = float(trainer.callback_metrics.get(f"val/{name}", math.nan))
+            if math.isfinite(value):
+                self.curves.setdefault(f"val/{name}", []).append((trainer.global_step, value))
         if self._validations % self.every_n_validations == 0:
             self._report(trainer, pl_module)
 
@@ -147,7 +152,13 @@ class PickReport(Callback):
                     line["documents"] = pick.documents[step]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         with replaced(directory / "cherry_picks.html") as file:
-            file.write(render_report(directory.name, self.curves, self.picks, self.right, self.pictures(module)))
+            charts = [self._chart(names) for names in alignment_module(module).charts]
+            file.write(render_report(directory.name, charts, self.picks, self.right, self.pictures(module)))
+
+    def _chart(self, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+        """The curves of some quantities, in training and in validation."""
+        wanted = [f"{stage}/{name}" for stage in ("train", "val") for name in names]
+        return {name: self.curves[name] for name in wanted if name in self.curves}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue the same report."""
@@ -162,3 +173,8 @@ class PickReport(Callback):
         self.curves = {name: [(int(s), float(v)) for s, v in points] for name, points in state_dict["curves"].items()}
         self.picks = [CherryPick(**pick) for pick in state_dict["picks"]]
         self._validations = state_dict["validations"]
+
+
+def _drawn(module: LightningModule) -> list[str]:
+    """Names of what is drawn."""
+    return [name for chart in alignment_module(module).charts for name in chart]

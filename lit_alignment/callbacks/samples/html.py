@@ -17,6 +17,7 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --good: #16a34a; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; padding: 0 1.5rem; max-width: 90rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem; } .charts svg { max-width: 100%; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; min-width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .6rem .8rem; border-bottom: 1px solid var(--line); }
@@ -59,7 +60,7 @@ class CherryPick:
 
 def render_report(
     title: str,
-    curves: Mapping[str, Curve],
+    charts: Sequence[Mapping[str, Curve]],
     picks: Sequence[CherryPick],
     right: str = "exact matches",
     pictures: Mapping[str, str] | None = None,
@@ -68,7 +69,7 @@ def render_report(
 
     Args:
         title: Name of the run.
-        curves: Points over optimizer steps, by name.
+        charts: Curves of each: points over optimizer steps, by name.
         picks: The records.
         right: What is counted where a record has been met.
         pictures: Inline pictures by heading.
@@ -81,10 +82,11 @@ def render_report(
     matches = "".join(f"<th>{_matches(picks, s)}</th>" for s in steps)
     lead = "<th></th>" * len(known)
     scores = f"<tr>{lead}<th>{escape(right)}</th>{matches}</tr>{_score_rows(picks, steps, lead)}"
+    drawn = "".join(curve_svg(chart) for chart in charts)
     shown = "".join(f"<h2>{escape(name)}</h2>{picture}" for name, picture in (pictures or {}).items())
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{escape(title)}</h1>{curve_svg(curves)}{shown}<h2>At each validation</h2>"
+        f"<h1>{escape(title)}</h1><div class=charts>{drawn}</div>{shown}<h2>At each validation</h2>"
         f"<div class=scroll><table><thead><tr>{head}</tr>{scores}</thead>"
         f"<tbody>{rows}</tbody></table></div></html>\n"
     )
@@ -176,7 +178,8 @@ def curve_svg(curves: Mapping[str, Curve], width: int = 640, height: int = 240) 
         )
     marks.append(f"<text x={left} y={height - 8}>0</text>")
     marks.append(f"<text x={width - 12} y={height - 8} text-anchor=end>step {last}</text>")
-    return f'<svg viewBox="0 0 {width} {height}" width={width} role=img aria-label="loss">{"".join(marks)}</svg>'
+    names = escape(", ".join(curves))
+    return f'<svg viewBox="0 0 {width} {height}" width={width} role=img aria-label="{names}">{"".join(marks)}</svg>'
 
 
 def confusion_svg(counts: Sequence[Sequence[int]], labels: Sequence[str], cell: int = 64) -> str:

@@ -104,7 +104,7 @@ def test_report_escapes_and_counts_exact_matches():
         {0: "no", 5: " yes "},
         {0: False, 5: True},
     )
-    page = render_report("run", {"train/loss": [(1, 2.0), (5, 0.5)]}, [pick])
+    page = render_report("run", [{"train/loss": [(1, 2.0), (5, 0.5)]}], [pick])
     assert "&lt;b&gt;&amp;" in page and "<b>" not in page
     assert "<th>0 of 1</th><th>1 of 1</th>" in page and page.count("class=match") == 1
 
@@ -140,7 +140,7 @@ def test_report_opens_in_a_browser(tmp_path):
     page = tmp_path / "report.html"
     page.write_text(
         render_report(
-            "run", {"val/loss": [(1, 1.0)]}, [CherryPick("d", "1", [], {"reference": "r"}, {1: "r"}, {1: True})]
+            "run", [{"val/loss": [(1, 1.0)]}], [CherryPick("d", "1", [], {"reference": "r"}, {1: "r"}, {1: True})]
         )
     )
     arguments = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
