@@ -244,7 +244,9 @@ class PreferenceModule(GenerativeModule):
             values |= {"loss": losses, **dict(zip(self.loss_names, parts, strict=False))}
             metric = self.train_means if stage == "train" else self.metrics_of(stage)["means"]
             metric.update(values)
-        loss_sum = losses.sum() * (0.0 if batch.dummy else 1.0)
+        # Ranks that share a row all have the whole loss, of which one counts.
+        counts = not batch.dummy and (self.sequence is None or self.sequence.rank == 0)
+        loss_sum = losses.sum() * float(counts)
         return self.step_loss(loss_sum, batch.window_weight) if stage == "train" else loss_sum
 
     def _estimate(self, batches: Iterable[PreferenceBatch]) -> Tensor:

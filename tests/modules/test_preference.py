@@ -1,7 +1,6 @@
 """Preference optimisation: the reference, what a step is a mean of, KTO's estimate over the step, what is logged."""
 
 import math
-import random
 from dataclasses import replace
 
 import pytest
@@ -20,9 +19,9 @@ from lit_alignment.models.head import base_model
 from lit_alignment.models.reference import adapters_off, quiet_logps
 from lit_alignment.modules.preference import reference_of
 from tests.helpers import (
-    WORDS,
     Seen,
     base_model_folder,
+    judged,
     pairs,
     preference_data,
     preference_module,
@@ -39,15 +38,6 @@ LAYOUTS = {
     "packed": {"tokens_per_batch": 8192, "share_prompts": False},
     "padded": {"packing": False, "batch_size": 16},
 }
-
-
-def judged(number, seed=0):
-    generator = random.Random(seed)
-
-    def text():
-        return " ".join(generator.choices(WORDS, k=generator.choice((1, 2, 5, 40))))
-
-    return [{"id": f"r{i}", "prompt": text(), "completion": f"{text()} {i}", "label": i % 3 > 0} for i in range(number)]
 
 
 def whole_logps(module, prompt, response):
