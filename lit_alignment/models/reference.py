@@ -59,14 +59,14 @@ def reference_on(network: nn.Module) -> Iterator[None]:
 def _switched(network: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Set what decides which adapters of a model compute; peft's own methods also change which parameters train."""
     layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    before = [layer.__dict__[name] for layer in layers]
+    before = [getattr(layer, name) for layer in layers]  # of some kinds of adapters it is the class that has it
     for layer in layers:
-        layer.__dict__[name] = value
+        setattr(layer, name, value)
     try:
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
-            layer.__dict__[name] = own
+            setattr(layer, name, own)
 
 
 def add_reference(network: nn.Module, adapter: AdapterConfig) -> None:

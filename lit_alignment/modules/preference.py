@@ -87,7 +87,8 @@ class PreferenceModule(GenerativeModule):
         self.of_responses = self.losses[0].form.of == "responses"
         self.loss_names = [f"{loss.name}_loss" for loss in self.losses] if len(self.losses) > 1 else []
         self.train_means = NamedMeans([*value_names(self.of_responses), *self.loss_names])
-        self._baselines = torch.zeros(2)  # z of the optimizer step, or of the validation
+        # z of the optimizer step; that of a validation, which may come in the middle of one, is kept apart.
+        self._baselines: dict[Stage, Tensor] = {stage: torch.zeros(2) for stage in ("train", "val", "test")}
 
     # Model and reference.
 
@@ -224,16 +225,16 @@ class PreferenceModule(GenerativeModule):
     def step(self, batch: PreferenceBatch, stage: Stage) -> Tensor:
         """The batch's share of the loss in training; else its loss, after adding it to the metrics."""
         if stage == "train" and batch.baseline:
-            self._baselines = self._estimate(batch.baseline)
+            self._baselines[stage] = self._estimate(batch.baseline)
         reference = self._reference_logps(batch)
         policy = target_logps(self.network, batch, sequence=self.sequence)
         if self.of_responses:
             responses = responses_of(policy, reference, batch.lengths, batch.counts)
             desirable = batch.scores > 0
-            parts = [response_loss(loss, responses, desirable, self._baselines[0]) for loss in self.losses]
+            parts = [response_loss(loss, responses, desirable, self._baselines[stage][0]) for loss in self.losses]
             values = response_values(rewards(self.losses, responses), responses, desirable)
         else:
-            sides = batch.chosen, batch.rejected, batch.margins, self._baselines
+            sides = batch.chosen, batch.rejected, batch.margins, self._baselines[stage]
             pairs = pairs_of(policy, reference, batch.lengths, batch.counts, *sides)
             parts = [pair_loss(loss, pairs) for loss in self.losses]
             values = pair_values(rewards(self.losses, pairs.chosen), rewards(self.losses, pairs.rejected), pairs)
@@ -266,24 +267,24 @@ class PreferenceModule(GenerativeModule):
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
         return (totals[:, 0] / totals[:, 1].clamp_min(1)).clamp_min(0).float()
 
-    def _estimate_on(self, loaders: Any, numbers: list[Any]) -> None:
+    def _estimate_on(self, stage: Stage, loaders: Any, numbers: list[Any]) -> None:
         """The same over all that a validation or test sees, before it begins."""
         if self.data.baseline is None:
             return
         batches = (batch for whole in islice(loaders, numbers[0]) for batch in whole.baseline)
         strategy = self.trainer.strategy
         with self.trainer.precision_plugin.forward_context():
-            self._baselines = self._estimate(strategy.batch_to_device(batch) for batch in batches)
+            self._baselines[stage] = self._estimate(strategy.batch_to_device(batch) for batch in batches)
 
     def on_validation_epoch_start(self) -> None:
         """Take the KL estimate over all of the validation."""
         trainer = self.trainer
         numbers = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._estimate_on(trainer.val_dataloaders, numbers)
+        self._estimate_on("val", trainer.val_dataloaders, numbers)
 
     def on_test_epoch_start(self) -> None:
         """Take the KL estimate over all of the test."""
-        self._estimate_on(self.trainer.test_dataloaders, self.trainer.num_test_batches)
+        self._estimate_on("test", self.trainer.test_dataloaders, self.trainer.num_test_batches)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log means over all pairs or responses, of all ranks, since the last time."""

@@ -555,6 +555,18 @@ def test_window_of_one_side_only_trains_with_the_estimate(tmp_path, label):
     assert f"train/{'undesirable' if label else 'desirable'}_reward" not in run.callback_metrics
 
 
+def test_validation_inside_of_a_step_leaves_its_estimate_alone(tmp_path):
+    base, losses = base_model_folder(tmp_path / "base"), []
+    for interval in (6, 1):
+        module = preference_module(base, lora=True, losses=[LossConfig("kto", beta=1.0)])
+        data = preference_data(module, judged(12), judged(5, 1), kind="outcomes", packing=False, batch_size=2)
+        seen = Seen()
+        options = {"accumulate_grad_batches": 6, "val_check_interval": interval}
+        trainer(tmp_path, callbacks=[seen], max_epochs=3, **options).fit(module, data)
+        losses.append(seen.losses)
+    assert losses[0] == losses[1] and len(set(losses[0])) > 6
+
+
 def test_kinds_of_data_and_loss_must_agree(tmp_path):
     module = preference_module(losses=[LossConfig("kto")])
     with pytest.raises(ConfigError, match="kto is a loss of responses, and data.kind is preferences"):
