@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -17,6 +17,7 @@ from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning, ref
 from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.logprobs import target_logps
 
+FrozenCopy = Literal["nothing", "model", "adapter"]  # what of a language model is held a second time
 REFERENCE = "reference"  # name of an adapter that is kept as it was
 
 

@@ -28,7 +28,14 @@ from lit_alignment.models.adapters import AdapterConfig, mutates_base
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import BackboneConfig, load_network
 from lit_alignment.models.logprobs import target_logps
-from lit_alignment.models.reference import adapters_off, add_reference, quiet_logps, reference_on, without_dropout
+from lit_alignment.models.reference import (
+    FrozenCopy,
+    adapters_off,
+    add_reference,
+    quiet_logps,
+    reference_on,
+    without_dropout,
+)
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
@@ -125,6 +132,13 @@ class PreferenceModule(GenerativeModule):
     def extra_networks(self) -> dict[str, nn.Module]:
         """The reference, where it is a model of its own."""
         return {} if self.reference_model is None else {"the reference": self.reference_model}
+
+    @property
+    def frozen_copy(self) -> FrozenCopy:
+        """The reference: the whole model, or a second adapter."""
+        if self.reference != "frozen_copy":
+            return "nothing"
+        return "model" if self.adapter is None else "adapter"
 
     @property
     def _compares(self) -> bool:
