@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning, refuse_missing_weights
+from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning, mutates_base, refuse_missing_weights
 from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.logprobs import target_logps
 
@@ -36,6 +36,15 @@ def quiet_logps(network: nn.Module, batch: TargetBatch, sequence: SequenceGroup 
         return target_logps(network, batch, sequence=sequence)
     finally:
         network.train(training)
+
+
+def leaves_base(config: PeftConfig) -> bool:
+    """Whether a model without its new adapters is the one before training, however long these have trained.
+
+    Args:
+        config: The adapters; some change the base's weights when they begin, and some train its biases.
+    """
+    return not mutates_base(config) and config.to_dict().get("bias", "none") in ("none", None, False)
 
 
 @contextmanager

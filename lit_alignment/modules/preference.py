@@ -24,7 +24,7 @@ from lit_alignment.hooks import Stage
 from lit_alignment.losses.pairs import pair_loss, pairs_of, response_loss, responses_of, rewards
 from lit_alignment.losses.preference_config import LossConfig
 from lit_alignment.metrics.named import NamedMeans
-from lit_alignment.models.adapters import AdapterConfig, mutates_base
+from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import BackboneConfig, load_network
 from lit_alignment.models.logprobs import target_logps
@@ -32,6 +32,7 @@ from lit_alignment.models.reference import (
     FrozenCopy,
     adapters_off,
     add_reference,
+    leaves_base,
     quiet_logps,
     reference_on,
     without_dropout,
@@ -181,7 +182,7 @@ class PreferenceModule(GenerativeModule):
         """
         network = self.network
         switched: AbstractContextManager[None] = nullcontext()
-        if self.peft_config is not None and not mutates_base(self.peft_config):
+        if self.peft_config is not None and leaves_base(self.peft_config):
             switched = adapters_off(network)
         elif not self._untrained:
             network = self._load_reference(self.device.type, adapter)
@@ -342,12 +343,12 @@ def reference_of(
     if wanted == "adapter_off":
         if peft is None and adapter is None:
             raise ConfigError("model.reference is adapter_off, and there are no adapters. Set it to auto.")
-        if peft is not None and mutates_base(peft):
+        if peft is not None and not leaves_base(peft):
             raise ConfigError(
-                "model.reference is adapter_off, and these adapters change the base weights when they begin, so that "
-                "without them it is another model. Set init_lora_weights: true."
+                "model.reference is adapter_off, and these adapters change the base weights when they begin, or train "
+                "its biases, so that without them it is another model. Set init_lora_weights: true and bias: none."
             )
-    new = peft is not None and not mutates_base(peft)
+    new = peft is not None and leaves_base(peft)
     mismatched = [loss.name for loss in losses if loss.form.baseline == "mismatched"]
     if wanted == "cached" and mismatched:
         raise ConfigError(

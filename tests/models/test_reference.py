@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 from peft import IA3Config, LNTuningConfig, LoraConfig, PrefixTuningConfig
 
 from lit_alignment import AdapterConfig
+from lit_alignment.errors import ConfigError
 from lit_alignment.models.adapters import save_adapter
 from lit_alignment.models.reference import quiet_logps
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
@@ -65,6 +66,22 @@ def test_without_its_new_adapters_the_policy_is_the_base(tmp_path, name):
         assert whole.reference == "frozen_copy"
     assert float((policy - reference).abs().max()) > 1e-3
     assert any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_biases_that_train_with_adapters_are_not_in_the_reference(tmp_path):
+    """They stay when the adapters are switched off, so that the model before training is kept otherwise."""
+    base = base_model_folder(tmp_path / "base", attention_bias=True)
+    peft = LoraConfig(r=4, target_modules="all-linear", bias="all", **KIND)
+    found = {}
+    for reference in ("auto", "frozen_copy"):
+        module, watched = run_with(tmp_path, base, reference, peft=peft, reference=reference)
+        assert module.reference == ("cached" if reference == "auto" else "frozen_copy")
+        (batch,) = module.trainer.datamodule.val_dataloader()
+        found[reference] = module._reference_logps(batch)
+        torch.testing.assert_close(found[reference], watched.policy, rtol=0, atol=1e-5)
+        assert float((Watched.logps(module)[0] - watched.policy).abs().max()) > 1e-3
+    with pytest.raises(ConfigError, match="bias: none"):
+        preference_module(base, peft=peft, reference="adapter_off")
 
 
 @pytest.mark.parametrize("name", [name for name in ADAPTERS if name != "prefix"])
