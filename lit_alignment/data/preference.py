@@ -115,8 +115,12 @@ class PreferenceDataModule(FeedbackDataModule):
 
     def scores(self, record: Feedback) -> list[float]:
         """The score of each response; of a pair that is judged alone the chosen one is good, and the other bad."""
-        pair = [response["id"] for response in record.responses] == ["chosen", "rejected"]
-        return [1.0, 0.0] if pair and self.kind == "outcomes" else super().scores(record)
+        pair = [(response["id"], response["score"]) for response in record.responses]
+        if self.kind != "outcomes" or pair != [("chosen", 1.0), ("rejected", 0.0)]:
+            return super().scores(record)
+        if record.responses[0]["messages"] == record.responses[1]["messages"]:
+            raise Dropped("nothing_to_prefer")
+        return [1.0, 0.0]
 
     def sequences(self, record: Feedback, source: SourceConfig, allow_empty: bool = False) -> dict[str, Any]:
         """Also `trained`."""

@@ -10,12 +10,14 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lit_alignment.data.base import Split, datamodule_of
+from lit_alignment.data.examples import column
 from lit_alignment.data.preference import PreferenceBatch, PreferenceDataModule
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.errors import ConfigError
@@ -214,12 +216,26 @@ class PreferenceModule(GenerativeModule):
                 f"model.losses: {self.losses[0].name} is a loss of {self.losses[0].form.of}, and data.kind is "
                 f"{self.data.kind}. Set data.kind to {wanted}, or choose another loss."
             )
+        if any(loss.form.margin for loss in self.losses):
+            self._refuse_missing_margins()
         self.data.compute_reference = self._cached if self.reference == "cached" else None
         self.data.baseline = next((loss.form.baseline for loss in self.losses if loss.form.baseline), None)
         if self.data.baseline is not None and self.features.sequence is not None:
             raise ConfigError(
                 f"model.losses: {self.losses[0].name} cannot share rows between ranks. Use another strategy."
             )
+
+    def _refuse_missing_margins(self) -> None:
+        """Refuse records without the margin that a loss reads."""
+        for split, rows in self.data.examples.items():
+            margins = column(rows, "margin") if split != "predict" else np.zeros(0)  # prompts have none
+            if (missing := np.flatnonzero(np.isnan(margins))).size:
+                (first,) = rows.rows([int(missing[0])])
+                raise ConfigError(
+                    f"model.losses: {next(loss.name for loss in self.losses if loss.form.margin)} reads the records' "
+                    f"margins, and {missing.size} of {len(margins)} records of data.{split} have none, "
+                    f"{first['dataset']}/{first['id']} is the first. Give them a margin, or choose another loss."
+                )
 
     @property
     def data(self) -> PreferenceDataModule:

@@ -576,6 +576,22 @@ def test_kinds_of_data_and_loss_must_agree(tmp_path):
         trainer(tmp_path).fit(module, sft_data(sft_module(), pairs(0) or [{"prompt": "a", "completion": "b"}]))
 
 
+def test_margin_that_a_loss_reads_and_a_record_lacks_is_refused_before_training(tmp_path):
+    records = [{name: value for name, value in pairs(4)[0].items() if name != "margin"}, *pairs(4)[1:]]
+    module = preference_module(losses=[LossConfig("sigmoid_margin")])
+    with pytest.raises(ConfigError, match="1 of 4 records of data.train have none, train/r0 is the first"):
+        trainer(tmp_path).fit(module, preference_data(module, records, pairs(3)))
+
+
+def test_pair_of_equal_responses_says_nothing_in_either_kind():
+    equal = {"id": "a", "prompt": "order", "chosen": "yes", "rejected": "yes"}
+    for kind in ("preferences", "outcomes"):
+        module = preference_module()
+        data = preference_data(module, [*pairs(2), equal], kind=kind)
+        data.setup("fit")
+        assert data.examples["train"].column("id").to_pylist() == ["r0", "r1"]
+
+
 def test_training_prefers_what_is_chosen(tmp_path):
     module = preference_module(lora=True, path=base_model_folder(tmp_path / "base"))
     run = fitted(tmp_path, module, preference_data(module, pairs(8), pairs(8)), max_epochs=15)
