@@ -18,6 +18,7 @@ from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.dual_encoder import RetrieverConfig
 from lit_alignment.models.loading import HeadConfig
 from lit_alignment.models.multimodal.modality import MediaShape
+from lit_alignment.models.reference import FrozenCopy
 from lit_alignment.retrieval.index import IndexConfig
 from lit_alignment.retrieval.passage_retriever import PassageRetriever
 
@@ -73,6 +74,11 @@ class MethodHooks:
     def extra_networks(self) -> dict[str, nn.Module]:
         """The loaded networks beside the language model, by what they are called in messages; each is sharded alone."""
         return {}
+
+    @property
+    def frozen_copy(self) -> FrozenCopy:
+        """What of the language model a training holds a second time, frozen; for estimates of memory."""
+        return "nothing"
 
     def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
         """What the folder of a checkpoint holds besides the language model.

@@ -115,8 +115,12 @@ class PreferenceDataModule(FeedbackDataModule):
 
     def scores(self, record: Feedback) -> list[float]:
         """The score of each response; of a pair that is judged alone the chosen one is good, and the other bad."""
-        pair = [response["id"] for response in record.responses] == ["chosen", "rejected"]
-        return [1.0, 0.0] if pair and self.kind == "outcomes" else super().scores(record)
+        pair = [(response["id"], response["score"]) for response in record.responses]
+        if self.kind != "outcomes" or pair != [("chosen", 1.0), ("rejected", 0.0)]:
+            return super().scores(record)
+        if record.responses[0]["messages"] == record.responses[1]["messages"]:
+            raise Dropped("nothing_to_prefer")
+        return [1.0, 0.0]
 
     def sequences(self, record: Feedback, source: SourceConfig, allow_empty: bool = False) -> dict[str, Any]:
         """Also `trained`."""
@@ -200,7 +204,7 @@ class PreferenceDataModule(FeedbackDataModule):
         for index in group:
             own, start = known[index], order.index(index)
             others = (known[other] for other in order[start + 1 :] + order[:start])
-            partner = next((other for other in others if other["prompt"] != own["prompt"]), None)
+            partner = next((other for other in others if not _share_text(own, other)), None)
             if partner is not None:
                 found += _behind(own, partner, self.encoding.max_length)
         return found
@@ -258,6 +262,11 @@ def _spans(labels: list[int]) -> list[int]:
     """Begins and ends of the runs of labels that count, alternately."""
     counts = [False, *(label != IGNORE_INDEX for label in labels), False]
     return [position for position, (before, now) in enumerate(pairwise(counts)) if before != now]
+
+
+def _share_text(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records have the prompt or a response in common: a mismatched pair could then be a matched one."""
+    return row["prompt"] == other["prompt"] or any(response in row["responses"] for response in other["responses"])
 
 
 def _behind(row: dict[str, Any], other: dict[str, Any], max_length: int) -> list[dict[str, Any]]:

@@ -237,10 +237,11 @@ def response_loss(config: LossConfig, responses: ResponseLogps, desirable: Tenso
         config: The loss.
         responses: Their log-probabilities.
         desirable: Whether each is good, [B].
-        baseline: z of the whole optimizer step; of apo_zero_unpaired 0.
+        baseline: z of the whole optimizer step; apo_zero_unpaired has 0 in its place.
     """
     good, bad = config.setting("desirable_weight"), config.setting("undesirable_weight")
-    loss = losses.kto_loss(responses.ratio, desirable, baseline, config.setting("beta"))
+    own = baseline if config.form.baseline is not None else 0.0
+    loss = losses.kto_loss(responses.ratio, desirable, own, config.setting("beta"))
     return loss * torch.where(desirable, good, bad).to(loss)
 
 

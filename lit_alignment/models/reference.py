@@ -3,20 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.errors import ConfigError
-from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning, refuse_missing_weights
+from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning, mutates_base, refuse_missing_weights
 from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.logprobs import target_logps
 
+FrozenCopy = Literal["nothing", "model", "adapter"]  # what of a language model is held a second time
 REFERENCE = "reference"  # name of an adapter that is kept as it was
 
 
@@ -35,6 +36,15 @@ def quiet_logps(network: nn.Module, batch: TargetBatch, sequence: SequenceGroup 
         return target_logps(network, batch, sequence=sequence)
     finally:
         network.train(training)
+
+
+def leaves_base(config: PeftConfig) -> bool:
+    """Whether a model without its new adapters is the one before training, however long these have trained.
+
+    Args:
+        config: The adapters; some change the base's weights when they begin, and some train its biases.
+    """
+    return not mutates_base(config) and config.to_dict().get("bias", "none") in ("none", None, False)
 
 
 @contextmanager
@@ -59,14 +69,14 @@ def reference_on(network: nn.Module) -> Iterator[None]:
 def _switched(network: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Set what decides which adapters of a model compute; peft's own methods also change which parameters train."""
     layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    before = [layer.__dict__[name] for layer in layers]
+    before = [getattr(layer, name) for layer in layers]  # of some kinds of adapters it is the class that has it
     for layer in layers:
-        layer.__dict__[name] = value
+        setattr(layer, name, value)
     try:
         yield
     finally:
         for layer, own in zip(layers, before, strict=True):
-            layer.__dict__[name] = own
+            setattr(layer, name, own)
 
 
 def add_reference(network: nn.Module, adapter: AdapterConfig) -> None:

@@ -25,11 +25,19 @@ from lit_alignment.hooks import Stage
 from lit_alignment.losses.pairs import pair_loss, pairs_of, response_loss, responses_of, rewards
 from lit_alignment.losses.preference_config import LossConfig
 from lit_alignment.metrics.named import NamedMeans
-from lit_alignment.models.adapters import AdapterConfig, mutates_base
+from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import BackboneConfig, load_network
 from lit_alignment.models.logprobs import target_logps
-from lit_alignment.models.reference import adapters_off, add_reference, quiet_logps, reference_on, without_dropout
+from lit_alignment.models.reference import (
+    FrozenCopy,
+    adapters_off,
+    add_reference,
+    leaves_base,
+    quiet_logps,
+    reference_on,
+    without_dropout,
+)
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
@@ -101,7 +109,8 @@ class PreferenceModule(GenerativeModule):
         self.train_means = NamedMeans([*value_names(self.of_responses), *self.loss_names])
         self._first: dict[str, float] = {}  # values of the first validation
         self._said: set[str] = set()
-        self._baselines = torch.zeros(2)  # z of the optimizer step, or of the validation
+        # z of the optimizer step; that of a validation, which may come in the middle of one, is kept apart.
+        self._baselines: dict[Stage, Tensor] = {stage: torch.zeros(2) for stage in ("train", "val", "test")}
 
     # Model and reference.
 
@@ -138,6 +147,13 @@ class PreferenceModule(GenerativeModule):
     def extra_networks(self) -> dict[str, nn.Module]:
         """The reference, where it is a model of its own."""
         return {} if self.reference_model is None else {"the reference": self.reference_model}
+
+    @property
+    def frozen_copy(self) -> FrozenCopy:
+        """The reference: the whole model, or a second adapter."""
+        if self.reference != "frozen_copy":
+            return "nothing"
+        return "model" if self.adapter is None else "adapter"
 
     @property
     def _compares(self) -> bool:
@@ -180,7 +196,7 @@ class PreferenceModule(GenerativeModule):
         """
         network = self.network
         switched: AbstractContextManager[None] = nullcontext()
-        if self.peft_config is not None and not mutates_base(self.peft_config):
+        if self.peft_config is not None and leaves_base(self.peft_config):
             switched = adapters_off(network)
         elif not self._untrained:
             network = self._load_reference(self.device.type, adapter)
@@ -195,14 +211,11 @@ class PreferenceModule(GenerativeModule):
         self._untrained = False
 
     def on_fit_start(self) -> None:
-        """Say what the data hold that the losses do not read, and how they are balanced."""
+        """Say how good and bad responses are balanced."""
         super().on_fit_start()
         self._first, self._said = {}, set()
-        examples = self.data.examples["train"]
         if self.of_responses:
-            check_balance(examples, self.losses[0])
-        else:
-            check_margins(examples, self.losses)
+            check_balance(self.data.examples["train"], self.losses[0])
 
     def on_train_start(self) -> None:
         """From here on the policy is no longer the model before training."""
@@ -222,6 +235,8 @@ class PreferenceModule(GenerativeModule):
                 f"model.losses: {self.losses[0].name} is a loss of {self.losses[0].form.of}, and data.kind is "
                 f"{self.data.kind}. Set data.kind to {wanted}, or choose another loss."
             )
+        if not self.of_responses:
+            check_margins(self.data.examples, self.losses)
         self.data.compute_reference = self._cached if self.reference == "cached" else None
         self.data.baseline = next((loss.form.baseline for loss in self.losses if loss.form.baseline), None)
         if self.data.baseline is not None and self.features.sequence is not None:
@@ -248,16 +263,16 @@ class PreferenceModule(GenerativeModule):
     def step(self, batch: PreferenceBatch, stage: Stage) -> Tensor:
         """The batch's share of the loss in training; else its loss, after adding it to the metrics."""
         if stage == "train" and batch.baseline:
-            self._baselines = self._estimate(batch.baseline)
+            self._baselines[stage] = self._estimate(batch.baseline)
         reference = self._reference_logps(batch)
         policy = target_logps(self.network, batch, sequence=self.sequence)
         if self.of_responses:
             responses = responses_of(policy, reference, batch.lengths, batch.counts)
             desirable = batch.scores > 0
-            parts = [response_loss(loss, responses, desirable, self._baselines[0]) for loss in self.losses]
+            parts = [response_loss(loss, responses, desirable, self._baselines[stage][0]) for loss in self.losses]
             values = response_values(rewards(self.losses, responses), responses, desirable)
         else:
-            sides = batch.chosen, batch.rejected, batch.margins, self._baselines
+            sides = batch.chosen, batch.rejected, batch.margins, self._baselines[stage]
             pairs = pairs_of(policy, reference, batch.lengths, batch.counts, *sides)
             parts = [pair_loss(loss, pairs) for loss in self.losses]
             values = pair_values(rewards(self.losses, pairs.chosen), rewards(self.losses, pairs.rejected), pairs)
@@ -268,7 +283,9 @@ class PreferenceModule(GenerativeModule):
             values |= {"loss": losses, **dict(zip(self.loss_names, parts, strict=False))}
             metric = self.train_means if stage == "train" else self.metrics_of(stage)["means"]
             metric.update(values)
-        loss_sum = losses.sum() * (0.0 if batch.dummy else 1.0)
+        # Ranks that share a row all have the whole loss, of which one counts.
+        counts = not batch.dummy and (self.sequence is None or self.sequence.rank == 0)
+        loss_sum = losses.sum() * float(counts)
         return self.step_loss(loss_sum, batch.window_weight) if stage == "train" else loss_sum
 
     def _estimate(self, batches: Iterable[PreferenceBatch]) -> Tensor:
@@ -288,24 +305,24 @@ class PreferenceModule(GenerativeModule):
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
         return (totals[:, 0] / totals[:, 1].clamp_min(1)).clamp_min(0).float()
 
-    def _estimate_on(self, loaders: Any, numbers: list[Any]) -> None:
+    def _estimate_on(self, stage: Stage, loaders: Any, numbers: list[Any]) -> None:
         """The same over all that a validation or test sees, before it begins."""
         if self.data.baseline is None:
             return
         batches = (batch for whole in islice(loaders, numbers[0]) for batch in whole.baseline)
         strategy = self.trainer.strategy
         with self.trainer.precision_plugin.forward_context():
-            self._baselines = self._estimate(strategy.batch_to_device(batch) for batch in batches)
+            self._baselines[stage] = self._estimate(strategy.batch_to_device(batch) for batch in batches)
 
     def on_validation_epoch_start(self) -> None:
         """Take the KL estimate over all of the validation."""
         trainer = self.trainer
         numbers = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self._estimate_on(trainer.val_dataloaders, numbers)
+        self._estimate_on("val", trainer.val_dataloaders, numbers)
 
     def on_test_epoch_start(self) -> None:
         """Take the KL estimate over all of the test."""
-        self._estimate_on(self.trainer.test_dataloaders, self.trainer.num_test_batches)
+        self._estimate_on("test", self.trainer.test_dataloaders, self.trainer.num_test_batches)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log means over all pairs or responses, of all ranks, since the last time."""
@@ -355,12 +372,12 @@ def reference_of(
     if wanted == "adapter_off":
         if peft is None and adapter is None:
             raise ConfigError("model.reference is adapter_off, and there are no adapters. Set it to auto.")
-        if peft is not None and mutates_base(peft):
+        if peft is not None and not leaves_base(peft):
             raise ConfigError(
-                "model.reference is adapter_off, and these adapters change the base weights when they begin, so that "
-                "without them it is another model. Set init_lora_weights: true."
+                "model.reference is adapter_off, and these adapters change the base weights when they begin, or train "
+                "its biases, so that without them it is another model. Set init_lora_weights: true and bias: none."
             )
-    new = peft is not None and not mutates_base(peft)
+    new = peft is not None and leaves_base(peft)
     mismatched = [loss.name for loss in losses if loss.form.baseline == "mismatched"]
     if wanted == "cached" and mismatched:
         raise ConfigError(

@@ -22,6 +22,7 @@ from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning
 from lit_alignment.models.attention import Attention, document_arguments
 from lit_alignment.models.head import base_model, head_loss, hidden_states, scores_at
 from lit_alignment.models.loading import BackboneConfig, HeadConfig, load_network
+from lit_alignment.models.reference import FrozenCopy
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 
 # Bytes a weight; nf4 has 4 bits and, with double quantisation, 0.127 bits of scales (arXiv:2305.14314, section 3).
@@ -62,6 +63,8 @@ class StepMemory:
         temporary: What the backward pass needs beyond these, if its peak is the higher one.
         largest_layer: Weights of the largest decoder layer, which sharding gathers.
         outside_layers: Weights outside of the decoder layers, which sharding keeps gathered.
+        copied: Weights of what a method holds a second time, frozen.
+        copied_outside: Of these what lies outside of the decoder layers.
     """
 
     parameters: int
@@ -74,12 +77,30 @@ class StepMemory:
     temporary: int
     largest_layer: int
     outside_layers: int
+    copied: int = 0
+    copied_outside: int = 0
 
     @property
     def total(self) -> int:
         """Bytes at the peak on one device that holds everything."""
         parts = (self.weights, self.gradients, self.optimizer, self.activations, self.loss, self.temporary)
-        return sum(parts)
+        return sum(parts) + self.copied
+
+    def beside(self, copy: FrozenCopy, adapters: bool) -> "StepMemory":
+        """The same with what is held a second time.
+
+        Args:
+            copy: Of the language model what.
+            adapters: Whether the trainable weights are those of adapters, which a copy of the model does not have.
+        """
+        match copy:
+            case "model":
+                own = self.weights - (self.gradients if adapters else 0)  # a gradient is as large as its weight
+                return replace(self, copied=own, copied_outside=self.outside_layers)
+            case "adapter":
+                return replace(self, copied=self.gradients)
+            case _:
+                return self
 
 
 class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]

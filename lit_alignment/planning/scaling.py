@@ -149,11 +149,12 @@ def scale_point(
     communication = (gathered + scattered) / bandwidth + exchanged / within
     first = memory.largest_layer / sharing.tensor * gathered_share / bandwidth if devices > 1 else 0.0
     seconds = max(compute, (gathered + scattered) / bandwidth) + first + exchanged / within
-    states = (memory.weights + memory.gradients + memory.optimizer) / devices
+    states = (memory.weights + memory.gradients + memory.optimizer + memory.copied) / devices
     states += memory.outside_layers * (sharing.tensor - 1) / devices  # what lies outside of layers is not sliced
     working = (memory.activations + memory.temporary) / sharing.sequence + memory.loss
     if devices > 1:  # the layer at work, the next one, and what stays gathered
-        working += (2 * memory.largest_layer / sharing.tensor + memory.outside_layers) * gathered_share
+        outside = memory.outside_layers + memory.copied_outside
+        working += (2 * memory.largest_layer / sharing.tensor + outside) * gathered_share
     total = round(states + working)
     rate = devices / together * tokens / seconds
     return ScalePoint(devices, total, gathered, scattered, exchanged, compute, communication, seconds, rate)

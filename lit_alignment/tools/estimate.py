@@ -182,7 +182,7 @@ def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
         dtype=None if mixed else kind,
         device_type="cuda" if cli.asked["accelerator"] in ("gpu", "cuda") else "cpu",
     )
-    return memory, workload
+    return memory.beside(module.frozen_copy, adapters=module.peft_config is not None), workload
 
 
 def sharding_of(asked: Any) -> Sharding:
@@ -222,10 +222,13 @@ def per_device(memory: StepMemory, sharding: Sharding) -> dict[str, int]:
         "activations": memory.activations // sharding.sequence,
         "logits and loss": memory.loss,  # chunks of a fixed size, and the gradient of the output embedding
     }
+    if memory.copied:
+        parts["frozen copy"] = split(memory.copied, sharding.weights)
     if memory.temporary:
         parts["temporaries"] = memory.temporary // sharding.sequence
     if sharding.weights and n > 1:  # the layer at work, the next one on its way, and what lies outside the layers
-        parts["gathered weights"] = 2 * memory.largest_layer // sharding.tensor + memory.outside_layers
+        gathered = 2 * memory.largest_layer // sharding.tensor
+        parts["gathered weights"] = gathered + memory.outside_layers + memory.copied_outside
     if sharding.buckets:
         parts["buckets of gradients"] = memory.gradients
     return parts

@@ -1,6 +1,6 @@
 """What somebody should know of preference data, and of a training on them, before it is too late."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,23 +17,31 @@ FOLLOWS = 0.5  # correlation of margins with lengths that is worth a line
 ENOUGH = 32  # pairs, for a correlation to say something
 
 
-def check_margins(examples: CachedRows, losses: Sequence[LossConfig]) -> None:
+def check_margins(examples: Mapping[str, CachedRows], losses: Sequence[LossConfig]) -> None:
     """Refuse pairs without the margins that a loss reads, and say so if no loss reads those that are there.
+
+    Args:
+        examples: Of each split.
+        losses: What is computed.
 
     Raises:
         ConfigError: Naming the first record.
     """
-    known = ~np.isnan(column(examples, "margin"))
     reading = [loss.name for loss in losses if loss.form.margin]
-    if reading and not known.all():
-        raise ConfigError(
-            f"model.losses: {reading[0]} reads margins, and {np.sum(~known)} of {len(examples)} records have none, the "
-            f"first is '{examples['id'][int(np.argmin(known))]}'. Give each a 'margin', or choose another loss."
-        )
-    if not reading and known.any():
-        rank_zero_info(
-            f"{np.sum(known)} of {len(examples)} records have a margin, which {losses[0].name} does not read"
-        )
+    for split, rows in examples.items():
+        if split == "predict":  # prompts
+            continue
+        known = ~np.isnan(column(rows, "margin"))
+        if reading and not known.all():
+            (first,) = rows.rows([int(np.argmin(known))])
+            where = f"{np.sum(~known)} of {len(rows)} records of data.{split}"
+            raise ConfigError(
+                f"model.losses: {reading[0]} reads the records' margins, and {where} have none, the first is "
+                f"{first['dataset']}/{first['id']}. Give each a 'margin', or choose another loss."
+            )
+        if not reading and known.any() and split == "train":
+            name = losses[0].name
+            rank_zero_info(f"{np.sum(known)} of {len(rows)} records have a margin, which {name} does not read")
 
 
 def check_balance(examples: CachedRows, loss: LossConfig) -> None:

@@ -188,6 +188,16 @@ def pairs(number: int, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def judged(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Responses judged alone, two good ones for each bad one."""
+    generator = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(generator.choices(WORDS, k=generator.choice((1, 2, 5, 40))))
+
+    return [{"id": f"r{i}", "prompt": text(), "completion": f"{text()} {i}", "label": i % 3 > 0} for i in range(number)]
+
+
 def scoring_settings(path: str, lora: bool, settings: dict[str, Any]) -> dict[str, Any]:
     seed_everything(0, verbose=False)
     peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lit_alignment.errors import ConfigError
-from lit_alignment.losses.pairs import pair_loss, pairs_of, response_loss, responses_of, rewards
+from lit_alignment.losses.pairs import ResponseLogps, pair_loss, pairs_of, response_loss, responses_of, rewards
 from lit_alignment.losses.preference_config import FORMS, LossConfig
 
 VECTORS = json.loads((Path(__file__).parent / "preference_vectors.json").read_text())
@@ -218,3 +218,12 @@ def test_logits_of_all_responses_never_exist_together():
     words = [subprocess.check_output([*command, form]).split() for form in FULL_AND_OURS]
     (full_loss, _, full), (loss, _, added) = (map(float, each) for each in words)
     assert loss == pytest.approx(full_loss, rel=1e-5) and added <= 0.15 * full
+
+
+def test_estimate_is_none_of_a_loss_that_takes_zero_in_its_place():
+    """In a mix with kto, whose z is that of all losses."""
+    responses = ResponseLogps(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0]), torch.tensor([2, 2]))
+    good = torch.tensor([True, False])
+    found, zero = (response_loss(LossConfig("apo_zero_unpaired"), responses, good, z) for z in (1.5, 0.0))
+    assert torch.equal(found, zero)
+    assert not torch.equal(response_loss(LossConfig("kto"), responses, good, 1.5), zero)

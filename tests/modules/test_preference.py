@@ -1,7 +1,6 @@
 """Preference optimisation: the reference, what a step is a mean of, KTO's estimate over the step, what is logged."""
 
 import math
-import random
 import re
 from dataclasses import replace
 
@@ -22,9 +21,9 @@ from lit_alignment.models.reference import adapters_off, quiet_logps
 from lit_alignment.modules.preference import reference_of
 from lit_alignment.training.preference_checks import what_to_say
 from tests.helpers import (
-    WORDS,
     Seen,
     base_model_folder,
+    judged,
     pairs,
     preference_data,
     preference_module,
@@ -41,15 +40,6 @@ LAYOUTS = {
     "packed": {"tokens_per_batch": 8192, "share_prompts": False},
     "padded": {"packing": False, "batch_size": 16},
 }
-
-
-def judged(number, seed=0):
-    generator = random.Random(seed)
-
-    def text():
-        return " ".join(generator.choices(WORDS, k=generator.choice((1, 2, 5, 40))))
-
-    return [{"id": f"r{i}", "prompt": text(), "completion": f"{text()} {i}", "label": i % 3 > 0} for i in range(number)]
 
 
 def whole_logps(module, prompt, response):
@@ -564,6 +554,9 @@ def test_no_partner_answers_the_same_prompt():
     (texts,) = mismatched(data, batches)
     answers = [text.split("assistant\n")[1].split("<")[0] for text in texts if "user\norder<" in text]
     assert len(answers) == 4 and not set(answers) & {"0", "1", "2", "3"}
+    same = [{**record, "id": f"y{i}", "completion": "yes"} for i, record in enumerate(judged(4))]
+    data, (batches,) = batches_of(same, 1, 4)  # another prompt's response is one's own here
+    assert mismatched(data, batches) == [[]]
     alone, (batches,) = batches_of(records[2:], 1, 4)
     assert mismatched(alone, batches) == [[]]  # nothing to estimate from: z is 0
 
@@ -587,11 +580,8 @@ def test_unbalanced_responses_are_said_with_the_weights_that_help(tmp_path, weig
     assert len(warned) == (advised is not None) and all(advised in text for text in warned)
 
 
-def test_margins_that_a_loss_lacks_are_refused_and_those_that_none_reads_are_said(tmp_path, caplog):
+def test_margins_that_no_loss_reads_are_said(tmp_path, caplog):
     records = [{**record, "margin": None} if i == 2 else record for i, record in enumerate(pairs(4))]
-    module = preference_module(losses=[LossConfig("ddpo")])
-    with pytest.raises(ConfigError, match="ddpo reads margins, and 1 of 4 records have none, the first is 'r2'"):
-        trainer(tmp_path).fit(module, preference_data(module, records))
     module = preference_module()
     fitted(tmp_path, module, preference_data(module, records), max_steps=1)
     assert "3 of 4 records have a margin, which sigmoid does not read" in caplog.text
@@ -616,6 +606,18 @@ def test_report_draws_what_is_logged(tmp_path):
     assert "train/chosen_reward, train/rejected_reward, val/chosen_reward, val/rejected_reward" in drawn
 
 
+def test_validation_inside_of_a_step_leaves_its_estimate_alone(tmp_path):
+    base, losses = base_model_folder(tmp_path / "base"), []
+    for interval in (6, 1):
+        module = preference_module(base, lora=True, losses=[LossConfig("kto", beta=1.0)])
+        data = preference_data(module, judged(12), judged(5, 1), kind="outcomes", packing=False, batch_size=2)
+        seen = Seen()
+        options = {"accumulate_grad_batches": 6, "val_check_interval": interval}
+        trainer(tmp_path, callbacks=[seen], max_epochs=3, **options).fit(module, data)
+        losses.append(seen.losses)
+    assert losses[0] == losses[1] and len(set(losses[0])) > 6
+
+
 def test_kinds_of_data_and_loss_must_agree(tmp_path):
     module = preference_module(losses=[LossConfig("kto")])
     with pytest.raises(ConfigError, match="kto is a loss of responses, and data.kind is preferences"):
@@ -623,6 +625,22 @@ def test_kinds_of_data_and_loss_must_agree(tmp_path):
     module = preference_module()
     with pytest.raises(ConfigError, match="needs a PreferenceDataModule, not SFTDataModule"):
         trainer(tmp_path).fit(module, sft_data(sft_module(), pairs(0) or [{"prompt": "a", "completion": "b"}]))
+
+
+def test_margin_that_a_loss_reads_and_a_record_lacks_is_refused_before_training(tmp_path):
+    records = [{name: value for name, value in pairs(4)[0].items() if name != "margin"}, *pairs(4)[1:]]
+    module = preference_module(losses=[LossConfig("sigmoid_margin")])
+    with pytest.raises(ConfigError, match="1 of 4 records of data.train have none, the first is train/r0"):
+        trainer(tmp_path).fit(module, preference_data(module, records, pairs(3)))
+
+
+def test_pair_of_equal_responses_says_nothing_in_either_kind():
+    equal = {"id": "a", "prompt": "order", "chosen": "yes", "rejected": "yes"}
+    for kind in ("preferences", "outcomes"):
+        module = preference_module()
+        data = preference_data(module, [*pairs(2), equal], kind=kind)
+        data.setup("fit")
+        assert data.examples["train"].column("id").to_pylist() == ["r0", "r1"]
 
 
 def test_training_prefers_what_is_chosen(tmp_path):

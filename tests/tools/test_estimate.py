@@ -56,6 +56,22 @@ def test_nodes_multiply_devices():
     assert sharding_of(asked("fsdp", devices=8, num_nodes=2)).devices == 16
 
 
+def test_frozen_copy_is_split_as_weights_are_and_kept_gathered_outside_of_its_layers():
+    memory = MEMORY.beside("model", adapters=False)
+    assert per_device(memory, sharding_of(asked("deepspeed_stage_2")))["frozen copy"] == 800
+    parts = per_device(memory, Sharding("fsdp", 4, weights=True, gradients=True, optimizer=True))
+    assert parts["frozen copy"] == 200 and parts["gathered weights"] == 2 * 60 + 80 + 80
+    assert memory.total == MEMORY.total + 800
+    assert MEMORY.beside("model", adapters=True).copied == 400 and MEMORY.beside("adapter", True).copied == 400
+    assert "frozen copy" not in per_device(MEMORY.beside("nothing", True), sharding_of(asked("auto")))
+
+
+def test_reference_of_preferences_is_counted(capsys):
+    for config, counted in (("tiny", False), ("tiny_kto", True)):
+        main(["--config", f"configs/preference/{config}.yaml"])
+        assert ("frozen copy" in capsys.readouterr().out) == counted
+
+
 @pytest.mark.slow
 def test_estimate_names_parts_and_says_whether_it_fits(capsys):
     main(["--config", TINY, "--memory", "1"])
