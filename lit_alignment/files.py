@@ -40,7 +40,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else it is one of ours, which says what it is about
+            error.filename = error.filename or str(path)
         raise
 
 

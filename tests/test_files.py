@@ -23,3 +23,8 @@ def test_error_that_names_a_file_keeps_its_name(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, naming(tmp_path):
         (tmp_path / "read").read_text()
     assert caught.value.filename == str(tmp_path / "read")
+
+
+def test_error_of_ours_keeps_its_message(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^no.jsonl: no such file$"), naming(tmp_path):
+        raise FileNotFoundError("no.jsonl: no such file")
