@@ -210,7 +210,7 @@ def test_a_loss_of_responses_is_none_of_pairs():
         pair_loss(LossConfig("kto"), pair_apart(0.0, 0.0)[1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_logits_of_all_responses_never_exist_together():
     """Added peak memory of DPO's loss at 131,072 entries, against full logits; each in a process of its own."""
     script = str(Path(__file__).parents[2] / "benchmarks/loss_memory.py")
