@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 # Two processes for the tests, each with whole files: what a file has prepared once is not prepared twice.
-SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+SPREAD := -n 2 --dist loadfile
 HAS_GPU := $(shell command -v nvidia-smi)
 
 .PHONY: demo test test-all test-fast test-vllm lint install vllm-env clean

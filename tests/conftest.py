@@ -11,15 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# Files that take minutes are handed out first, so that no process ends with one while the others are done.
-LONGEST = ("test_configs.py", "distributed", "test_memory.py", "test_resume.py", "test_interrupt.py", "test_export.py")
-LONGEST += ("test_cli.py", "test_config_values.py", "test_docs.py", "test_real_templates.py", "test_isolation.py")
 ROOT = Path(__file__).parents[1]  # nothing heavy is imported here: the process that only distributes tests would wait
-
-
-def pytest_collection_modifyitems(items):
-    """Put the files that take longest first; the order within a file stays."""
-    items.sort(key=lambda item: not any(part in LONGEST for part in (item.path.name, item.path.parent.name)))
 
 
 @pytest.fixture(scope="session", autouse=True)
