@@ -16,7 +16,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lit_alignment.data.base import Split, datamodule_of
+from lit_alignment.data.base import Split, datamodule_as
 from lit_alignment.data.preference import PreferenceBatch, PreferenceDataModule
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.errors import ConfigError
@@ -251,10 +251,7 @@ class PreferenceModule(GenerativeModule):
         Raises:
             ConfigError: If it is another method's.
         """
-        data = datamodule_of(self.trainer)
-        if not isinstance(data, PreferenceDataModule):
-            raise ConfigError(f"PreferenceModule needs a PreferenceDataModule, not {type(data).__name__}.")
-        return data
+        return datamodule_as(PreferenceDataModule, self.trainer)
 
     def stage_metrics(self) -> dict[str, Metric]:
         """Means over pairs or responses."""

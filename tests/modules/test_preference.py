@@ -623,7 +623,7 @@ def test_kinds_of_data_and_loss_must_agree(tmp_path):
     with pytest.raises(ConfigError, match="kto is a loss of responses, and data.kind is preferences"):
         trainer(tmp_path).fit(module, preference_data(module, pairs(4)))
     module = preference_module()
-    with pytest.raises(ConfigError, match="needs a PreferenceDataModule, not SFTDataModule"):
+    with pytest.raises(ConfigError, match="PreferenceDataModule is needed here, not a SFTDataModule"):
         trainer(tmp_path).fit(module, sft_data(sft_module(), pairs(0) or [{"prompt": "a", "completion": "b"}]))
 
 
