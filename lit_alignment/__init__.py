@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lit_alignment.models.dual_encoder import RetrieverConfig
     from lit_alignment.models.loading import BackboneConfig
     from lit_alignment.models.multimodal.modality import ModalityConfig
+    from lit_alignment.models.reference import ReferenceSyncConfig
     from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
     from lit_alignment.modules.classification import ClassificationModule
     from lit_alignment.modules.preference import PreferenceModule
@@ -75,6 +76,7 @@ _PLACES = {
     "PredictionWriter": "lit_alignment.callbacks.predictions",
     "RAGDataModule": "lit_alignment.data.rag",
     "RAGModule": "lit_alignment.modules.rag",
+    "ReferenceSyncConfig": "lit_alignment.models.reference",
     "RetrieverConfig": "lit_alignment.models.dual_encoder",
     "RetrieverDataModule": "lit_alignment.data.retriever",
     "RetrieverModule": "lit_alignment.modules.retriever",
@@ -118,6 +120,7 @@ __all__ = [
     "PreferenceModule",
     "RAGDataModule",
     "RAGModule",
+    "ReferenceSyncConfig",
     "RetrieverConfig",
     "RetrieverDataModule",
     "RetrieverModule",

@@ -76,6 +76,11 @@ class MethodHooks:
         return {}
 
     @property
+    def following_names(self) -> set[str]:
+        """Names of frozen weights that follow those which train, so that a checkpoint has to hold them."""
+        return set()
+
+    @property
     def frozen_copy(self) -> FrozenCopy:
         """What of the language model a training holds a second time, frozen; for estimates of memory."""
         return "nothing"

@@ -40,6 +40,12 @@ def trained_names(network: nn.Module) -> set[str]:
     return {name for name, p in network.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
+def saved_names(module: nn.Module) -> set[str]:
+    """Names of what a module's checkpoint holds: what trains, and frozen weights that follow it, if it has such."""
+    following: set[str] = getattr(module, "following_names", set())
+    return trained_names(module) | following
+
+
 def restore(saved: Saved, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The trained model on the CPU, unquantised, and its tokenizer.
 

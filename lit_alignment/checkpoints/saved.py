@@ -17,6 +17,7 @@ from lit_alignment.files import config_from, read_json
 from lit_alignment.models.adapters import AdapterConfig, inert_peft
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.multimodal.modality import ModalityConfig, read_modality
+from lit_alignment.models.reference import is_reference
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 
 CHECKPOINT_KEY = "lit_alignment"
@@ -101,6 +102,8 @@ def _from_content(source: Path, content: dict[str, Any]) -> Saved:
         raise CheckpointError(f"{source}: not written by lit_alignment: it does not say what model it belongs to.")
     networks: dict[str, dict[str, Tensor]] = {}
     for name, value in _weights(source, content).items():
+        if is_reference(name):  # of training alone
+            continue
         network, _, rest = name.partition(".")  # the module's attribute
         networks.setdefault(network, {})[rest] = value
     tokens = _dict(source, "tokens", info.get("tokens"))

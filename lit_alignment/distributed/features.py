@@ -15,8 +15,9 @@ from lit_alignment.models.collectives import SequenceGroup
 # sharded_loading: a process can read its own shards of the weights from their files, and hold no more than these.
 # whole_weights:   a process has whole weights, and can use a copy of a network by itself.
 # gradients:       before an optimizer step the parameters hold the gradients that it takes.
+# frozen_weights:  a checkpoint can hold weights that do not train.
 # skipped_steps:   a step whose loss is non-finite can be left out.
-Feature = Literal["sharded_loading", "whole_weights", "gradients", "skipped_steps"]
+Feature = Literal["sharded_loading", "whole_weights", "gradients", "frozen_weights", "skipped_steps"]
 
 
 class StrategyFeatures:

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lit_alignment.checkpoints.background import Queued, SaveQueue
-from lit_alignment.checkpoints.restore import refuse_missing, trained_names
+from lit_alignment.checkpoints.restore import refuse_missing, saved_names
 from lit_alignment.checkpoints.sharded import (
     OPTIMIZER,
     by_name,
@@ -222,7 +222,7 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         self.saves.wait()
         path = found_path(Path(self.broadcast(checkpoint_path)))
         model = present(self.model, "the strategy's model")
-        names = trained_names(model)
+        names = saved_names(model)
         own = {name: value for name, value in get_model_state_dict(model).items() if name in names}
         whole = None if is_sharded(path) else dict(self.checkpoint_io.load_checkpoint(path))
         found = set(whole["state_dict"]) if whole is not None else stored_names(path)
@@ -251,7 +251,7 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         """What was trained; whole, on the first process alone, if it goes into one file."""
         self.saves.wait()  # so that one copy at most is in memory
         model = present(self.model, "the strategy's model")
-        names = trained_names(model)
+        names = saved_names(model)
         sharded = get_model_state_dict(model, options=StateDictOptions(cpu_offload=self._copy_state))
         chosen = {name: value for name, value in sharded.items() if name in names}
         if self._save_distributed_checkpoint:

@@ -38,6 +38,13 @@ def _cast(module: nn.Module, cast: Cast | None) -> None:
         change(lambda tensor: tensor.to(wanted) if tensor.dtype == stored else tensor)
 
 
+def reshard(module: nn.Module) -> None:
+    """Let go of what is gathered of a module's sharded parts, so that its parameters are this rank's shards."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
     """Keep all weights of the sharded parts of a module gathered, so that no forward pass waits for another rank."""

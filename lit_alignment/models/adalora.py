@@ -56,7 +56,7 @@ class RankSchedule:
         """How far the factors are from orthogonal, weighted; scalar."""
         norms = []
         for name, factor in self.model.model.named_parameters():
-            if "lora_A" in name or "lora_B" in name:
+            if factor.requires_grad and ("lora_A" in name or "lora_B" in name):
                 square = factor @ factor.T if "lora_A" in name else factor.T @ factor
                 norms.append(torch.linalg.matrix_norm(square - torch.eye(len(square), device=square.device)))
         return float(self.config.orth_reg_weight) * torch.stack(norms).mean()

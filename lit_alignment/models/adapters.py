@@ -40,6 +40,7 @@ from lit_alignment.paths import local_path
 
 # Initialisations that also change the base weights, so that the adapter alone means nothing without its start.
 MUTATING_INITS = ("pissa", "olora", "corda")
+REFERENCE = "reference"  # name of a second adapter, which does not train
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,13 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_alignment.checkpoints.saved import CHECKPOINT_KEY
 from lit_alignment.data.base import Split, datamodule_as
+from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.data.preference import PreferenceBatch, PreferenceDataModule
 from lit_alignment.data.sources.record_batches import CachedRows
-from lit_alignment.errors import ConfigError
+from lit_alignment.distributed.sharding import reshard
+from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
 from lit_alignment.losses.pairs import pair_loss, pairs_of, response_loss, responses_of, rewards
@@ -31,9 +34,14 @@ from lit_alignment.models.loading import BackboneConfig, load_network
 from lit_alignment.models.logprobs import target_logps
 from lit_alignment.models.reference import (
     FrozenCopy,
+    ReferenceSyncConfig,
+    adapter_weights,
     adapters_off,
     add_reference,
+    is_reference,
     leaves_base,
+    mix_into,
+    model_weights,
     quiet_logps,
     reference_on,
     without_dropout,
@@ -72,6 +80,7 @@ class PreferenceModule(GenerativeModule):
             `frozen_copy` holds a second copy of a continued adapter or, where all weights train, of the model, `cached`
             computes its log-probabilities before training, once, and keeps them in the data cache. `auto` takes what
             costs least: new adapters off, a copy of a continued adapter, a cache where all weights train.
+        reference_sync: Let the reference follow the policy (TR-DPO); it is a frozen copy then.
         generation: Decoding configurations of `predict`, by name.
     """
 
@@ -97,12 +106,14 @@ class PreferenceModule(GenerativeModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         losses: list[LossConfig] | None = None,
         reference: ReferenceKind = "auto",
+        reference_sync: ReferenceSyncConfig | None = None,
         generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
         """Check the losses and the reference; the weights come in `configure_model`."""
         super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
         self.losses = losses or [LossConfig("sigmoid")]
-        self.reference = reference_of(reference, self.losses, peft, adapter)
+        self.reference = reference_of(reference, self.losses, peft, adapter, reference_sync is not None)
+        self.reference_sync = reference_sync
         self.reference_model: nn.Module | None = None
         self.of_responses = self.losses[0].form.of == "responses"
         self.loss_names = [f"{loss.name}_loss" for loss in self.losses] if len(self.losses) > 1 else []
@@ -119,13 +130,13 @@ class PreferenceModule(GenerativeModule):
         self._random_state, self._untrained = torch.get_rng_state(), True
         network = super().load_model(*arguments, **options)
         without_dropout(network)
-        if self.reference == "frozen_copy" and self.adapter is not None and self._compares:
-            add_reference(network, self.adapter)
+        if self.frozen_copy == "adapter" and self._compares:
+            add_reference(network)
         return network
 
     def load_extra_networks(self, device_type: str = "cpu") -> None:
         """Load the model a second time, if all of its weights train, or its adapters have changed them."""
-        if self.reference == "frozen_copy" and self.adapter is None and self._compares:
+        if self.frozen_copy == "model" and self._compares:
             self.reference_model = self._load_reference(device_type)
 
     def _load_reference(self, device_type: str, adapter: AdapterConfig | None = None) -> nn.Module:
@@ -153,7 +164,8 @@ class PreferenceModule(GenerativeModule):
         """The reference: the whole model, or a second adapter."""
         if self.reference != "frozen_copy":
             return "nothing"
-        return "model" if self.adapter is None else "adapter"
+        beside = self.adapter is not None or (self.peft_config is not None and self.reference_sync is not None)
+        return "adapter" if beside else "model"
 
     @property
     def _compares(self) -> bool:
@@ -206,7 +218,17 @@ class PreferenceModule(GenerativeModule):
             yield lambda batch: quiet_logps(network, batch, self.sequence)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """From here on the policy is no longer the model before training."""
+        """From here on the policy is no longer the model before training.
+
+        Raises:
+            CheckpointError: If the reference followed the policy in one of both runs alone.
+        """
+        follows = self.reference_sync is not None
+        if self._compares and checkpoint.get(CHECKPOINT_KEY, {}).get("reference_follows", False) != follows:
+            raise CheckpointError(
+                f"model.reference_sync is {'set' if follows else 'not set'}, and in the run of the checkpoint it was "
+                f"{'not' if follows else 'set'}. Set it as then; or {FROM_WEIGHTS}."
+            )
         super().on_load_checkpoint(checkpoint)
         self._untrained = False
 
@@ -222,6 +244,29 @@ class PreferenceModule(GenerativeModule):
         super().on_train_start()
         self._untrained = False
 
+    # A reference that follows the policy.
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Let the reference follow when its time has come: within the step, so that no checkpoint stands between."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        sync, done = self.reference_sync, self.trainer.global_step + 1  # Lightning counts the step when this returns
+        if sync is not None and done % sync.every_n_steps == 0:
+            copied = self.reference_model
+            reshard(self)
+            of_both = adapter_weights(self.network) if copied is None else model_weights(self.network, copied)
+            mix_into(of_both, sync.mix)
+
+    @property
+    def following_names(self) -> set[str]:
+        """The weights of the reference, if it follows the policy."""
+        if self.reference_sync is None:
+            return set()
+        return {name for name, _ in self.named_parameters(remove_duplicate=False) if is_reference(name)}
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """Also whether the reference follows the policy."""
+        return {**super().checkpoint_metadata(), "reference_follows": self.reference_sync is not None}
+
     # Steps and metrics.
 
     def setup(self, stage: str) -> None:
@@ -229,6 +274,11 @@ class PreferenceModule(GenerativeModule):
         super().setup(stage)
         if stage == "predict":
             return
+        if self.reference_sync is not None and not self.features.supports("frozen_weights"):
+            raise ConfigError(
+                "model.reference_sync: checkpoints of DeepSpeed leave the reference out, which changes. Use DDP or "
+                "lit_alignment.FSDP2Strategy."
+            )
         wanted = "outcomes" if self.of_responses else "preferences"
         if self.data.kind != wanted:
             raise ConfigError(
@@ -341,7 +391,11 @@ class PreferenceModule(GenerativeModule):
 
 
 def reference_of(
-    wanted: ReferenceKind, losses: list[LossConfig], peft: PeftConfig | None, adapter: AdapterConfig | None
+    wanted: ReferenceKind,
+    losses: list[LossConfig],
+    peft: PeftConfig | None,
+    adapter: AdapterConfig | None,
+    follows: bool = False,
 ) -> ReferenceKind:
     """How the reference is held.
 
@@ -350,6 +404,7 @@ def reference_of(
         losses: What it is for.
         peft: New adapters.
         adapter: An existing one.
+        follows: Whether the reference follows the policy.
 
     Raises:
         ConfigError: If the losses need another one, or none.
@@ -359,6 +414,8 @@ def reference_of(
         raise ConfigError("model.losses: losses of pairs and of responses judged alone do not go together.")
     comparing = [loss.name for loss in losses if loss.form.needs_reference]
     if not comparing:
+        if follows:
+            raise ConfigError(f"model.reference_sync: {losses[0].name} is compared with no reference. Remove it.")
         if wanted not in ("auto", "none"):
             raise ConfigError(
                 f"model.reference is {wanted}, and {losses[0].name} is compared with no reference. Remove it."
@@ -366,6 +423,15 @@ def reference_of(
         return "none"
     if wanted == "none":
         raise ConfigError(f"model.reference is none, and {comparing[0]} needs one. Set it to auto.")
+    if follows:
+        if wanted not in ("auto", "frozen_copy"):
+            raise ConfigError(
+                f"model.reference is {wanted}, which stays as it is, and model.reference_sync lets it follow. Set one "
+                "of them: reference to auto, or reference_sync to null."
+            )
+        if adapter is not None and not adapter.trainable:
+            raise ConfigError("model.reference_sync: the adapter does not train. Set model.adapter.trainable to true.")
+        return "frozen_copy"
     if wanted == "adapter_off":
         if peft is None and adapter is None:
             raise ConfigError("model.reference is adapter_off, and there are no adapters. Set it to auto.")

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from lit_alignment.checkpoints.restore import refuse_missing, trained_names
+from lit_alignment.checkpoints.restore import refuse_missing, saved_names
 from lit_alignment.checkpoints.saved import CHECKPOINT_KEY
 from lit_alignment.checkpoints.states import check_moments, keep_own_paths
 from lit_alignment.data.base import datamodule_of
@@ -150,12 +150,12 @@ class CheckpointedModule(MethodHooks, PreciseModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trained weights only, and write down what they belong to and where they stand, as plain values."""
-        trained = trained_names(self)
+        names = saved_names(self)
         if LIVE in checkpoint and is_average_live(self._averaging):
             checkpoint["state_dict"], checkpoint[LIVE] = checkpoint[LIVE], checkpoint["state_dict"]
         for key in ("state_dict", LIVE):
             if key in checkpoint:
-                checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k in trained}
+                checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k in names}
         checkpoint[CHECKPOINT_KEY] = {
             "module": f"{type(self).__module__}.{type(self).__qualname__}",
             "backbone": asdict(self.backbone),
@@ -178,7 +178,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         """
         about = checkpoint.get(CHECKPOINT_KEY, {})
         self._refuse_other(about)
-        refuse_missing(trained_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
+        refuse_missing(saved_names(self), checkpoint["state_dict"], "Check model.peft and model.backbone.")
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         keep_own_paths(checkpoint.get("callbacks", {}), self.trainer)

@@ -8,7 +8,9 @@ from lit_alignment.tools.convert.settings import Extras, Row, Settings, Table, c
 from lit_alignment.tools.convert.trainer import section
 
 LABELS = "the tokens of a response always have labels"
-NO_SYNC = "the reference stays the model before training"
+NO_SYNC = "without a model of its own the reference was the base, which stays as it is"
+SYNC = """under ZeRO 3 the reference followed twice a step there, once by shards of no meaning; here it follows once, \
+under DDP and FSDP2 alone, and checkpoints hold it"""
 SYNC_OFF = "sync_ref_model is off"
 SFT_MODEL = "it was for metrics only; accuracy, margin and kl are those against the reference"
 CACHED = """a second model stood beside the policy there; here its log-probabilities are computed once, before \
@@ -167,17 +169,24 @@ def _compared(top: Settings, old: Settings, losses: list[dict[str, Any]], kind: 
         top.warn(reward.WINDOWS, name, when=kind == "preferences")
     top.warn(DROPOUT, "model_settings")
     top.warn(METRICS, "metrics")
-    sync = section(top).part("sync_ref_settings")
-    synced = sync.take("sync_ref_model", False)
-    sync.leave_out(NO_SYNC, "sync_ref_model", when=synced)
-    sync.leave_out(NO_SYNC if synced else SYNC_OFF, "alpha", "sync_steps")
     module: dict[str, Any] = {"losses": losses}
     model, second = top.part("model_settings"), old.take("use_ref_model", True)
     continued = model.raw("adapter_path") is not None
-    if not any(LossConfig(**loss).form.needs_reference for loss in losses):
-        old.leave_out(UNUSED_REFERENCE.format(names=losses[0]["name"]), "use_ref_model", when=second)
+    compares = any(LossConfig(**loss).form.needs_reference for loss in losses)
+    sync = section(top).part("sync_ref_settings")
+    synced, unused = sync.take("sync_ref_model", False), UNUSED_REFERENCE.format(names=losses[0]["name"])
+    follows = synced and second and compares
+    if follows:
+        module["reference_sync"] = {"every_n_steps": sync.take("sync_steps", 1), "mix": sync.take("alpha", 1.0)}
+        sync.warn(SYNC, "sync_ref_model", "model.reference_sync")
+    else:
+        why = (NO_SYNC if compares else unused) if synced else SYNC_OFF
+        sync.leave_out(why, "sync_ref_model", when=synced)
+        sync.leave_out(why, "alpha", "sync_steps")
+    if not compares:
+        old.leave_out(unused, "use_ref_model", when=second)
     elif not second and continued:
         module["reference"] = "adapter_off"
-    elif not continued and "peft_settings" not in model and not (second and losses[0]["name"] == "kto"):
+    elif not (follows or continued or "peft_settings" in model or (second and losses[0]["name"] == "kto")):
         old.warn(CACHED if second else NO_ADAPTERS, "use_ref_model", "model.reference")
     return module, {"kind": kind}

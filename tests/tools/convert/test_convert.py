@@ -143,7 +143,7 @@ FAULTS = {
     preference.METRICS: PREFERENCES,
     preference.LABELS: ["dpo"],
     preference.PADDED: ["dpo"],
-    preference.NO_SYNC: ["dpo"],
+    preference.SYNC: ["dpo"],
     preference.SFT_MODEL: ["dpo"],
     preference.SYNC_OFF: ["kto"],
     preference.SHUFFLED: ["kto"],
