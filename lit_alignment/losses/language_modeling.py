@@ -130,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hits += (logits.argmax(-1) == targets[part]).sum()
             capped = logits.clone() if softcap is not None else None
             row_weights = None if weights is None else weights[part]
-            total += _losses_and_gradient_(logits, targets[part], row_weights, label_smoothing)
+            total += _loss_and_gradient_(logits, targets[part], row_weights, label_smoothing)
             if grad_hidden is None and grad_weight is None and grad_bias is None:
                 continue
             if softcap is not None and capped is not None:
@@ -141,10 +141,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             with torch.autocast(hidden.device.type, enabled=False):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
-                if grad_weight is not None and grad_logits.dtype == sums:
-                    grad_weight.addmm_(grad_logits.T, chunk)  # no [V, D] temporary
-                elif grad_weight is not None:
-                    grad_weight += grad_logits.T @ chunk
+                if grad_weight is not None:
+                    _add_product_(grad_weight, grad_logits, chunk)
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
 
@@ -170,7 +168,15 @@ def _chunk_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, buffer: Te
     return wide(torch.mm(chunk, weight.T, out=buffer[: len(chunk)]))
 
 
-def _losses_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
+def _add_product_(total: Tensor, grad_logits: Tensor, chunk: Tensor) -> None:
+    """Add a chunk's gradient of the weight, [V, D]; in one precision without a second matrix of that size."""
+    if grad_logits.dtype == total.dtype:
+        total.addmm_(grad_logits.T, chunk)
+    else:
+        total += grad_logits.T @ chunk
+
+
+def _loss_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
     """Return the chunk's summed loss and overwrite `logits` [C, V] with its gradient."""
     target_logits = logits.gather(1, targets[:, None]).squeeze(1)
     mean_logits = logits.mean(1) if label_smoothing else target_logits
@@ -204,7 +210,8 @@ def linear_logps(
     """Log-probability of each target under `softcap(scale * (hidden @ weight.T + bias)) / temperature`.
 
     For losses that weigh tokens by what the log-probabilities turn out to be, as marginal likelihoods do. The backward
-    pass makes the logits of each chunk again, so that those of only `chunk_size` positions exist at once.
+    pass makes the logits of each chunk again, so that those of only `chunk_size` positions exist at once; below a
+    frozen head it need not, since the forward pass has kept each token's gradient by its hidden state.
 
     Args:
         hidden: Last hidden states at the trained positions, [N, D].
@@ -257,8 +264,11 @@ def _chunked_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *settings: A
     """Log-probabilities and entropies; these are empty if they are not asked for."""
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"hidden has {hidden.shape[0]} positions, but targets has shape {tuple(targets.shape)}.")
-    bias, *rest = settings
-    logps, entropies = _LinearLogps.apply(hidden, weight, bias, targets, *rest)  # type: ignore[no-untyped-call]
+    bias, scale, softcap, temperature, with_entropy, chunk_size = settings
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    at_once = torch.is_grad_enabled() and hidden.requires_grad and not trains and not with_entropy
+    shape = scale, softcap, temperature, with_entropy, chunk_size, at_once
+    logps, entropies = _LinearLogps.apply(hidden, weight, bias, targets, *shape)  # type: ignore[no-untyped-call]
     return logps, entropies
 
 
@@ -277,9 +287,13 @@ class _LinearLogps(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
         chunk_size: int,
+        at_once: bool,
     ) -> tuple[Tensor, Tensor]:
         """The log-probabilities, and the entropies, which are empty if not asked for."""
-        ctx.save_for_backward(hidden, weight, bias, targets)
+        # At once: the gradient of each log-probability by its hidden state is kept, not what that is made of.
+        grad_hidden = torch.empty_like(hidden) if at_once else None
+        ctx.at_once = at_once
+        ctx.save_for_backward(*((grad_hidden,) if at_once else (hidden, weight, bias, targets)))
         ctx.shape = scale, softcap, temperature, with_entropy, chunk_size
         dtype = torch.promote_types(weight.dtype, torch.float32)
         logps = hidden.new_empty(len(targets), dtype=dtype)
@@ -289,17 +303,26 @@ class _LinearLogps(torch.autograd.Function):
             part = slice(start, start + chunk_size)
             with torch.autocast(hidden.device.type, enabled=False):
                 logits = _chunk_logits(hidden[part].to(weight.dtype), weight, bias, buffer)
-            _shape_(logits, scale, softcap, temperature)
+            slope = _shape_(logits, scale, softcap, temperature, with_slope=at_once)
             normaliser = logits.logsumexp(1)
             logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - normaliser
             if with_entropy:
                 logits.sub_(normaliser[:, None])
                 entropies[part] = -(logits.exp() * logits).sum(1)
+            if grad_hidden is not None:
+                logits.sub_(normaliser[:, None]).exp_()
+                logits[torch.arange(len(logits), device=logits.device), targets[part]] -= 1
+                grad_logits = logits.mul_(slope).neg_().to(weight.dtype)
+                with torch.autocast(hidden.device.type, enabled=False):
+                    grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
         return logps, entropies
 
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor, grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of a token's log-probability: one-hot minus softmax; of an entropy H: -p (log p + H)."""
+        if ctx.at_once:
+            (grad_hidden,) = ctx.saved_tensors
+            return grad_hidden * grad_logps.to(grad_hidden.dtype)[:, None], *(None,) * 9
         hidden, weight, bias, targets = ctx.saved_tensors
         scale, softcap, temperature, with_entropy, chunk_size = ctx.shape
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -312,26 +335,22 @@ class _LinearLogps(torch.autograd.Function):
             chunk = hidden[part].to(weight.dtype)
             with torch.autocast(hidden.device.type, enabled=False):
                 logits = _chunk_logits(chunk, weight, bias, buffer)
-                _shape_(logits, scale, softcap)
-                slope = scale if softcap is None else scale * (1 - (logits / softcap) ** 2)
-                if temperature != 1.0:
-                    logits.div_(temperature)
-                    slope = slope / temperature
+                slope = _shape_(logits, scale, softcap, temperature, with_slope=True)
                 extra = _entropy_gradient(logits, grad_entropies[part]) if with_entropy else None
                 # The gradient of minus the log-probability, which is what the cross-entropy's is.
-                _losses_and_gradient_(logits, targets[part], -grad_logps[part], 0.0)
+                _loss_and_gradient_(logits, targets[part], -grad_logps[part], 0.0)
                 grad_logits = (logits if extra is None else logits.add_(extra)).mul_(slope).to(weight.dtype)
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
                 if grad_weight is not None:
-                    grad_weight += grad_logits.T @ chunk
+                    _add_product_(grad_weight, grad_logits, chunk)
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -343,11 +362,18 @@ def _entropy_gradient(logits: Tensor, grad_entropies: Tensor) -> Tensor:
     return log_probabilities.add_(entropies).mul_(probabilities).mul_(-grad_entropies[:, None])
 
 
-def _shape_(logits: Tensor, scale: float, softcap: float | None, temperature: float = 1.0) -> None:
-    """Scale, soft cap and temperature, in place."""
+def _shape_(
+    logits: Tensor, scale: float, softcap: float | None, temperature: float = 1.0, with_slope: bool = False
+) -> Tensor | float:
+    """Scale, soft cap and temperature, in place; returns the derivative by what the logits were, if it is wanted."""
     if scale != 1.0:
         logits *= scale
+    slope: Tensor | float = scale / temperature
     if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
+        logits.div_(softcap).tanh_()
+        if with_slope:
+            slope = (1 - logits**2).mul_(slope)
+        logits.mul_(softcap)
     if temperature != 1.0:
         logits.div_(temperature)
+    return slope

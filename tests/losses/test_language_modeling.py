@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_alignment.losses import linear_cross_entropy, linear_logps, token_cross_entropy
 
@@ -98,26 +99,54 @@ def test_wrong_number_of_targets_is_refused():
         linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long))
 
 
-@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 3.0)])
-def test_chunked_logps_and_gradients_equal_full_logits(scale, softcap):
+@pytest.mark.parametrize("head", ["trains", "frozen"])
+@pytest.mark.parametrize(
+    "scale, softcap, temperature", [(1.0, None, 1.0), (0.25, None, 0.7), (1.0, 2.0, 1.0), (0.5, 3.0, 1.6)]
+)
+def test_chunked_logps_and_gradients_equal_full_logits(scale, softcap, temperature, head):
     """Under a loss that weighs tokens by their own log-probabilities."""
     torch.manual_seed(0)
     shapes = {"hidden": (11, 6), "weight": (17, 6), "bias": (17,)}
-    ours = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+    trained = [*shapes] if head == "trains" else ["hidden"]
+    ours = {name: torch.randn(shape).requires_grad_(name in trained) for name, shape in shapes.items()}
     theirs = {name: value.detach().clone().requires_grad_() for name, value in ours.items()}
     targets = torch.randint(0, 17, (11,))
-    found = linear_logps(**ours, targets=targets, scale=scale, softcap=softcap, chunk_size=4)
+    settings = {"scale": scale, "softcap": softcap, "temperature": temperature, "chunk_size": 4}
+    found = linear_logps(**ours, targets=targets, **settings)
+    with torch.no_grad():
+        assert torch.equal(linear_logps(**ours, targets=targets, **settings), found)
     logits = scale * (theirs["hidden"] @ theirs["weight"].T + theirs["bias"])
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    expected = logits.log_softmax(-1)[torch.arange(11), targets]
+    expected = (logits / temperature).log_softmax(-1)[torch.arange(11), targets]
     torch.testing.assert_close(found, expected)
     for logps in (found, expected):
         logps.view(1, 11).logsumexp(-1).sum().backward()
-    for name in shapes:
+    for name in trained:
         torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+    assert all(ours[name].grad is None for name in shapes if name not in trained)
     without_bias = linear_logps(ours["hidden"], ours["weight"], targets, chunk_size=4)
     plain = (ours["hidden"] @ ours["weight"].T).log_softmax(-1)[torch.arange(11), targets]
     torch.testing.assert_close(without_bias, plain)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products with a head of 17 entries."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            self.number += any(isinstance(each, torch.Tensor) and 17 in each.shape for each in args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("trains", "products"), [(True, 4), (False, 2)])
+def test_frozen_head_is_multiplied_twice_a_chunk_and_a_trained_one_four_times(trains, products):
+    """For SFT's loss, which knows its weights before, it is three; of which a frozen head takes two."""
+    hidden, weight = torch.randn(12, 6, requires_grad=True), torch.randn(17, 6).requires_grad_(trains)
+    with Products() as counted:
+        linear_logps(hidden, weight, torch.randint(0, 17, (12,)), chunk_size=4).sum().backward()
+    assert counted.number == 3 * products
 
 
 def test_logps_of_no_token_are_none_and_wrong_numbers_are_refused():
