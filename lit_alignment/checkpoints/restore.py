@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,18 @@ def trained_names(network: nn.Module) -> set[str]:
     return {name for name, p in network.named_parameters(remove_duplicate=False) if p.requires_grad}
 
 
+@runtime_checkable
+class HasFollowers(Protocol):
+    """A module that says which of its frozen weights follow those that train."""
+
+    @property
+    def following_names(self) -> set[str]:
+        """Names of these."""
+
+
 def saved_names(module: nn.Module) -> set[str]:
-    """Names of what a module's checkpoint holds: what trains, and frozen weights that follow it, if it has such."""
-    following: set[str] = getattr(module, "following_names", set())
-    return trained_names(module) | following
+    """Names of what a module's checkpoint holds: what trains, and frozen weights that follow it."""
+    return trained_names(module) | (module.following_names if isinstance(module, HasFollowers) else set())
 
 
 def restore(saved: Saved, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -169,10 +169,28 @@ def test_the_reference_is_the_one_there(model, second, reference, said):
     del values["model_settings"]["peft_settings"]
     values["model_settings"] |= model
     values["trainer_settings"]["use_ref_model"] = second
+    del values["trainer_settings"]["sync_ref_settings"]
     module, _, notes = converted(values)
-    assert module.get("reference") == reference
+    assert module.get("reference") == reference and "reference_sync" not in module
     for text in (preference.CACHED, preference.NO_ADAPTERS):
         assert (text in notes) == (text == said)
+
+
+@pytest.mark.parametrize(
+    "model", [{"peft_settings": {"name": "LORA"}}, {"adapter_path": "a", "is_trainable": True}, {}]
+)
+def test_a_reference_that_followed_follows(model):
+    values = old("dpo")
+    del values["model_settings"]["peft_settings"]
+    values["model_settings"] |= model
+    module, _, notes = converted(values)
+    assert module["reference_sync"] == {"every_n_steps": 64, "mix": 0.6} and "reference" not in module
+    assert preference.SYNC in notes and preference.CACHED not in notes
+    values["trainer_settings"]["sync_ref_settings"] = {"sync_ref_model": True}
+    assert converted(values)[0]["reference_sync"] == {"every_n_steps": 1, "mix": 1.0}
+    values["trainer_settings"]["use_ref_model"] = False
+    module, _, notes = converted(values)
+    assert "reference_sync" not in module and preference.NO_SYNC in notes
 
 
 def test_a_loss_without_a_reference_has_none():
