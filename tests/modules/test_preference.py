@@ -359,7 +359,7 @@ def test_gradient_equals_a_slow_loop_over_single_responses(tmp_path, name):
         torch.testing.assert_close(found[own], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def changed(module):
+def changed(module, by=0.02):
     """Move the policy away from its reference, so that losses and gradients of all kinds are there."""
     load = module.load_model
 
@@ -369,11 +369,36 @@ def changed(module):
             generator = torch.Generator().manual_seed(1)
             for parameter in network.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+                    parameter.add_(by * torch.randn(parameter.shape, generator=generator))
         return network
 
     module.load_model = moved
     return module
+
+
+def test_tokens_beyond_the_shorter_response_count_with_their_weight(tmp_path):
+    """ld_dpo by hand: per-token log-probabilities of policy and reference, cut where the shorter response ends."""
+    config, base = LossConfig("ld_dpo", beta=0.7, tail_weight=0.3), base_model_folder(tmp_path / "base")
+    module = changed(preference_module(base, losses=[config], reference="frozen_copy"))
+    found = step_gradients(tmp_path, module, preference_data(module, pairs(5), tokens_per_batch=8192))
+    policy, reference = changed(preference_module(base)), preference_module(base)
+    policy.load_model().eval()
+    reference.load_model().eval()
+    total, lengths = torch.zeros(()), []
+    for record in pairs(5):
+        ratios = []
+        for side in ("chosen", "rejected"):
+            with torch.no_grad():
+                before = whole_logps(reference, record["prompt"], record[side])
+            ratios.append(whole_logps(policy, record["prompt"], record[side]) - before)
+        shorter = min(map(len, ratios))
+        chosen, rejected = (ratio[:shorter].sum() + 0.3 * ratio[shorter:].sum() for ratio in ratios)
+        total = total - torch.nn.functional.logsigmoid(0.7 * (chosen - rejected)) / 5
+        lengths.append(len(ratios[0]) - len(ratios[1]))
+    assert min(lengths) < 0 < max(lengths)
+    total.backward()
+    for own, parameter in policy.named_parameters():
+        torch.testing.assert_close(found[own], parameter.grad, rtol=1e-3, atol=1e-5 * float(parameter.grad.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "kto_pair", "mpo"])
@@ -546,6 +571,38 @@ def test_estimate_is_over_other_responses_of_the_whole_step_under_any_split():
     texts = {(r["prompt"], r["completion"]) for r in records}
     own = {f"user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{answer}<" for prompt, answer in texts}
     assert not any(text in whole for step in expected for whole in step for text in own)
+
+
+def test_loss_and_estimate_equal_a_slow_loop_over_single_responses(tmp_path):
+    """KTO by hand: z is the mean log-ratio of the mismatched texts, and each response is judged against it."""
+    records, base = judged(6), base_model_folder(tmp_path / "base")
+    changed(preference_module(base)).load_model().save_pretrained(base)  # back from there all becomes likelier: z > 0
+    make = {"losses": [LossConfig("kto", beta=0.5, desirable_weight=1.5)]}
+    module = changed(preference_module(base, **make), -0.02)
+    data = preference_data(module, records, kind="outcomes", packing=False, batch_size=2)
+    found = step_gradients(tmp_path, module, data, accumulate_grad_batches=3)
+    policy, reference = changed(preference_module(base), -0.02), preference_module(base)
+    policy.load_model().eval()
+    reference.load_model().eval()
+
+    def ratio(prompt, response):
+        with torch.no_grad():
+            before = whole_logps(reference, prompt, response).sum()
+        return whole_logps(policy, prompt, response).sum() - before
+
+    data, (batches,) = batches_of(records)
+    (texts,) = mismatched(data, batches)
+    parts = [re.search(r"user\n(.*)<\|im_end\|>.*assistant\n(.*)<\|im_end\|>", text, re.DOTALL) for text in texts]
+    with torch.no_grad():
+        z = torch.stack([ratio(*part.groups()) for part in parts]).mean()
+    assert len(parts) == 6 and float(z) > 0.1
+    total = torch.zeros(())
+    for record in records:
+        difference = 0.5 * (ratio(record["prompt"], record["completion"]) - z)
+        total = total + (1.5 * (1 - difference.sigmoid()) if record["label"] else 1 - (-difference).sigmoid()) / 6
+    total.backward()
+    for own, parameter in policy.named_parameters():
+        torch.testing.assert_close(found[own], parameter.grad, rtol=1e-3, atol=1e-5 * float(parameter.grad.abs().max()))
 
 
 def test_no_partner_answers_the_same_prompt():
