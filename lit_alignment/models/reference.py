@@ -161,12 +161,19 @@ def mix_into(weights: Iterable[tuple[Tensor, Tensor]], mix: float) -> None:
         kept.lerp_(own.to(kept.dtype), mix) if kept.is_floating_point() else kept.copy_(own)
 
 
-def without_dropout(network: nn.Module) -> None:
-    """Turn a model's dropout off, in training too: else policy and reference differ by chance."""
+def without_dropout(network: nn.Module) -> float:
+    """Turn a model's dropout off, in training too: else policy and reference differ by chance.
+
+    Returns:
+        The highest probability that there was.
+    """
+    highest = 0.0
     for module in network.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and (name == "p" if isinstance(module, nn.Dropout) else "drop" in name):
+                highest = max(highest, value)
                 setattr(module, name, 0.0)
+    return highest
 
 
 def _wrapped(network: nn.Module) -> PeftModel:

@@ -129,7 +129,10 @@ class PreferenceModule(GenerativeModule):
         """Load the weights, without dropout, and what of the reference stands in the same model."""
         self._random_state, self._untrained = torch.get_rng_state(), True
         network = super().load_model(*arguments, **options)
-        without_dropout(network)
+        if (dropout := without_dropout(network)) and self._compares and self.trainer.state.fn == "fit":
+            rank_zero_warn(
+                f"dropout of {dropout:g} is off in training, too: policy and reference would differ by chance."
+            )
         if self.frozen_copy == "adapter" and self._compares:
             add_reference(network)
         return network

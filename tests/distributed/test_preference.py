@@ -32,7 +32,8 @@ def strategy_of(kind):
         return DDPStrategy(process_group_backend="gloo")
     if kind == "one":
         return "auto"
-    return FSDP2Strategy(process_group_backend="gloo", sequence_parallel_size=2 if kind == "sequence" else 1)
+    sizes = {f"{name}_parallel_size": 2 for name in ("sequence", "tensor") if name == kind}
+    return FSDP2Strategy(process_group_backend="gloo", **sizes)
 
 
 def built(folder, case, kind):
@@ -74,7 +75,7 @@ def train_all(folder, kind, cases):
     """One case after the other in the same processes."""
     for case in cases:
         recorder = Recorder()
-        alone = kind in ("one", "sequence")  # all ranks have the same batches
+        alone = kind in ("one", "sequence", "tensor")  # all ranks have the same batches
         run = trainer(
             folder,
             strategy=strategy_of(kind),
@@ -144,7 +145,7 @@ def assert_same(one, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REFERENCES)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "sequence", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "sequence", "tensor", "zero1", "zero2", "zero3"])
 def test_two_ranks_train_beside_a_reference_as_one_process(kind, case, trained):
     """Losses, gradients, all that is logged, and the reference, which three steps leave as it was."""
     assert_same(trained("one", case)[0], trained(kind, case))

@@ -446,6 +446,30 @@ def test_two_ranks_train_and_log_what_one_does(tmp_path, name):
         assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
+@pytest.mark.parametrize("make", [{}, {"lora": True}, {"losses": [LossConfig("kto")]}], ids=["full", "lora", "kto"])
+def test_checkpointed_activations_change_no_gradient(tmp_path, make):
+    base, found = base_model_folder(tmp_path / "base"), []
+    for checkpointed in (False, True):
+        module = changed(preference_module(base, **make))
+        module.backbone = replace(module.backbone, gradient_checkpointing=checkpointed)
+        records = (judged(5), {"kind": "outcomes"}) if "losses" in make else (pairs(5), {})
+        found.append(step_gradients(tmp_path, module, preference_data(module, records[0], **records[1])))
+    plain, again = found
+    assert plain and plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_dropout_that_has_no_effect_is_said(tmp_path, recwarn):
+    base = base_model_folder(tmp_path / "base")
+    for rate, said in ((0.25, 1), (0.0, 0)):
+        recwarn.clear()
+        peft = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=rate, task_type="CAUSAL_LM")
+        module = preference_module(base, peft=peft)
+        trainer(tmp_path, max_steps=1).fit(module, preference_data(module, pairs(4)))
+        assert sum("dropout of 0.25 is off" in str(each.message) for each in recwarn) == said
+
+
 def test_weights_of_losses_are_of_their_means(tmp_path):
     def loss(*losses):
         module = changed(preference_module(losses=list(losses), reference="auto"))
