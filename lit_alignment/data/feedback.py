@@ -68,6 +68,7 @@ class FeedbackDataModule(ConversationDataModule):
         """Check the settings; files are read in `prepare_data`."""
         super().__init__(tokenizer, **settings)
         self.kind, self.share_prompts = kind, share_prompts and self.packing
+        self._counts_prompts_once = share_prompts  # padded, too: a run may be resumed with rows of the other kind
 
     def read(self, raw: object, where: str, position: int) -> Feedback:
         """A prompt with its responses."""
@@ -75,7 +76,7 @@ class FeedbackDataModule(ConversationDataModule):
 
     def decides_encoding(self) -> list[Any]:
         """Also what the records hold, and how their length is counted."""
-        return [*super().decides_encoding(), self.kind, self.share_prompts]
+        return [*super().decides_encoding(), self.kind, self._counts_prompts_once]
 
     @property
     def features(self) -> datasets.Features:
@@ -137,7 +138,7 @@ class FeedbackDataModule(ConversationDataModule):
         start = _shared_start(examples)
         sequences = Sequences(examples[0].input_ids[:start], [example.input_ids[start:] for example in examples])
         return {
-            "length": sequences.num_tokens(self.share_prompts),
+            "length": sequences.num_tokens(self._counts_prompts_once),
             "prompt": sequences.prompt,
             "responses": sequences.responses,
             **self.response_columns(examples, start),

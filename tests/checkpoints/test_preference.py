@@ -8,7 +8,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_alignment import AdapterConfig, LossConfig
 from lit_alignment.models.adapters import save_adapter
-from tests.helpers import Seen, base_model_folder, judged, pairs, preference_data, preference_module, trainer, weights
+from tests.helpers import (
+    Seen,
+    base_model_folder,
+    judged,
+    pairs,
+    preference_data,
+    preference_module,
+    reward_data,
+    reward_model,
+    trainer,
+    weights,
+)
 from tests.helpers.ranks import run_on_ranks
 
 CASES = {
@@ -68,9 +79,7 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(folder, tmp_path, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "other", [{"batch_size": 3}, {"packing": True, "share_prompts": False, "tokens_per_batch": 512}, {"accumulate": 3}]
-)
+@pytest.mark.parametrize("other", [{"batch_size": 3}, {"packing": True, "tokens_per_batch": 512}, {"accumulate": 3}])
 @pytest.mark.parametrize("case", ["cached", "kto"])
 def test_resume_with_other_batches_trains_each_record_once(folder, tmp_path, case, other):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
@@ -98,3 +107,20 @@ def test_resume_on_more_ranks_goes_on_with_the_same_steps(folder, tmp_path, case
     ]
     for _, found in ranks:
         assert found == pytest.approx(values, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", ["preferences", "outcomes", "reward"])
+def test_padded_and_packed_rows_are_of_the_same_data(kind, share):
+    """What a checkpoint says of its data, so that a run may be resumed with rows of the other kind."""
+    found = []
+    for packing in (True, False):
+        if kind == "reward":
+            module = reward_model()
+            data = reward_data(module, pairs(8), packing=packing, share_prompts=share)
+        else:
+            module = preference_module(losses=[LossConfig("kto" if kind == "outcomes" else "sigmoid")])
+            data = preference_data(module, pairs(8), packing=packing, share_prompts=share, kind=kind)
+        data.setup("fit")
+        found.append(data._identity)
+    assert found[0] == found[1]

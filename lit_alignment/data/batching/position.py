@@ -157,5 +157,5 @@ def refuse_other_data(then: dict[str, Any], now: dict[str, Any]) -> None:
     if different:
         raise CheckpointError(
             f"the checkpoint was trained on other data, or in another order: {'; '.join(different)}. Resume with the "
-            f"same data, data.encoding and data.seed; or {FROM_WEIGHTS}."
+            f"same data, data.encoding, data.seed and data.share_prompts; or {FROM_WEIGHTS}."
         )
