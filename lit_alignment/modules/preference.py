@@ -41,7 +41,7 @@ from lit_alignment.models.reference import (
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
-from lit_alignment.training.preference_checks import check_balance, check_margins, what_to_say
+from lit_alignment.training.preference_checks import check_balance, check_chats, check_margins, what_to_say
 from lit_alignment.training.preference_values import (
     SIDES,
     k3_estimate,
@@ -59,7 +59,8 @@ class PreferenceModule(GenerativeModule):
     """A causal language model that learns which responses are preferred.
 
     loss of an optimizer step = sum over losses of weight * mean over all its pairs, on all ranks and in all
-    micro-batches. Log-probabilities are summed over the assistant's tokens of a response; dropout is off.
+    micro-batches. Log-probabilities are summed over the assistant's tokens of a response; dropout is off. With
+    `data.chats` there is added chat_weight * the mean loss of all trained tokens of the step's chats.
 
     Args:
         backbone: The pretrained model.
@@ -72,6 +73,7 @@ class PreferenceModule(GenerativeModule):
             `frozen_copy` holds a second copy of a continued adapter or, where all weights train, of the model, `cached`
             computes its log-probabilities before training, once, and keeps them in the data cache. `auto` takes what
             costs least: new adapters off, a copy of a continued adapter, a cache where all weights train.
+        chat_weight: Of the chats' loss, beside the weights of `losses`.
         generation: Decoding configurations of `predict`, by name.
     """
 
@@ -80,6 +82,7 @@ class PreferenceModule(GenerativeModule):
     progress_bar = ("loss", "accuracy", "margin")
     charts = (
         ("loss",),
+        ("chat_loss",),
         ("accuracy",),
         ("margin",),
         *((f"{better}_reward", f"{worse}_reward") for better, worse in SIDES),
@@ -97,11 +100,12 @@ class PreferenceModule(GenerativeModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
         losses: list[LossConfig] | None = None,
         reference: ReferenceKind = "auto",
+        chat_weight: float = 1.0,
         generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
         """Check the losses and the reference; the weights come in `configure_model`."""
         super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
-        self.losses = losses or [LossConfig("sigmoid")]
+        self.losses, self.chat_weight = losses or [LossConfig("sigmoid")], chat_weight
         self.reference = reference_of(reference, self.losses, peft, adapter)
         self.reference_model: nn.Module | None = None
         self.of_responses = self.losses[0].form.of == "responses"
@@ -161,7 +165,7 @@ class PreferenceModule(GenerativeModule):
         return self._trainer is not None and self.trainer.state.fn in ("fit", "validate", "test")
 
     def _reference_logps(self, batch: PreferenceBatch) -> Tensor | None:
-        """Log-probability of each target under the reference, [N]."""
+        """Log-probability of each target of a response under the reference, [N]."""
         network = self.network
         switched: AbstractContextManager[None] = nullcontext()
         match self.reference:
@@ -176,7 +180,7 @@ class PreferenceModule(GenerativeModule):
             case _:
                 switched = reference_on(network)
         with switched:
-            return quiet_logps(network, batch, self.sequence)
+            return quiet_logps(network, batch, self.sequence)[: batch.num_judged]
 
     def _cached(self, split: Split) -> CachedRows:
         """Log-probabilities of a split's targets under the model before training."""
@@ -229,6 +233,8 @@ class PreferenceModule(GenerativeModule):
         super().setup(stage)
         if stage == "predict":
             return
+        if stage == "fit":
+            check_chats(self.chat_weight, self.data.chats)
         wanted = "outcomes" if self.of_responses else "preferences"
         if self.data.kind != wanted:
             raise ConfigError(
@@ -262,7 +268,8 @@ class PreferenceModule(GenerativeModule):
         if stage == "train" and batch.baseline:
             self._baselines[stage] = self._estimate(batch.baseline)
         reference = self._reference_logps(batch)
-        policy = target_logps(self.network, batch, sequence=self.sequence)
+        policy, chats = target_logps(self.network, batch, sequence=self.sequence).tensor_split([batch.num_judged])
+        weights = batch.weights[batch.num_judged :]
         if self.of_responses:
             responses = responses_of(policy, reference, batch.lengths, batch.counts)
             desirable = batch.scores > 0
@@ -280,10 +287,15 @@ class PreferenceModule(GenerativeModule):
             values |= {"loss": losses, **dict(zip(self.loss_names, parts, strict=False))}
             metric = self.train_means if stage == "train" else self.metrics_of(stage)["means"]
             metric.update(values)
+            metric.update({"chat_loss": -chats}, weights)
         # Ranks that share a row all have the whole loss, of which one counts.
-        counts = not batch.dummy and (self.sequence is None or self.sequence.rank == 0)
-        loss_sum = losses.sum() * float(counts)
-        return self.step_loss(loss_sum, batch.window_weight) if stage == "train" else loss_sum
+        counts = float(not batch.dummy and (self.sequence is None or self.sequence.rank == 0))
+        if stage != "train":
+            return counts * losses.sum()
+        # Two means, each over its own number in the step; of what a step does not have, the sum is 0.
+        loss = losses.sum() / (batch.window_weight or 1.0)
+        chat_loss = -(weights * chats).sum() / (batch.window_chat_tokens or 1.0)
+        return self.step_loss(counts * (loss + self.chat_weight * chat_loss), 1.0)
 
     def _estimate(self, batches: Iterable[PreferenceBatch]) -> Tensor:
         """Z of the chosen and of the rejected responses, or of mismatched ones: mean log-ratio on all ranks, [2].
@@ -294,7 +306,7 @@ class PreferenceModule(GenerativeModule):
         totals = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # of each side the sum and the number
         for batch in batches:
             reference = self._reference_logps(batch)
-            policy = quiet_logps(self.network, batch, self.sequence)
+            policy = quiet_logps(self.network, batch, self.sequence)[: batch.num_judged]
             ratios = responses_of(policy, reference, batch.lengths, batch.counts).ratio.double()
             sides = [ratios] if self.of_responses else [ratios[batch.chosen], ratios[batch.rejected]]
             for side, own in enumerate([] if batch.dummy else sides):
