@@ -133,6 +133,10 @@ class AlignmentDataModule(PlannedDataModule):
             RecordError: Naming the field and the fix.
         """
 
+    def reader(self, source: SourceConfig) -> Callable[[object, str, int], Any]:
+        """What reads the records of a source of training, validation or test."""
+        return self.read
+
     def read_prompt(self, raw: object, where: str, position: int) -> Any:
         """One raw record of predict or of cherry picks, validated."""
         return self.read(raw, where, position)
@@ -239,9 +243,9 @@ class AlignmentDataModule(PlannedDataModule):
         if prompts:
             decides = [] if self.whole_prompts else self.decides_encoding()
             features = datasets.Features({**self.predict_features, "fingerprint": datasets.Value("string")})
-            rows = RowEncoder(self.read_prompt, partial(self._asked_row, decides), features)
+            rows = RowEncoder(lambda source: self.read_prompt, partial(self._asked_row, decides), features)
         else:
-            rows = RowEncoder(self.read, self.encode_record, self.features, self.split_record)
+            rows = RowEncoder(self.reader, self.encode_record, self.features, self.split_record)
         written_in = tuple(kind.__module__ for kind in type(self).__mro__ if issubclass(kind, AlignmentDataModule))
         decides = ["predict" if prompts else "train", code_fingerprint(written_in), *self.decides_encoding()]
         return ExampleMaker(rows, decides, self.cache_dir, self.seed, self.num_proc)

@@ -15,23 +15,39 @@ from lit_alignment.data.base import Split
 from lit_alignment.data.batching.collate import TargetBatch, collate_responses
 from lit_alignment.data.batching.items import PromptBatch
 from lit_alignment.data.batching.loader import PlannedLoader
-from lit_alignment.data.batching.packing import PlannedBatch
+from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.example import Dropped, Example
 from lit_alignment.data.encoding.feedback import RESPONSES, Feedback
-from lit_alignment.data.encoding.messages import IGNORE_INDEX, read_record
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, Item, prompt_item, prompt_row
+from lit_alignment.data.examples import column
 from lit_alignment.data.feedback import IDS, FeedbackDataModule
+from lit_alignment.data.sft import SFTDataModule
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.errors import ConfigError
 
 Compared = Literal["all_pairs", "best_and_worst"]
 VALIDATION_BLOCK = 64  # records among which a validation looks for mismatched responses
 
 
+@dataclass(frozen=True)
+class ChatSource(SourceConfig):
+    """A source of conversations without a judgement.
+
+    Args:
+        holds: What its records are, so that the same file as a source of judged responses is cached apart.
+    """
+
+    holds: str = "chats"
+
+
 @dataclass(kw_only=True)
 class PreferenceBatch(TargetBatch):
-    """Responses with what is known of them, in the order of records and responses.
+    """Responses with what is known of them, in the order of records and responses, and behind them plain chats.
+
+    `lengths` and `groups` are of the responses alone.
 
     S responses, P pairs
 
@@ -45,6 +61,7 @@ class PreferenceBatch(TargetBatch):
         reference: Log-probabilities of the targets under the reference, [N], where they were computed before.
         baseline: What the KL estimate of its optimizer step, or validation batch, is taken over; empty where another
             micro-batch has it, or the loss needs none.
+        window_chat_tokens: Weight of the tokens of all chats of the optimizer step.
     """
 
     counts: Tensor
@@ -55,6 +72,12 @@ class PreferenceBatch(TargetBatch):
     dummy: bool = False
     reference: Tensor | None = None
     baseline: "list[PreferenceBatch]" = field(default_factory=list)
+    window_chat_tokens: float = 0.0
+
+    @property
+    def num_judged(self) -> int:
+        """Targets of responses, which stand before those of chats."""
+        return sum(self.lengths)
 
 
 class PreferenceDataModule(FeedbackDataModule):
@@ -68,6 +91,7 @@ class PreferenceDataModule(FeedbackDataModule):
             pairs too.
         share_prompts: In a packed row, read a prompt once for all its responses.
         compared: Of a ranking, compare all responses that differ, or the best with the worst alone.
+        chats: Sources of plain conversations, which train beside those of `train` as in supervised fine-tuning.
         **settings: As of AlignmentDataModule.
 
     Attributes:
@@ -85,11 +109,14 @@ class PreferenceDataModule(FeedbackDataModule):
         kind: Literal["preferences", "outcomes"] = "preferences",
         share_prompts: bool = True,
         compared: Compared = "all_pairs",
+        chats: list[SourceConfig] | None = None,
         **settings: Any,
     ) -> None:
         """Check the settings; files are read in `prepare_data`."""
         super().__init__(tokenizer, kind, share_prompts, **settings)
-        self.compared = compared
+        self.compared, self.chats = compared, [ChatSource(**vars(source)) for source in chats or []]
+        if self.sources["train"]:
+            self.sources["train"] = [*self.sources["train"], *self.chats]
         self.references: dict[str, CachedRows] = {}
 
     def decides_encoding(self) -> list[Any]:
@@ -99,11 +126,32 @@ class PreferenceDataModule(FeedbackDataModule):
     @property
     def features(self) -> datasets.Features:
         """Columns of an encoded record; `trained` holds begins and ends of what counts in each response."""
-        number = datasets.Value("int64")
-        return datasets.Features({**super().features, "trained": datasets.List(IDS), "num_trained": number})
+        number, weight = datasets.Value("int64"), datasets.Value("float64")
+        chats = {"token_weights": datasets.List(datasets.Value("float32")), "chat_tokens": weight}
+        return datasets.Features({**super().features, "trained": datasets.List(IDS), "num_trained": number, **chats})
 
-    def encode_record(self, record: Feedback, source: SourceConfig) -> dict[str, Any]:
-        """Ids of one record's prompt and responses, their scores, and what of them counts."""
+    def setup(self, stage: str) -> None:
+        """Also refuse to train on chats alone."""
+        super().setup(stage)
+        if stage == "fit" and not column(self.examples["train"], "weight").any():
+            raise ConfigError("data.train: only chats are left. Change what drops the records, or use SFTModule.")
+
+    def plan(self, split: Split) -> BatchPlan:
+        """Also how many tokens of chats there are."""
+        return replace(super().plan(split), chat_tokens=column(self.examples[split], "chat_tokens"))
+
+    def reader(self, source: SourceConfig) -> Callable[[object, str, int], Any]:
+        """Chats are read as in supervised fine-tuning."""
+        return read_record if isinstance(source, ChatSource) else self.read
+
+    def split_record(self, record: Record) -> list[Record]:
+        """Of a chat a record for each trained response."""
+        return [] if isinstance(record, Feedback) else self.encoder.split_turns(record)
+
+    def encode_record(self, record: Record, source: SourceConfig) -> dict[str, Any]:
+        """Ids of one record's prompt and responses, their scores, and what of them counts; a chat has no scores."""
+        if not isinstance(record, Feedback):
+            return _chat_columns(self.encoder.encode(record, source.system_prompt))
         columns = super().encode_record(record, source)
         spans = columns["trained"]
         pairs = self.pairs(columns["scores"])
@@ -111,6 +159,8 @@ class PreferenceDataModule(FeedbackDataModule):
             "margin": float("nan") if record.margin is None else record.margin,
             "weight": float(len(pairs) if self.kind == "preferences" else len(spans)),
             "num_trained": sum(end - begin for own in spans for begin, end in zip(own[::2], own[1::2], strict=True)),
+            "token_weights": [],
+            "chat_tokens": 0.0,
         }
 
     def scores(self, record: Feedback) -> list[float]:
@@ -145,6 +195,7 @@ class PreferenceDataModule(FeedbackDataModule):
 
     def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> PreferenceBatch:
         """All responses of the records, in one packed row or padded."""
+        rows = sorted(rows, key=lambda row: not row["scores"])  # chats last
         pad = None if self.packing else int(self.tokenizer.pad_token_id)
         batch = collate_responses([_examples(row) for row in rows], pad, self.share_prompts, planned.window_weight)
         chosen, rejected, margins, first = [], [], [], 0
@@ -154,14 +205,17 @@ class PreferenceDataModule(FeedbackDataModule):
                 rejected.append(first + worse)
                 margins.append(row["margin"])
             first += len(row["scores"])
+        ids, lengths = [f"{row['dataset']}/{row['id']}" for row in rows], batch.lengths[:first]
+        groups = [len(row["scores"]) for row in rows if row["scores"]]
         return PreferenceBatch(
-            **vars(batch) | {"ids": [f"{row['dataset']}/{row['id']}" for row in rows]},
-            counts=torch.tensor(batch.lengths),
+            **vars(batch) | {"ids": ids, "lengths": lengths, "groups": groups},
+            counts=torch.tensor(lengths, dtype=torch.long),
             scores=torch.tensor([score for row in rows for score in row["scores"]]),
             chosen=torch.tensor(chosen, dtype=torch.long),
             rejected=torch.tensor(rejected, dtype=torch.long),
             margins=torch.tensor(margins),
             dummy=planned.dummy,
+            window_chat_tokens=planned.window_chat_tokens,
         )
 
     # What the module adds to batches.
@@ -217,6 +271,8 @@ class PreferenceDataModule(FeedbackDataModule):
         return list(zip(names, _examples(row), strict=True))
 
     def _names(self, scores: list[float]) -> list[str]:
+        if not scores:
+            return ["chat"]
         if self.kind == "outcomes":
             return [f"{'good' if score else 'bad'} response" for score in scores]
         if len(scores) == 2:
@@ -255,7 +311,25 @@ def _reference(references: CachedRows | None, indices: list[int]) -> Tensor | No
     """The log-probabilities of some records' targets, [N]."""
     if references is None:
         return None
-    return torch.tensor([value for row in references.rows(indices) for value in row["logps"]])
+    judged = [index for index in indices if references.positions[index] >= 0]
+    return torch.tensor([value for row in references.rows(judged) for value in row["logps"]])
+
+
+def _chat_columns(example: Example) -> dict[str, Any]:
+    """The columns of a plain chat: all of it stands as one response to an empty prompt."""
+    columns = SFTDataModule.columns(example)
+    return {
+        **{name: columns[name] for name in ("length", "num_trained", "notes")},
+        "prompt": [],
+        "responses": [example.input_ids],
+        "trained": [_spans(example.labels)],
+        "token_weights": example.weights,
+        "chat_tokens": columns["weight"],
+        "scores": [],
+        "margin": float("nan"),
+        "subset": "",
+        "weight": 0.0,  # as no pair, nor judged response
+    }
 
 
 def _spans(labels: list[int]) -> list[int]:
@@ -288,5 +362,6 @@ def _examples(row: dict[str, Any]) -> list[Example]:
         labels = [IGNORE_INDEX] * len(ids)
         for begin, end in zip(spans[::2], spans[1::2], strict=True):
             labels[start + begin : start + end] = response[begin:end]
-        examples.append(Example(ids, labels, [0.0 if label == IGNORE_INDEX else 1.0 for label in labels]))
+        weights = row["token_weights"] or [0.0 if label == IGNORE_INDEX else 1.0 for label in labels]
+        examples.append(Example(ids, labels, weights))
     return examples

@@ -115,7 +115,7 @@ def pairs_of(
         baselines: z of both sides over the whole optimizer step, [2].
     """
     tokens = [None if values is None else by_response(values, lengths) for values in (policy, reference)]  # [S, T]
-    positions = torch.arange(max(lengths), device=counts.device)
+    positions = torch.arange(max(lengths, default=0), device=counts.device)
     first = positions < torch.minimum(counts[chosen], counts[rejected])[:, None]  # [B, T]
 
     def side(indices: Tensor) -> ResponseLogps:
@@ -129,6 +129,8 @@ def pairs_of(
 
 def by_response(values: Tensor, lengths: Sequence[int]) -> Tensor:
     """Values of tokens, [N], as one row a response, padded with 0, [S, T]."""
+    if not lengths:
+        return values.new_zeros(0, 0)
     return pad_sequence(list(torch.split(values, list(lengths))), batch_first=True)
 
 

@@ -26,12 +26,14 @@ class NamedMeans(Metric):
             self.add_state(name, torch.zeros(len(self.names), dtype=torch.float64), dist_reduce_fx="sum")
         self.set_dtype(torch.float64)
 
-    def update(self, values: dict[str, Tensor]) -> None:
-        """Add values, [N] of each name, with an N of its own."""
+    def update(self, values: dict[str, Tensor], weights: Tensor | None = None) -> None:
+        """Add values, [N] of each name, with an N of its own, or with the weights of all, [N]."""
         positions = [self.names.index(name) for name in values]
-        totals = torch.stack([each.detach().double().sum() for each in values.values()])
+        scale = 1.0 if weights is None else weights
+        totals = torch.stack([(each.detach().double() * scale).sum() for each in values.values()])
+        numbers = [each.numel() for each in values.values()]
         self.totals[positions] += totals
-        self.counts[positions] += totals.new_tensor([each.numel() for each in values.values()])
+        self.counts[positions] += totals.new_tensor(numbers) if weights is None else weights.sum()
 
     def compute(self) -> dict[str, Tensor]:
         """The mean of each quantity of which there were values, float64 scalars."""

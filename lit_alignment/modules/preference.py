@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -49,7 +49,8 @@ from lit_alignment.models.reference import (
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.optimization import OptimizerConfig
-from lit_alignment.training.preference_checks import check_balance, check_margins, what_to_say
+from lit_alignment.training.preference_checks import check_balance, check_chats, check_margins, what_to_say
+from lit_alignment.training.preference_reference import ReferenceKind, reference_of
 from lit_alignment.training.preference_values import (
     SIDES,
     k3_estimate,
@@ -60,14 +61,13 @@ from lit_alignment.training.preference_values import (
 )
 from lit_alignment.training.reference_pass import cached_reference, made_of
 
-ReferenceKind = Literal["auto", "adapter_off", "frozen_copy", "cached", "none"]
-
 
 class PreferenceModule(GenerativeModule):
     """A causal language model that learns which responses are preferred.
 
     loss of an optimizer step = sum over losses of weight * mean over all its pairs, on all ranks and in all
-    micro-batches. Log-probabilities are summed over the assistant's tokens of a response; dropout is off.
+    micro-batches. Log-probabilities are summed over the assistant's tokens of a response; dropout is off. With
+    `data.chats` there is added chat_weight * the mean loss of all trained tokens of the step's chats.
 
     Args:
         backbone: The pretrained model.
@@ -81,6 +81,7 @@ class PreferenceModule(GenerativeModule):
             computes its log-probabilities before training, once, and keeps them in the data cache. `auto` takes what
             costs least: new adapters off, a copy of a continued adapter, a cache where all weights train.
         reference_sync: Let the reference follow the policy (TR-DPO); it is a frozen copy then.
+        chat_weight: Of the chats' loss, beside the weights of `losses`.
         generation: Decoding configurations of `predict`, by name.
     """
 
@@ -89,6 +90,7 @@ class PreferenceModule(GenerativeModule):
     progress_bar = ("loss", "accuracy", "margin")
     charts = (
         ("loss",),
+        ("chat_loss",),
         ("accuracy",),
         ("margin",),
         *((f"{better}_reward", f"{worse}_reward") for better, worse in SIDES),
@@ -107,11 +109,12 @@ class PreferenceModule(GenerativeModule):
         losses: list[LossConfig] | None = None,
         reference: ReferenceKind = "auto",
         reference_sync: ReferenceSyncConfig | None = None,
+        chat_weight: float = 1.0,
         generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
         """Check the losses and the reference; the weights come in `configure_model`."""
         super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
-        self.losses = losses or [LossConfig("sigmoid")]
+        self.losses, self.chat_weight = losses or [LossConfig("sigmoid")], chat_weight
         self.reference = reference_of(reference, self.losses, peft, adapter, reference_sync is not None)
         self.reference_sync = reference_sync
         self.reference_model: nn.Module | None = None
@@ -176,7 +179,7 @@ class PreferenceModule(GenerativeModule):
         return self._trainer is not None and self.trainer.state.fn in ("fit", "validate", "test")
 
     def _reference_logps(self, batch: PreferenceBatch) -> Tensor | None:
-        """Log-probability of each target under the reference, [N]."""
+        """Log-probability of each target of a response under the reference, [N]."""
         network = self.network
         switched: AbstractContextManager[None] = nullcontext()
         match self.reference:
@@ -191,7 +194,7 @@ class PreferenceModule(GenerativeModule):
             case _:
                 switched = reference_on(network)
         with switched:
-            return quiet_logps(network, batch, self.sequence)
+            return quiet_logps(network, batch, self.sequence)[: batch.num_judged]
 
     def _cached(self, split: Split) -> CachedRows:
         """Log-probabilities of a split's targets under the model before training."""
@@ -277,6 +280,8 @@ class PreferenceModule(GenerativeModule):
         super().setup(stage)
         if stage == "predict":
             return
+        if stage == "fit":
+            check_chats(self.chat_weight, self.data.chats)
         if self.reference_sync is not None and not self.features.supports("frozen_weights"):
             raise ConfigError(
                 "model.reference_sync: checkpoints of DeepSpeed leave the reference out, which changes. Use DDP or "
@@ -315,7 +320,8 @@ class PreferenceModule(GenerativeModule):
         if stage == "train" and batch.baseline:
             self._baselines[stage] = self._estimate(batch.baseline)
         reference = self._reference_logps(batch)
-        policy = target_logps(self.network, batch, sequence=self.sequence)
+        policy, chats = target_logps(self.network, batch, sequence=self.sequence).tensor_split([batch.num_judged])
+        weights = batch.weights[batch.num_judged :]
         if self.of_responses:
             responses = responses_of(policy, reference, batch.lengths, batch.counts)
             desirable = batch.scores > 0
@@ -333,10 +339,15 @@ class PreferenceModule(GenerativeModule):
             values |= {"loss": losses, **dict(zip(self.loss_names, parts, strict=False))}
             metric = self.train_means if stage == "train" else self.metrics_of(stage)["means"]
             metric.update(values)
+            metric.update({"chat_loss": -chats}, weights)
         # Ranks that share a row all have the whole loss, of which one counts.
-        counts = not batch.dummy and (self.sequence is None or self.sequence.rank == 0)
-        loss_sum = losses.sum() * float(counts)
-        return self.step_loss(loss_sum, batch.window_weight) if stage == "train" else loss_sum
+        counts = float(not batch.dummy and (self.sequence is None or self.sequence.rank == 0))
+        if stage != "train":
+            return counts * losses.sum()
+        # Two means, each over its own number in the step; of what a step does not have, the sum is 0.
+        loss = losses.sum() / (batch.window_weight or 1.0)
+        chat_loss = -(weights * chats).sum() / (batch.window_chat_tokens or 1.0)
+        return self.step_loss(counts * (loss + self.chat_weight * chat_loss), 1.0)
 
     def _estimate(self, batches: Iterable[PreferenceBatch]) -> Tensor:
         """Z of the chosen and of the rejected responses, or of mismatched ones: mean log-ratio on all ranks, [2].
@@ -347,7 +358,7 @@ class PreferenceModule(GenerativeModule):
         totals = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # of each side the sum and the number
         for batch in batches:
             reference = self._reference_logps(batch)
-            policy = quiet_logps(self.network, batch, self.sequence)
+            policy = quiet_logps(self.network, batch, self.sequence)[: batch.num_judged]
             ratios = responses_of(policy, reference, batch.lengths, batch.counts).ratio.double()
             sides = [ratios] if self.of_responses else [ratios[batch.chosen], ratios[batch.rejected]]
             for side, own in enumerate([] if batch.dummy else sides):
@@ -391,69 +402,3 @@ class PreferenceModule(GenerativeModule):
             for text in what_to_say(self._first, now, len(self.data.examples["val"]), self._said):
                 rank_zero_warn(text)
         return dict(values)
-
-
-def reference_of(
-    wanted: ReferenceKind,
-    losses: list[LossConfig],
-    peft: PeftConfig | None,
-    adapter: AdapterConfig | None,
-    follows: bool = False,
-) -> ReferenceKind:
-    """How the reference is held.
-
-    Args:
-        wanted: What the configuration asks for.
-        losses: What it is for.
-        peft: New adapters.
-        adapter: An existing one.
-        follows: Whether the reference follows the policy.
-
-    Raises:
-        ConfigError: If the losses need another one, or none.
-    """
-    kinds = {loss.form.of for loss in losses}
-    if len(kinds) > 1:
-        raise ConfigError("model.losses: losses of pairs and of responses judged alone do not go together.")
-    comparing = [loss.name for loss in losses if loss.form.needs_reference]
-    if not comparing:
-        if follows:
-            raise ConfigError(f"model.reference_sync: {losses[0].name} is compared with no reference. Remove it.")
-        if wanted not in ("auto", "none"):
-            raise ConfigError(
-                f"model.reference is {wanted}, and {losses[0].name} is compared with no reference. Remove it."
-            )
-        return "none"
-    if wanted == "none":
-        raise ConfigError(f"model.reference is none, and {comparing[0]} needs one. Set it to auto.")
-    if follows:
-        if wanted not in ("auto", "frozen_copy"):
-            raise ConfigError(
-                f"model.reference is {wanted}, which stays as it is, and model.reference_sync lets it follow. Set one "
-                "of them: reference to auto, or reference_sync to null."
-            )
-        if adapter is not None and not adapter.trainable:
-            raise ConfigError("model.reference_sync: the adapter does not train. Set model.adapter.trainable to true.")
-        return "frozen_copy"
-    if wanted == "adapter_off":
-        if peft is None and adapter is None:
-            raise ConfigError("model.reference is adapter_off, and there are no adapters. Set it to auto.")
-        if peft is not None and not leaves_base(peft):
-            raise ConfigError(
-                "model.reference is adapter_off, and these adapters change the base weights when they begin, or train "
-                "its biases, so that without them it is another model. Set init_lora_weights: true and bias: none."
-            )
-    new = peft is not None and leaves_base(peft)
-    mismatched = [loss.name for loss in losses if loss.form.baseline == "mismatched"]
-    if wanted == "cached" and mismatched:
-        raise ConfigError(
-            f"model.reference is cached, and {mismatched[0]} also reads responses behind other prompts, which change "
-            "with each step. Set it to auto."
-        )
-    if wanted == "auto":
-        if new:
-            return "adapter_off"
-        return "frozen_copy" if mismatched or adapter is not None else "cached"
-    if wanted == "frozen_copy" and new:
-        raise ConfigError("model.reference: a copy would hold what new adapters switched off are: use adapter_off.")
-    return wanted

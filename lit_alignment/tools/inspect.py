@@ -1,5 +1,6 @@
 """`lit-alignment inspect`: what the model will see, token by token, and what became of the records."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
         epilog="In the terminal trained tokens are green (and in [brackets] where there is no colour).",
     )
     parser.add_argument("--split", choices=list(STAGES), default="train")
-    parser.add_argument("--number", type=whole(1), default=2, help="examples to show (default: 2)")
+    parser.add_argument("--number", type=whole(1), default=2, help="examples to show of each source (default: 2)")
     parser.add_argument("--tokens", action="store_true", help="one line a token, with id, label and weight")
     parser.add_argument("--html", type=Path, help="also write the view to this file")
     options, rest = parser.split(arguments)
@@ -71,7 +72,8 @@ def main(arguments: list[str]) -> None:
     if not data.sources[options.split]:
         raise ConfigError(f"data.{options.split} is empty: nothing to inspect. Choose another --split.")
     data.setup(STAGES[options.split])
-    rows = [data.examples[options.split][index] for index in range(min(options.number, _size(data, options.split)))]
+    examples = data.examples[options.split]
+    rows = examples.rows(_first_of_each(examples["dataset"], options.number))
     views = [(row, data.views(row)) for row in rows]
 
     console = Terminal()
@@ -96,8 +98,15 @@ def main(arguments: list[str]) -> None:
         console.print(f"page: {options.html}")
 
 
-def _size(data: AlignmentDataModule, split: Split) -> int:
-    return len(data.examples[split])
+def _first_of_each(names: Sequence[str], number: int) -> list[int]:
+    """Positions of the first examples of each source."""
+    counts: Counter[str] = Counter()
+    found = []
+    for position, name in enumerate(names):
+        counts[name] += 1
+        if counts[name] <= number:
+            found.append(position)
+    return found
 
 
 def shown_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Token]:

@@ -1,5 +1,6 @@
 """What somebody should know of preference data, and of a training on them, before it is too late."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_alignment.data.examples import column
 from lit_alignment.data.sources.record_batches import CachedRows
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses.preference_config import LossConfig
 
@@ -31,17 +33,30 @@ def check_margins(examples: Mapping[str, CachedRows], losses: Sequence[LossConfi
     for split, rows in examples.items():
         if split == "predict":  # prompts
             continue
-        known = ~np.isnan(column(rows, "margin"))
+        judged = np.flatnonzero(column(rows, "weight"))  # chats have no margin to miss
+        known = ~np.isnan(column(rows, "margin")[judged])
         if reading and not known.all():
-            (first,) = rows.rows([int(np.argmin(known))])
-            where = f"{np.sum(~known)} of {len(rows)} records of data.{split}"
+            (first,) = rows.rows([int(judged[np.argmin(known)])])
+            where = f"{np.sum(~known)} of {len(known)} records of data.{split}"
             raise ConfigError(
                 f"model.losses: {reading[0]} reads the records' margins, and {where} have none, the first is "
                 f"{first['dataset']}/{first['id']}. Give each a 'margin', or choose another loss."
             )
         if not reading and known.any() and split == "train":
             name = losses[0].name
-            rank_zero_info(f"{np.sum(known)} of {len(rows)} records have a margin, which {name} does not read")
+            rank_zero_info(f"{np.sum(known)} of {len(known)} records have a margin, which {name} does not read")
+
+
+def check_chats(weight: float, chats: Sequence[SourceConfig]) -> None:
+    """Refuse a weight of chats that has no effect, or no sense.
+
+    Raises:
+        ConfigError: If there are no chats, or it is not above 0.
+    """
+    if weight != 1.0 and not chats:
+        raise ConfigError(f"model.chat_weight is {weight}, and there are no chats. Give data.chats, or remove it.")
+    if not 0 < weight < math.inf:
+        raise ConfigError(f"model.chat_weight is {weight}; use more than 0.")
 
 
 def check_balance(examples: CachedRows, loss: LossConfig) -> None:

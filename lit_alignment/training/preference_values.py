@@ -23,7 +23,7 @@ def value_names(of_responses: bool) -> list[str]:
     """
     sides = SIDES[of_responses]
     own = [f"{side}_{what}" for side in sides for what in ("reward", "logp", "length")]
-    return ["loss", *own, "kl", *(["desirable"] if of_responses else ["accuracy", "margin", *MOMENTS])]
+    return ["loss", "chat_loss", *own, "kl", *(["desirable"] if of_responses else ["accuracy", "margin", *MOMENTS])]
 
 
 def pair_values(chosen: Tensor, rejected: Tensor, pairs: Pairs) -> dict[str, Tensor]:

@@ -70,6 +70,8 @@ def cached_reference(
 ) -> CachedRows:
     """Log-probabilities of all targets of a split's examples, from the cache or computed now, on all ranks together.
 
+    Chats have none: they stand at position -1.
+
     Args:
         trainer: Runs the strategy under which they are computed.
         data: Has the examples.
@@ -79,10 +81,10 @@ def cached_reference(
         reference: Surrounds the pass, and gives what computes the log-probabilities of a batch.
     """
     examples = data.examples[split]
-    numbers: dict[tuple[str, str], int] = {}  # a record that is repeated is computed once
-    keys = zip(examples["dataset"], examples["id"], strict=True)
-    positions = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
-    firsts = np.unique(positions, return_index=True)[1]
+    judged = np.flatnonzero(column(examples, "weight"))
+    # A record that is repeated is computed once.
+    _, firsts, numbers = np.unique(examples.positions[judged], return_index=True, return_inverse=True)
+    firsts = judged[firsts]
     versions = [torch.__version__, transformers.__version__]
     computed = [str(trainer.precision), str(model.dtype), model.config._attn_implementation, *versions]
     key = fingerprint(weights, computed, _content(examples, firsts))
@@ -99,7 +101,8 @@ def cached_reference(
                     cached_rows(paths[number], partial(iter, rows), FEATURES, ["logps"])
                 trainer.strategy.barrier("reference")
     found = joined([CachedRows(FEATURES.arrow_schema, [file], _all_of(file)) for file in map(CachedFile, paths)])
-    found.positions = positions
+    found.positions = np.full(len(examples), -1)
+    found.positions[judged] = numbers
     return found
 
 

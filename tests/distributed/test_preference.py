@@ -8,10 +8,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_alignment import AdapterConfig, FSDP2Strategy, LossConfig
+from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.adapters import save_adapter
 from lit_alignment.optimization import OptimizerConfig
-from tests.helpers import base_model_folder, judged, pairs, preference_data, preference_module, trainer
+from tests.helpers import base_model_folder, chats, judged, pairs, preference_data, preference_module, trainer
 from tests.helpers.deepspeed_on_cpu import DeepSpeedOnCPU
 from tests.helpers.rank_runs import Recorder, full
 from tests.helpers.ranks import run_on_ranks
@@ -21,8 +22,9 @@ REFERENCES = {
     "copy": {"reference": "frozen_copy"},
     "second adapter": {"adapter": True},
     "cached": {"reference": "cached"},
+    "cached beside chats": {"reference": "cached", "chat_weight": 0.5},
 }
-KTO = {"kto adapters off": {"lora": True}, "kto copy": {}}
+KTO = {"kto adapters off": {"lora": True}, "kto copy": {}, "kto copy beside chats": {"chat_weight": 0.5}}
 
 
 def strategy_of(kind):
@@ -50,6 +52,8 @@ def built(folder, case, kind):
     )
     records = (judged(40), judged(9, 1)) if of_responses else (pairs(31), pairs(5, 1))
     shape = {"tokens_per_batch": 512, "cache_dir": str(folder / f"cache-{kind}")}
+    if case.endswith("chats"):
+        shape["chats"] = [SourceConfig(records=chats(16, longest=60), name="chats")]
     return module, preference_data(module, *records, kind="outcomes" if of_responses else "preferences", **shape)
 
 

@@ -18,8 +18,8 @@ from lit_alignment.losses.pairs import Pairs, ResponseLogps, pair_loss
 from lit_alignment.models.adapters import save_adapter
 from lit_alignment.models.head import base_model
 from lit_alignment.models.reference import adapters_off, quiet_logps
-from lit_alignment.modules.preference import reference_of
 from lit_alignment.training.preference_checks import what_to_say
+from lit_alignment.training.preference_reference import reference_of
 from tests.helpers import (
     Seen,
     base_model_folder,

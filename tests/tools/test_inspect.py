@@ -1,6 +1,7 @@
 """The view of tokens and labels is what training sees."""
 
 import itertools
+import json
 import re
 
 import numpy as np
@@ -107,6 +108,17 @@ def test_prompts_can_be_inspected(capsys):
     main(["--config", TINY, "--split", "predict", "--number", "1"])
     out = capsys.readouterr().out
     assert "0 trained (0%)" in out and "assistant" in out
+
+
+def test_first_examples_of_each_source_are_shown(tmp_path, capsys):
+    sources = [{"path": write_jsonl(tmp_path / f"{name}.jsonl", chats(3))} for name in ("a", "b")]
+    main(["--config", TINY, f"--data.init_args.train={json.dumps(sources)}", "--number", "2"])
+    assert re.findall(r"^train (\d): (\S+)", capsys.readouterr().out, re.M) == [
+        ("1", "a/r0"),
+        ("2", "a/r1"),
+        ("3", "b/r0"),
+        ("4", "b/r1"),
+    ]
 
 
 def test_missing_configuration_and_empty_split_are_refused():

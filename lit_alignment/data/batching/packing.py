@@ -23,16 +23,18 @@ class PlannedBatch:
         indices: Examples in it.
         window_weight: Trained weight of all micro-batches on all ranks that share its optimizer step.
         window_examples: Number of examples in these micro-batches.
+        window_chat_tokens: Weight of the tokens of all chats in them.
         dummy: Whether it only keeps this rank in step with the others; its labels are then ignored.
         share: Its tokens as a share of those of the window.
-        window: In a rank's first micro-batch of an optimizer step, those of all ranks in that step; in its later ones
-            empty, and None where there are no steps.
+        window: In a rank's first micro-batch of an optimizer step, those of all ranks in that step, without examples of
+            weight 0; in its later ones empty, and None where there are no steps.
         ranks: This rank, and the number of ranks, whose micro-batches alternate in the window.
     """
 
     indices: list[int]
     window_weight: float
     window_examples: int = 0
+    window_chat_tokens: float = 0.0
     dummy: bool = False
     share: float = 0.0
     window: Sequence[list[int]] | None = None
@@ -108,6 +110,8 @@ class BatchPlan:
         shuffle: New order each epoch; without it, order is by position.
         seed: Seed of the order.
         repeats: Whether every epoch has the order of the first.
+        chat_tokens: Weight of the tokens of each chat that trains beside the other examples; 0 for these, None without
+            chats.
     """
 
     lengths: NDArray[np.int64]
@@ -117,6 +121,7 @@ class BatchPlan:
     shuffle: bool
     seed: int
     repeats: bool = False
+    chat_tokens: NDArray[np.float64] | None = None
 
     @cached_property
     def _rows(self) -> list[list[int]]:
@@ -202,25 +207,28 @@ class BatchPlan:
             accumulate: Micro-batches a rank sees in one optimizer step; None where there are no steps.
         """
         window = (accumulate or 1) * world_size
-        totals = [
-            float(sum(self.weights[group].sum() for group in groups[start : start + window]))
-            for start in range(0, len(groups), window)
-        ]
-        sizes = [sum(map(len, groups[start : start + window])) for start in range(0, len(groups), window)]
+        totals = [self._totals(groups[start : start + window]) for start in range(0, len(groups), window)]
         tokens = [int(self.lengths[group].sum()) for group in groups]
         planned = []
         for first in range(0, len(groups), world_size):
             position = first + rank
-            total, size = totals[first // window], sizes[first // window]
+            of_window = totals[first // window]
             begin = first // window * window
             if position < len(groups):
                 share = tokens[position] / sum(tokens[begin : begin + window])
-                batch = PlannedBatch(groups[position], total, size, share=share)
+                batch = PlannedBatch(groups[position], *of_window, share=share)
             else:
                 shortest = min(groups[first], key=lambda i: self.lengths[i])
-                batch = PlannedBatch([int(shortest)], total, size, dummy=True)
+                batch = PlannedBatch([int(shortest)], *of_window, dummy=True)
             if accumulate is not None:
                 whole = groups[begin : begin + window] if first == begin else ()
+                whole = [[index for index in group if self.weights[index] > 0] for group in whole]
                 batch = replace(batch, window=whole, ranks=(rank, world_size))
             planned.append(batch)
         return planned
+
+    def _totals(self, groups: Sequence[list[int]]) -> tuple[float, int, float]:
+        """Trained weight, number of examples, and weight of the chats' tokens, of some micro-batches."""
+        indices = [index for group in groups for index in group]
+        chat_tokens = 0.0 if self.chat_tokens is None else float(self.chat_tokens[indices].sum())
+        return float(self.weights[indices].sum()), len(indices), chat_tokens

@@ -26,13 +26,14 @@ class RowEncoder:
     """How raw records become rows.
 
     Args:
-        read: A validated record, with at least an `id`, of a raw one, its file and line, and its position.
+        reader: Of a source, what gives a validated record, with at least an `id`, of a raw one, its file and line, and
+            its position.
         encode_record: The columns of a record but for those of ROW_FEATURES other than `length`; may raise Dropped.
         features: All columns.
         split: The parts of a record whose responses do not fit into one example; none if it has none.
     """
 
-    read: Callable[[object, str, int], Any]
+    reader: Callable[[SourceConfig], Callable[[object, str, int], Any]]
     encode_record: Callable[[Any, SourceConfig], dict[str, Any]]
     features: datasets.Features
     split: Callable[[Any], list[Any]] = lambda record: []

@@ -20,7 +20,7 @@ def plan(number=101, tokens=256, **settings):
     generator = np.random.default_rng(0)
     lengths = generator.integers(2, 200, number)
     options = {"batch_size": 4, "shuffle": True, "seed": 3, "tokens_per_batch": tokens}
-    return BatchPlan(lengths, lengths / 2.0, **(options | settings))
+    return BatchPlan(lengths, **({"weights": lengths / 2.0} | options | settings))
 
 
 def test_best_fit_worked_by_hand():
@@ -80,6 +80,15 @@ def test_limit_cuts_the_last_window_and_its_weight():
     batches = planned.batches(planned.groups(0)[:6], accumulate=4)
     assert len(batches) == 6
     assert batches[-1].window_weight == pytest.approx(sum(planned.weights[b.indices].sum() for b in batches[4:]))
+
+
+def test_chats_have_a_total_of_their_own_and_no_part_in_estimates():
+    weights, chat_tokens = np.array([2.0, 0.0, 1.0, 0.0, 0.0]), np.array([0.0, 3.5, 0.0, 4.0, 0.5])
+    planned = plan(5, None, weights=weights, chat_tokens=chat_tokens, batch_size=2, shuffle=False)
+    first, second, third = planned.batches(planned.groups(0), accumulate=2)
+    assert (first.window_weight, first.window_chat_tokens) == (3.0, 7.5) and first.window == [[0], [2]]
+    assert (second.window_weight, second.window_chat_tokens) == (3.0, 7.5) and second.window == []
+    assert (third.window_weight, third.window_chat_tokens) == (0.0, 0.5) and third.window == [[]]
 
 
 EXAMPLES = [Example([1, 2, 3], [-100, 2, 3], [0.0, 1.0, 1.0]), Example([4, 5], [4, 5], [0.5, 0.5])]
