@@ -3,8 +3,7 @@
 N trained tokens, S responses, P pairs
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -13,16 +12,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
-from lit_alignment.checkpoints.saved import CHECKPOINT_KEY
 from lit_alignment.data.base import Split, datamodule_as
-from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.data.preference import PreferenceBatch, PreferenceDataModule
 from lit_alignment.data.sources.record_batches import CachedRows
-from lit_alignment.distributed.sharding import reshard
-from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
 from lit_alignment.losses.pairs import pair_loss, pairs_of, response_loss, responses_of, rewards
@@ -30,24 +26,14 @@ from lit_alignment.losses.preference_config import LossConfig
 from lit_alignment.metrics.named import NamedMeans
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
-from lit_alignment.models.loading import BackboneConfig, load_network
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.logprobs import target_logps
 from lit_alignment.models.reference import (
-    FrozenCopy,
     ReferenceSyncConfig,
-    adapter_weights,
-    adapters_off,
-    add_reference,
-    is_reference,
-    leaves_base,
-    mix_into,
-    model_weights,
     quiet_logps,
-    reference_on,
-    without_dropout,
 )
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.modules.generative import GenerativeModule
+from lit_alignment.modules.compared import ComparedModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.training.preference_checks import check_balance, check_chats, check_margins, what_to_say
 from lit_alignment.training.preference_reference import ReferenceKind, reference_of
@@ -62,7 +48,7 @@ from lit_alignment.training.preference_values import (
 from lit_alignment.training.reference_pass import cached_reference, made_of
 
 
-class PreferenceModule(GenerativeModule):
+class PreferenceModule(ComparedModule):
     """A causal language model that learns which responses are preferred.
 
     loss of an optimizer step = sum over losses of weight * mean over all its pairs, on all ranks and in all
@@ -113,11 +99,10 @@ class PreferenceModule(GenerativeModule):
         generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
         """Check the losses and the reference; the weights come in `configure_model`."""
-        super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
-        self.losses, self.chat_weight = losses or [LossConfig("sigmoid")], chat_weight
-        self.reference = reference_of(reference, self.losses, peft, adapter, reference_sync is not None)
-        self.reference_sync = reference_sync
-        self.reference_model: nn.Module | None = None
+        losses = losses or [LossConfig("sigmoid")]
+        held = reference_of(reference, losses, peft, adapter, reference_sync is not None)
+        super().__init__(backbone, peft, adapter, tokens, optimizer, generation, held, reference_sync)
+        self.losses, self.chat_weight = losses, chat_weight
         self.of_responses = self.losses[0].form.of == "responses"
         self.loss_names = [f"{loss.name}_loss" for loss in self.losses] if len(self.losses) > 1 else []
         self.train_means = NamedMeans([*value_names(self.of_responses), *self.loss_names])
@@ -128,73 +113,10 @@ class PreferenceModule(GenerativeModule):
 
     # Model and reference.
 
-    def load_model(self, *arguments: Any, **options: Any) -> nn.Module:
-        """Load the weights, without dropout, and what of the reference stands in the same model."""
-        self._random_state, self._untrained = torch.get_rng_state(), True
-        network = super().load_model(*arguments, **options)
-        if (dropout := without_dropout(network)) and self._compares and self.trainer.state.fn == "fit":
-            rank_zero_warn(
-                f"dropout of {dropout:g} is off in training, too: policy and reference would differ by chance."
-            )
-        if self.frozen_copy == "adapter" and self._compares:
-            add_reference(network)
-        return network
-
-    def load_extra_networks(self, device_type: str = "cpu") -> None:
-        """Load the model a second time, if all of its weights train, or its adapters have changed them."""
-        if self.frozen_copy == "model" and self._compares:
-            self.reference_model = self._load_reference(device_type)
-
-    def _load_reference(self, device_type: str, adapter: AdapterConfig | None = None) -> nn.Module:
-        """The model before training, frozen."""
-        with torch.random.fork_rng():  # new weights, as of new tokens, begin as the policy's
-            torch.set_rng_state(self._random_state)
-            reference = load_network(
-                self.backbone,
-                self.tokenizer,
-                tokens=self.tokens_config,
-                added=self.added_tokens,
-                adapter=adapter,
-                packing=self.data.packing,
-                shared_prompts=self.data.share_prompts,
-                device_type=device_type,
-            )
-        return reference.requires_grad_(False).eval()
-
-    def extra_networks(self) -> dict[str, nn.Module]:
-        """The reference, where it is a model of its own."""
-        return {} if self.reference_model is None else {"the reference": self.reference_model}
-
-    @property
-    def frozen_copy(self) -> FrozenCopy:
-        """The reference: the whole model, or a second adapter."""
-        if self.reference != "frozen_copy":
-            return "nothing"
-        beside = self.adapter is not None or (self.peft_config is not None and self.reference_sync is not None)
-        return "adapter" if beside else "model"
-
-    @property
-    def _compares(self) -> bool:
-        """Whether this run computes losses, or metrics, for which it needs the reference."""
-        return self._trainer is not None and self.trainer.state.fn in ("fit", "validate", "test")
-
-    def _reference_logps(self, batch: PreferenceBatch) -> Tensor | None:
+    def judged_logps(self, batch: PreferenceBatch) -> Tensor | None:
         """Log-probability of each target of a response under the reference, [N]."""
-        network = self.network
-        switched: AbstractContextManager[None] = nullcontext()
-        match self.reference:
-            case "none":
-                return None
-            case "cached":
-                return batch.reference
-            case "adapter_off":
-                switched = adapters_off(network)
-            case "frozen_copy" if self.reference_model is not None:
-                network = self.reference_model
-            case _:
-                switched = reference_on(network)
-        with switched:
-            return quiet_logps(network, batch, self.sequence)[: batch.num_judged]
+        found = self.reference_logps(batch, batch.reference)
+        return None if found is None else found[: batch.num_judged]
 
     def _cached(self, split: Split) -> CachedRows:
         """Log-probabilities of a split's targets under the model before training."""
@@ -202,41 +124,8 @@ class PreferenceModule(GenerativeModule):
         frozen = None if self.adapter is None else replace(self.adapter, trainable=False)
         weights = made_of(self.backbone, frozen, self._random_state if drawn else None, self.data.cache_dir)
         return cached_reference(
-            self.trainer, self.data, split, weights, base_model(self.network), partial(self._before_training, frozen)
+            self.trainer, self.data, split, weights, base_model(self.network), partial(self.before_training, frozen)
         )
-
-    @contextmanager
-    def _before_training(self, adapter: AdapterConfig | None) -> Iterator[Callable[[PreferenceBatch], Tensor]]:
-        """What computes log-probabilities under the model before training: the policy, until it trains.
-
-        Args:
-            adapter: What it starts with.
-        """
-        network = self.network
-        switched: AbstractContextManager[None] = nullcontext()
-        if self.peft_config is not None and leaves_base(self.peft_config):
-            switched = adapters_off(network)
-        elif not self._untrained:
-            network = self._load_reference(self.device.type, adapter)
-            self.features.shard(network, layered=True)
-            network.to(self.device)
-        with switched:
-            yield lambda batch: quiet_logps(network, batch, self.sequence)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """From here on the policy is no longer the model before training.
-
-        Raises:
-            CheckpointError: If the reference followed the policy in one of both runs alone.
-        """
-        follows = self.reference_sync is not None
-        if self._compares and checkpoint.get(CHECKPOINT_KEY, {}).get("reference_follows", False) != follows:
-            raise CheckpointError(
-                f"model.reference_sync is {'set' if follows else 'not set'}, and in the run of the checkpoint it was "
-                f"{'not' if follows else 'set'}. Set it as then; or {FROM_WEIGHTS}."
-            )
-        super().on_load_checkpoint(checkpoint)
-        self._untrained = False
 
     def on_fit_start(self) -> None:
         """Say how good and bad responses are balanced."""
@@ -244,34 +133,6 @@ class PreferenceModule(GenerativeModule):
         self._first, self._said = {}, set()
         if self.of_responses:
             check_balance(self.data.examples["train"], self.losses[0])
-
-    def on_train_start(self) -> None:
-        """From here on the policy is no longer the model before training."""
-        super().on_train_start()
-        self._untrained = False
-
-    # A reference that follows the policy.
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Let the reference follow when its time has come: within the step, so that no checkpoint stands between."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        sync, done = self.reference_sync, self.trainer.global_step + 1  # Lightning counts the step when this returns
-        if sync is not None and done % sync.every_n_steps == 0:
-            copied = self.reference_model
-            reshard(self)
-            of_both = adapter_weights(self.network) if copied is None else model_weights(self.network, copied)
-            mix_into(of_both, sync.mix)
-
-    @property
-    def following_names(self) -> set[str]:
-        """The weights of the reference, if it follows the policy."""
-        if self.reference_sync is None:
-            return set()
-        return {name for name, _ in self.named_parameters(remove_duplicate=False) if is_reference(name)}
-
-    def checkpoint_metadata(self) -> dict[str, Any]:
-        """Also whether the reference follows the policy."""
-        return {**super().checkpoint_metadata(), "reference_follows": self.reference_sync is not None}
 
     # Steps and metrics.
 
@@ -282,11 +143,6 @@ class PreferenceModule(GenerativeModule):
             return
         if stage == "fit":
             check_chats(self.chat_weight, self.data.chats)
-        if self.reference_sync is not None and not self.features.supports("frozen_weights"):
-            raise ConfigError(
-                "model.reference_sync: checkpoints of DeepSpeed leave the reference out, which changes. Use DDP or "
-                "lit_alignment.FSDP2Strategy."
-            )
         wanted = "outcomes" if self.of_responses else "preferences"
         if self.data.kind != wanted:
             raise ConfigError(
@@ -319,7 +175,7 @@ class PreferenceModule(GenerativeModule):
         """The batch's share of the loss in training; else its loss, after adding it to the metrics."""
         if stage == "train" and batch.baseline:
             self._baselines[stage] = self._estimate(batch.baseline)
-        reference = self._reference_logps(batch)
+        reference = self.judged_logps(batch)
         policy, chats = target_logps(self.network, batch, sequence=self.sequence).tensor_split([batch.num_judged])
         weights = batch.weights[batch.num_judged :]
         if self.of_responses:
@@ -357,7 +213,7 @@ class PreferenceModule(GenerativeModule):
         """
         totals = torch.zeros(2, 2, dtype=torch.float64, device=self.device)  # of each side the sum and the number
         for batch in batches:
-            reference = self._reference_logps(batch)
+            reference = self.judged_logps(batch)
             policy = quiet_logps(self.network, batch, self.sequence)[: batch.num_judged]
             ratios = responses_of(policy, reference, batch.lengths, batch.counts).ratio.double()
             sides = [ratios] if self.of_responses else [ratios[batch.chosen], ratios[batch.rejected]]

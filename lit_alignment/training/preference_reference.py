@@ -46,13 +46,7 @@ def reference_of(
     if wanted == "none":
         raise ConfigError(f"model.reference is none, and {comparing[0]} needs one. Set it to auto.")
     if follows:
-        if wanted not in ("auto", "frozen_copy"):
-            raise ConfigError(
-                f"model.reference is {wanted}, which stays as it is, and model.reference_sync lets it follow. Set one "
-                "of them: reference to auto, or reference_sync to null."
-            )
-        if adapter is not None and not adapter.trainable:
-            raise ConfigError("model.reference_sync: the adapter does not train. Set model.adapter.trainable to true.")
+        _check_following(wanted, adapter)
         return "frozen_copy"
     if wanted == "adapter_off":
         if peft is None and adapter is None:
@@ -76,3 +70,14 @@ def reference_of(
     if wanted == "frozen_copy" and new:
         raise ConfigError("model.reference: a copy would hold what new adapters switched off are: use adapter_off.")
     return wanted
+
+
+def _check_following(wanted: ReferenceKind, adapter: AdapterConfig | None) -> None:
+    """Refuse a reference that cannot follow, or has nothing to follow."""
+    if wanted not in ("auto", "frozen_copy"):
+        raise ConfigError(
+            f"model.reference is {wanted}, which stays as it is, and model.reference_sync lets it follow. Set one of "
+            "them: reference to auto, or reference_sync to null."
+        )
+    if adapter is not None and not adapter.trainable:
+        raise ConfigError("model.reference_sync: the adapter does not train. Set model.adapter.trainable to true.")

@@ -62,7 +62,7 @@ def reference_logps(module, data):
     found = {}
     for batch in data.val_dataloader():
         batch = module.trainer.strategy.batch_to_device(batch)
-        values = iter(torch.split(module._reference_logps(batch), batch.lengths))
+        values = iter(torch.split(module.judged_logps(batch), batch.lengths))
         for name, number in zip(batch.ids, batch.groups, strict=True):
             found[name] = torch.cat([next(values) for _ in range(number)])
     return found

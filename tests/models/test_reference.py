@@ -34,7 +34,7 @@ class Watched(Callback):
     @staticmethod
     def logps(module):
         (batch,) = module.trainer.datamodule.val_dataloader()
-        return quiet_logps(module.network, batch), module._reference_logps(batch)
+        return quiet_logps(module.network, batch), module.judged_logps(batch)
 
     def on_train_start(self, trainer, pl_module):
         self.policy, self.reference = self.logps(pl_module)
@@ -77,7 +77,7 @@ def test_biases_that_train_with_adapters_are_not_in_the_reference(tmp_path):
         module, watched = run_with(tmp_path, base, reference, peft=peft, reference=reference)
         assert module.reference == ("cached" if reference == "auto" else "frozen_copy")
         (batch,) = module.trainer.datamodule.val_dataloader()
-        found[reference] = module._reference_logps(batch)
+        found[reference] = module.judged_logps(batch)
         torch.testing.assert_close(found[reference], watched.policy, rtol=0, atol=1e-5)
         assert float((Watched.logps(module)[0] - watched.policy).abs().max()) > 1e-3
     with pytest.raises(ConfigError, match="bias: none"):

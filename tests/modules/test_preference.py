@@ -104,12 +104,12 @@ def test_reference_is_the_model_before_training_and_stays_it(tmp_path, kind):
     run = trainer(tmp_path, max_steps=3)
     run.fit(module, data)
     batch = next(iter(data.val_dataloader()))
-    found = module._reference_logps(batch)
+    found = module.judged_logps(batch)
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     before = preference_module(base, kind == "new adapter", adapter=adapter)
     fresh = trainer(tmp_path)
     fresh.validate(before, preference_data(before, val=pairs(4, 1)), verbose=False)
-    expected = before._reference_logps(batch)
+    expected = before.judged_logps(batch)
     assert torch.equal(found, expected)
     with torch.no_grad():
         assert not torch.allclose(quiet_logps(module.network, batch), found)  # it did train
@@ -196,7 +196,7 @@ def logps_by_id(folder, base, reference, dtype, **settings):
     found = {}
 
     def step(batch, stage):
-        values = module._reference_logps(batch)
+        values = module.judged_logps(batch)
         parts = iter(torch.split(values, batch.lengths))
         for name in batch.ids:
             found[name] = torch.cat([next(parts), next(parts)])

@@ -130,7 +130,7 @@ def validation_loss(module, data):
     """Of the live policy beside the live reference."""
     losses = []
     for batch in data.val_dataloader():
-        ratios = quiet_logps(module.network, batch) - module._reference_logps(batch)
+        ratios = quiet_logps(module.network, batch) - module.judged_logps(batch)
         sums = torch.stack([part.sum() for part in torch.split(ratios, batch.lengths)])
         losses.append(-torch.nn.functional.logsigmoid(0.1 * (sums[batch.chosen] - sums[batch.rejected])))
     return torch.cat(losses).mean()
