@@ -23,6 +23,7 @@ from lit_alignment.cli import main
 from lit_alignment.data.examples import ExampleMaker
 from lit_alignment.errors import Stopped
 from tests.helpers import ROOT, Seen, chats, sft_data, sft_module, trainer, weights, write_jsonl
+from tests.helpers.commands import ForkedCommand
 from tests.helpers.ranks import run_on_ranks
 
 EXAMPLES = 16
@@ -199,11 +200,10 @@ def run_twice(number):
 @pytest.mark.slow
 def test_signals_to_workers_do_not_end_the_training_before_it_is_saved(tmp_path):
     """A terminal and a supervisor signal all processes of a group."""
-    process = start(*tiny(tmp_path, "--data.init_args.num_workers=2"), start_new_session=True)
-    wait_for(lambda: list(tmp_path.rglob("events*")), process)
-    time.sleep(4)  # some steps
-    os.killpg(process.pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
+    with ForkedCommand(tmp_path, *tiny(tmp_path, "--data.init_args.num_workers=2")) as process:
+        wait_for_steps(tmp_path, process)
+        os.killpg(process.pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=120)
     assert process.returncode == 143 and "Traceback" not in said, said
     assert saved(said).is_file()
 
@@ -222,13 +222,12 @@ def tiny(folder, *more):
     return ["fit", "--config", "configs/sft/tiny.yaml", *words, *more]
 
 
-def start(*arguments, start_new_session=False, **environment):
+def start(*arguments):
     # A shell starts what it puts into the background with SIGINT ignored, and the tests may have been started so.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     command = [sys.executable, "-m", "lit_alignment", *map(str, arguments)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    options = {"start_new_session": start_new_session, **pipe}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, preexec_fn=heed, **options)
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=heed, **pipe)
 
 
 def wait_for(there, process):
@@ -236,6 +235,10 @@ def wait_for(there, process):
     while not there():
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.1)
+
+
+def wait_for_steps(folder, process):
+    wait_for(lambda: any(b"train/loss" in path.read_bytes() for path in folder.rglob("events*")), process)
 
 
 def saved(said):
@@ -246,11 +249,12 @@ def saved(said):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_training_ends_with_a_checkpoint_a_message_and_its_exit_code(tmp_path, number):
-    process = start(*tiny(tmp_path))
-    wait_for(lambda: list(tmp_path.rglob("metrics.csv")) or list(tmp_path.rglob("events*")), process)
-    time.sleep(3)  # some steps
-    process.send_signal(number)
-    said, _ = process.communicate(timeout=120)
+    """From a new interpreter to its end, and forked."""
+    begun = start(*tiny(tmp_path)) if number == signal.SIGINT else ForkedCommand(tmp_path, *tiny(tmp_path))
+    with begun as process:
+        wait_for_steps(tmp_path, process)
+        os.kill(process.pid, number)
+        said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "Traceback" not in said
     last = said.strip().splitlines()[-1]
     assert last.startswith(
@@ -283,11 +287,13 @@ def test_sigterm_in_predict_ends_it_and_keeps_what_is_answered(tmp_path):
     words = ["predict", "--config", "configs/sft/tiny.yaml", f"--data.init_args.predict={source}"]
     writer = {"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": str(tmp_path / "out")}}
     folder = f"--trainer.default_root_dir={tmp_path}"
-    process = start(*words, "--trainer.callbacks", str([writer]), "--trainer.logger=false", folder)
     partial_file = lambda: [f for f in tmp_path.glob("out/*.partial0") if f.stat().st_size]  # noqa: E731
-    wait_for(partial_file, process)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    with ForkedCommand(
+        tmp_path, *words, "--trainer.callbacks", str([writer]), "--trainer.logger=false", folder
+    ) as process:
+        wait_for(partial_file, process)
+        os.kill(process.pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "Traceback" not in said and "stopped by SIGTERM" in said, said
     assert partial_file()
 

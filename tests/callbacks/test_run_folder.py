@@ -2,17 +2,21 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lit_alignment.callbacks.run_folder import RunFolder
+from lit_alignment.cli import main
 from lit_alignment.errors import ConfigError
 from tests.helpers import ROOT, chats, trainer, write_jsonl
 from tests.helpers.commands import command
+from tests.helpers.ranks import run_on_ranks
 
 KINDS = [CSVLogger, TensorBoardLogger]
 
@@ -108,13 +112,17 @@ def test_folder_that_cannot_be_made_is_one_message(config, tmp_path):
         take(tmp_path, TensorBoardLogger(tmp_path / "runs"))
 
 
+def run_alone(config):
+    """As a process that no launcher has started."""
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    rank_zero_only.rank = 0
+    assert main(["fit", "--config", config]) == 0
+
+
 @pytest.mark.slow
 def test_processes_that_start_together_share_nothing(config, tmp_path):
-    run = [sys.executable, "-m", "lit_alignment", "fit", "--config", config]
-    processes = [subprocess.Popen(run, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors[-2000:]
+    run_on_ranks(run_alone, config)
     assert versions(tmp_path) == [f"version_{number}" for number in range(2)]
     for name in versions(tmp_path):
         with (tmp_path / f"runs/lightning_logs/{name}/metrics.csv").open() as file:

@@ -52,7 +52,7 @@ def load(kind: str, folder: str) -> None:
         accumulate_grad_batches=1 if kind == "fsdp2" else 2,
         max_steps=1,
     )
-    runner.fit(module, sft_data(module, chats(4), packing=False, batch_size=2))
+    runner.fit(module, sft_data(module, chats(4, longest=5), packing=False, batch_size=2))
     torch.save(
         {"most": module.most, "loss": float(runner.callback_metrics["train/loss"])},
         Path(folder) / f"{kind}-{runner.global_rank}.pt",

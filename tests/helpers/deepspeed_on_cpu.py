@@ -14,8 +14,9 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
     def __init__(self, stage: int) -> None:
         super().__init__(stage=stage, zero_allow_untested_optimizer=True, process_group_backend="gloo")
         self.config["zero_force_ds_cpu_optimizer"] = False
-        # By default tensors of the size of ours stay whole in stage 3.
+        # By default tensors of the size of ours stay whole in stage 3, or until a last use that takes long to find.
         self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        self.config["zero_optimization"]["stage3_max_reuse_distance"] = 0
 
     @property
     def root_device(self) -> torch.device:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import Connection, Pipe
@@ -24,8 +25,18 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300  # after which ranks have hung
-# What jobs would import by themselves, each time; the last takes four seconds.
-PRELOADED = ["pytest", "tests.helpers", "lit_alignment.trainer_cli", "deepspeed.runtime.zero.muon.muon_optimizer"]
+# What jobs would import by themselves, each time; those of DeepSpeed take five seconds.
+PRELOADED = [
+    "pytest",
+    "tests.helpers.rank_runs",
+    "lit_alignment.trainer_cli",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.module_inject.auto_ep_layer",
+    "torch._subclasses.schema_check_mode",
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.profiler._cupti_monitor",
+]
 
 
 def run_on_ranks(job: Callable[..., None], *arguments: Any, ranks: int = 2) -> None:
@@ -83,6 +94,8 @@ def _serve(connection: Connection) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"  # looked at when the library is imported
     for name in PRELOADED:
         importlib.import_module(name)
+    with warnings.catch_warnings(action="ignore"):
+        _fill_caches()
     names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
     assert [name for name in names[1:] if name != "jemalloc_bg_thd"] == [], names  # those of jemalloc survive a fork
     gc.freeze()
@@ -98,6 +111,25 @@ def _serve(connection: Connection) -> None:
             files = [Path(folder) / str(rank) for rank in range(ranks)]
             children = {_fork(job, environment, rank, ranks, file): file for rank, file in enumerate(files)}
             connection.send(_attend(connection, children))
+
+
+def _fill_caches() -> None:
+    """Load adapters and an image encoder, and hash our code, once for all ranks: it was half of the time of most."""
+    from tests import helpers
+
+    sft, vlm = helpers.sft_module(lora=True), helpers.vlm_module()
+    for module in (sft, vlm):
+        module.load_model()
+    vlm.load_towers()
+    for data in (
+        helpers.sft_data(sft, []),
+        helpers.class_data(helpers.classifier()),
+        helpers.reward_data(helpers.reward_model()),
+        helpers.preference_data(helpers.preference_module()),
+        helpers.rag_data(helpers.rag_module(None)),
+        helpers.vlm_data(vlm),
+    ):
+        data._maker(prompts=False)
 
 
 def _attend(connection: Connection, children: dict[int, Path]) -> str:

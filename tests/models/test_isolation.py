@@ -1,7 +1,6 @@
 """What training takes for granted of a model is found out at the start."""
 
-import subprocess
-import sys
+import multiprocessing
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from lit_alignment.models.loading import BackboneConfig, load_network, load_toke
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.sft import SFTModule
 from tests.helpers import DECODER_SIZE, ROOT, chats, sft_data, sft_module, trainer
+from tests.helpers.ranks import run_on_ranks
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
@@ -60,7 +60,7 @@ def test_architectures_that_keep_documents_apart_pass(saved, kind, shared, dtype
 
 @pytest.mark.slow
 def test_compiled_model_passes(saved):
-    network = load(saved("llama"), True)
+    network = load(saved("llama", num_hidden_layers=1), True)
     network.get_decoder().compile(dynamic=True, backend="aot_eager")
     check_isolation(network, packing=True)
 
@@ -152,28 +152,20 @@ def test_tokenizer_without_end_and_padding_pads_with_some_token(saved, tmp_path)
     trainer(tmp_path, max_steps=1).fit(module, data)
 
 
-SCRIPT = """
-import multiprocessing, sys
-from tests.helpers import chats, sft_data, sft_module, trainer
-
-if __name__ == "__main__":
-    multiprocessing.set_start_method(sys.argv[1])
+def fit_and_predict(folder):
+    multiprocessing.set_start_method("forkserver")
+    multiprocessing.set_forkserver_preload(["tests.helpers"])  # once for all workers
     module = sft_module()
     data = sft_data(module, chats(4), chats(2), num_workers=1, packing=False, batch_size=2)
-    run = trainer(sys.argv[2])
+    run = trainer(folder)
     run.fit(module, data)
     run.predict(module, data)
-    print("steps", run.global_step)
-"""
+    assert run.global_step == 2
 
 
 @pytest.mark.slow
 def test_workers_that_are_not_forked_get_the_loader(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "script.py"), "forkserver", str(tmp_path)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert result.returncode == 0 and "steps 2" in result.stdout, result.stderr[-2000:]
+    run_on_ranks(fit_and_predict, tmp_path, ranks=1)
 
 
 def test_usual_model_is_looked_at_once(tmp_path, monkeypatch):

@@ -32,6 +32,12 @@ def fit(folder, base, callbacks, peft=LORA, resume=None, **options):
     return module
 
 
+def assert_same_weights(found, expected, step=None):
+    values = weights(found)
+    for name, value in weights(expected).items():
+        assert torch.equal(value, values[name]), (step, name)
+
+
 class Steps(Seen):
     """The trained weights behind each step, and those that validation saw."""
 
@@ -72,7 +78,7 @@ def test_average_is_that_of_the_trained_weights_alone_and_resumes(tmp_path, base
         torch.testing.assert_close(stored["state_dict"][name], value)
         assert torch.equal(stored["current_model_state"][name], steps.live[4][name])
     again = fit(tmp_path, base, [EMAWeightAveraging(decay=0.5)], resume=tmp_path / "saved/step=5.ckpt")
-    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(module).items())
+    assert_same_weights(again, module)
 
 
 class SaveAt(Callback):
@@ -101,8 +107,7 @@ def test_average_resumes_from_a_save_at_any_hook_before_its_own(tmp_path, base, 
     for step in saver.steps:
         path = tmp_path / f"{step}.ckpt"
         again = fit(tmp_path, base, [EMAWeightAveraging(decay=0.5)], resume=path, **options)
-        for name, value in weights(module).items():
-            assert torch.equal(value, weights(again)[name]), (step, name)
+        assert_same_weights(again, module, step)
 
 
 @pytest.mark.slow
@@ -110,7 +115,7 @@ def test_run_goes_on_without_its_average_from_the_live_weights(tmp_path, base):
     fit(tmp_path, base, [EMAWeightAveraging(decay=0.5), saver(tmp_path)])
     plain = fit(tmp_path, base, [])
     again = fit(tmp_path, base, [], resume=tmp_path / "saved/step=5.ckpt")
-    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(plain).items())
+    assert_same_weights(again, plain)
 
 
 @pytest.mark.slow
@@ -124,8 +129,7 @@ def test_ranks_fall_to_the_target_and_resume(tmp_path, base):
     assert ranks[2:6] == sorted(ranks[2:6], reverse=True) and ranks[2] > ranks[3]
     for step in (3, 5, 7):
         again = fit(tmp_path, base, [], peft, resume=tmp_path / f"saved/step={step}.ckpt")
-        for name, value in weights(module).items():
-            assert torch.equal(value, weights(again)[name]), (step, name)
+        assert_same_weights(again, module, step)
 
 
 def test_schedule_of_ranks_that_does_not_end_with_the_run_is_refused(tmp_path, base):

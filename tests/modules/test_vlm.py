@@ -291,7 +291,7 @@ def test_answers_that_depend_on_the_image_alone_are_learned(tmp_path):
     falling = OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup=0)  # so that the last steps settle
     module = vlm_module(generation={"greedy": DecodingConfig(max_new_tokens=8)}, optimizer=falling)
     data = vlm_data(module, records, records, encoding=EncodingConfig(max_length=64))
-    trainer(tmp_path, max_epochs=150).fit(module, data)
+    trainer(tmp_path, max_epochs=80).fit(module, data)
     data.setup("predict")
     items = [data.predict_item(data.examples["predict"][i], i) for i in range(8)]
     found = [response.completions[0].text for response in module.respond(items, DecodingConfig(max_new_tokens=8))]

@@ -59,14 +59,17 @@ class Resident(Callback):
 
 
 def peak(kind, folder):
-    """Bytes that a few steps take beyond the libraries, in a process of their own, written into a file. Linux only."""
+    """Bytes that two steps take beyond the libraries, in a process of their own, written into a file. Linux only.
+
+    The first has no moments yet, and those after the second take no more than that.
+    """
     libc = ctypes.CDLL(
         None
     )  # each tensor gets pages of its own: a malloc that keeps what is freed is measured with them
     assert libc.mallopt(M_MMAP_THRESHOLD, 65536) and libc.mallopt(M_TRIM_THRESHOLD, 65536)
     module, data = module_and_data(kind, folder)
     resident = Resident()
-    trainer(Path(folder), callbacks=[resident], max_steps=3, max_epochs=-1).fit(module, data)
+    trainer(Path(folder), callbacks=[resident], max_steps=2, max_epochs=-1).fit(module, data)
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident.before
     (Path(folder) / "taken.json").write_text(json.dumps(taken))
 

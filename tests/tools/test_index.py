@@ -15,7 +15,8 @@ from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import PassageIndex
 from lit_alignment.tools import index
 from tests.helpers import RETRIEVER, ROOT, base_model_folder, chats, trainer, write_jsonl
-from tests.helpers.commands import command, command_in_a_process
+from tests.helpers.commands import command
+from tests.helpers.ranks import run_on_ranks
 
 PASSAGES = [{"id": f"n{i}", "title": f"note {i}", "text": chats(9)[i]["messages"][0]["content"]} for i in range(9)]
 
@@ -66,8 +67,7 @@ def test_two_processes_build_the_same_index(config, tmp_path):
     one = PassageIndex.load(tmp_path / "index")
     two = tmp_path / "two"
     settings = [f"--model.index.path={two}", "--model.index.batch_size=2", "--trainer.devices=2"]
-    run = command_in_a_process("index", "build", "--config", str(config), *settings)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_on_ranks(index.main, ["build", "--config", str(config), *settings])
     made = PassageIndex.load(two)
     assert made.manifest.encoder_hash == one.manifest.encoder_hash and made.passages["id"] == one.passages["id"]
     torch.testing.assert_close(made.shards[0], one.shards[0], rtol=1e-4, atol=1e-6)

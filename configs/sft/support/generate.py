@@ -264,17 +264,20 @@ def manual(generator: random.Random) -> tuple[list[dict[str, Any]], list[dict[st
     return passages, *sides
 
 
-def reading(number: int, generator: random.Random) -> list[dict[str, Any]]:
-    """Questions behind the passage that answers them, with a new code each time: a lesson in reading."""
+def reading(number: int, held_out: int, generator: random.Random) -> list[dict[str, Any]]:
+    """Questions behind the passage that answers them, with a new code each time: a lesson in reading.
+
+    Questions are trained too, but for those held out: they repeat the product, and what copies that has begun to read.
+    """
     found = []
     for index in range(number):
         product, code = generator.choice([*PRODUCTS[0], *PRODUCTS[1]]), generator.randrange(100, 1000)
         passage = f"{product}\nThe {product} is reset with code {code}."
         question = generator.choice(ASKED[0]).format(p=product)
-        messages = [
-            {"role": "user", "content": f"{passage}\n\n{question}"},
-            {"role": "assistant", "content": str(code)},
-        ]
+        asked: dict[str, Any] = {"role": "user", "content": f"{passage}\n\n{question}"}
+        if index < number - held_out:
+            asked["train"] = True
+        messages = [asked, {"role": "assistant", "content": str(code)}]
         found.append({"id": f"reading-{index}", "messages": messages})
     return found
 
@@ -291,7 +294,7 @@ def files() -> dict[str, list[dict[str, Any]]]:
         written[f"reward/support/{name}.jsonl"] = pairs(chats, random.Random(name))
     names = ("passages", "train", "test")
     written |= {f"rag/support/{name}.jsonl": part for name, part in zip(names, manual(random.Random(7)), strict=True)}
-    written["rag/support/reading.jsonl"] = reading(1200, random.Random(1))
+    written["rag/support/reading.jsonl"] = reading(1200, 100, random.Random(1))
     return written
 
 
