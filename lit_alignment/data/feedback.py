@@ -116,6 +116,8 @@ class FeedbackDataModule(ConversationDataModule):
             raise RecordError(
                 record.where, missing, "is missing", "Give it, or set data.kind to what the records hold."
             )
+        if len(scores) == 1 and self.kind == "preferences" and not record.alone:
+            raise Dropped("nothing_to_prefer")  # of several answers all were the same
         if (len(scores) > 1) != (self.kind == "preferences"):
             problem = f"the record has {len(scores)} response(s), which data.kind: {self.kind} does not take"
             raise RecordError(record.where, "", problem, "Set data.kind to what the records hold.")

@@ -101,6 +101,22 @@ def test_weights_of_a_batch_are_not_rounded(tmp_path, precision):
     assert seen[0].dtype == torch.float32 and (seen[0] - 0.3).abs().max() < 1e-7
 
 
+def test_gradients_are_clipped_under_mixed_precision(tmp_path, monkeypatch):
+    """Lightning refuses to clip where it takes the fused kernel for one that unscales gradients itself."""
+    module, norms, step = sft_module(), [], torch.optim.AdamW.step
+
+    def measured(self, closure):
+        loss = closure()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])))
+        step(self)
+        return loss
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", measured)
+    runner = trainer(tmp_path, precision="bf16-mixed", max_steps=1, gradient_clip_val=1e-3)
+    runner.fit(module, sft_data(module, chats(2)))
+    assert norms == [pytest.approx(1e-3, rel=1e-2)]
+
+
 def test_index_is_not_stale_in_half_precision(tmp_path):
     """The retriever's weights stay as those that made the index; the generator's are cast."""
     module = rag_module(encoded_index(tmp_path, knowledge(6)), num_passages=2)

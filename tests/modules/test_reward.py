@@ -391,9 +391,10 @@ def test_record_of_another_kind_is_refused(kind, record, message):
 def test_pair_that_says_nothing_is_dropped_with_its_reason():
     same = PROMPT | {"id": "same", "chosen": "yes", "rejected": "yes"}
     tied = PROMPT | {"id": "tied", "candidates": ["a", "b"], "ranking": [1, 1]}
-    data = reward_data(reward_model(), [same, tied, *pairs(1)])
+    sampled = PROMPT | {"id": "sampled", "answers": [{"id": "a", "content": "yes"}], "rewards": {"a": 1.0}}
+    data = reward_data(reward_model(), [same, tied, sampled, *pairs(1)])
     data.setup("fit")
-    assert data.reports["train"].dropped == {"nothing_to_prefer": 2}
+    assert data.reports["train"].dropped == {"nothing_to_prefer": 3}
 
 
 def test_report_shows_both_responses_and_their_scores(tmp_path):

@@ -42,6 +42,7 @@ class Feedback(Record):
         steps: Texts of the response's steps, where these are judged one by one; `responses` is then empty.
         step_labels: 1 or 0 for each step; empty if nothing is known.
         subset: The part of a benchmark that it belongs to.
+        alone: Whether the record's form is that of one response, judged alone.
     """
 
     responses: list[ScoredResponse] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Feedback(Record):
     steps: list[str] = field(default_factory=list)
     step_labels: list[float] = field(default_factory=list)
     subset: str | None = None
+    alone: bool = False
 
 
 PAIRS = (("chosen", "rejected"), ("answer_w", "answer_l"))
@@ -96,6 +98,7 @@ def read_feedback(raw: object, where: str, position: int) -> Feedback:
         rest["steps"], rest["step_labels"] = _read_steps(raw, steps, where)
     else:
         prompt, rest["responses"] = _read_single(raw, where)
+        rest["alone"] = True
     outer = read_record({**raw, "messages": prompt or [{"role": "user", "content": ""}]}, where, position)
     subset = raw.get("subset")
     if subset is not None and not isinstance(subset, str):
