@@ -90,10 +90,13 @@ OPTIONS = {
     "every second epoch": {"max_epochs": 4, "check_val_every_n_epoch": 2, "limit_train_batches": 3},
     "other windows each epoch": {"max_epochs": 3, "accumulate_grad_batches": 1, "scheduling": {0: 1, 1: 3, 2: 2}},
 }
+MORE = ("no windows", "steps", "no validation", "validation over epochs", "every second epoch")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in MORE else name for name in OPTIONS]
+)
 def test_resume_from_every_moment_is_exact(tmp_path, name):
     whole, log, module, _ = fit(tmp_path, save=True, **OPTIONS[name])
     saved = {}  # of those that agree in all that decides how training goes on, one

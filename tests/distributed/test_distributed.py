@@ -52,7 +52,7 @@ def test_two_ranks_that_share_a_batch_equal_one_process(method, lora, kind, trai
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("lora", ["full", "lora"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.exhaustive), 2, 3])
 def test_stages_of_zero_equal_one_process(stage, lora, method, trained):
     """DeepSpeed keeps the gradients to itself; their norms are those of one process, and so are the losses."""
     one, two = trained("one", lora, method), trained(f"deepspeed-{stage}", lora, method)
@@ -63,6 +63,7 @@ def test_stages_of_zero_equal_one_process(stage, lora, method, trained):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", SHARING)
 @pytest.mark.parametrize(("kind", "lora"), [("sequence-4", "full"), ("tensor-4", "full"), ("tensor-4", "lora")])
 def test_two_groups_of_two_ranks_equal_one_process(kind, lora, method, trained):

@@ -24,6 +24,7 @@ REFERENCES = {
     "cached": {"reference": "cached"},
     "cached beside chats": {"reference": "cached", "chat_weight": 0.5},
 }
+MORE = [pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("tensor", "zero1", "zero2")]
 KTO = {"kto adapters off": {"lora": True}, "kto copy": {}, "kto copy beside chats": {"chat_weight": 0.5}}
 
 
@@ -149,7 +150,7 @@ def assert_same(one, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REFERENCES)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "sequence", "tensor", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "sequence", "zero3", *MORE])
 def test_two_ranks_train_beside_a_reference_as_one_process(kind, case, trained):
     """Losses, gradients, all that is logged, and the reference, which three steps leave as it was."""
     assert_same(trained("one", case)[0], trained(kind, case))
