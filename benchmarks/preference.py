@@ -1,14 +1,14 @@
 """Does preference optimisation make a real model better, when it learns from its own answers?
 
-    python -m benchmarks.preference requests          # up to an hour on two CPU cores
-    python -m benchmarks.preference vader             # the same
+    python -m benchmarks.preference requests          # its time as a whole is not measured yet, nor that of the other
+    python -m benchmarks.preference vader
     python -m benchmarks.preference requests --tiny   # every stage on a handful of records, in minutes
 
-`requests`: SmolLM2-135M, fine-tuned on the demo's support requests as configs/sft/smollm2_lora.yaml says, answers each
-training request eight times; an exact verifier scores the answers, `sample` writes them as rankings, and DPO continues
+`requests`: SmolLM2-135M, fine-tuned on the demo's support requests as configs/sft/smollm2_lora.yaml says, answers 100
+training requests eight times; an exact verifier scores the answers, `sample` writes them as rankings, and DPO continues
 the adapter as configs/preference/support_smollm2.yaml says. The same number of optimizer steps more of SFT is beside
 it. Exact match on 500 fresh requests whose sentences, products and order numbers are in no training data; learning
-rates are chosen on 50 others. All of it with three seeds.
+rates are chosen on 50 others. Answers and trainings that follow are made with three seeds.
 
 `vader`: the same model is fine-tuned to finish lines about films, and writes eight ends of each line. The best and the
 worst by reward model A are what DPO and KTO learn from, as configs/preference/vader_smollm2.yaml says. Reward model B,
