@@ -276,9 +276,6 @@ class AlignmentModule(CheckpointedModule):
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
         steps, rates = partial(total_steps, self.trainer), self.other_rates()
         optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, steps, fused, rates)
-        if self.trainer.precision == "bf16-mixed":
-            # No scaler there: Lightning would take the fused kernel for one that unscales, and refuse to clip.
-            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         self.settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
