@@ -120,7 +120,7 @@ def build_optimizer(
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
     # The scaler of fp16 never meets the fused kernel, for which Lightning would refuse to clip under bf16-mixed.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     order = [id(parameter) for parameter in trainable]
     optimizer.register_load_state_dict_pre_hook(lambda own, state: _regrouped(own, state, order))
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, total(), config))
