@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from lit_alignment.checkpoints.saved import CHECKPOINT_KEY
@@ -15,9 +14,8 @@ from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.distributed.sharding import reshard
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.loading import BackboneConfig, load_network
+from lit_alignment.models.loading import load_network
 from lit_alignment.models.reference import (
     FrozenCopy,
     ReferenceSyncConfig,
@@ -32,41 +30,22 @@ from lit_alignment.models.reference import (
     reference_on,
     without_dropout,
 )
-from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.generative import GenerativeModule
-from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.training.preference_reference import ReferenceKind
 
 
 class ComparedModule(GenerativeModule):
     """A policy beside its reference, the model before training, or one that follows it; both without dropout.
 
-    Args:
-        backbone: The pretrained model.
-        peft: New adapters from the peft library; without these and `adapter` all weights train.
-        adapter: An existing adapter, frozen or to be trained further.
-        tokens: Special and new tokens; with LoRA only the rows of new ones train.
-        optimizer: Optimizer and schedule.
-        generation: Decoding configurations of `predict`, by name.
-        reference: How the reference is held; `auto` was decided before.
+    Attributes:
+        reference: How the reference is held; a method sets it, with the next two, before anything is loaded.
         reference_sync: How it follows the policy.
+        reference_model: The reference, where it is a model of its own; None before it is loaded.
     """
 
-    def __init__(
-        self,
-        backbone: BackboneConfig,
-        peft: PeftConfig | None,
-        adapter: AdapterConfig | None,
-        tokens: TokensConfig,
-        optimizer: OptimizerConfig,
-        generation: dict[str, DecodingConfig] | None,
-        reference: ReferenceKind,
-        reference_sync: ReferenceSyncConfig | None,
-    ) -> None:
-        """Nothing is loaded yet."""
-        super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
-        self.reference, self.reference_sync = reference, reference_sync
-        self.reference_model: nn.Module | None = None
+    reference: ReferenceKind
+    reference_sync: ReferenceSyncConfig | None
+    reference_model: nn.Module | None
 
     def setup(self, stage: str) -> None:
         """Refuse a reference that follows where checkpoints could not hold it."""

@@ -28,10 +28,7 @@ from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.logprobs import target_logps
-from lit_alignment.models.reference import (
-    ReferenceSyncConfig,
-    quiet_logps,
-)
+from lit_alignment.models.reference import ReferenceSyncConfig, quiet_logps
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.compared import ComparedModule
 from lit_alignment.optimization import OptimizerConfig
@@ -99,10 +96,10 @@ class PreferenceModule(ComparedModule):
         generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
         """Check the losses and the reference; the weights come in `configure_model`."""
-        losses = losses or [LossConfig("sigmoid")]
-        held = reference_of(reference, losses, peft, adapter, reference_sync is not None)
-        super().__init__(backbone, peft, adapter, tokens, optimizer, generation, held, reference_sync)
-        self.losses, self.chat_weight = losses, chat_weight
+        super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
+        self.losses, self.chat_weight = losses or [LossConfig("sigmoid")], chat_weight
+        self.reference = reference_of(reference, self.losses, peft, adapter, reference_sync is not None)
+        self.reference_sync, self.reference_model = reference_sync, None
         self.of_responses = self.losses[0].form.of == "responses"
         self.loss_names = [f"{loss.name}_loss" for loss in self.losses] if len(self.losses) > 1 else []
         self.train_means = NamedMeans([*value_names(self.of_responses), *self.loss_names])
