@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lit_alignment.data.batching.collate import Sequences, collate_padded, pad_prompts, pad_sequences
 from lit_alignment.data.encoding.example import Example
@@ -19,7 +20,7 @@ from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.generation.engine import Completion, Engine, Request, Result, cut_completion, prompt_seed
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.adapters import is_prompt_learning, prefix_cache
-from lit_alignment.models.head import base_model, scores_at
+from lit_alignment.models.head import base_model, hidden_states, scores_at
 from lit_alignment.models.logprobs import row_inputs, target_logps
 from lit_alignment.models.multimodal.placing import Placement, placed
 from lit_alignment.moved import renamed
@@ -160,7 +161,12 @@ def _sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, argu
     """
     plain = cast(GenerationMixin, model)
     if not isinstance(model, PeftModel) or not is_prompt_learning(model):
-        return cast(Tensor, plain.generate(input_ids=input_ids, attention_mask=attention_mask, **arguments))
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        config = arguments["generation_config"]
+        # Where all ranks have to make the same passes, none makes one more.
+        if config.num_return_sequences > 1 and config.num_beams == 1 and not arguments["synced_gpus"]:
+            inputs |= _read_once(model, input_ids, attention_mask, config)
+        return cast(Tensor, plain.generate(**inputs, **arguments))
     number = model.active_peft_config.num_virtual_tokens
     config = arguments["generation_config"]
     copies = max(config.num_beams, config.num_return_sequences)  # transformers expands tensors, but no cache
@@ -173,6 +179,32 @@ def _sequences(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, argu
         **arguments,
     )
     return sequences[:, number:]
+
+
+def _read_once(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, config: GenerationConfig
+) -> dict[str, Tensor | Cache]:
+    """What generate continues when each prompt is read once, not once for each of its answers; nothing if it cannot.
+
+    Args:
+        model: A causal language model, with or without adapters.
+        input_ids: Prompts, [B, T].
+        attention_mask: 0 on the padding before them, [B, T].
+        config: Of generation; its number of answers becomes 1 where the prompts are repeated here.
+    """
+    number, length = config.num_return_sequences, input_ids.shape[1] - 1
+    cache = DynamicCache(config=base_model(model).config)
+    # The states of recurrent layers are not kept by position.
+    if length == 0 or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return {}
+    before = attention_mask[:, :length]  # all but the last token, whose logits generate needs
+    positions = (before.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": input_ids[:, :length], "attention_mask": before, "position_ids": positions}
+    hidden_states(model, **inputs, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(number)
+    config.num_return_sequences = 1
+    repeated = (each.repeat_interleave(number, 0) for each in (input_ids, attention_mask))
+    return dict(zip(("input_ids", "attention_mask"), repeated, strict=True)) | {"past_key_values": cache}
 
 
 def _generation_config(

@@ -100,7 +100,7 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
             inputs.pop("position_ids", None)  # peft counts them itself, from the first virtual token on
             model(**inputs, use_cache=False)
             return captured[0][:, -inputs["input_ids"].shape[1] :]
-        note_router_loss(model(**inputs, use_cache=False))
+        note_router_loss(model(**{"use_cache": False, **inputs}))
     return captured[0]
 
 

@@ -3,7 +3,9 @@ import torch
 from transformers import GenerationConfig
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.generation import transformers_engine
 from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.models.head import base_model
 from lit_alignment.models.stop_rule import StopRule, stop_rule
 from tests.helpers import encoder, generate, record, sft_module
 
@@ -56,6 +58,23 @@ def test_several_answers_belong_to_their_prompts(model, tokenizer):
         assert len(answers) == 3
         assert all(answer.text.startswith(tokenizer.decode(prompt)) for answer in answers)
     assert len({answer.text for answers in found for answer in answers}) > 8
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_prompt_is_read_once_for_all_its_answers_which_stay_the_same(lora, tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    model = sft_module(lora).load_model()
+    read: list[int] = []
+    embeddings = base_model(model).get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
+    settings = DecodingConfig(max_new_tokens=5, temperature=1.0, num_return_sequences=4)
+    found = generate(model, tokenizer, PROMPTS, settings, NEVER)
+    number, width = len(PROMPTS), max(map(len, PROMPTS))
+    assert read[:2] == [number * (width - 1), number * 4] and sum(read) <= number * (width - 1 + 4 * 5)
+    monkeypatch.setattr(transformers_engine, "_read_once", lambda *_: {})
+    read.clear()
+    assert generate(model, tokenizer, PROMPTS, settings, NEVER) == found
+    assert read[0] == number * 4 * width  # as generate does it
 
 
 def test_sampling_repeats_under_its_seed_and_not_under_another(model, tokenizer):
