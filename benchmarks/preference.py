@@ -4,7 +4,7 @@
     python -m benchmarks.preference vader
     python -m benchmarks.preference requests --tiny   # every stage on a handful of records, in minutes
 
-`requests`: SmolLM2-135M, fine-tuned on the demo's support requests as configs/sft/smollm2_lora.yaml says, answers 100
+`requests`: SmolLM2-135M, fine-tuned on the demo's support requests as configs/sft/smollm2_lora.yaml says, answers 400
 training requests eight times; an exact verifier scores the answers, `sample` writes them as rankings, and DPO continues
 the adapter as configs/preference/support_smollm2.yaml says. The same number of optimizer steps more of SFT is beside
 it. Exact match on 500 fresh requests whose sentences, products and order numbers are in no training data; learning
@@ -63,8 +63,8 @@ BFLOAT16 = ["--model.init_args.backbone.dtype=bfloat16"]  # the frozen weights; 
 
 DPO = "configs/preference/support_smollm2.yaml"
 DEMO = Path("configs/sft/support")
-RATES = {"DPO": (1e-4, 3e-4, 1e-3), "SFT continued": (2e-4, 6e-4, 2e-3)}
-PROMPTS = 100  # training requests of each seed that the model answers
+RATES = {"DPO": (1e-5, 3e-5, 1e-4), "SFT continued": (2e-4, 6e-4, 2e-3)}
+PROMPTS = 400  # training requests of each seed that the model answers
 LONGEST_ROUTE = 36  # tokens; no reference has more than 34
 CHOOSE, HELD_OUT = 50, 500  # requests to choose learning rates on, and to report
 
