@@ -6,6 +6,7 @@ from lit_alignment.losses.classification import (
     multi_label_loss,
     regression_loss,
 )
+from lit_alignment.losses.distillation import LinearHead, linear_divergence, token_divergence
 from lit_alignment.losses.language_modeling import (
     linear_cross_entropy,
     linear_logps,
@@ -26,6 +27,7 @@ from lit_alignment.losses.retrieval import (
 from lit_alignment.losses.reward import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
 
 __all__ = [
+    "LinearHead",
     "balanced_class_weights",
     "bradley_terry_loss",
     "centering_penalty",
@@ -34,6 +36,7 @@ __all__ = [
     "info_nce_loss",
     "leave_one_out_loss",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_logps",
     "linear_logps_and_entropies",
     "multi_label_loss",
@@ -46,5 +49,6 @@ __all__ = [
     "replug_loss",
     "retriever_loss",
     "token_cross_entropy",
+    "token_divergence",
     "token_logps_and_entropies",
 ]

@@ -125,8 +125,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = hidden[part].to(weight.dtype)
             # Under autocast the product would be cast back to bf16 anyway: weight's dtype decides.
             with torch.autocast(hidden.device.type, enabled=False):
-                logits = _chunk_logits(chunk, weight, bias, buffer)  # [C, V]
-            _shape_(logits, scale, softcap)
+                logits = chunk_logits(chunk, weight, bias, buffer)  # [C, V]
+            shape_logits_(logits, scale, softcap)
             hits += (logits.argmax(-1) == targets[part]).sum()
             capped = logits.clone() if softcap is not None else None
             row_weights = None if weights is None else weights[part]
@@ -142,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
                 if grad_weight is not None:
-                    _add_product_(grad_weight, grad_logits, chunk)
+                    add_product_(grad_weight, grad_logits, chunk)
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
 
@@ -161,14 +161,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None, None, None)
 
 
-def _chunk_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
+def chunk_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
     """Logits of one chunk, [C, V], at least in fp32; through one buffer: fresh memory each time costs page faults."""
     if buffer is None:
         return wide(torch.nn.functional.linear(chunk, weight, bias))
     return wide(torch.mm(chunk, weight.T, out=buffer[: len(chunk)]))
 
 
-def _add_product_(total: Tensor, grad_logits: Tensor, chunk: Tensor) -> None:
+def add_product_(total: Tensor, grad_logits: Tensor, chunk: Tensor) -> None:
     """Add a chunk's gradient of the weight, [V, D]; in one precision without a second matrix of that size."""
     if grad_logits.dtype == total.dtype:
         total.addmm_(grad_logits.T, chunk)
@@ -302,8 +302,8 @@ class _LinearLogps(torch.autograd.Function):
         for start in range(0, len(targets), chunk_size):
             part = slice(start, start + chunk_size)
             with torch.autocast(hidden.device.type, enabled=False):
-                logits = _chunk_logits(hidden[part].to(weight.dtype), weight, bias, buffer)
-            slope = _shape_(logits, scale, softcap, temperature, with_slope=at_once)
+                logits = chunk_logits(hidden[part].to(weight.dtype), weight, bias, buffer)
+            slope = shape_logits_(logits, scale, softcap, temperature, with_slope=at_once)
             normaliser = logits.logsumexp(1)
             logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - normaliser
             if with_entropy:
@@ -334,8 +334,8 @@ class _LinearLogps(torch.autograd.Function):
             part = slice(start, start + chunk_size)
             chunk = hidden[part].to(weight.dtype)
             with torch.autocast(hidden.device.type, enabled=False):
-                logits = _chunk_logits(chunk, weight, bias, buffer)
-                slope = _shape_(logits, scale, softcap, temperature, with_slope=True)
+                logits = chunk_logits(chunk, weight, bias, buffer)
+                slope = shape_logits_(logits, scale, softcap, temperature, with_slope=True)
                 extra = _entropy_gradient(logits, grad_entropies[part]) if with_entropy else None
                 # The gradient of minus the log-probability, which is what the cross-entropy's is.
                 _loss_and_gradient_(logits, targets[part], -grad_logps[part], 0.0)
@@ -343,7 +343,7 @@ class _LinearLogps(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
                 if grad_weight is not None:
-                    _add_product_(grad_weight, grad_logits, chunk)
+                    add_product_(grad_weight, grad_logits, chunk)
                 if grad_bias is not None:
                     grad_bias += logits.sum(0)
         return (
@@ -362,7 +362,7 @@ def _entropy_gradient(logits: Tensor, grad_entropies: Tensor) -> Tensor:
     return log_probabilities.add_(entropies).mul_(probabilities).mul_(-grad_entropies[:, None])
 
 
-def _shape_(
+def shape_logits_(
     logits: Tensor, scale: float, softcap: float | None, temperature: float = 1.0, with_slope: bool = False
 ) -> Tensor | float:
     """Scale, soft cap and temperature, in place; returns the derivative by what the logits were, if it is wanted."""
