@@ -304,13 +304,18 @@ class _LinearLogps(torch.autograd.Function):
             with torch.autocast(hidden.device.type, enabled=False):
                 logits = chunk_logits(hidden[part].to(weight.dtype), weight, bias, buffer)
             slope = shape_logits_(logits, scale, softcap, temperature, with_slope=at_once)
-            normaliser = logits.logsumexp(1)
-            logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - normaliser
+            target_logits = logits.gather(1, targets[part, None]).squeeze(1)
             if with_entropy:
+                normaliser = logits.logsumexp(1)
                 logits.sub_(normaliser[:, None])
                 entropies[part] = -(logits.exp() * logits).sum(1)
+            else:  # in place: logsumexp takes twice as long
+                top = logits.amax(1)
+                total = logits.sub_(top[:, None]).exp_().sum(1)
+                normaliser = total.log() + top
+            logps[part] = target_logits - normaliser
             if grad_hidden is not None:
-                logits.sub_(normaliser[:, None]).exp_()
+                logits.div_(total[:, None])
                 logits[torch.arange(len(logits), device=logits.device), targets[part]] -= 1
                 grad_logits = logits.mul_(slope).neg_().to(weight.dtype)
                 with torch.autocast(hidden.device.type, enabled=False):

@@ -47,18 +47,21 @@ class ReferenceSyncConfig:
 
 
 @torch.no_grad()
-def quiet_logps(network: nn.Module, batch: TargetBatch, sequence: SequenceGroup | None = None) -> Tensor:
+def quiet_logps(
+    network: nn.Module, batch: TargetBatch, sequence: SequenceGroup | None = None, temperature: float = 1.0
+) -> Tensor:
     """Log-probability of each target of a batch without dropout and gradient, [N].
 
     Args:
         network: A causal language model.
         batch: The rows and their targets.
         sequence: Ranks that share the batch's row.
+        temperature: Divides the logits.
     """
     training = network.training
     network.eval()
     try:
-        return target_logps(network, batch, sequence=sequence)
+        return target_logps(network, batch, temperature=temperature, sequence=sequence)
     finally:
         network.train(training)
 

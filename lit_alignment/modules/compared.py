@@ -107,12 +107,15 @@ class ComparedModule(GenerativeModule):
         """Whether this run computes losses, or metrics, for which it needs the reference."""
         return self._trainer is not None and self.trainer.state.fn in ("fit", "validate", "test")
 
-    def reference_logps(self, batch: TargetBatch, cached: Tensor | None = None) -> Tensor | None:
+    def reference_logps(
+        self, batch: TargetBatch, cached: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor | None:
         """Log-probability of each target under the reference, [N]; None if there is no reference.
 
         Args:
             batch: The rows.
             cached: Of these, where they were computed before training.
+            temperature: Divides the logits.
         """
         network = self.network
         switched: AbstractContextManager[None] = nullcontext()
@@ -128,7 +131,7 @@ class ComparedModule(GenerativeModule):
             case _:
                 switched = reference_on(network)
         with switched:
-            return quiet_logps(network, batch, self.sequence)
+            return quiet_logps(network, batch, self.sequence, temperature)
 
     @contextmanager
     def before_training(self, adapter: AdapterConfig | None) -> Iterator[Callable[[TargetBatch], Tensor]]:
