@@ -78,6 +78,10 @@ class TrainingError(AlignmentError):
     """A run cannot continue."""
 
 
+class RewardError(AlignmentError):
+    """A reward function has failed on a record, has taken too long, or has given something else than scores."""
+
+
 class Stopped(SystemExit):
     """A run that was asked to stop by a signal; the exit code is that of a process that the signal ends.
 
