@@ -22,7 +22,7 @@ class ReasoningGymReward(RewardFunction):
     Args:
         tag: Name of the tag that the final answer stands in, as `answer`; the last such part counts, and without one
             the score is 0. None takes the whole response.
-        zero_on_error: Score 0 for an answer on which the verifier raises, as some do on what is no number; by default
+        zero_on_error: Score 0 for an answer on which the verifier raises, as some do on what is not numeric; by default
             it ends the run.
         timeout: Seconds that the scores of one prompt may take; None waits.
     """
