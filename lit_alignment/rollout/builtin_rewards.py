@@ -196,7 +196,7 @@ def compiled(reward: RewardFunction, pattern: str, flags: int = 0) -> re.Pattern
     try:
         return re.compile(pattern, flags)
     except re.error as error:
-        raise reward.refusal(f"pattern {pattern!r} is no regular expression ({error})") from error
+        raise reward.refusal(f"pattern {pattern!r} is no regular expression ({error}). Correct it") from error
 
 
 def same_text(text: str, reference: str, ignore_case: bool = False) -> bool:

@@ -4,11 +4,11 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from lit_alignment.rollout.rewards import RewardFunction, ScoreList
+from lit_alignment.rollout.rewards import Given, RewardFunction
 
 
 @dataclass(kw_only=True, eq=False)
@@ -42,7 +42,7 @@ class PythonReward(RewardFunction):
             problem = f"{self.function}{signature} cannot be called with {given} ({error})"
             raise self.refusal(f"{problem}. Change the function, or 'arguments'") from error
 
-    def __call__(self, responses: list[str], record: dict[str, Any]) -> ScoreList | Coroutine[Any, Any, ScoreList]:
+    def __call__(self, responses: list[str], record: dict[str, Any]) -> Given:
         """What the function gives."""
         return self._function(responses, record, **self.arguments)
 
@@ -50,7 +50,7 @@ class PythonReward(RewardFunction):
         """The function's name."""
         return self.function.rpartition(".")[2]
 
-    def _imported(self) -> Callable[..., Any]:
+    def _imported(self) -> Callable[..., Given]:
         module, _, name = self.function.rpartition(".")
         if not module:
             raise self.refusal(f"function is '{self.function}'; use a dotted path, as my_rewards.score")
@@ -64,4 +64,4 @@ class PythonReward(RewardFunction):
             raise self.refusal(f"{self.function} cannot be imported ({why}). Check 'function'") from error
         if not callable(function):
             raise self.refusal(f"{self.function} is no function, but {type(function).__name__}. Check 'function'")
-        return cast(Callable[..., Any], function)
+        return cast(Callable[..., Given], function)

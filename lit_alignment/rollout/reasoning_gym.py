@@ -22,10 +22,13 @@ class ReasoningGymReward(RewardFunction):
     Args:
         tag: Name of the tag that the final answer stands in, as `answer`; the last such part counts, and without one
             the score is 0. None takes the whole response.
+        zero_on_error: Score 0 for an answer on which the verifier raises, as some do on what is not numeric; by default
+            it ends the run.
         timeout: Seconds that the scores of one prompt may take; None waits.
     """
 
     tag: str | None = None
+    zero_on_error: bool = False
     timeout: float | None = 60.0
     _tasks: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -45,8 +48,18 @@ class ReasoningGymReward(RewardFunction):
         made_of = json.dumps([stored["task"], stored["settings"]], sort_keys=True)
         task = self._tasks.get(made_of) or _dataset(stored["task"], 1, 0, stored["settings"])
         self._tasks[made_of] = task
-        answers = [self._answer(response) for response in responses]
-        return [0.0 if answer is None else float(task.score_answer(answer, stored["entry"])) for answer in answers]
+        return [self._score(task, self._answer(response), stored) for response in responses]
+
+    def _score(self, task: Any, answer: str | None, stored: dict[str, Any]) -> float:
+        if answer is None:
+            return 0.0
+        try:
+            return float(task.score_answer(answer, stored["entry"]))
+        except Exception as error:  # of the verifiers each has its own
+            if self.zero_on_error:
+                return 0.0
+            problem = f"the verifier of {stored['task']} raises {type(error).__name__} ({error}) on {answer[:200]!r}"
+            raise ConfigError(f"{problem}. Set zero_on_error to score such answers 0.") from error
 
     def _answer(self, response: str) -> str | None:
         if self.tag is None:
@@ -74,16 +87,17 @@ def reasoning_gym_records(task: str, size: int, seed: int = 0, **settings: Any) 
     for index in range(size):
         entry = dataset[index]
         try:
-            kept = plain(entry)
+            kept, kept_settings = plain([entry, settings])
         except Misfit as misfit:
-            raise ConfigError(f"{task}[{index}]{misfit.path} {misfit.problem}. Use another task.") from misfit
+            problem = f"something of its record {index} {misfit.problem}"
+            raise ConfigError(f"{task}: {problem}. A file cannot hold it: use another task.") from misfit
         if dataset.score_answer(kept["answer"], kept) != dataset.score_answer(entry["answer"], entry):
             raise ConfigError(f"{task}: its verifier gives another score once a record was a file. Use another task.")
         yield {
             "id": f"{task}-{seed}-{index}",
             "messages": [{"role": "user", "content": kept["question"]}],
             "label": kept["answer"],
-            "meta": {META: {"task": task, "settings": settings, "entry": kept}},
+            "meta": {META: {"task": task, "settings": kept_settings, "entry": kept}},
         }
 
 

@@ -118,9 +118,8 @@ class RewardPool:
         values = torch.tensor([score for call in calls for score in call.scores], dtype=torch.float64)
         values = values.view(len(self.functions), sum(len(responses) for responses, _ in groups))
         weights = torch.tensor([function.weight for function in self.functions], dtype=torch.float64)
-        counted = values[weights != 0]
-        rewards = (weights[weights != 0] @ counted.nan_to_num(0.0)).masked_fill(counted.isnan().all(0), math.nan)
-        return Scores(values, rewards)
+        weighted = (weights[:, None] * values)[weights != 0]
+        return Scores(values, weighted.nansum(0).masked_fill(weighted.isnan().all(0), math.nan))
 
 
 @dataclass(eq=False)
@@ -274,8 +273,11 @@ class _EventLoop:
                 thread = threading.Thread(target=_run_until, args=(loop, stop), name="reward-loop", daemon=True)
                 self._running = loop, stop, thread
                 thread.start()
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._running[0])
-        return future.result()
+            future = asyncio.run_coroutine_threadsafe(_outcome(coroutine), self._running[0])
+        scores = future.result()
+        if isinstance(scores, BaseException):
+            raise scores
+        return scores
 
     def close(self) -> None:
         """Cancel what still runs; a later coroutine has another loop."""
@@ -287,6 +289,14 @@ class _EventLoop:
         if thread.is_alive():
             loop.call_soon_threadsafe(stop.set)
             thread.join(1.0)  # what blocks the loop ends with the process
+
+
+async def _outcome(coroutine: Coroutine[Any, Any, ScoreList]) -> ScoreList | BaseException:
+    """What a coroutine gives, or what it raises where that would end the loop with all the others in it."""
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        return error
 
 
 def _run_until(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

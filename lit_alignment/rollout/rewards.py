@@ -14,6 +14,7 @@ from lit_alignment.data.encoding.messages import Message, read_record
 from lit_alignment.errors import ConfigError
 
 ScoreList = list[float | None]
+Given = ScoreList | Coroutine[Any, Any, ScoreList]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -52,7 +53,7 @@ class RewardFunction(ABC):
             raise self.refusal(f"timeout is {self.timeout}; use more than 0 seconds, or null")
 
     @abstractmethod
-    def __call__(self, responses: list[str], record: dict[str, Any]) -> ScoreList | Coroutine[Any, Any, ScoreList]:
+    def __call__(self, responses: list[str], record: dict[str, Any]) -> Given:
         """The score of each response, higher is better; None for one that is not scored. It may be `async`.
 
         Args:
@@ -135,8 +136,8 @@ def record_messages(record: dict[str, Any]) -> list[Message]:
     Raises:
         RecordError: If it has none.
     """
-    prompt = {"completion": []} if "prompt" in record else {}
-    return read_record({**prompt, **record}, "the record", 0).messages
+    whole = {"completion": [], **record} if "prompt" in record else record
+    return read_record(whole, "the record", 0).messages
 
 
 def prompt_messages(record: dict[str, Any]) -> list[Message]:

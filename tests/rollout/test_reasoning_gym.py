@@ -1,7 +1,7 @@
 """Tasks with verifiers: what is written of them, and that it is scored as the package scores it."""
 
-import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -11,11 +11,10 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.rollout import ReasoningGymReward, RewardPool, reasoning_gym_records
 
 TASKS = ["basic_arithmetic", "countdown", "leg_counting"]
-INSTALLED = importlib.util.find_spec("reasoning_gym") is not None
 
 
-@pytest.mark.skipif(INSTALLED, reason="reasoning-gym is installed")
-def test_the_package_that_is_missing_is_named():
+def test_the_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ConfigError, match=r"pip install 'lit-alignment\[rl\]'"):
         ReasoningGymReward().start(torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"pip install 'lit-alignment\[rl\]'"):
@@ -50,6 +49,27 @@ def test_settings_of_a_task_reach_its_generator_and_stand_in_the_record():
     (record,) = reasoning_gym_records("leg_counting", 1, min_animals=7, max_animals=7)
     assert len(record["meta"]["reasoning_gym"]["entry"]["metadata"]["animals"]) == 7
     assert record["meta"]["reasoning_gym"]["settings"] == {"min_animals": 7, "max_animals": 7}
+
+
+def test_an_answer_on_which_a_verifier_raises_is_named_or_has_no_credit():
+    pytest.importorskip("reasoning_gym")
+    (record,) = reasoning_gym_records("prime_factorization", 1)
+    responses = ["17 bananas", record["label"]]
+    with pytest.raises(
+        ConfigError, match="prime_factorization raises ValueError .* on '17 bananas'. Set zero_on_error"
+    ):
+        ReasoningGymReward()(responses, record)
+    assert ReasoningGymReward(zero_on_error=True)(responses, record) == [0, 1]
+
+
+def test_a_task_whose_verifier_needs_more_than_json_is_refused():
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(ConfigError, match="rearc: its verifier gives another score once a record was a file"):
+        next(reasoning_gym_records("rearc", 1))
+    with pytest.raises(ConfigError, match="composite: something of its record 0 is of the type DatasetSpec"):
+        from reasoning_gym.composite import DatasetSpec
+
+        next(reasoning_gym_records("composite", 1, datasets=[DatasetSpec("leg_counting", 1.0, {})]))
 
 
 def test_what_the_package_refuses_is_one_message():

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -33,6 +34,15 @@ def broken(responses, record):
 async def broken_later(responses, record):
     await asyncio.sleep(0)
     return broken(responses, record)
+
+def blocks(responses, record):
+    time.sleep(30)
+
+async def waits(responses, record):
+    await asyncio.sleep(30)
+
+async def blocks_the_loop(responses, record):
+    time.sleep(30)
 
 not_a_function = 3
 """
@@ -203,8 +213,12 @@ def test_a_function_that_would_end_its_thread_ends_the_run(error):
     def leaves(responses, record):
         raise error
 
-    with pytest.raises(RewardError, match=f"the function has raised {type(error).__name__}"):
-        RewardPool([Gives(values=leaves)]).score(groups(1, 1))
+    async def leaves_the_loop(responses, record):
+        raise error
+
+    for values in (leaves, leaves_the_loop):
+        with pytest.raises(RewardError, match=f"the function has raised {type(error).__name__}"):
+            RewardPool([Gives(values=values)]).score(groups(1, 1))
 
 
 def test_a_function_that_raises_is_not_waited_for_by_slow_ones():
@@ -217,21 +231,9 @@ def test_a_function_that_raises_is_not_waited_for_by_slow_ones():
     assert time.monotonic() - started < 2
 
 
-def blocks(responses, record):
-    time.sleep(30)
-
-
-async def waits(responses, record):
-    await asyncio.sleep(30)
-
-
-async def blocks_the_loop(responses, record):
-    time.sleep(30)
-
-
-@pytest.mark.parametrize("function", [blocks, waits, blocks_the_loop])
-def test_a_function_that_takes_too_long_ends_the_run_in_time(function):
-    pool = RewardPool([Gives(name="judge", values=function, timeout=0.2)])
+@pytest.mark.parametrize("function", ["blocks", "waits", "blocks_the_loop"])
+def test_a_function_that_takes_too_long_ends_the_run_in_time(function, my_rewards):
+    pool = RewardPool([PythonReward(name="judge", function=f"my_rewards.{function}", timeout=0.2)])
     started = time.monotonic()
     with pytest.raises(RewardError, match="model.rewards.judge: record 'r0': not scored after 0.2 s. Raise 'timeout'"):
         pool.score(groups(1, 1))
@@ -250,17 +252,22 @@ def test_the_time_of_a_call_does_not_begin_before_it_does():
     assert pool.score(groups(*[1] * 8)).rewards.tolist() == [0.0] * 8
 
 
-def test_stuck_functions_do_not_keep_the_process():
+@pytest.mark.slow  # another process imports everything
+def test_stuck_functions_do_not_keep_the_process(my_rewards):
     code = """
-from tests.rollout.test_reward_pool import Gives, RewardError, RewardPool, blocks, blocks_the_loop, groups, waits
-for function in (blocks, waits, blocks_the_loop):
+from lit_alignment.errors import RewardError
+from lit_alignment.rollout import PythonReward, RewardPool
+for name in ("blocks", "waits", "blocks_the_loop"):
     try:
-        RewardPool([Gives(values=function, timeout=0.2)]).score(groups(1))
+        RewardPool([PythonReward(function=f"my_rewards.{name}", timeout=0.2)]).score([(["a"], {"id": "r1"})])
     except RewardError as error:
-        print("ended")
+        print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=25)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n" * 3, "")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=my_rewards.parent, env=environment, timeout=25
+    )
+    assert (done.returncode, done.stderr, done.stdout.count("record 'r1': not scored after 0.2 s")) == (0, "", 3)
 
 
 def test_hooks_are_called_with_the_device():
