@@ -86,8 +86,8 @@ def step_deviation(moments: Tensor) -> Tensor:
 
 def groups_without_variance(rewards: Tensor, groups: Sequence[int]) -> Tensor:
     """Whether all scored responses of a group have one reward, so that none of it has a gradient, [G]."""
-    parts = torch.split(rewards, list(groups))
-    return torch.tensor([len(part[~part.isnan()].unique()) < 2 for part in parts], device=rewards.device)
+    parts = [part[~part.isnan()] for part in torch.split(rewards, list(groups))]
+    return torch.tensor([bool((part == part[:1]).all()) for part in parts], device=rewards.device)
 
 
 @dataclass(frozen=True)

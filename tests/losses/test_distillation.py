@@ -198,13 +198,15 @@ def test_bfloat16_is_computed_in_float32(autocast):
         assert gradient.dtype == of.dtype
 
 
-def test_teacher_in_another_precision_is_compared_in_the_students():
+@pytest.mark.parametrize("beta", BETAS)
+def test_teacher_in_another_precision_is_compared_in_the_students(beta):
     hidden, head, teacher_hidden, teacher, _ = heads(torch.float64)
-    half = LinearHead(teacher.weight.bfloat16(), teacher.bias.bfloat16(), teacher.scale, teacher.softcap)
-    _, each = linear_divergence(hidden, head, teacher_hidden, half, beta=0.5)
-    _, expected = linear_divergence(hidden, head, teacher_hidden, teacher, beta=0.5)
-    assert each.dtype == torch.float64
-    torch.testing.assert_close(each, expected, rtol=0.1, atol=1e-2)
+    single = LinearHead(teacher.weight.float())
+    _, each = linear_divergence(hidden, head, teacher_hidden, single, beta=beta)
+    logits = full_logits(teacher_hidden.float(), single)
+    torch.testing.assert_close(each, token_divergence(full_logits(hidden, head), logits, beta), rtol=1e-11, atol=1e-11)
+    _, narrow = linear_divergence(teacher_hidden, single, hidden, head, beta=beta)
+    assert each.dtype == torch.float64 and narrow.dtype == torch.float32
 
 
 def test_no_position_gives_zero_loss_and_zero_gradient():

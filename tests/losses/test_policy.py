@@ -259,8 +259,8 @@ def test_advantages_worked_by_hand():
 
 @pytest.mark.parametrize("form", get_args(AdvantageForm))
 def test_group_without_variance_has_no_advantage_at_all(form):
-    """Not even one of rounding: the mean of three times 0.2 is not 0.2."""
-    rewards = torch.tensor([0.2, 0.2, 0.2, 0.7, NAN, 0.3, NAN, NAN, 1e7, 1e7], dtype=torch.float32)
+    """Not even one of rounding: the mean of three times 0.1 is not 0.1."""
+    rewards = torch.tensor([0.1, 0.1, 0.1, 0.7, NAN, 0.3, NAN, NAN, 1e7, 1e7], dtype=torch.float64)
     groups = [3, 2, 1, 2, 2]
     assert advantages(rewards, groups, form, deviation=0.5).tolist() == [0.0] * 10
     assert groups_without_variance(rewards, groups).all()
