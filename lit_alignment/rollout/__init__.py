@@ -1,0 +1,1 @@
+"""Policy optimisation's rollouts: responses that are sampled in training, and what scores them."""
