@@ -74,7 +74,8 @@ class Completion:
 
     Args:
         token_ids: Its tokens, the one that ends the turn included.
-        logps: Log-probability of each under the model, at temperature 1; None if not asked for.
+        logps: Log-probability of each under the model, at temperature 1, or in a rollout at that of sampling; None if
+            not asked for.
         text: Its text, as the decoding asks for it.
         finish_reason: `stop` at an end-of-turn token or stop string, `length` at the limit.
         marginal_logp: Log-probability of the whole where that is no sum over tokens, but one over passages.

@@ -34,14 +34,20 @@ class TransformersEngine(Engine):
         tokenizer: Its tokenizer.
         batch_size: Requests to answer together; neighbours of other settings are not.
         synced: Continue each batch until all ranks are done, as sharded models need.
+        sampled_logps: Give all completions their log-probabilities, at the temperature that they were sampled at.
     """
 
     def __init__(
-        self, network: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, synced: bool = False
+        self,
+        network: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        synced: bool = False,
+        sampled_logps: bool = False,
     ) -> None:
         """Keep the parts."""
         self.network, self.tokenizer = network, tokenizer
-        self.batch_size, self.synced = batch_size, synced
+        self.batch_size, self.synced, self.sampled_logps = batch_size, synced, sampled_logps
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Result]]:
         """Each request with its result, batch by batch."""
@@ -93,15 +99,16 @@ class TransformersEngine(Engine):
             cut_completion(row, request, self.tokenizer)
             for row, request in zip(sequences[:, input_ids.shape[1] :].tolist(), owners, strict=True)
         ]
-        if decoding.logprobs:
-            completions = self._with_logps(completions, owners)
+        if self.sampled_logps or decoding.logprobs:
+            temperature = decoding.temperature if self.sampled_logps else 0.0
+            completions = self._with_logps(completions, owners, temperature or 1.0)
         return [completions[start : start + copies] for start in range(0, len(completions), copies)]
 
     @property
     def _padding(self) -> int:
         return int(self.tokenizer.pad_token_id or 0)
 
-    def _with_logps(self, completions: list[Completion], owners: list[Request]) -> list[Completion]:
+    def _with_logps(self, completions: list[Completion], owners: list[Request], temperature: float) -> list[Completion]:
         """Completions with the log-probability of each token, from one forward pass over prompts and completions."""
         examples = []
         for completion, request in zip(completions, owners, strict=True):
@@ -109,7 +116,7 @@ class TransformersEngine(Engine):
             weights = [0.0] * len(prompt) + [1.0] * len(tokens)
             examples.append(Example(prompt + tokens, [IGNORE_INDEX] * len(prompt) + tokens, weights))
         rows = collate_padded(examples, self._padding)
-        logps = torch.split(target_logps(self.network, rows), rows.lengths)
+        logps = torch.split(target_logps(self.network, rows, temperature=temperature), rows.lengths)
         return [
             replace(completion, logps=values.tolist()) for completion, values in zip(completions, logps, strict=True)
         ]

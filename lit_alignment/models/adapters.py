@@ -272,7 +272,8 @@ def save_adapter(network: PeftModel, folder: Path) -> None:
     pattern = getattr(config, "rank_pattern", None)
     if isinstance(config, AdaLoraConfig):  # the pattern of another step; what it leaves out is zero
         config.rank_pattern = None
-    network.save_pretrained(str(folder), save_embedding_layers=False)
+    # The one that trains alone: a reference beside it belongs to no folder.
+    network.save_pretrained(str(folder), selected_adapters=[network.active_adapter], save_embedding_layers=False)
     if isinstance(config, AdaLoraConfig):
         config.rank_pattern = pattern
     (folder / "README.md").unlink(missing_ok=True)  # an empty form

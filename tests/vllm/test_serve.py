@@ -1,13 +1,8 @@
 """The server: vLLM's own, on what training has made."""
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 
 import pytest
 from peft import LoraConfig
@@ -18,7 +13,7 @@ from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.tools.serve import command
 from lit_alignment.vllm.model import Served
 from tests.helpers import ROOT, pairs, reward_data, reward_model, sft_data
-from tests.vllm.helpers import FAST, by_transformers, lines, trained
+from tests.vllm.helpers import FAST, by_transformers, lines, serving, trained
 
 
 def test_server_listens_on_this_machine_alone_by_default(tmp_path):
@@ -33,39 +28,6 @@ def test_rewards_are_served_raw(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     words = command(Served(str(tmp_path)), "mine", "127.0.0.1", 8000)
     assert words[words.index("--pooler-config") + 1] == '{"use_activation": false}'
-
-
-@contextmanager
-def serving(*arguments):
-    """A server on a free port, and its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "lit_alignment", "serve", *arguments, "--port", str(port), "--max-model-len", "512"]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    process = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None, process.stdout.read()[-3000:]
-            assert time.monotonic() < deadline
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        process.stdout.close()
 
 
 @pytest.mark.vllm
