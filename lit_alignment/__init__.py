@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lit_alignment.data.classification import ClassificationDataModule
     from lit_alignment.data.encoding.encoder import EncodingConfig
     from lit_alignment.data.encoding.templates import TemplateConfig
+    from lit_alignment.data.policy import PolicyDataModule
     from lit_alignment.data.preference import PreferenceDataModule
     from lit_alignment.data.rag import RAGDataModule
     from lit_alignment.data.retriever import PassageDataModule, RetrieverDataModule
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lit_alignment.distributed.fsdp2 import FSDP2Strategy
     from lit_alignment.generation.settings import DecodingConfig
     from lit_alignment.loggers import ClearMLLogger
+    from lit_alignment.losses.policy_config import PolicyLossConfig
     from lit_alignment.losses.preference_config import LossConfig
     from lit_alignment.models.adapters import AdapterConfig
     from lit_alignment.models.dual_encoder import RetrieverConfig
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from lit_alignment.models.reference import ReferenceSyncConfig
     from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
     from lit_alignment.modules.classification import ClassificationModule
+    from lit_alignment.modules.policy import PolicyModule
     from lit_alignment.modules.preference import PreferenceModule
     from lit_alignment.modules.rag import RAGModule
     from lit_alignment.modules.retriever import RetrieverModule
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from lit_alignment.modules.vlm import VLMModule
     from lit_alignment.optimization import OptimizerConfig
     from lit_alignment.retrieval.index import IndexConfig
+    from lit_alignment.rollout.config import RolloutConfig
 
 __version__ = "0.2.0.dev0"
 
@@ -71,12 +75,16 @@ _PLACES = {
     "NewTokenConfig": "lit_alignment.models.tokens",
     "OptimizerConfig": "lit_alignment.optimization",
     "PassageDataModule": "lit_alignment.data.retriever",
+    "PolicyDataModule": "lit_alignment.data.policy",
+    "PolicyLossConfig": "lit_alignment.losses.policy_config",
+    "PolicyModule": "lit_alignment.modules.policy",
     "PreferenceDataModule": "lit_alignment.data.preference",
     "PreferenceModule": "lit_alignment.modules.preference",
     "PredictionWriter": "lit_alignment.callbacks.predictions",
     "RAGDataModule": "lit_alignment.data.rag",
     "RAGModule": "lit_alignment.modules.rag",
     "ReferenceSyncConfig": "lit_alignment.models.reference",
+    "RolloutConfig": "lit_alignment.rollout.config",
     "RetrieverConfig": "lit_alignment.models.dual_encoder",
     "RetrieverDataModule": "lit_alignment.data.retriever",
     "RetrieverModule": "lit_alignment.modules.retriever",
@@ -115,6 +123,9 @@ __all__ = [
     "NewTokenConfig",
     "OptimizerConfig",
     "PassageDataModule",
+    "PolicyDataModule",
+    "PolicyLossConfig",
+    "PolicyModule",
     "PredictionWriter",
     "PreferenceDataModule",
     "PreferenceModule",
@@ -126,6 +137,7 @@ __all__ = [
     "RetrieverModule",
     "RewardDataModule",
     "RewardModule",
+    "RolloutConfig",
     "SFTDataModule",
     "SFTModule",
     "ScoredPicks",

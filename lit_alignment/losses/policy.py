@@ -86,11 +86,11 @@ def step_deviation(moments: Tensor) -> Tensor:
 
 def groups_without_variance(rewards: Tensor, groups: Sequence[int]) -> Tensor:
     """Whether all scored responses of a group have one reward, so that none of it has a gradient, [G]."""
-    parts = [part[~part.isnan()] for part in torch.split(rewards, list(groups))]
-    return torch.tensor([bool((part == part[:1]).all()) for part in parts], device=rewards.device)
+    parts = torch.split(rewards, list(groups))
+    return torch.tensor([len(set(part[~part.isnan()].tolist())) < 2 for part in parts], device=rewards.device)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: batches carry it, and Lightning copies these field by field
 class WindowCounts:
     """What the losses of an optimizer step are divided by: sums over all its micro-batches and ranks.
 

@@ -15,6 +15,8 @@ from lit_alignment import (
     AtomicCheckpointIO,
     ClassificationDataModule,
     ClassificationModule,
+    PolicyDataModule,
+    PolicyModule,
     PreferenceDataModule,
     PreferenceModule,
     RAGDataModule,
@@ -44,6 +46,7 @@ from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
 from lit_alignment.retrieval.index import IndexConfig
+from tests.helpers.rewards import VowelReward
 
 ROOT = Path(__file__).parents[2]
 WORDS = "the kitchen scale does not work please reply order urgent billing product repair null true".split()
@@ -237,6 +240,16 @@ def preference_module(path: str = "configs/tiny", lora: bool = False, **settings
 def preference_data(module: PreferenceModule, train=None, val=None, **settings: Any) -> PreferenceDataModule:
     settings.setdefault("encoding", EncodingConfig(max_length=512))
     return PreferenceDataModule(module.tokenizer, **_sources(train, val), **settings)
+
+
+def policy_module(path: str = "configs/tiny", lora: bool = False, **settings: Any) -> PolicyModule:
+    settings.setdefault("rewards", [VowelReward()])
+    return PolicyModule(**scoring_settings(path, lora, settings))
+
+
+def policy_data(module: PolicyModule, train=None, val=None, **settings: Any) -> PolicyDataModule:
+    settings.setdefault("encoding", EncodingConfig(max_length=512))
+    return PolicyDataModule(module.tokenizer, **_sources(train, val), **settings)
 
 
 def step_gradients(folder: Path, module, data, **options: Any) -> dict[str, torch.Tensor]:

@@ -1,0 +1,329 @@
+"""Prompts to which responses are sampled in training, at each optimizer step or every few, with the weights of then.
+
+N trained tokens, B answers
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import datasets
+import torch
+import torch.distributed as dist
+
+from lit_alignment.data.base import Split
+from lit_alignment.data.batching.collate import TargetBatch, collate_responses
+from lit_alignment.data.batching.items import PromptBatch
+from lit_alignment.data.batching.loader import PlannedLoader
+from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.conversation import ConversationDataModule
+from lit_alignment.data.encoding.example import Example
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, prompt_item, prompt_row
+from lit_alignment.data.sources.record_batches import CachedRows
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """One response of a rollout.
+
+    Args:
+        token_ids: Its tokens, with the one that ends the turn.
+        text: Its text.
+        truncated: Whether it was cut at the limit.
+        rewards: What each reward function gives, by name; NaN where it gives none.
+        reward: Their weighted sum; NaN where none gives one.
+        sampler_logps: Log-probability of each token under what it was sampled from; None if that is the policy itself.
+        old_logps: The same under the policy of then, where steps that follow are compared with it.
+        advantage: How much better than the others it is.
+    """
+
+    token_ids: list[int]
+    text: str
+    truncated: bool
+    rewards: dict[str, float] = field(default_factory=dict)
+    reward: float = float("nan")
+    sampler_logps: list[float] | None = None
+    old_logps: list[float] | None = None
+    advantage: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Group:
+    """All responses to one prompt.
+
+    Args:
+        index: Of the record among those of the training data.
+        prompt: Token ids.
+        answers: The responses.
+    """
+
+    index: int
+    prompt: list[int]
+    answers: list[Answer]
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "Group":
+        """A group from plain values, as `asdict` gives them."""
+        return cls(**plain | {"answers": [Answer(**answer) for answer in plain["answers"]]})
+
+
+class RolloutSource(Protocol):
+    """What makes rollouts: the module that trains on them."""
+
+    def roll_out(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Group]:
+        """Responses to prompts, with the weights of now.
+
+        Args:
+            rows: The prompts.
+            indices: Of the records.
+        """
+
+    def weigh(self, groups: list[Group]) -> Any:
+        """Weigh the answers of an optimizer step against each other, and say what its loss is divided by, on all ranks.
+
+        Args:
+            groups: This rank's.
+        """
+
+
+@dataclass(kw_only=True)
+class RolloutBatch(TargetBatch):
+    """Responses of a rollout behind their prompts.
+
+    Args:
+        old_logps: Of each target under the policy of the rollout, [N]; None if that is the policy of now.
+        sampler_logps: Of each target under what sampled it, [N]; None if that is the policy of the rollout.
+        advantages: Of each answer, [B].
+        truncated: Whether it was cut, [B].
+        scored: Whether it has a reward, [B].
+        step: What `weigh` says of the optimizer step.
+    """
+
+    old_logps: torch.Tensor | None
+    sampler_logps: torch.Tensor | None
+    advantages: torch.Tensor
+    truncated: torch.Tensor
+    scored: torch.Tensor
+    step: Any
+
+
+@dataclass
+class PromptRecord(Record):
+    """A conversation with its record as it was written.
+
+    Args:
+        raw: The record.
+    """
+
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+class RolloutDataModule(ConversationDataModule):
+    """Prompts of chat records; what answers the training prompts is the module that trains.
+
+    A record is one of the chat forms that `read_record` knows; its last response, if it has one, is left out of the
+    prompt. All fields of a record, also others, are there for what scores the responses.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        share_prompts: In a packed row, read a prompt once for all its responses.
+        **settings: As of AlignmentDataModule; `batch_size` is the prompts of a micro-batch.
+    """
+
+    def __init__(self, *arguments: Any, share_prompts: bool = True, **settings: Any) -> None:
+        """Check the settings; files are read in `prepare_data`."""
+        super().__init__(*arguments, **settings)
+        self.share_prompts = share_prompts
+        self.source: RolloutSource | None = None  # the module, which also says the next
+        self.steps_per_rollout = 1
+        self._planned: list[PlannedBatch] = []  # of the epoch, on this rank
+        self._groups: dict[int, Group] = {}  # of the last rollout, by record
+        self._epoch = -1  # in which it was made
+        self._step: Any = None
+
+    def check_settings(self) -> None:
+        """Also refuse workers, which have not the model."""
+        super().check_settings()
+        if self.num_workers:
+            raise ConfigError(f"data.num_workers is {self.num_workers}; responses are sampled in training: use 0.")
+
+    def begin(self) -> None:
+        """Also forget an earlier run's rollout."""
+        super().begin()
+        self._groups, self._epoch = {}, -1
+
+    # Prompts.
+
+    def read(self, raw: object, where: str, position: int) -> Record:
+        """One conversation, with all fields of its record."""
+        if not isinstance(raw, dict):
+            return read_record(raw, where, position)
+        alone = {"completion": []} if "prompt" in raw else {}  # a prompt needs no response here
+        return PromptRecord(**vars(read_record({**alone, **raw}, where, position)), raw=raw)
+
+    @property
+    def features(self) -> datasets.Features:
+        """Columns of a training prompt."""
+        own = {"weight": datasets.Value("float64"), "record": datasets.Value("string")}
+        return datasets.Features({**PROMPT_FEATURES, **own})
+
+    def encode_record(self, record: PromptRecord, source: SourceConfig) -> dict[str, Any]:
+        """The prompt of a conversation."""
+        columns = prompt_row(self.encoder, record, source)
+        messages = json.loads(columns["messages"])
+        if columns["reference"] is not None:
+            messages.append({"role": "assistant", "content": columns["reference"]})
+        whole = {**record.raw, "id": record.id, "messages": messages}
+        return columns | {"weight": 1.0, "record": json.dumps(whole)}
+
+    def plan(self, split: Split) -> BatchPlan:
+        """Micro-batches of so many prompts; how long the responses become is not known yet."""
+        return replace(super().plan(split), tokens_per_batch=None)
+
+    # Batches.
+
+    def val_dataloader(self) -> PlannedLoader[Any] | list[Any]:
+        """Prompts to answer, in order; none without sources."""
+        return self._prompt_loader("val") if "val" in self.examples else []
+
+    def test_dataloader(self) -> PlannedLoader[Any]:
+        """Prompts to answer, in order."""
+        return self._prompt_loader("test")
+
+    def _prompt_loader(self, split: Split) -> PlannedLoader[Any]:
+        loader = self._loader(split)
+        loader.build = partial(self._asked, self.examples[split])
+        return loader
+
+    def _asked(self, rows: CachedRows, planned: PlannedBatch) -> PromptBatch:
+        own = [] if planned.dummy else planned.indices
+        items = [prompt_item(row, index) for row, index in zip(rows.rows(own), own, strict=True)] if own else []
+        return PromptBatch(items)
+
+    def records(self, split: Split, indices: Sequence[int]) -> tuple[list[str], list[dict[str, Any]]]:
+        """Names of prompts, and their records with all fields, and with the messages that the model sees.
+
+        Args:
+            split: Of the data.
+            indices: Which of its records.
+        """
+        rows = self.examples[split].rows(indices) if indices else []
+        return [f"{row['dataset']}/{row['id']}" for row in rows], [json.loads(row["record"]) for row in rows]
+
+    def _loader(self, split: str) -> PlannedLoader[Any]:
+        loader = super()._loader(split)
+        if split == "train":
+            loader.plan = partial(self._keep, loader.plan)
+        return loader
+
+    def _keep(self, plan: Callable[[int], list[PlannedBatch]], epoch: int) -> list[PlannedBatch]:
+        self._planned = plan(epoch)
+        if epoch != self._epoch:
+            self._groups, self._epoch = {}, epoch
+        return self._planned
+
+    def _batch(self, rows: CachedRows, planned: PlannedBatch) -> RolloutBatch:
+        if planned.window:
+            self._begin_step(rows, planned)
+        batch: RolloutBatch = super()._batch(rows, planned)
+        return replace(batch, step=self._step)
+
+    def _begin_step(self, rows: CachedRows, planned: PlannedBatch) -> None:
+        """Have a rollout made, unless an earlier one has the responses of this step on all ranks."""
+        if self.source is None:
+            raise ConfigError("data: nothing samples responses. Train with a module that does, as PolicyModule.")
+        at = next(position for position, each in enumerate(self._planned) if each is planned)
+        steps = [each.own_window for each in self._planned[at:] if each.window][: self.steps_per_rollout]
+        own = [[index for group in step for index in group] for step in steps]
+        if _on_any_rank(any(index not in self._groups for index in own[0])):
+            coming = [index for step in own for index in step]
+            made = self.source.roll_out(rows.rows(coming) if coming else [], coming)
+            self._groups = {group.index: group for group in made}
+        self._step = self.source.weigh([self._groups[index] for index in own[0]])
+
+    def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> RolloutBatch:
+        """The responses to the prompts, in one packed row or padded."""
+        if planned.dummy:  # it takes part in every collective and adds nothing to the loss
+            nothing = Answer(token_ids=rows[0]["input_ids"][-1:], text="", truncated=False)
+            groups = [Group(index=-1, prompt=rows[0]["input_ids"], answers=[nothing])]
+        else:
+            groups = [self._groups[index] for index in planned.indices]
+        names = [f"{row['dataset']}/{row['id']}" for row in rows]
+        return self.batch(groups, names)
+
+    def batch(self, groups: Sequence[Group], ids: list[str]) -> RolloutBatch:
+        """The responses of groups, in one packed row or padded.
+
+        Args:
+            groups: The groups.
+            ids: Of their records.
+        """
+        pad = None if self.packing else int(self.tokenizer.pad_token_id)
+        batch = collate_responses([_examples(group) for group in groups], pad, self.share_prompts)
+        answers = [answer for group in groups for answer in group.answers]
+        return RolloutBatch(
+            **vars(batch) | {"ids": ids},
+            old_logps=_joined([answer.old_logps for answer in answers]),
+            sampler_logps=_joined([answer.sampler_logps for answer in answers]),
+            advantages=torch.tensor([answer.advantage for answer in answers]),
+            truncated=torch.tensor([answer.truncated for answer in answers]),
+            scored=torch.tensor([not math.isnan(answer.reward) for answer in answers]),
+            step=None,
+        )
+
+    # What a checkpoint holds.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the rollout, whose later steps are still to come."""
+        state = super().state_dict()
+        if not state:
+            return state
+        groups = [asdict(group) for group in self._groups.values()]
+        if dist.is_available() and dist.is_initialized():
+            of_ranks: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(of_ranks, groups)
+            groups = [group for own in of_ranks for group in own]
+        return state | {"rollout": {"epoch": self._epoch, "groups": groups}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also take up the rollout."""
+        super().load_state_dict(state_dict)
+        stored = state_dict.get("rollout", {"epoch": -1, "groups": []})
+        self._epoch = stored["epoch"]
+        self._groups = {group.index: group for group in map(Group.of, stored["groups"])}
+
+    def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:
+        """The prompt."""
+        ids = row["input_ids"]
+        return [("prompt", Example(ids, [IGNORE_INDEX] * len(ids), [0.0] * len(ids)))]
+
+
+def _on_any_rank(found: bool) -> bool:
+    """Whether something holds on some rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return found
+    ranks: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(ranks, found)
+    return any(ranks)
+
+
+def _examples(group: Group) -> list[Example]:
+    """The prompt with each of its responses."""
+    start, examples = len(group.prompt), []
+    for answer in group.answers:
+        labels = [IGNORE_INDEX] * start + answer.token_ids
+        weights = [0.0] * start + [1.0] * len(answer.token_ids)
+        examples.append(Example(group.prompt + answer.token_ids, labels, weights))
+    return examples
+
+
+def _joined(parts: Iterable[list[float] | None]) -> torch.Tensor | None:
+    """One value for each target, [N]; None where there are none."""
+    known = [part for part in parts if part is not None]
+    return torch.tensor([value for part in known for value in part]) if known else None

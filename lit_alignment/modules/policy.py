@@ -1,0 +1,405 @@
+"""Policy optimisation: sample responses, score them, learn from how they differ.
+
+N trained tokens, B responses
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_alignment.data.base import AlignmentDataModule, Split, datamodule_as
+from lit_alignment.data.batching.items import PromptBatch
+from lit_alignment.data.policy import PolicyDataModule
+from lit_alignment.data.rollout import Answer, Group, RolloutBatch
+from lit_alignment.distributed.rank_zero import on_rank_zero
+from lit_alignment.errors import ConfigError
+from lit_alignment.generation.engine import Completion, step_seed
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.hooks import Stage
+from lit_alignment.losses.policy import (
+    PolicyInputs,
+    PolicyLoss,
+    WindowCounts,
+    advantages,
+    count_responses,
+    groups_without_variance,
+    policy_loss,
+    reward_moments,
+    step_deviation,
+)
+from lit_alignment.losses.policy_config import PolicyLossConfig
+from lit_alignment.metrics.named import NamedMeans
+from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.logprobs import target_logps
+from lit_alignment.models.reference import leaves_base, quiet_logps
+from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.compared import ComparedModule
+from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.rollout.config import RolloutConfig
+from lit_alignment.rollout.reward_pool import RewardPool
+from lit_alignment.rollout.rewards import RewardFunction
+from lit_alignment.rollout.samplers import SampledPolicy, Sampler, TransformersSampler, check_sampling
+from lit_alignment.training.preference_reference import ReferenceKind
+
+VALUES = ("reward", "reward_deviation", "no_variance", "length", "truncated", "unscored")
+TOKEN_VALUES = ("ratio", "clipped_low", "clipped_high", "kl", "entropy")
+
+
+class PolicyModule(ComparedModule):
+    """A causal language model that learns from rewards of its own responses.
+
+    Each optimizer step samples `rollout.num_responses` responses to each of its prompts with the weights of then,
+    scores them, and weighs each against the others to its prompt. The loss of a step is one mean over all its responses
+    or tokens, on all ranks and in all micro-batches; dropout is off.
+
+    Args:
+        backbone: The pretrained model.
+        peft: New adapters from the peft library; without these and `adapter` all weights train.
+        adapter: An existing adapter, frozen or to be trained further.
+        tokens: Special and new tokens; with LoRA only the rows of new ones train.
+        optimizer: Optimizer and schedule.
+        rewards: What scores responses; the reward is their weighted sum.
+        loss: What is minimised; GRPO by default.
+        rollout: How responses are sampled.
+        engine: What samples them; transformers' own generate by default.
+        reference: What the KL divergence is taken from, the model before training, if `loss.kl_weight` is above 0:
+            `adapter_off` switches new adapters off, `frozen_copy` holds a second copy; `auto` takes what costs least.
+        generation: Decoding configurations of `predict`, by name.
+    """
+
+    data_classes: tuple[type[AlignmentDataModule], ...] = (PolicyDataModule,)
+    progress_bar = ("loss", "reward")
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        rewards: list[RewardFunction],
+        peft: PeftConfig | None = None,
+        adapter: AdapterConfig | None = None,
+        tokens: TokensConfig = TokensConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        loss: PolicyLossConfig = PolicyLossConfig(),  # noqa: B008 - frozen
+        rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 - frozen
+        engine: Sampler | None = None,
+        reference: ReferenceKind = "auto",
+        generation: dict[str, DecodingConfig] | None = None,
+    ) -> None:
+        """Check rewards, loss and rollout; the weights come in `configure_model`."""
+        super().__init__(backbone, peft, adapter, tokens, optimizer, generation)
+        if rollout.num_responses < 2 and loss.form.advantage != "batch":
+            raise ConfigError(
+                "model.rollout.num_responses is 1, and each response is weighed against the others to its prompt. "
+                "Use 2 or more."
+            )
+        check_sampling(rollout.decoding, loss.correction, rollout.steps_per_rollout)
+        self.scorer = RewardPool(rewards)
+        self.loss, self.rollout = loss, rollout
+        self.sampler = TransformersSampler() if engine is None else engine
+        if loss.correction is not None and self.sampler.exact:
+            raise ConfigError(
+                f"model.loss.correction is {loss.correction}, and {type(self.sampler).__name__} samples from the "
+                "policy itself. Remove it."
+            )
+        self.reference = _reference(reference, loss, peft, adapter)
+        self.reference_sync, self.reference_model = None, None
+        self.reward_names = [f"reward_{name}" for name in self.scorer.names] if len(rewards) > 1 else []
+        self.train_means = NamedMeans([*VALUES, *TOKEN_VALUES, *self.reward_names])
+        self.charts = (
+            ("loss",),
+            ("reward", *self.reward_names),
+            ("reward_deviation",),
+            ("no_variance",),
+            ("length",),
+            ("truncated",),
+            ("entropy",),
+            ("clipped_low", "clipped_high"),
+            ("kl",),
+        )
+        self._rollout_seconds, self._begun = 0.0, 0.0
+        self._whole = ExitStack()  # weights that are gathered for a validation
+
+    @property
+    def data(self) -> PolicyDataModule:
+        """The data module.
+
+        Raises:
+            ConfigError: If it is another method's.
+        """
+        return datamodule_as(PolicyDataModule, self.trainer)
+
+    def setup(self, stage: str) -> None:
+        """Let the data module ask for rollouts."""
+        super().setup(stage)
+        if stage == "fit":
+            self.data.source, self.data.steps_per_rollout = self, self.rollout.steps_per_rollout
+
+    def on_fit_start(self) -> None:
+        """Start what samples and what scores."""
+        super().on_fit_start()
+        self.scorer.start(self.device)
+        self.sampler.start(SampledPolicy(self.network, self.tokenizer, self.backbone, on_rank_zero=self._on_rank_zero))
+
+    def teardown(self, stage: str) -> None:
+        """Stop both."""
+        super().teardown(stage)
+        self.sampler.close()
+        self.scorer.close()
+
+    def _on_rank_zero(self, function: Callable[[], Any]) -> Any:
+        return on_rank_zero(self.trainer, function)
+
+    # Rollouts.
+
+    def roll_out(self, rows: list[dict[str, Any]], indices: Sequence[int]) -> list[Group]:
+        """Responses to prompts with their rewards, with the weights of now.
+
+        Args:
+            rows: The prompts.
+            indices: Of the records.
+        """
+        begin = time.perf_counter()
+        with self.features.gathered(self), self.trainer.precision_plugin.forward_context(), torch.no_grad():
+            self.sampler.sync(self.trainer.global_step)
+            groups = self._sampled(rows, indices)
+            for redraw in range(1, self.rollout.max_redraws + 1):
+                level = [position for position, group in enumerate(groups) if _is_level(group)]
+                drawn = self._sampled([rows[i] for i in level], [indices[i] for i in level], redraw)
+                for position, group in zip(level, drawn, strict=True):
+                    groups[position] = group
+            if self.rollout.steps_per_rollout > 1:
+                self._remember_policy(groups)
+        self._rollout_seconds += time.perf_counter() - begin
+        return groups
+
+    def _sampled(self, rows: list[dict[str, Any]], indices: Sequence[int], redraw: int = 0) -> list[Group]:
+        """Scored responses to prompts; each time that they are drawn again they are others."""
+        requests = [self.request(row["input_ids"], self.rollout.decoding) for row in rows]
+        requests = [replace(each, seed=step_seed(each.seed, redraw)) for each in requests]
+        sampled = self.sampler.sample(requests, wanted_logps=False)
+        groups = [
+            Group(index=index, prompt=list(row["input_ids"]), answers=[_answer(each) for each in completions])
+            for index, row, completions in zip(indices, rows, sampled, strict=True)
+        ]
+        if groups and not self.sampler.exact:
+            self.sampler.check(sampled[0], torch.cat(self._logps(groups[:1])))
+        self._score(groups, "train")
+        return groups
+
+    def _score(self, groups: list[Group], split: Split) -> None:
+        """Put the rewards of responses beside them."""
+        names, records = self.data.records(split, [group.index for group in groups])
+        texts = [[answer.text for answer in group.answers] for group in groups]
+        scores = self.scorer.score(list(zip(texts, records, strict=True)), names)
+        answers = [answer for group in groups for answer in group.answers]
+        of_answers = zip(answers, scores.rewards.tolist(), scores.values.T.tolist(), strict=True)
+        for answer, reward, values in of_answers:
+            answer.reward = reward
+            answer.rewards = dict(zip(self.scorer.names, values, strict=True))
+
+    def _logps(self, groups: list[Group]) -> list[Tensor]:
+        """Log-probabilities of each response under the policy, in one micro-batch."""
+        batch = self.data.batch(groups, [])
+        return list(torch.split(quiet_logps(self.network, batch, temperature=self.rollout.temperature), batch.lengths))
+
+    def _remember_policy(self, groups: list[Group]) -> None:
+        """Put log-probabilities under the policy of now beside the responses, in micro-batches as in training."""
+        for start in range(0, len(groups), self.data.batch_size):
+            part = groups[start : start + self.data.batch_size]
+            answers = (answer for group in part for answer in group.answers)
+            for answer, logps in zip(answers, self._logps(part), strict=True):
+                answer.old_logps = logps.tolist()
+
+    def weigh(self, groups: list[Group]) -> WindowCounts:
+        """Put the advantages of an optimizer step's responses beside them; its counts, on all ranks.
+
+        Args:
+            groups: This rank's.
+        """
+        answers = [answer for group in groups for answer in group.answers]
+        rewards = torch.tensor([answer.reward for answer in answers], dtype=torch.float64)
+        sizes = [len(group.answers) for group in groups]
+        deviation = step_deviation(self._of_ranks(reward_moments(rewards)))
+        found = advantages(rewards, sizes, self.loss.form.advantage, deviation=deviation)
+        for answer, advantage in zip(answers, found.tolist(), strict=True):
+            answer.advantage = advantage
+        lengths = [len(answer.token_ids) for answer in answers]
+        truncated = [answer.truncated for answer in answers]
+        limit = self.rollout.max_new_tokens
+        own = count_responses(self.loss, lengths, truncated, (~rewards.isnan()).tolist(), limit)
+        counts = self._of_ranks(torch.tensor([own.responses, own.scored, own.tokens], dtype=torch.float64)).sum(0)
+        self._note(answers, groups_without_variance(rewards, sizes), float(deviation))
+        self._begun = time.perf_counter()
+        responses, scored, tokens = map(int, counts.tolist())
+        return WindowCounts(responses, scored, tokens, limit)
+
+    def _of_ranks(self, values: Tensor) -> Tensor:
+        """Values of each rank, [R, ...], on the CPU."""
+        gathered: Tensor = self.all_gather(values.to(self.device))  # type: ignore[assignment]
+        return gathered.reshape(-1, *values.shape).cpu()
+
+    def _note(self, answers: list[Answer], level: Tensor, deviation: float) -> None:
+        """Add the responses of an optimizer step to what is logged."""
+        rewards = {"reward": [answer.reward for answer in answers]}
+        rewards |= {
+            name: [answer.rewards[name.removeprefix("reward_")] for answer in answers] for name in self.reward_names
+        }
+        values: dict[str, list[float]] = {name: [v for v in own if not math.isnan(v)] for name, own in rewards.items()}
+        values |= {
+            "reward_deviation": [deviation],
+            "no_variance": level.tolist(),
+            "length": [len(answer.token_ids) for answer in answers],
+            "truncated": [answer.truncated for answer in answers],
+            "unscored": [math.isnan(answer.reward) for answer in answers],
+        }
+        self.train_means.update({name: torch.tensor(own, device=self.device) for name, own in values.items()})
+
+    # Steps and metrics.
+
+    def stage_metrics(self) -> dict[str, Metric]:
+        """Means over prompts."""
+        return {"means": NamedMeans(["reward", "length", "truncated", *self.reward_names])}
+
+    def step(self, batch: RolloutBatch | PromptBatch, stage: Stage) -> Tensor:
+        """The batch's share of the loss in training; else greedy answers, whose rewards are the metrics."""
+        if isinstance(batch, PromptBatch):
+            return self._answer(batch, stage)
+        temperature = self.rollout.temperature
+        reference = self.reference_logps(batch, temperature=temperature)
+        policy = target_logps(self.network, batch, temperature=temperature)
+        inputs = PolicyInputs(
+            policy,
+            torch.tensor(batch.lengths, device=policy.device),
+            batch.advantages,
+            batch.truncated,
+            batch.scored,
+            batch.old_logps,
+            batch.sampler_logps,
+            reference,
+        )
+        found = policy_loss(self.loss, inputs, batch.step)
+        self.train_means.update(_token_values(found, policy.detach()))
+        return self.step_loss(found.loss, 1.0)
+
+    def _answer(self, batch: PromptBatch, stage: Stage) -> Tensor:
+        """Rewards of greedy answers, added to the metrics; their sum."""
+        split: Split = "val" if stage == "val" else "test"
+        responses = self.respond(batch.items, self.rollout.greedy)
+        groups = [
+            Group(index=item.index, prompt=item.input_ids, answers=[_answer(response.completions[0])])
+            for item, response in zip(batch.items, responses, strict=True)
+        ]
+        self._score(groups, split)
+        answers = [group.answers[0] for group in groups]
+        scored = [answer for answer in answers if not math.isnan(answer.reward)]
+        values = {"reward": [answer.reward for answer in scored]}
+        values |= {"length": [len(a.token_ids) for a in answers], "truncated": [a.truncated for a in answers]}
+        for name in self.reward_names:
+            own = [answer.rewards[name.removeprefix("reward_")] for answer in answers]
+            values[name] = [value for value in own if not math.isnan(value)]
+        tensors = {name: torch.tensor(own, device=self.device) for name, own in values.items()}
+        self.metrics_of(stage)["means"].update(tensors)
+        return tensors["reward"].sum()
+
+    def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
+        """Means over prompts."""
+        return dict(self.metrics_of(stage)["means"].compute())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log means over all responses and tokens, of all ranks, since the last time."""
+        super().on_before_optimizer_step(optimizer)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            values = self.train_means.compute()
+            self.log_dict({f"train/{name}": float(value) for name, value in values.items()})
+            self.log_dict(
+                {
+                    "train/rollout_seconds": self._rollout_seconds,
+                    "train/training_seconds": time.perf_counter() - self._begun,
+                }
+            )
+            self.train_means.reset()
+            self._rollout_seconds = 0.0
+
+    # Validation answers prompts: ranks with unequal numbers of tokens would wait for each other's shards.
+
+    def on_validation_start(self) -> None:
+        """Gather what is sharded."""
+        super().on_validation_start()
+        if self.trainer.state.fn != "fit":
+            self.scorer.start(self.device)
+        self._whole.enter_context(self.features.gathered(self))
+
+    def on_validation_end(self) -> None:
+        """Shard it again."""
+        self._whole.close()
+        super().on_validation_end()
+
+    def on_test_start(self) -> None:
+        """Gather what is sharded."""
+        super().on_test_start()
+        self.scorer.start(self.device)
+        self._whole.enter_context(self.features.gathered(self))
+
+    def on_test_end(self) -> None:
+        """Shard it again."""
+        self._whole.close()
+        super().on_test_end()
+
+
+def _answer(completion: Completion) -> Answer:
+    """A response as the data module keeps it."""
+    return Answer(
+        token_ids=completion.token_ids,
+        text=completion.text,
+        truncated=completion.finish_reason == "length",
+        sampler_logps=completion.logps,
+    )
+
+
+def _is_level(group: Group) -> bool:
+    """Whether all responses that have a reward have the same."""
+    return len({answer.reward for answer in group.answers if not math.isnan(answer.reward)}) < 2
+
+
+def _token_values(found: PolicyLoss, policy: Tensor) -> dict[str, Tensor]:
+    """What is logged of the tokens that count; that minus their log-probability is an estimate of the entropy."""
+    values = {"ratio": found.ratios, "clipped_low": found.clipped_low, "clipped_high": found.clipped_high}
+    values |= {"entropy": -policy} | ({} if found.kl is None else {"kl": found.kl})
+    return {name: own[found.counts] for name, own in values.items()}
+
+
+def _reference(
+    wanted: ReferenceKind, loss: PolicyLossConfig, peft: PeftConfig | None, adapter: AdapterConfig | None
+) -> ReferenceKind:
+    """How the reference is held.
+
+    Raises:
+        ConfigError: If the loss needs another one, or none.
+    """
+    if not loss.needs_reference:
+        if wanted not in ("auto", "none"):
+            raise ConfigError(f"model.reference is {wanted}, and model.loss.kl_weight is 0. Remove one of them.")
+        return "none"
+    new = peft is not None and leaves_base(peft)
+    match wanted:
+        case "none":
+            raise ConfigError("model.reference is none, and model.loss.kl_weight needs one. Set it to auto.")
+        case "cached":
+            raise ConfigError("model.reference is cached, and responses are not known before. Set it to auto.")
+        case "adapter_off" if not new:
+            raise ConfigError(
+                "model.reference is adapter_off, and there are no new adapters to switch off. Set it to auto."
+            )
+        case "frozen_copy" if new:
+            raise ConfigError("model.reference: a copy would hold what new adapters switched off are. Set it to auto.")
+        case "auto":
+            return "adapter_off" if new else "frozen_copy"
+    return wanted
