@@ -6,9 +6,9 @@
 
 `requests`: SmolLM2-135M, fine-tuned on the demo's support requests as configs/sft/smollm2_lora.yaml says, answers 400
 training requests eight times; an exact verifier scores the answers, `sample` writes them as rankings, and DPO continues
-the adapter as configs/preference/support_smollm2.yaml says. The same number of optimizer steps more of SFT is beside
-it. Exact match on 500 fresh requests whose sentences, products and order numbers are in no training data; learning
-rates are chosen on 50 others. Answers and trainings that follow are made with three seeds.
+the adapter on half of these as configs/preference/support_smollm2.yaml says. The same number of optimizer steps more of
+SFT is beside it. Exact match on 500 fresh requests whose sentences, products and order numbers are in no training data;
+learning rates are chosen on 50 others. The half, its order and that of SFT are drawn with three seeds.
 
 `vader`: the same model is fine-tuned to finish lines about films, and writes eight ends of each line. The best and the
 worst by reward model A are what DPO and KTO learn from, as configs/preference/vader_smollm2.yaml says. Reward model B,
@@ -64,7 +64,7 @@ BFLOAT16 = ["--model.init_args.backbone.dtype=bfloat16"]  # the frozen weights; 
 DPO = "configs/preference/support_smollm2.yaml"
 DEMO = Path("configs/sft/support")
 RATES = {"DPO": (1e-5, 3e-5, 1e-4), "SFT continued": (2e-4, 6e-4, 2e-3)}
-PROMPTS = 400  # training requests of each seed that the model answers
+RANKINGS = 200  # that one training takes, of those of all 400 training requests
 LONGEST_ROUTE = 36  # tokens; no reference has more than 34
 CHOOSE, HELD_OUT = 50, 500  # requests to choose learning rates on, and to report
 
@@ -115,14 +115,13 @@ def begun(folder: Path, tiny: bool) -> tuple[list[str], Path]:
     return options, fit(folder / "sft", options, [train])
 
 
-def sampled(folder: Path, seed: int, number: int, start: tuple[list[str], Path]) -> Path:
-    """Rankings of the model's own answers to some of the training requests, other ones for each seed."""
+def sampled(folder: Path, start: tuple[list[str], Path]) -> Path:
+    """Rankings of the model's own answers to the training requests."""
     options, checkpoint = start
-    own, train = folder / f"seed-{seed}", folder / "train.jsonl"
-    asked = f"--data.init_args.predict={json.dumps([{'path': str(train), 'num_samples': number}])}"
-    drawn = [*options, f"--ckpt_path={checkpoint}", asked, f"--data.init_args.seed={seed}"]
-    predict(own / "answers", [*drawn, sampling("answers", ANSWERS, seed, LONGEST_ROUTE)], [checkpoint, train])
-    return rank(own, own / "answers/answers.jsonl")
+    train = folder / "train.jsonl"
+    drawn = [*options, f"--ckpt_path={checkpoint}", sources("predict", train)]
+    predict(folder / "answers", [*drawn, sampling("answers", ANSWERS, 0, LONGEST_ROUTE)], [checkpoint, train])
+    return rank(folder, folder / "answers/answers.jsonl")
 
 
 def trained(folder: Path, method: str, rate: float, seed: int) -> tuple[list[str], Path]:
@@ -130,8 +129,9 @@ def trained(folder: Path, method: str, rate: float, seed: int) -> tuple[list[str
     adapter, own = folder / "sft/run/checkpoints/export", folder / f"seed-{seed}"
     weights = adapter / "adapter_model.safetensors"
     if method == "DPO":
-        ranked = own / "ranked.jsonl"
-        options = [*continued(DPO, adapter, rate, seed), *BFLOAT16, sources("train", ranked)]
+        ranked = folder / "ranked.jsonl"
+        some = {"path": str(ranked), "num_samples": min(RANKINGS, len(read(ranked)))}
+        options = [*continued(DPO, adapter, rate, seed), *BFLOAT16, f"--data.init_args.train={json.dumps([some])}"]
         return options, fit(own / f"DPO-{rate:.0e}", options, [weights, ranked])
     train = folder / "train.jsonl"
     options = [*continued(SFT, adapter, rate, seed), *BFLOAT16, sources("train", train)]
@@ -155,10 +155,8 @@ def requests(seeds: list[int], tiny: bool) -> None:
     """Train, answer, and print the tables."""
     folder = DATA / ("requests_tiny" if tiny else "requests")
     choose, held_out = write_requests(folder, *((8, 8) if tiny else (CHOOSE, HELD_OUT)))
-    number = 8 if tiny else PROMPTS
     start = begun(folder, tiny)
-    for seed in seeds:
-        sampled(folder, seed, number, start)
+    sampled(folder, start)
     on_choose = {("SFT", 0.0): answered(folder, "SFT", choose, start).mean()}
     chosen = {}
     for method, rates in RATES.items():
