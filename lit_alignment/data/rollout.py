@@ -164,7 +164,7 @@ class RolloutDataModule(ConversationDataModule):
         """One conversation, with all fields of its record."""
         if not isinstance(raw, dict):
             return read_record(raw, where, position)
-        alone = {"completion": []} if "prompt" in raw else {}  # a prompt needs no response here
+        alone: dict[str, Any] = {"completion": []} if "prompt" in raw else {}  # a prompt needs no response here
         return PromptRecord(**vars(read_record({**alone, **raw}, where, position)), raw=raw)
 
     @property

@@ -14,10 +14,11 @@ from lit_alignment.models.collectives import SequenceGroup
 
 # sharded_loading: a process can read its own shards of the weights from their files, and hold no more than these.
 # whole_weights:   a process has whole weights, and can use a copy of a network by itself.
+# gathering:       `gathered` lets a process compute with whole weights for a while.
 # gradients:       before an optimizer step the parameters hold the gradients that it takes.
 # frozen_weights:  a checkpoint can hold weights that do not train.
 # skipped_steps:   a step whose loss is non-finite can be left out.
-Feature = Literal["sharded_loading", "whole_weights", "gradients", "frozen_weights", "skipped_steps"]
+Feature = Literal["sharded_loading", "whole_weights", "gathering", "gradients", "frozen_weights", "skipped_steps"]
 
 
 class StrategyFeatures:

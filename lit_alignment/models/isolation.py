@@ -62,12 +62,13 @@ def check_isolation(network: nn.Module, packing: bool, shared_prompts: bool = Fa
             layer.training = True
 
 
-def check_positions(network: nn.Module, longest: int) -> None:
+def check_positions(network: nn.Module, longest: int, new_tokens: int = 0) -> None:
     """Refuse conversations that are longer than a model has learned positions.
 
     Args:
         network: A model, with or without adapters.
         longest: Tokens of the longest conversation.
+        new_tokens: That are sampled behind it.
 
     Raises:
         ConfigError: Naming the setting that helps.
@@ -75,10 +76,11 @@ def check_positions(network: nn.Module, longest: int) -> None:
     base = base_model(network)
     most = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     tables = [n for n, layer in base.named_modules() if isinstance(layer, nn.Embedding) and re.search("wpe|pos", n)]
-    if most is not None and longest > most and tables:
+    if most is not None and longest + new_tokens > most and tables:
+        behind = f", behind which {new_tokens} tokens are sampled" if new_tokens else ""
         raise ConfigError(
-            f"{type(base).__name__} has {most} learned positions, and data.encoding.max_length is {longest}. "
-            f"Set that to {most} or less."
+            f"{type(base).__name__} has {most} learned positions, and data.encoding.max_length is {longest}{behind}. "
+            f"Set that to {max(1, most - new_tokens)} or less."
         )
 
 

@@ -38,6 +38,7 @@ from lit_alignment.losses.policy import (
 from lit_alignment.losses.policy_config import PolicyLossConfig
 from lit_alignment.metrics.named import NamedMeans
 from lit_alignment.models.adapters import AdapterConfig
+from lit_alignment.models.isolation import check_positions
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.logprobs import target_logps
 from lit_alignment.models.reference import leaves_base, quiet_logps
@@ -50,7 +51,7 @@ from lit_alignment.rollout.rewards import RewardFunction
 from lit_alignment.rollout.samplers import SampledPolicy, Sampler, TransformersSampler, check_sampling
 from lit_alignment.training.preference_reference import ReferenceKind
 
-VALUES = ("reward", "reward_deviation", "no_variance", "length", "truncated", "unscored")
+VALUES = ("reward", "no_variance", "length", "truncated", "unscored")
 TOKEN_VALUES = ("ratio", "clipped_low", "clipped_high", "kl", "entropy")
 
 
@@ -112,7 +113,8 @@ class PolicyModule(ComparedModule):
         self.reference = _reference(reference, loss, peft, adapter)
         self.reference_sync, self.reference_model = None, None
         self.reward_names = [f"reward_{name}" for name in self.scorer.names] if len(rewards) > 1 else []
-        self.train_means = NamedMeans([*VALUES, *TOKEN_VALUES, *self.reward_names])
+        deviations = [f"{name}_deviation" for name in ("reward", *self.reward_names)]
+        self.train_means = NamedMeans([*VALUES, *TOKEN_VALUES, *self.reward_names, *deviations])
         self.charts = (
             ("loss",),
             ("reward", *self.reward_names),
@@ -139,12 +141,18 @@ class PolicyModule(ComparedModule):
     def setup(self, stage: str) -> None:
         """Let the data module ask for rollouts."""
         super().setup(stage)
+        if stage != "predict" and not self.features.supports("gathering"):
+            raise ConfigError(
+                "trainer.strategy: DeepSpeed's stage 3 cannot gather the weights to sample with. Use stage 1 or 2, "
+                "DDP, or lit_alignment.FSDP2Strategy."
+            )
         if stage == "fit":
             self.data.source, self.data.steps_per_rollout = self, self.rollout.steps_per_rollout
 
     def on_fit_start(self) -> None:
         """Start what samples and what scores."""
         super().on_fit_start()
+        check_positions(self.network, self.data.encoding.max_length, self.rollout.max_new_tokens)
         self.scorer.start(self.device)
         self.sampler.start(SampledPolicy(self.network, self.tokenizer, self.backbone, on_rank_zero=self._on_rank_zero))
 
@@ -227,7 +235,9 @@ class PolicyModule(ComparedModule):
         answers = [answer for group in groups for answer in group.answers]
         rewards = torch.tensor([answer.reward for answer in answers], dtype=torch.float64)
         sizes = [len(group.answers) for group in groups]
-        deviation = step_deviation(self._of_ranks(reward_moments(rewards)))
+        functions = [[answer.rewards[name] for answer in answers] for name in self.scorer.names]
+        of_all = [reward_moments(own) for own in (rewards, *torch.tensor(functions, dtype=torch.float64))]
+        deviation, *of_functions = (step_deviation(own) for own in self._of_ranks(torch.stack(of_all)).unbind(1))
         found = advantages(rewards, sizes, self.loss.form.advantage, deviation=deviation)
         for answer, advantage in zip(answers, found.tolist(), strict=True):
             answer.advantage = advantage
@@ -236,7 +246,8 @@ class PolicyModule(ComparedModule):
         limit = self.rollout.max_new_tokens
         own = count_responses(self.loss, lengths, truncated, (~rewards.isnan()).tolist(), limit)
         counts = self._of_ranks(torch.tensor([own.responses, own.scored, own.tokens], dtype=torch.float64)).sum(0)
-        self._note(answers, groups_without_variance(rewards, sizes), float(deviation))
+        deviations = {"reward": deviation, **dict(zip(self.reward_names, of_functions, strict=False))}
+        self._note(answers, groups_without_variance(rewards, sizes), deviations)
         self._begun = time.perf_counter()
         responses, scored, tokens = map(int, counts.tolist())
         return WindowCounts(responses, scored, tokens, limit)
@@ -246,15 +257,15 @@ class PolicyModule(ComparedModule):
         gathered: Tensor = self.all_gather(values.to(self.device))  # type: ignore[assignment]
         return gathered.reshape(-1, *values.shape).cpu()
 
-    def _note(self, answers: list[Answer], level: Tensor, deviation: float) -> None:
+    def _note(self, answers: list[Answer], level: Tensor, deviations: dict[str, Tensor]) -> None:
         """Add the responses of an optimizer step to what is logged."""
         rewards = {"reward": [answer.reward for answer in answers]}
         rewards |= {
             name: [answer.rewards[name.removeprefix("reward_")] for answer in answers] for name in self.reward_names
         }
         values: dict[str, list[float]] = {name: [v for v in own if not math.isnan(v)] for name, own in rewards.items()}
+        values |= {f"{name}_deviation": [float(own)] for name, own in deviations.items()}
         values |= {
-            "reward_deviation": [deviation],
             "no_variance": level.tolist(),
             "length": [len(answer.token_ids) for answer in answers],
             "truncated": [answer.truncated for answer in answers],
@@ -286,7 +297,7 @@ class PolicyModule(ComparedModule):
             reference,
         )
         found = policy_loss(self.loss, inputs, batch.step)
-        self.train_means.update(_token_values(found, policy.detach()))
+        self.train_means.update(_token_values(found, policy.detach()), found.counts)
         return self.step_loss(found.loss, 1.0)
 
     def _answer(self, batch: PromptBatch, stage: Stage) -> Tensor:
@@ -370,10 +381,9 @@ def _is_level(group: Group) -> bool:
 
 
 def _token_values(found: PolicyLoss, policy: Tensor) -> dict[str, Tensor]:
-    """What is logged of the tokens that count; that minus their log-probability is an estimate of the entropy."""
+    """What is logged of each token, [N]; minus the log-probability of a sampled token is an estimate of the entropy."""
     values = {"ratio": found.ratios, "clipped_low": found.clipped_low, "clipped_high": found.clipped_high}
-    values |= {"entropy": -policy} | ({} if found.kl is None else {"kl": found.kl})
-    return {name: own[found.counts] for name, own in values.items()}
+    return values | {"entropy": -policy} | ({} if found.kl is None else {"kl": found.kl})
 
 
 def _reference(

@@ -11,10 +11,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from lit_alignment import CherryPicks, DecodingConfig, FSDP2Strategy, PolicyLossConfig, RolloutConfig
 from lit_alignment.checkpoints.sharded import full
+from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.errors import ConfigError, RewardError
+from lit_alignment.rollout.builtin_rewards import LengthReward
 from lit_alignment.rollout.rewards import RewardFunction
 from lit_alignment.rollout.samplers import TransformersSampler
 from tests.helpers import (
@@ -338,3 +341,25 @@ def test_logged_values_are_over_all_responses_of_the_interval(tmp_path):
     assert float(run.callback_metrics["train/reward"]) == pytest.approx(sum(rewards) / len(rewards))
     assert len(rewards) == 32 and math.isfinite(float(run.callback_metrics["train/entropy"]))
     assert float(run.callback_metrics["train/ratio"]) == pytest.approx(1.0)
+    steps = torch.tensor(rewards, dtype=torch.float64).reshape(4, 8)
+    assert float(run.callback_metrics["train/reward_deviation"]) == pytest.approx(float(steps.std(1).mean()))
+
+
+def test_several_rewards_are_logged_each_and_summed_by_weight(tmp_path):
+    rewards = [VowelReward(weight=2.0), LengthReward(minimum=4, tolerance=4, weight=-0.5)]
+    module = policy_module(rewards=rewards, rollout=ROLLOUT)
+    run = trainer(tmp_path, max_steps=1, log_every_n_steps=1)
+    run.fit(module, policy_data(module, chats(4), batch_size=4))
+    logged = {name: float(value) for name, value in run.callback_metrics.items()}
+    expected = 2 * logged["train/reward_vowel"] - 0.5 * logged["train/reward_length"]
+    assert logged["train/reward"] == pytest.approx(expected) and logged["train/reward_vowel_deviation"] > 0
+
+
+def test_responses_that_learned_positions_have_no_room_for_are_refused(tmp_path):
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained("configs/tiny").save_pretrained(tmp_path)
+    module = policy_module(str(tmp_path), rollout=ROLLOUT)
+    data = policy_data(module, chats(2, longest=2), encoding=EncodingConfig(max_length=60))
+    with pytest.raises(ConfigError, match="64 learned positions.*behind which 8 tokens are sampled. Set that to 56"):
+        trainer(tmp_path).fit(module, data)
