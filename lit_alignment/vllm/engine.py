@@ -187,7 +187,10 @@ class VLLMEngine(Engine):
         try:
             self.engine = LLMEngine.from_engine_args(arguments)
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"vLLM cannot start with {arguments.model} ({_first_line(error)}).") from error
+            problem = _first_line(error)
+            if "root cause" in problem:  # its worker has said it in lines of its own
+                problem = "its own lines above say why; if it is memory, lower vllm.gpu_memory_utilization"
+            raise ConfigError(f"vLLM cannot start with {arguments.model} ({problem}).") from error
         config = self.engine.vllm_config
         self.tokenizer, self.network = tokenizer, network
         self.dtype: torch.dtype = config.model_config.dtype
