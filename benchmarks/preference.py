@@ -6,8 +6,8 @@
 
 `requests`: SmolLM2-135M, fine-tuned on the demo's support requests as configs/sft/smollm2_lora.yaml says, answers 400
 training requests eight times; an exact verifier scores the answers, `sample` writes them as rankings, and DPO continues
-the adapter on half of these as configs/preference/support_smollm2.yaml says. The same number of optimizer steps more of
-SFT is beside it. Exact match on 500 fresh requests whose sentences, products and order numbers are in no training data;
+the adapter on half of these as configs/preference/support_smollm2.yaml says, and with a loss of the right answer beside
+that of the pair. The same number of optimizer steps more of SFT is beside both. Exact match on 500 fresh requests whose sentences, products and order numbers are in no training data;
 learning rates are chosen on 50 others. The half, its order and that of SFT are drawn with three seeds.
 
 `vader`: the same model is fine-tuned to finish lines about films, and writes eight ends of each line. The best and the
@@ -63,7 +63,9 @@ BFLOAT16 = ["--model.init_args.backbone.dtype=bfloat16"]  # the frozen weights; 
 
 DPO = "configs/preference/support_smollm2.yaml"
 DEMO = Path("configs/sft/support")
-RATES = {"DPO": (1e-5, 3e-5, 1e-4), "SFT continued": (2e-4, 6e-4, 2e-3)}
+RATES = {"DPO": (1e-5, 3e-5, 1e-4), "DPO and SFT": (3e-5, 1e-4, 3e-4), "SFT continued": (2e-4, 6e-4, 2e-3)}
+# Beside each pair's loss that of its right answer (RPO, arXiv:2404.19733), so that its likelihood does not fall.
+DPO_AND_SFT = '--model.init_args.losses=[{"name": "sigmoid", "beta": 0.1}, {"name": "sft"}]'
 RANKINGS = 200  # that one training takes, of those of all 400 training requests
 LONGEST_ROUTE = 36  # tokens; no reference has more than 34
 CHOOSE, HELD_OUT = 50, 500  # requests to choose learning rates on, and to report
@@ -125,14 +127,16 @@ def sampled(folder: Path, start: tuple[list[str], Path]) -> Path:
 
 
 def trained(folder: Path, method: str, rate: float, seed: int) -> tuple[list[str], Path]:
-    """Options and checkpoint of one training that continues the model; that of DPO comes before that of SFT."""
+    """Options and checkpoint of one training that continues the model; those of DPO come before that of SFT."""
     adapter, own = folder / "sft/run/checkpoints/export", folder / f"seed-{seed}"
     weights = adapter / "adapter_model.safetensors"
-    if method == "DPO":
+    if method != "SFT continued":
         ranked = folder / "ranked.jsonl"
         some = {"path": str(ranked), "num_samples": min(RANKINGS, len(read(ranked)))}
         options = [*continued(DPO, adapter, rate, seed), *BFLOAT16, f"--data.init_args.train={json.dumps([some])}"]
-        return options, fit(own / f"DPO-{rate:.0e}", options, [weights, ranked])
+        if method == "DPO and SFT":
+            options.append(DPO_AND_SFT)
+        return options, fit(own / f"{method.replace(' ', '-')}-{rate:.0e}", options, [weights, ranked])
     train = folder / "train.jsonl"
     options = [*continued(SFT, adapter, rate, seed), *BFLOAT16, sources("train", train)]
     steps = steps_of(next(own.glob("DPO-*/run/checkpoints/*.ckpt")))
@@ -193,7 +197,8 @@ def print_requests(
             cells = [f"{hits[method].mean():.3f}", ", ".join(f"{value:.3f}" for value in hits[method].mean(1))]
         print(f"| {method} | {f'{rate:g}' if rate else '-'} | {share:.2f} | {' | '.join(cells)} |")
     print(f"\n| difference on {number} held out | points | 95 % interval | of each seed |\n|---|---|---|---|")
-    for better, worse in (("DPO", "SFT continued"), ("DPO", "SFT"), ("SFT continued", "SFT")):
+    pairs = [("DPO", "SFT continued"), ("DPO and SFT", "SFT continued")]
+    for better, worse in (*pairs, *((method, "SFT") for method in RATES)):
         differences = 100 * (hits[better] - hits[worse])
         mean, low, high = interval(differences)
         each = ", ".join("{:+.1f} ({:+.1f} to {:+.1f})".format(*interval(own[None])) for own in differences)
