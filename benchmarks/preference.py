@@ -6,9 +6,10 @@
 
 `requests`: SmolLM2-135M, fine-tuned on the demo's support requests as configs/sft/smollm2_lora.yaml says, answers 400
 training requests eight times; an exact verifier scores the answers, `sample` writes them as rankings, and DPO continues
-the adapter on half of these as configs/preference/support_smollm2.yaml says, and with a loss of the right answer beside
-that of the pair. The same number of optimizer steps more of SFT is beside both. Exact match on 500 fresh requests whose sentences, products and order numbers are in no training data;
-learning rates are chosen on 50 others. The half, its order and that of SFT are drawn with three seeds.
+the adapter on half of these as configs/preference/support_smollm2.yaml says, also with a loss of the right answer beside
+that of the pair. The same number of optimizer steps more of SFT is beside both. Exact match on 500 fresh requests whose
+sentences, products and order numbers are in no training data; learning rates are chosen on 50 others. The half, its
+order and that of SFT are drawn with three seeds.
 
 `vader`: the same model is fine-tuned to finish lines about films, and writes eight ends of each line. The best and the
 worst by reward model A are what DPO and KTO learn from, as configs/preference/vader_smollm2.yaml says. Reward model B,
