@@ -6,7 +6,7 @@
 
 `requests`: SmolLM2-135M, fine-tuned on the demo's support requests as configs/sft/smollm2_lora.yaml says, answers 400
 training requests eight times; an exact verifier scores the answers, `sample` writes them as rankings, and DPO continues
-the adapter on half of these as configs/preference/support_smollm2.yaml says, also with a loss of the right answer beside
+the adapter on half of these as configs/preference/support_smollm2.yaml says, also with the right answer's loss beside
 that of the pair. The same number of optimizer steps more of SFT is beside both. Exact match on 500 fresh requests whose
 sentences, products and order numbers are in no training data; learning rates are chosen on 50 others. The half, its
 order and that of SFT are drawn with three seeds.

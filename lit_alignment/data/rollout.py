@@ -19,13 +19,14 @@ from lit_alignment.data.batching.collate import TargetBatch, collate_responses
 from lit_alignment.data.batching.items import PromptBatch
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.batching.standing import standing
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, prompt_item, prompt_row
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, present
 
 
 @dataclass(kw_only=True)
@@ -145,7 +146,9 @@ class RolloutDataModule(ConversationDataModule):
         self._planned: list[PlannedBatch] = []  # of the epoch, on this rank
         self._groups: dict[int, Group] = {}  # of the last rollout, by record
         self._epoch = -1  # in which it was made
-        self._step: Any = None
+        self._steps: list[list[int]] = []  # records of the step that has begun, and of those after it
+        self._first_batch = math.inf  # of the step that has begun, on this rank
+        self._step: Any = None  # what `weigh` says of it
 
     def check_settings(self) -> None:
         """Also refuse workers, which have not the model."""
@@ -156,7 +159,7 @@ class RolloutDataModule(ConversationDataModule):
     def begin(self) -> None:
         """Also forget an earlier run's rollout."""
         super().begin()
-        self._groups, self._epoch = {}, -1
+        self._groups, self._epoch, self._steps, self._first_batch = {}, -1, [], math.inf
 
     # Prompts.
 
@@ -240,7 +243,8 @@ class RolloutDataModule(ConversationDataModule):
             raise ConfigError("data: nothing samples responses. Train with a module that does, as PolicyModule.")
         at = next(position for position, each in enumerate(self._planned) if each is planned)
         steps = [each.own_window for each in self._planned[at:] if each.window][: self.steps_per_rollout]
-        own = [[index for group in step for index in group] for step in steps]
+        self._first_batch = self._begun(self._epoch).batches + at
+        self._steps = own = [[index for group in step for index in group] for step in steps]
         if _on_any_rank(any(index not in self._groups for index in own[0])):
             coming = [index for step in own for index in step]
             made = self.source.roll_out(rows.rows(coming) if coming else [], coming)
@@ -284,12 +288,20 @@ class RolloutDataModule(ConversationDataModule):
         state = super().state_dict()
         if not state:
             return state
-        groups = [asdict(group) for group in self._groups.values()]
+        groups = [asdict(group) for group in self._to_come()]
         if dist.is_available() and dist.is_initialized():
             of_ranks: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(of_ranks, groups)
             groups = [group for own in of_ranks for group in own]
         return state | {"rollout": {"epoch": self._epoch, "groups": groups}}
+
+    def _to_come(self) -> list[Group]:
+        """This rank's responses of the rollout on which no optimizer step has trained."""
+        at = standing(present(self.trainer, "the Trainer"))
+        if at.epoch != self._epoch:
+            return []
+        steps = self._steps[1:] if at.batches > self._first_batch else self._steps
+        return [self._groups[index] for step in steps for index in step if index in self._groups]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Also take up the rollout."""
@@ -297,6 +309,7 @@ class RolloutDataModule(ConversationDataModule):
         stored = state_dict.get("rollout", {"epoch": -1, "groups": []})
         self._epoch = stored["epoch"]
         self._groups = {group.index: group for group in map(Group.of, stored["groups"])}
+        self._steps, self._first_batch = [list(self._groups)], math.inf
 
     def views(self, row: dict[str, Any]) -> list[tuple[str, Example]]:
         """The prompt."""

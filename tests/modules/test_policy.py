@@ -220,6 +220,8 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, die_at, steps):
     _, before = run("killed", die_at=die_at)
     found, after = run("resumed", resume=str(tmp_path / "killed/last.ckpt"))
     kept = die_at // 2 * 2  # of the micro-batches those of whole steps
+    stored = torch.load(tmp_path / "killed/last.ckpt", weights_only=True)["PolicyDataModule"]["rollout"]["groups"]
+    assert len(stored) == (4 if steps == 2 and kept // 2 % 2 else 0)  # those of steps that are still to come
     assert before.batches[:kept] + after.batches == whole.batches
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
