@@ -226,6 +226,25 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, die_at, steps):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def test_a_checkpoint_from_inside_of_a_step_samples_the_same_responses_again(tmp_path):
+    class Inside(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:  # the first half of the second step
+                trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    def run(callbacks, resume=None):
+        seen = Steps()
+        module = policy_module(rollout=RolloutConfig(3, 5))
+        options = {"callbacks": [seen, *callbacks], "accumulate_grad_batches": 2}
+        trainer(tmp_path, **options).fit(module, policy_data(module, chats(8), batch_size=2), ckpt_path=resume)
+        return weights(module), seen.batches
+
+    expected, whole = run([Inside()])
+    found, after = run([], str(tmp_path / "inside.ckpt"))
+    assert after == whole[2:]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_ranks_share_a_step_and_its_denominators(tmp_path, strategy):
     run_on_ranks(gradients_on_rank, str(tmp_path), strategy)
