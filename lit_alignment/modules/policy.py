@@ -26,7 +26,6 @@ from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
 from lit_alignment.losses.policy import (
     PolicyInputs,
-    PolicyLoss,
     WindowCounts,
     advantages,
     count_responses,
@@ -41,7 +40,7 @@ from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.isolation import check_positions
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.logprobs import target_logps
-from lit_alignment.models.reference import leaves_base, quiet_logps
+from lit_alignment.models.reference import quiet_logps
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.compared import ComparedModule
 from lit_alignment.optimization import OptimizerConfig
@@ -49,10 +48,16 @@ from lit_alignment.rollout.config import RolloutConfig
 from lit_alignment.rollout.reward_pool import RewardPool
 from lit_alignment.rollout.rewards import RewardFunction
 from lit_alignment.rollout.samplers import SampledPolicy, Sampler, TransformersSampler, check_sampling
-from lit_alignment.training.preference_reference import ReferenceKind
+from lit_alignment.training.policy_values import (
+    OF_ANSWERS,
+    answer_values,
+    names_of_values,
+    reward_names,
+    token_values,
+)
+from lit_alignment.training.preference_reference import ReferenceKind, reference_of_policy
 
-VALUES = ("reward", "no_variance", "length", "truncated", "unscored")
-TOKEN_VALUES = ("ratio", "clipped_low", "clipped_high", "kl", "entropy")
+CHARTS = (("no_variance",), ("length",), ("truncated",), ("entropy",), ("clipped_low", "clipped_high"), ("kl",))
 
 
 class PolicyModule(ComparedModule):
@@ -110,22 +115,11 @@ class PolicyModule(ComparedModule):
                 f"model.loss.correction is {loss.correction}, and {type(self.sampler).__name__} samples from the "
                 "policy itself. Remove it."
             )
-        self.reference = _reference(reference, loss, peft, adapter)
+        self.reference = reference_of_policy(reference, loss, peft, adapter)
         self.reference_sync, self.reference_model = None, None
-        self.reward_names = [f"reward_{name}" for name in self.scorer.names] if len(rewards) > 1 else []
-        deviations = [f"{name}_deviation" for name in ("reward", *self.reward_names)]
-        self.train_means = NamedMeans([*VALUES, *TOKEN_VALUES, *self.reward_names, *deviations])
-        self.charts = (
-            ("loss",),
-            ("reward", *self.reward_names),
-            ("reward_deviation",),
-            ("no_variance",),
-            ("length",),
-            ("truncated",),
-            ("entropy",),
-            ("clipped_low", "clipped_high"),
-            ("kl",),
-        )
+        self.reward_names = list(reward_names(self.scorer.names))
+        self.train_means = NamedMeans(names_of_values(self.scorer.names))
+        self.charts = (("loss",), tuple(self.reward_names), ("reward_deviation",), *CHARTS)
         self._rollout_seconds, self._begun = 0.0, 0.0
         self._whole = ExitStack()  # weights that are gathered for a validation
 
@@ -246,8 +240,11 @@ class PolicyModule(ComparedModule):
         limit = self.rollout.max_new_tokens
         own = count_responses(self.loss, lengths, truncated, (~rewards.isnan()).tolist(), limit)
         counts = self._of_ranks(torch.tensor([own.responses, own.scored, own.tokens], dtype=torch.float64)).sum(0)
-        deviations = {"reward": deviation, **dict(zip(self.reward_names, of_functions, strict=False))}
-        self._note(answers, groups_without_variance(rewards, sizes), deviations)
+        values = answer_values(answers, self.scorer.names) | {
+            "no_variance": groups_without_variance(rewards, sizes).tolist()
+        }
+        deviations = zip(self.reward_names, (deviation, *of_functions), strict=False)
+        self._update(self.train_means, values | {f"{name}_deviation": [float(own)] for name, own in deviations})
         self._begun = time.perf_counter()
         responses, scored, tokens = map(int, counts.tolist())
         return WindowCounts(responses, scored, tokens, limit)
@@ -257,27 +254,14 @@ class PolicyModule(ComparedModule):
         gathered: Tensor = self.all_gather(values.to(self.device))  # type: ignore[assignment]
         return gathered.reshape(-1, *values.shape).cpu()
 
-    def _note(self, answers: list[Answer], level: Tensor, deviations: dict[str, Tensor]) -> None:
-        """Add the responses of an optimizer step to what is logged."""
-        rewards = {"reward": [answer.reward for answer in answers]}
-        rewards |= {
-            name: [answer.rewards[name.removeprefix("reward_")] for answer in answers] for name in self.reward_names
-        }
-        values: dict[str, list[float]] = {name: [v for v in own if not math.isnan(v)] for name, own in rewards.items()}
-        values |= {f"{name}_deviation": [float(own)] for name, own in deviations.items()}
-        values |= {
-            "no_variance": level.tolist(),
-            "length": [len(answer.token_ids) for answer in answers],
-            "truncated": [answer.truncated for answer in answers],
-            "unscored": [math.isnan(answer.reward) for answer in answers],
-        }
-        self.train_means.update({name: torch.tensor(own, device=self.device) for name, own in values.items()})
+    def _update(self, means: NamedMeans, values: dict[str, list[float]]) -> None:
+        means.update({name: torch.tensor(own, device=self.device) for name, own in values.items()})
 
     # Steps and metrics.
 
     def stage_metrics(self) -> dict[str, Metric]:
         """Means over prompts."""
-        return {"means": NamedMeans(["reward", "length", "truncated", *self.reward_names])}
+        return {"means": NamedMeans([*self.reward_names, *OF_ANSWERS])}
 
     def step(self, batch: RolloutBatch | PromptBatch, stage: Stage) -> Tensor:
         """The batch's share of the loss in training; else greedy answers, whose rewards are the metrics."""
@@ -297,7 +281,7 @@ class PolicyModule(ComparedModule):
             reference,
         )
         found = policy_loss(self.loss, inputs, batch.step)
-        self.train_means.update(_token_values(found, policy.detach()), found.counts)
+        self.train_means.update(token_values(found, policy.detach()), found.counts)
         return self.step_loss(found.loss, 1.0)
 
     def _answer(self, batch: PromptBatch, stage: Stage) -> Tensor:
@@ -309,16 +293,9 @@ class PolicyModule(ComparedModule):
             for item, response in zip(batch.items, responses, strict=True)
         ]
         self._score(groups, split)
-        answers = [group.answers[0] for group in groups]
-        scored = [answer for answer in answers if not math.isnan(answer.reward)]
-        values = {"reward": [answer.reward for answer in scored]}
-        values |= {"length": [len(a.token_ids) for a in answers], "truncated": [a.truncated for a in answers]}
-        for name in self.reward_names:
-            own = [answer.rewards[name.removeprefix("reward_")] for answer in answers]
-            values[name] = [value for value in own if not math.isnan(value)]
-        tensors = {name: torch.tensor(own, device=self.device) for name, own in values.items()}
-        self.metrics_of(stage)["means"].update(tensors)
-        return tensors["reward"].sum()
+        values = answer_values([group.answers[0] for group in groups], self.scorer.names)
+        self._update(self.metrics_of(stage)["means"], values)
+        return torch.tensor(sum(values["reward"]))
 
     def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
         """Means over prompts."""
@@ -378,38 +355,3 @@ def _answer(completion: Completion) -> Answer:
 def _is_level(group: Group) -> bool:
     """Whether all responses that have a reward have the same."""
     return len({answer.reward for answer in group.answers if not math.isnan(answer.reward)}) < 2
-
-
-def _token_values(found: PolicyLoss, policy: Tensor) -> dict[str, Tensor]:
-    """What is logged of each token, [N]; minus the log-probability of a sampled token is an estimate of the entropy."""
-    values = {"ratio": found.ratios, "clipped_low": found.clipped_low, "clipped_high": found.clipped_high}
-    return values | {"entropy": -policy} | ({} if found.kl is None else {"kl": found.kl})
-
-
-def _reference(
-    wanted: ReferenceKind, loss: PolicyLossConfig, peft: PeftConfig | None, adapter: AdapterConfig | None
-) -> ReferenceKind:
-    """How the reference is held.
-
-    Raises:
-        ConfigError: If the loss needs another one, or none.
-    """
-    if not loss.needs_reference:
-        if wanted not in ("auto", "none"):
-            raise ConfigError(f"model.reference is {wanted}, and model.loss.kl_weight is 0. Remove one of them.")
-        return "none"
-    new = peft is not None and leaves_base(peft)
-    match wanted:
-        case "none":
-            raise ConfigError("model.reference is none, and model.loss.kl_weight needs one. Set it to auto.")
-        case "cached":
-            raise ConfigError("model.reference is cached, and responses are not known before. Set it to auto.")
-        case "adapter_off" if not new:
-            raise ConfigError(
-                "model.reference is adapter_off, and there are no new adapters to switch off. Set it to auto."
-            )
-        case "frozen_copy" if new:
-            raise ConfigError("model.reference: a copy would hold what new adapters switched off are. Set it to auto.")
-        case "auto":
-            return "adapter_off" if new else "frozen_copy"
-    return wanted

@@ -1,10 +1,11 @@
-"""Which way the reference of a preference optimisation is held."""
+"""Which way the reference of a policy is held."""
 
 from typing import Literal
 
 from peft import PeftConfig
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.losses.policy_config import PolicyLossConfig
 from lit_alignment.losses.preference_config import LossConfig
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.reference import leaves_base
@@ -69,6 +70,41 @@ def reference_of(
         return "frozen_copy" if mismatched or adapter is not None else "cached"
     if wanted == "frozen_copy" and new:
         raise ConfigError("model.reference: a copy would hold what new adapters switched off are: use adapter_off.")
+    return wanted
+
+
+def reference_of_policy(
+    wanted: ReferenceKind, loss: PolicyLossConfig, peft: PeftConfig | None, adapter: AdapterConfig | None
+) -> ReferenceKind:
+    """How the reference is held whose distance from the policy is a part of its loss.
+
+    Args:
+        wanted: What the configuration asks for.
+        loss: What it is for.
+        peft: New adapters.
+        adapter: An existing one.
+
+    Raises:
+        ConfigError: If the loss needs another one, or none.
+    """
+    if not loss.needs_reference:
+        if wanted not in ("auto", "none"):
+            raise ConfigError(f"model.reference is {wanted}, and model.loss.kl_weight is 0. Remove one of them.")
+        return "none"
+    new = peft is not None and leaves_base(peft)
+    match wanted:
+        case "none":
+            raise ConfigError("model.reference is none, and model.loss.kl_weight needs one. Set it to auto.")
+        case "cached":
+            raise ConfigError("model.reference is cached, and responses are not known before. Set it to auto.")
+        case "adapter_off" if not new:
+            raise ConfigError(
+                "model.reference is adapter_off, and there are no new adapters to switch off. Set it to auto."
+            )
+        case "frozen_copy" if new:
+            raise ConfigError("model.reference: a copy would hold what new adapters switched off are. Set it to auto.")
+        case "auto":
+            return "adapter_off" if new else "frozen_copy"
     return wanted
 
 
