@@ -218,7 +218,7 @@ LOSSES = {
     "DPO": [],
     "KTO": ['--model.init_args.losses=[{"name": "kto"}]', "--data.init_args.kind=outcomes"],
 }
-DRAWN = 2  # answers to each held-out beginning
+DRAWN = 1  # answers to each held-out beginning
 LONGEST = 56  # tokens of an answer
 
 
