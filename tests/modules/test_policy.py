@@ -17,6 +17,7 @@ from lit_alignment import CherryPicks, DecodingConfig, FSDP2Strategy, PolicyLoss
 from lit_alignment.checkpoints.sharded import full
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.errors import ConfigError, RewardError
+from lit_alignment.losses.policy_config import PRESETS
 from lit_alignment.rollout.builtin_rewards import LengthReward
 from lit_alignment.rollout.rewards import RewardFunction
 from lit_alignment.rollout.samplers import TransformersSampler
@@ -34,6 +35,7 @@ from tests.helpers import (
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.rewards import VowelReward
 
+KILLS = [(1, 2), (1, 5), (1, 6), (2, 4), (2, 6)]
 ROLLOUT = RolloutConfig(num_responses=4, max_new_tokens=8)
 
 
@@ -118,7 +120,7 @@ def test_a_step_is_one_mean_however_its_prompts_are_packed_and_split(tmp_path):
     assert_same_gradients(gradients("padded", batch_size=3, accumulate=3, packing=False), whole)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "luspo", "rloo"])
+@pytest.mark.parametrize("name", PRESETS)
 def test_first_loss_of_every_preset_is_that_of_its_advantages(tmp_path, name):
     """The policy is still the one that has sampled: ratios are 1, and the loss is minus a mean of advantages."""
     module = policy_module(rollout=ROLLOUT, loss=PolicyLossConfig(name))
@@ -199,8 +201,10 @@ def test_truncated_responses_can_be_left_out(tmp_path):
     assert max(float(gradient.abs().max()) for gradient in gradients("kept", False).values()) > 1e-3
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-@pytest.mark.parametrize("die_at", [2, 4, 5, 6])  # micro-batches: between steps, rollouts, and inside of a window
+@pytest.mark.parametrize(
+    ("steps", "die_at"),  # a rollout's steps, and the micro-batch: between rollouts, their steps, inside of a window
+    [(1, 4), (2, 2), (2, 5), *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in KILLS)],
+)
 def test_a_killed_run_goes_on_to_the_bit(tmp_path, die_at, steps):
     def run(name, resume=None, die_at=None):
         sampler, seen = Recorded(), Steps(die_at)
