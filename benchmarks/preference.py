@@ -12,7 +12,8 @@ sentences, products and order numbers are in no training data; learning rates ar
 order and that of SFT are drawn with three seeds.
 
 `vader`: the same model is fine-tuned to finish lines about films, and writes eight ends of each line. The best and the
-worst by reward model A are what DPO and KTO learn from, as configs/preference/vader_smollm2.yaml says. Reward model B,
+worst by reward model A, of half of the lines, are what DPO and KTO learn from, as configs/preference/vader_smollm2.yaml
+says. Reward model B,
 trained on ratings that A has not seen, judges what they write of 200 other beginnings.
 
 Every stage is a command of lit-alignment, run in this process. What a stage writes stands under data/preference_proof;
@@ -215,9 +216,10 @@ LENGTHS = range(8, 31)  # words of a line
 LINES = {"pairs": 700, "sft": 600, "prompts": 250, "held_out": 200, "test": 300}
 FILM_RATES = (1e-4, 3e-4, 1e-3)
 LOSSES = {
-    "DPO": [],
+    "DPO": ["--model.init_args.reference=cached"],  # once for all learning rates
     "KTO": ['--model.init_args.losses=[{"name": "kto"}]', "--data.init_args.kind=outcomes"],
 }
+PAIRS = 125  # that one training takes
 DRAWN = 1  # answers to each held-out beginning
 LONGEST = 56  # tokens of an answer
 
@@ -298,10 +300,11 @@ def train_policies(
     predict(folder / "answers", asked, [start, prompts])
     scored, pairs = judge(folder / "answers_a", reward, folder / "answers/answers.jsonl"), folder / "pairs.jsonl"
     sample.main([str(scored), "--strategy=best_of_n", "--form=pairs", f"--out={pairs}", "--overwrite"])
+    some = {"path": str(pairs), "num_samples": min(PAIRS, len(read(pairs)))}
     for method, loss in LOSSES.items():
         for rate in rates:
             options = continued(FILM, folder / "sft/run/checkpoints/export", rate, 0)
-            options += [*BFLOAT16, *loss, sources("train", pairs)]
+            options += [*BFLOAT16, *loss, f"--data.init_args.train={json.dumps([some])}"]
             trained[method, rate] = options, fit(folder / f"{method}-{rate:.0e}", options, [start, pairs])
     return trained
 
