@@ -22,19 +22,18 @@ a stage whose settings and input files are those of the time before is passed ov
 
 import argparse
 import json
-import random
-import runpy
 import time
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import vader as ratings
-from benchmarks.preference_stages import (
-    BEST,
+from benchmarks.stages import (
+    BFLOAT16,
     EXPORT,
     LAST,
     NO_VALIDATION,
+    Model,
     Record,
     Values,
     callbacks,
@@ -42,6 +41,7 @@ from benchmarks.preference_stages import (
     fit,
     interval,
     predict,
+    print_differences,
     read,
     sampling,
     sources,
@@ -49,38 +49,24 @@ from benchmarks.preference_stages import (
     steps_of,
     write,
 )
+from benchmarks.support import CHOOSE, HELD_OUT, LONGEST_ROUTE, MODEL, SFT, answered, begun, write_requests
 from lit_alignment.tools import evaluate, sample
 from lit_alignment.tools.fetch import fetch
 from lit_alignment.trainer_cli import build
 
 DATA = Path("data/preference_proof")
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SFT, REWARD = "configs/sft/smollm2_lora.yaml", "configs/reward/vader_smollm2.yaml"
+REWARD = "configs/reward/vader_smollm2.yaml"
 SEEDS = (0, 1, 2)  # the first one's runs choose the learning rates
 ANSWERS = 8  # to each prompt
-BFLOAT16 = ["--model.init_args.backbone.dtype=bfloat16"]  # the frozen weights; adapters stay in float32
 
 
 # Support requests.
 
 DPO = "configs/preference/support_smollm2.yaml"
-DEMO = Path("configs/sft/support")
 RATES = {"DPO": (1e-5, 3e-5, 1e-4), "DPO and SFT": (3e-5, 1e-4, 3e-4), "SFT continued": (2e-4, 6e-4, 2e-3)}
 # Beside each pair's loss that of its right answer (RPO, arXiv:2404.19733), so that its likelihood does not fall.
 DPO_AND_SFT = '--model.init_args.losses=[{"name": "sigmoid", "beta": 0.1}, {"name": "sft"}]'
 RANKINGS = 200  # that one training takes, of those of all 400 training requests
-LONGEST_ROUTE = 36  # tokens; no reference has more than 34
-CHOOSE, HELD_OUT = 50, 500  # requests to choose learning rates on, and to report
-
-
-def write_requests(folder: Path, choose: int, held_out: int) -> tuple[Path, Path]:
-    """Fresh held-out requests, none of which the demo has: some to choose on, some to report."""
-    known = {record["messages"][1]["content"] for name in ("train", "test") for record in read(DEMO / f"{name}.jsonl")}
-    generate = runpy.run_path(str(DEMO / "generate.py"))["records"]
-    drawn = generate(choose + held_out + len(known), True, random.Random("fresh requests"))
-    fresh = [record for record in drawn if record["messages"][1]["content"] not in known][: choose + held_out]
-    parts = fresh[:choose], fresh[choose:]
-    return write(folder / "choose.jsonl", parts[0]), write(folder / "held_out.jsonl", parts[1])
 
 
 def verify(answered: Path, scored: Path) -> tuple[float, float]:
@@ -112,14 +98,7 @@ def rank(folder: Path, answered: Path) -> Path:
     return ranked
 
 
-def begun(folder: Path, tiny: bool) -> tuple[list[str], Path]:
-    """Options and checkpoint of the demo's model, which every seed continues."""
-    train = write(folder / "train.jsonl", read(DEMO / "train.jsonl")[: 16 if tiny else None])
-    options = [f"--config={SFT}", *BFLOAT16, sources("train", train), callbacks(BEST, EXPORT)]
-    return options, fit(folder / "sft", options, [train])
-
-
-def sampled(folder: Path, start: tuple[list[str], Path]) -> Path:
+def sampled(folder: Path, start: Model) -> Path:
     """Rankings of the model's own answers to the training requests."""
     options, checkpoint = start
     train = folder / "train.jsonl"
@@ -128,7 +107,7 @@ def sampled(folder: Path, start: tuple[list[str], Path]) -> Path:
     return rank(folder, folder / "answers/answers.jsonl")
 
 
-def trained(folder: Path, method: str, rate: float, seed: int) -> tuple[list[str], Path]:
+def trained(folder: Path, method: str, rate: float, seed: int) -> Model:
     """Options and checkpoint of one training that continues the model; those of DPO come before that of SFT."""
     adapter, own = folder / "sft/run/checkpoints/export", folder / f"seed-{seed}"
     weights = adapter / "adapter_model.safetensors"
@@ -144,17 +123,6 @@ def trained(folder: Path, method: str, rate: float, seed: int) -> tuple[list[str
     steps = steps_of(next(own.glob("DPO-*/run/checkpoints/*.ckpt")))
     options += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
     return options, fit(own / f"SFT-{rate:.0e}", options, [weights, train])
-
-
-def answered(folder: Path, name: str, asked: Path, model: tuple[list[str], Path]) -> Values:
-    """Whether each greedy answer of a model is right, [requests]."""
-    options, checkpoint = model
-    target = folder / "predictions" / f"{asked.stem}-{name}".replace(" ", "-")
-    decoding = json.dumps({"greedy": {"max_new_tokens": LONGEST_ROUTE}})
-    given = [f"--ckpt_path={checkpoint}", sources("predict", asked), f"--model.init_args.generation={decoding}"]
-    predict(target, [*options, *given, "--data.init_args.batch_size=125"], [checkpoint, asked])
-    lines = read(target / "greedy.jsonl")
-    return np.array([float(line["answers"][0]["content"].strip() == line["label"].strip()) for line in lines])
 
 
 def requests(seeds: list[int], tiny: bool) -> None:
@@ -198,13 +166,8 @@ def print_requests(
         if chosen.get(method, 0.0) == rate:
             cells = [f"{hits[method].mean():.3f}", ", ".join(f"{value:.3f}" for value in hits[method].mean(1))]
         print(f"| {method} | {f'{rate:g}' if rate else '-'} | {share:.2f} | {' | '.join(cells)} |")
-    print(f"\n| difference on {number} held out | points | 95 % interval | of each seed |\n|---|---|---|---|")
-    pairs = [("DPO", "SFT continued"), ("DPO and SFT", "SFT continued")]
-    for better, worse in (*pairs, *((method, "SFT") for method in RATES)):
-        differences = 100 * (hits[better] - hits[worse])
-        mean, low, high = interval(differences)
-        each = ", ".join("{:+.1f} ({:+.1f} to {:+.1f})".format(*interval(own[None])) for own in differences)
-        print(f"| {better} less {worse} | {mean:+.1f} | {low:+.1f} to {high:+.1f} | {each} |")
+    pairs = [("DPO", "SFT continued"), ("DPO and SFT", "SFT continued"), *((method, "SFT") for method in RATES)]
+    print_differences(f"difference on {number} held out", hits, pairs)
 
 
 # Lines about films.
@@ -249,7 +212,7 @@ def chat(number: str, line: str) -> Record:
     return {"id": number, "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": line}]}
 
 
-def reward_model(folder: Path, name: str) -> tuple[list[str], Path]:
+def reward_model(folder: Path, name: str) -> Model:
     """Options and checkpoint of a reward model, and its accuracy on pairs of other snippets, printed."""
     train, test = folder / f"reward_{name}.jsonl", folder / "reward_test.jsonl"
     options = [f"--config={REWARD}", *BFLOAT16, sources("train", train), callbacks(LAST), *NO_VALIDATION]
@@ -267,7 +230,7 @@ def reward_model(folder: Path, name: str) -> tuple[list[str], Path]:
     return options, checkpoint
 
 
-def judge(folder: Path, model: tuple[list[str], Path], answered: Path) -> Path:
+def judge(folder: Path, model: Model, answered: Path) -> Path:
     """Answers with their rewards, behind the question that the reward model knows.
 
     Returns:
@@ -282,9 +245,7 @@ def judge(folder: Path, model: tuple[list[str], Path], answered: Path) -> Path:
     return write(folder / "scored.jsonl", [line | {"rewards": rewards[line["id"]]} for line in lines])
 
 
-def train_policies(
-    folder: Path, reward: tuple[list[str], Path], rates: tuple[float, ...]
-) -> dict[tuple[str, float], tuple[list[str], Path]]:
+def train_policies(folder: Path, reward: Model, rates: tuple[float, ...]) -> dict[tuple[str, float], Model]:
     """Options and checkpoint of each policy, by method and learning rate.
 
     Args:

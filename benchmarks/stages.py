@@ -1,4 +1,4 @@
-"""What the stages of benchmarks/preference.py have in common: commands that are run once, records, and intervals."""
+"""What the stages of several benchmarks have in common: commands that are run once, records, and intervals."""
 
 import hashlib
 import json
@@ -17,9 +17,11 @@ DRAWS = 5000  # of the bootstrap
 BEST = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"monitor": "val/loss"}}
 LAST = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
 EXPORT = {"class_path": "lit_alignment.Export"}
+BFLOAT16 = ["--model.init_args.backbone.dtype=bfloat16"]  # the frozen weights; adapters stay in float32
 NO_VALIDATION = ["--data.init_args.val=null", "--trainer.limit_val_batches=0"]
 Record = dict[str, Any]
 Values = npt.NDArray[np.float64]
+Model = tuple[list[str], Path]  # options and checkpoint
 
 
 def stage(folder: Path, settings: Sequence[str], inputs: Sequence[Path], make: Callable[[], object]) -> None:
@@ -64,8 +66,8 @@ def callbacks(*given: Record) -> str:
     return f"--trainer.callbacks={json.dumps(given)}"
 
 
-def continued(config: str, adapter: Path, rate: float, seed: int) -> list[str]:
-    """Options of a training that begins with an adapter, without validation; its last weights are what it gives."""
+def continued(config: str, adapter: Path, rate: float, seed: int, saving: Record = LAST) -> list[str]:
+    """Options of a training that begins with an adapter, without validation; `saving` says what it gives."""
     return [
         f"--config={config}",
         "--model.init_args.peft=null",
@@ -73,7 +75,7 @@ def continued(config: str, adapter: Path, rate: float, seed: int) -> list[str]:
         f"--model.init_args.optimizer.learning_rate={rate}",
         f"--seed_everything={seed}",
         f"--data.init_args.seed={seed}",
-        callbacks(LAST),
+        callbacks(saving),
         *NO_VALIDATION,
     ]
 
@@ -118,3 +120,19 @@ def interval(differences: Values) -> tuple[float, float, float]:
     ]
     low, high = np.quantile(means, [0.025, 0.975])
     return float(differences.mean()), float(low), float(high)
+
+
+def print_differences(title: str, hits: dict[str, Values], pairs: Sequence[tuple[str, str]]) -> None:
+    """A table of differences between methods, in points.
+
+    Args:
+        title: Of the first column.
+        hits: Whether each answer is right, [seeds, prompts], by method.
+        pairs: The better and the worse method of each row.
+    """
+    print(f"\n| {title} | points | 95 % interval | of each seed |\n|---|---|---|---|")
+    for better, worse in pairs:
+        differences = 100 * (hits[better] - hits[worse])
+        mean, low, high = interval(differences)
+        each = ", ".join("{:+.1f} ({:+.1f} to {:+.1f})".format(*interval(own[None])) for own in differences)
+        print(f"| {better} less {worse} | {mean:+.1f} | {low:+.1f} to {high:+.1f} | {each} |")
