@@ -194,6 +194,9 @@ def table(folder: Path) -> None:
         folder: Of the task.
     """
     results = [result for path in sorted((folder / "results").glob("*.json")) for result in read(path)]
+    if {"SFT", *CONTINUED} - {result["method"] for result in results}:
+        print(f"\n{folder.name}: no seed has been run to its end")
+        return
     first = min(result["seed"] for result in results if result["method"] in CONTINUED)
     chosen = {"SFT": 0.0} | {method: chosen_rate(results, method, first) for method in CONTINUED}
     runs = {
