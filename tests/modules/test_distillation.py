@@ -32,6 +32,7 @@ from tests.helpers import (
     trainer,
     weights,
 )
+from tests.helpers.deepspeed_on_cpu import DeepSpeedOnCPU
 from tests.helpers.ranks import run_on_ranks
 
 ROLLOUT = RolloutConfig(num_responses=2, max_new_tokens=8)
@@ -237,6 +238,45 @@ def gradients_of_a_step(folder, **options):
     """Over three prompts, so that one rank has a dummy; in batches of one, so that each samples as one process does."""
     module = distillation_module(on_policy_share=0.4, rollout=ROLLOUT, engine=TransformersSampler(2))
     return step_gradients(folder, module, distillation_data(module, chats(3), batch_size=1), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "share"), [(2, 0.5), (3, 0.0)])
+def test_stages_of_zero_train_as_one_process(tmp_path, stage, share):
+    run_on_ranks(losses_under_zero, tmp_path, stage, share)
+    expected = losses_of_run(tmp_path, share, accumulate_grad_batches=2)
+    assert len(expected) == 5
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(expected, rel=1e-5)
+
+
+def losses_under_zero(folder: Path, stage: int, share: float) -> None:
+    found = losses_of_run(folder, share, strategy=DeepSpeedOnCPU(stage), devices=2)
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+def losses_of_run(folder: Path, share: float, **options) -> list[float]:
+    """Of each step, and of the validation at the end; there is a dummy among the last batches of both."""
+    module = distillation_module(on_policy_share=share)
+    run, found = trainer(folder, log_every_n_steps=1, **options), []
+
+    def after_batch(outputs, batch, index):
+        if module.trainer.global_step > len(found):
+            found.append(float(run.logged_metrics["train/loss"]))
+
+    module.on_train_batch_end = after_batch
+    run.fit(module, distillation_data(module, chats(7, longest=5), chats(3, seed=4), batch_size=1))
+    return [*found, float(run.callback_metrics["val/kl"])]
+
+
+@pytest.mark.slow
+def test_stage_3_is_refused_where_the_student_answers(tmp_path):
+    run_on_ranks(refused_under_zero, tmp_path)
+
+
+def refused_under_zero(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="stage 3 cannot gather"):
+        losses_of_run(folder, 0.5, strategy=DeepSpeedOnCPU(3), devices=2)
 
 
 def test_teacher_is_with_its_adapter(tmp_path):
