@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lit_alignment.checkpoints.background import wait_for_saves
     from lit_alignment.checkpoints.io import AsyncCheckpointIO, AtomicCheckpointIO
     from lit_alignment.data.classification import ClassificationDataModule
+    from lit_alignment.data.distillation import DistillationDataModule
     from lit_alignment.data.encoding.encoder import EncodingConfig
     from lit_alignment.data.encoding.templates import TemplateConfig
     from lit_alignment.data.policy import PolicyDataModule
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lit_alignment.distributed.fsdp2 import FSDP2Strategy
     from lit_alignment.generation.settings import DecodingConfig
     from lit_alignment.loggers import ClearMLLogger
+    from lit_alignment.losses.distillation_config import DistillationConfig
     from lit_alignment.losses.policy_config import PolicyLossConfig
     from lit_alignment.losses.preference_config import LossConfig
     from lit_alignment.models.adapters import AdapterConfig
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from lit_alignment.models.reference import ReferenceSyncConfig
     from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
     from lit_alignment.modules.classification import ClassificationModule
+    from lit_alignment.modules.distillation import DistillationModule
     from lit_alignment.modules.policy import PolicyModule
     from lit_alignment.modules.preference import PreferenceModule
     from lit_alignment.modules.rag import RAGModule
@@ -65,6 +68,9 @@ _PLACES = {
     "ClearMLLogger": "lit_alignment.loggers",
     "DecodingConfig": "lit_alignment.generation.settings",
     "DeepSpeedStrategy": "lit_alignment.distributed.deepspeed",
+    "DistillationConfig": "lit_alignment.losses.distillation_config",
+    "DistillationDataModule": "lit_alignment.data.distillation",
+    "DistillationModule": "lit_alignment.modules.distillation",
     "EncodingConfig": "lit_alignment.data.encoding.encoder",
     "Export": "lit_alignment.callbacks.export",
     "FSDP2Strategy": "lit_alignment.distributed.fsdp2",
@@ -113,6 +119,9 @@ __all__ = [
     "ClearMLLogger",
     "DecodingConfig",
     "DeepSpeedStrategy",
+    "DistillationConfig",
+    "DistillationDataModule",
+    "DistillationModule",
     "EncodingConfig",
     "Export",
     "FSDP2Strategy",

@@ -31,6 +31,7 @@ EXPECTED = {  # metric, its bound, name of the predictions file, what each line 
     "classification": ("val/loss", 1.5, "classes", "probabilities"),
     "reward": ("val/loss", 0.5, "rewards", "rewards"),
     "preference": ("val/sigmoid_loss", 0.3, "greedy", "answers"),
+    "distillation": ("val/kl", 0.006, "greedy", "answers"),
     "tiny_kto": ("val/loss", 0.3, "greedy", "answers"),
     "rag": ("val/loss", 1.0, "greedy", "doc_scores"),
     "vlm": ("val/loss", 0.8, "greedy", "answers"),  # of colors and shapes that were never together in training

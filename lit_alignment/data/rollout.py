@@ -42,6 +42,7 @@ class Answer:
         sampler_logps: Log-probability of each token under what it was sampled from; None if that is the policy itself.
         old_logps: The same under the policy of then, where steps that follow are compared with it.
         advantage: How much better than the others it is.
+        weights: Weight of each token in the loss, which leaves out those of weight 0; None means 1.
     """
 
     token_ids: list[int]
@@ -52,6 +53,12 @@ class Answer:
     sampler_logps: list[float] | None = None
     old_logps: list[float] | None = None
     advantage: float = 0.0
+    weights: list[float] | None = None
+
+    @property
+    def weight(self) -> float:
+        """Of all its tokens."""
+        return float(len(self.token_ids)) if self.weights is None else sum(self.weights)
 
 
 @dataclass(kw_only=True)
@@ -242,19 +249,29 @@ class RolloutDataModule(ConversationDataModule):
         if self.source is None:
             raise ConfigError("data: nothing samples responses. Train with a module that does, as PolicyModule.")
         at = next(position for position, each in enumerate(self._planned) if each is planned)
-        steps = [each.own_window for each in self._planned[at:] if each.window][: self.steps_per_rollout]
+        steps = [each for each in self._planned[at:] if each.window][: self.steps_per_rollout]
         self._first_batch = self._begun(self._epoch).batches + at
-        self._steps = own = [[index for group in step for index in group] for step in steps]
+        self._steps = own = [[index for group in step.own_window for index in group] for step in steps]
         if _on_any_rank(any(index not in self._groups for index in own[0])):
             coming = [index for step in own for index in step]
-            made = self.source.roll_out(rows.rows(coming) if coming else [], coming)
-            self._groups = {group.index: group for group in made}
+            self._groups = {group.index: group for group in self.groups_of(coming, rows, steps)}
         self._step = self.source.weigh([self._groups[index] for index in own[0]])
+
+    def groups_of(self, indices: list[int], rows: CachedRows, steps: Sequence[PlannedBatch]) -> list[Group]:
+        """What coming optimizer steps train on: responses of the source.
+
+        Args:
+            indices: This rank's prompts.
+            rows: All of them.
+            steps: The first micro-batch of each step, which knows the prompts of all ranks.
+        """
+        source = present(self.source, "what samples responses")
+        return source.roll_out(rows.rows(indices) if indices else [], indices)
 
     def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> RolloutBatch:
         """The responses to the prompts, in one packed row or padded."""
         if planned.dummy:  # it takes part in every collective and adds nothing to the loss
-            nothing = Answer(token_ids=rows[0]["input_ids"][-1:], text="", truncated=False)
+            nothing = Answer(token_ids=rows[0]["input_ids"][-1:], text="", truncated=False, weights=[0.0])
             groups = [Group(index=-1, prompt=rows[0]["input_ids"], answers=[nothing])]
         else:
             groups = [self._groups[index] for index in planned.indices]
@@ -330,9 +347,10 @@ def _examples(group: Group) -> list[Example]:
     """The prompt with each of its responses."""
     start, examples = len(group.prompt), []
     for answer in group.answers:
-        labels = [IGNORE_INDEX] * start + answer.token_ids
-        weights = [0.0] * start + [1.0] * len(answer.token_ids)
-        examples.append(Example(group.prompt + answer.token_ids, labels, weights))
+        weights = [1.0] * len(answer.token_ids) if answer.weights is None else answer.weights
+        labels = [token if w else IGNORE_INDEX for token, w in zip(answer.token_ids, weights, strict=True)]
+        ids = group.prompt + answer.token_ids
+        examples.append(Example(ids, [IGNORE_INDEX] * start + labels, [0.0] * start + weights))
     return examples
 
 

@@ -5,6 +5,7 @@ B rows, T tokens, N trained positions, D width, V vocabulary
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +18,13 @@ from transformers import PreTrainedModel
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.losses import (
+    LinearHead,
     linear_cross_entropy,
+    linear_divergence,
     linear_logps,
     linear_logps_and_entropies,
     token_cross_entropy,
+    token_divergence,
     token_logps_and_entropies,
 )
 from lit_alignment.losses.language_modeling import CHUNK_SIZE
@@ -222,6 +226,79 @@ def _logps_of_layer(
     with _forward(head, both):
         found: tuple[Tensor, Tensor] = head(hidden)
     return found
+
+
+def head_divergence(
+    student: nn.Module,
+    teacher: nn.Module,
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    weights: Tensor,
+    beta: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the divergences of the student's distributions from the teacher's, and each of them, [N].
+
+    Where one has more rows in its output embedding, as padding, the distributions are those over the rows of both.
+
+    Args:
+        student: A causal language model.
+        teacher: Another one with the same tokenizer; no gradient reaches it.
+        hidden: The student's last hidden states, [N, D].
+        teacher_hidden: The teacher's at the same positions, [N, E].
+        weights: Weight of each position in the sum, [N].
+        beta: As of `token_divergence`.
+        temperature: Divides the logits of both.
+
+    Returns:
+        The sum, with gradient, and the divergences without, in nats, fp32 at least.
+    """
+    head, teacher_head = output_head(student), output_head(teacher)
+    plain, teacher_plain = head.forward, teacher_head.forward
+    products = is_product(head) and is_product(teacher_head)
+
+    def of_chunk(rows: Tensor, teacher_rows: Tensor) -> Tensor:
+        logits = _shaped(student, plain(rows))
+        with torch.no_grad():
+            teacher_logits = _shaped(teacher, teacher_plain(teacher_rows))
+        size = min(logits.shape[1], teacher_logits.shape[1])
+        return token_divergence(logits[:, :size], teacher_logits[:, :size], beta, temperature)
+
+    def divergence(hidden: Tensor, teacher_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if products:
+            heads = _same_rows(_linear_head(student, head), _linear_head(teacher, teacher_head))
+            return linear_divergence(
+                local(hidden), heads[0], local(teacher_hidden), heads[1], weights, beta=beta, temperature=temperature
+            )
+        chunks = zip(torch.split(hidden, CHUNK_SIZE), torch.split(teacher_hidden, CHUNK_SIZE), strict=True)
+        found = torch.cat([checkpoint(of_chunk, *rows, use_reentrant=False) for rows in chunks])
+        return (found * weights).sum(), found.detach()
+
+    def in_both(hidden: Tensor) -> tuple[Tensor, Tensor]:  # where the weights of both heads are gathered
+        with _forward(teacher_head, lambda teacher_hidden: divergence(hidden, teacher_hidden)):
+            found: tuple[Tensor, Tensor] = teacher_head(teacher_hidden)
+        return found
+
+    with _forward(head, in_both):
+        both: tuple[Tensor, Tensor] = head(hidden)
+    return both
+
+
+def _linear_head(model: nn.Module, head: nn.Module) -> LinearHead:
+    weight, bias = head_weight(head)
+    return LinearHead(weight, bias, *_logit_shape(model))
+
+
+def _same_rows(one: LinearHead, other: LinearHead) -> tuple[LinearHead, LinearHead]:
+    """Both heads without the rows that only one of them has."""
+    size = min(len(one.weight), len(other.weight))
+    return _first_rows(one, size), _first_rows(other, size)
+
+
+def _first_rows(head: LinearHead, size: int) -> LinearHead:
+    if len(head.weight) == size:
+        return head
+    return replace(head, weight=head.weight[:size], bias=None if head.bias is None else head.bias[:size])
 
 
 @torch.no_grad()

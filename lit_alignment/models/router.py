@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _found: ContextVar[list[Tensor] | None] = ContextVar("router_losses", default=None)
@@ -16,7 +17,7 @@ _found: ContextVar[list[Tensor] | None] = ContextVar("router_losses", default=No
 
 @contextmanager
 def router_losses() -> Iterator[list[Tensor]]:
-    """The losses of the forward passes that are made meanwhile."""
+    """The losses of the forward passes that are made meanwhile, but for those without gradient, as of a reference."""
     found: list[Tensor] = []
     token = _found.set(found)
     try:
@@ -28,5 +29,5 @@ def router_losses() -> Iterator[list[Tensor]]:
 def note_router_loss(output: Any) -> None:
     """Note the loss in what a model's forward pass returns, if there is one and it is asked for."""
     found, loss = _found.get(), getattr(output, "aux_loss", None)
-    if found is not None and isinstance(loss, Tensor):
+    if found is not None and isinstance(loss, Tensor) and torch.is_grad_enabled():
         found.append(loss)

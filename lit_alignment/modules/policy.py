@@ -4,10 +4,8 @@ N trained tokens, B responses
 """
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +16,8 @@ from torchmetrics import Metric
 from lit_alignment.data.base import AlignmentDataModule, Split, datamodule_as
 from lit_alignment.data.batching.items import PromptBatch
 from lit_alignment.data.policy import PolicyDataModule
-from lit_alignment.data.rollout import Answer, Group, RolloutBatch
-from lit_alignment.distributed.rank_zero import on_rank_zero
+from lit_alignment.data.rollout import Group, RolloutBatch
 from lit_alignment.errors import ConfigError
-from lit_alignment.generation.engine import Completion, step_seed
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
 from lit_alignment.losses.policy import (
@@ -37,17 +33,16 @@ from lit_alignment.losses.policy import (
 from lit_alignment.losses.policy_config import PolicyLossConfig
 from lit_alignment.metrics.named import NamedMeans
 from lit_alignment.models.adapters import AdapterConfig
-from lit_alignment.models.isolation import check_positions
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.logprobs import target_logps
-from lit_alignment.models.reference import quiet_logps
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.compared import ComparedModule
+from lit_alignment.modules.rollout import RolloutModule, answer_of
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.rollout.config import RolloutConfig
 from lit_alignment.rollout.reward_pool import RewardPool
 from lit_alignment.rollout.rewards import RewardFunction
-from lit_alignment.rollout.samplers import SampledPolicy, Sampler, TransformersSampler, check_sampling
+from lit_alignment.rollout.samplers import Sampler, TransformersSampler, check_sampling
 from lit_alignment.training.policy_values import (
     OF_ANSWERS,
     answer_values,
@@ -60,7 +55,7 @@ from lit_alignment.training.preference_reference import ReferenceKind, reference
 CHARTS = (("no_variance",), ("length",), ("truncated",), ("entropy",), ("clipped_low", "clipped_high"), ("kl",))
 
 
-class PolicyModule(ComparedModule):
+class PolicyModule(RolloutModule, ComparedModule):
     """A causal language model that learns from rewards of its own responses.
 
     Each optimizer step samples `rollout.num_responses` responses to each of its prompts with the weights of then,
@@ -120,7 +115,6 @@ class PolicyModule(ComparedModule):
         self.reward_names = list(reward_names(self.scorer.names))
         self.train_means = NamedMeans(names_of_values(self.scorer.names))
         self.charts = (("loss",), tuple(self.reward_names), ("reward_deviation",), *CHARTS)
-        self._rollout_seconds, self._begun = 0.0, 0.0
         self._whole = ExitStack()  # weights that are gathered for a validation
 
     @property
@@ -132,32 +126,15 @@ class PolicyModule(ComparedModule):
         """
         return datamodule_as(PolicyDataModule, self.trainer)
 
-    def setup(self, stage: str) -> None:
-        """Let the data module ask for rollouts."""
-        super().setup(stage)
-        if stage != "predict" and not self.features.supports("gathering"):
-            raise ConfigError(
-                "trainer.strategy: DeepSpeed's stage 3 cannot gather the weights to sample with. Use stage 1 or 2, "
-                "DDP, or lit_alignment.FSDP2Strategy."
-            )
-        if stage == "fit":
-            self.data.source, self.data.steps_per_rollout = self, self.rollout.steps_per_rollout
-
     def on_fit_start(self) -> None:
-        """Start what samples and what scores."""
+        """Also start what scores."""
         super().on_fit_start()
-        check_positions(self.network, self.data.encoding.max_length, self.rollout.max_new_tokens)
         self.scorer.start(self.device)
-        self.sampler.start(SampledPolicy(self.network, self.tokenizer, self.backbone, on_rank_zero=self._on_rank_zero))
 
     def teardown(self, stage: str) -> None:
-        """Stop both."""
+        """Also stop what scores."""
         super().teardown(stage)
-        self.sampler.close()
         self.scorer.close()
-
-    def _on_rank_zero(self, function: Callable[[], Any]) -> Any:
-        return on_rank_zero(self.trainer, function)
 
     # Rollouts.
 
@@ -168,31 +145,20 @@ class PolicyModule(ComparedModule):
             rows: The prompts.
             indices: Of the records.
         """
-        begin = time.perf_counter()
-        with self.features.gathered(self), self.trainer.precision_plugin.forward_context(), torch.no_grad():
-            self.sampler.sync(self.trainer.global_step)
-            groups = self._sampled(rows, indices)
+        with self.sampling():
+            groups = self._scored(rows, indices)
             for redraw in range(1, self.rollout.max_redraws + 1):
                 level = [position for position, group in enumerate(groups) if _is_level(group)]
-                drawn = self._sampled([rows[i] for i in level], [indices[i] for i in level], redraw)
+                drawn = self._scored([rows[i] for i in level], [indices[i] for i in level], redraw)
                 for position, group in zip(level, drawn, strict=True):
                     groups[position] = group
             if self.rollout.steps_per_rollout > 1:
                 self._remember_policy(groups)
-        self._rollout_seconds += time.perf_counter() - begin
         return groups
 
-    def _sampled(self, rows: list[dict[str, Any]], indices: Sequence[int], redraw: int = 0) -> list[Group]:
+    def _scored(self, rows: list[dict[str, Any]], indices: Sequence[int], redraw: int = 0) -> list[Group]:
         """Scored responses to prompts; each time that they are drawn again they are others."""
-        requests = [self.request(row["input_ids"], self.rollout.decoding) for row in rows]
-        requests = [replace(each, seed=step_seed(each.seed, redraw)) for each in requests]
-        sampled = self.sampler.sample(requests, wanted_logps=False)
-        groups = [
-            Group(index=index, prompt=list(row["input_ids"]), answers=[_answer(each) for each in completions])
-            for index, row, completions in zip(indices, rows, sampled, strict=True)
-        ]
-        if groups and not self.sampler.exact:
-            self.sampler.check(sampled[0], torch.cat(self._logps(groups[:1])))
+        groups = self.sampled(rows, indices, redraw)
         self._score(groups, "train")
         return groups
 
@@ -207,17 +173,12 @@ class PolicyModule(ComparedModule):
             answer.reward = reward
             answer.rewards = dict(zip(self.scorer.names, values, strict=True))
 
-    def _logps(self, groups: list[Group]) -> list[Tensor]:
-        """Log-probabilities of each response under the policy, in one micro-batch."""
-        batch = self.data.batch(groups, [])
-        return list(torch.split(quiet_logps(self.network, batch, temperature=self.rollout.temperature), batch.lengths))
-
     def _remember_policy(self, groups: list[Group]) -> None:
         """Put log-probabilities under the policy of now beside the responses, in micro-batches as in training."""
         for start in range(0, len(groups), self.data.batch_size):
             part = groups[start : start + self.data.batch_size]
             answers = (answer for group in part for answer in group.answers)
-            for answer, logps in zip(answers, self._logps(part), strict=True):
+            for answer, logps in zip(answers, self.logps(part), strict=True):
                 answer.old_logps = logps.tolist()
 
     def weigh(self, groups: list[Group]) -> WindowCounts:
@@ -231,7 +192,7 @@ class PolicyModule(ComparedModule):
         sizes = [len(group.answers) for group in groups]
         functions = [[answer.rewards[name] for answer in answers] for name in self.scorer.names]
         of_all = [reward_moments(own) for own in (rewards, *torch.tensor(functions, dtype=torch.float64))]
-        deviation, *of_functions = (step_deviation(own) for own in self._of_ranks(torch.stack(of_all)).unbind(1))
+        deviation, *of_functions = (step_deviation(own) for own in self.of_ranks(torch.stack(of_all)).unbind(1))
         found = advantages(rewards, sizes, self.loss.form.advantage, deviation=deviation)
         for answer, advantage in zip(answers, found.tolist(), strict=True):
             answer.advantage = advantage
@@ -239,20 +200,15 @@ class PolicyModule(ComparedModule):
         truncated = [answer.truncated for answer in answers]
         limit = self.rollout.max_new_tokens
         own = count_responses(self.loss, lengths, truncated, (~rewards.isnan()).tolist(), limit)
-        counts = self._of_ranks(torch.tensor([own.responses, own.scored, own.tokens], dtype=torch.float64)).sum(0)
+        counts = self.of_ranks(torch.tensor([own.responses, own.scored, own.tokens], dtype=torch.float64)).sum(0)
         values = answer_values(answers, self.scorer.names) | {
             "no_variance": groups_without_variance(rewards, sizes).tolist()
         }
         deviations = zip(self.reward_names, (deviation, *of_functions), strict=False)
         self._update(self.train_means, values | {f"{name}_deviation": [float(own)] for name, own in deviations})
-        self._begun = time.perf_counter()
+        self.training_begins()
         responses, scored, tokens = map(int, counts.tolist())
         return WindowCounts(responses, scored, tokens, limit)
-
-    def _of_ranks(self, values: Tensor) -> Tensor:
-        """Values of each rank, [R, ...], on the CPU."""
-        gathered: Tensor = self.all_gather(values.to(self.device))  # type: ignore[assignment]
-        return gathered.reshape(-1, *values.shape).cpu()
 
     def _update(self, means: NamedMeans, values: dict[str, list[float]]) -> None:
         means.update({name: torch.tensor(own, device=self.device) for name, own in values.items()})
@@ -289,7 +245,7 @@ class PolicyModule(ComparedModule):
         split: Split = "val" if stage == "val" else "test"
         responses = self.respond(batch.items, self.rollout.greedy)
         groups = [
-            Group(index=item.index, prompt=item.input_ids, answers=[_answer(response.completions[0])])
+            Group(index=item.index, prompt=item.input_ids, answers=[answer_of(response.completions[0])])
             for item, response in zip(batch.items, responses, strict=True)
         ]
         self._score(groups, split)
@@ -300,21 +256,6 @@ class PolicyModule(ComparedModule):
     def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:
         """Means over prompts."""
         return dict(self.metrics_of(stage)["means"].compute())
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log means over all responses and tokens, of all ranks, since the last time."""
-        super().on_before_optimizer_step(optimizer)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values = self.train_means.compute()
-            self.log_dict({f"train/{name}": float(value) for name, value in values.items()})
-            self.log_dict(
-                {
-                    "train/rollout_seconds": self._rollout_seconds,
-                    "train/training_seconds": time.perf_counter() - self._begun,
-                }
-            )
-            self.train_means.reset()
-            self._rollout_seconds = 0.0
 
     # Validation answers prompts: ranks with unequal numbers of tokens would wait for each other's shards.
 
@@ -340,16 +281,6 @@ class PolicyModule(ComparedModule):
         """Shard it again."""
         self._whole.close()
         super().on_test_end()
-
-
-def _answer(completion: Completion) -> Answer:
-    """A response as the data module keeps it."""
-    return Answer(
-        token_ids=completion.token_ids,
-        text=completion.text,
-        truncated=completion.finish_reason == "length",
-        sampler_logps=completion.logps,
-    )
 
 
 def _is_level(group: Group) -> bool:

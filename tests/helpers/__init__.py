@@ -15,6 +15,8 @@ from lit_alignment import (
     AtomicCheckpointIO,
     ClassificationDataModule,
     ClassificationModule,
+    DistillationDataModule,
+    DistillationModule,
     PolicyDataModule,
     PolicyModule,
     PreferenceDataModule,
@@ -250,6 +252,17 @@ def policy_module(path: str = "configs/tiny", lora: bool = False, **settings: An
 def policy_data(module: PolicyModule, train=None, val=None, **settings: Any) -> PolicyDataModule:
     settings.setdefault("encoding", EncodingConfig(max_length=512))
     return PolicyDataModule(module.tokenizer, **_sources(train, val), **settings)
+
+
+def distillation_module(path: str = "configs/tiny", lora: bool = False, **settings: Any) -> DistillationModule:
+    """Its teacher has other random weights."""
+    settings.setdefault("teacher", BackboneConfig("configs/tiny", weights="random"))
+    return DistillationModule(**scoring_settings(path, lora, settings))
+
+
+def distillation_data(module: DistillationModule, train=None, val=None, **settings: Any) -> DistillationDataModule:
+    settings.setdefault("encoding", EncodingConfig(max_length=256))
+    return DistillationDataModule(module.tokenizer, **_sources(train, val), **settings)
 
 
 def step_gradients(folder: Path, module, data, **options: Any) -> dict[str, torch.Tensor]:

@@ -1,13 +1,16 @@
-"""Scores of every decoder are those of transformers' own classifier, packed or padded on either side."""
+"""Scores of every decoder are those of transformers' own classifier; divergences are those of both models' logits."""
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_alignment.data.batching.collate import Sequences, pack_sequences, pad_sequences
 from lit_alignment.errors import ConfigError
+from lit_alignment.losses import token_divergence
+from lit_alignment.models import head
 from lit_alignment.models.attention import choose_attention, document_arguments
-from lit_alignment.models.head import scores_at
+from lit_alignment.models.head import head_divergence, hidden_states, scores_at
 from tests.helpers import DECODER_SIZE
 
 ARCHITECTURES = {
@@ -58,3 +61,31 @@ def test_model_without_a_layer_of_scores_on_a_decoder_is_refused():
     model = AutoModelForSequenceClassification.from_config(config)
     with pytest.raises(ConfigError, match="BertForSequenceClassification has neither output embeddings nor a layer"):
         scores_at(model, torch.tensor([1]), input_ids=torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize("adapted", ["neither", "student", "teacher"])
+def test_divergence_of_two_heads_is_that_of_their_logits(adapted, monkeypatch):
+    """Of unequal width, scale, cap and number of rows; an adapter on a head makes it more than one product."""
+    monkeypatch.setattr(head, "CHUNK_SIZE", 3)
+    torch.manual_seed(0)
+    models = {}
+    for name, width, rows in (("student", 32, 300), ("teacher", 48, 310)):
+        size = {"hidden_size": width, "vocab_size": rows, "head_dim": 8, "query_pre_attn_scalar": 8}
+        config = AutoConfig.for_model("gemma2", **(DECODER_SIZE | size), final_logit_softcapping=2.0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        if name == adapted:
+            peft = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+            model = get_peft_model(model, peft).eval()
+        models[name] = model
+    student, teacher = models.values()
+    ids, weights = torch.randint(0, 300, (1, 8)), torch.linspace(0.5, 2, 8)
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    logits = [model(input_ids=ids, use_cache=False).logits[0, :, :300] for model in (student, teacher)]
+    expected = token_divergence(*logits, 0.3, 0.7)
+    wanted = torch.autograd.grad((expected * weights).sum(), trained)
+    states = [hidden_states(model, input_ids=ids)[0] for model in (student, teacher)]
+    total, divergences = head_divergence(student, teacher, *states, weights, 0.3, 0.7)
+    torch.testing.assert_close(divergences, expected.detach(), rtol=1e-4, atol=1e-6)
+    for found, other in zip(torch.autograd.grad(total, trained), wanted, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-5)
+    assert float(expected.min()) > 1e-4

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from lit_alignment.models.head import hidden_states
 from lit_alignment.models.loading import BackboneConfig
+from lit_alignment.models.router import router_losses
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import DECODER_SIZE, ROOT, chats, sft_data, trainer
@@ -86,3 +88,13 @@ def test_configuration_that_does_not_ask_for_it_gets_none(tmp_path):
     module = build(tmp_path, "mixtral", output_router_logits=False)
     _, logged, _ = run(tmp_path, module)
     assert "train/router_loss" not in logged[0]
+
+
+def test_a_forward_pass_without_gradient_adds_no_router_loss(tmp_path):
+    """As that of a reference or a teacher within a training step."""
+    network = build(tmp_path, "mixtral").load_model()
+    with router_losses() as found:
+        hidden_states(network, input_ids=torch.arange(8)[None])
+        with torch.no_grad():
+            hidden_states(network, input_ids=torch.arange(8)[None])
+    assert len(found) == 1

@@ -165,6 +165,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return fingerprint(backend.to_str(), tokenizer.special_tokens_map)
 
 
+def tokenizer_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """In what an id means another token to two tokenizers, in words; None if they agree. Padding does not count."""
+    ids, others = one.get_vocab(), other.get_vocab()
+    if ids != others:
+        differing = sorted(ids.items() ^ others.items(), key=lambda item: item[1])
+        token = differing[0][0]
+        return f"{len(dict(differing))} tokens differ: '{token}' is {ids.get(token)} here and {others.get(token)} there"
+    roles = ("bos_token", "eos_token")
+    role = next((role for role in roles if getattr(one, role) != getattr(other, role)), None)
+    return None if role is None else f"{role} is {getattr(one, role)!r} here and {getattr(other, role)!r} there"
+
+
 def num_tokens(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> int:
     """Tokens of all texts together, without special ones."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
