@@ -53,6 +53,12 @@ class Answer:
     old_logps: list[float] | None = None
     advantage: float = 0.0
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """What was scored, by the names in logs: the reward, and of several functions what each gives."""
+        of_each = {f"reward_{name}": own for name, own in self.rewards.items()} if len(self.rewards) > 1 else {}
+        return {name: own for name, own in ({"reward": self.reward} | of_each).items() if not math.isnan(own)}
+
 
 @dataclass(kw_only=True)
 class Group:
@@ -160,6 +166,11 @@ class RolloutDataModule(ConversationDataModule):
         """Also forget an earlier run's rollout."""
         super().begin()
         self._groups, self._epoch, self._steps, self._first_batch = {}, -1, [], math.inf
+
+    @property
+    def rollout(self) -> list[Group]:
+        """All responses of the last rollout on this rank."""
+        return list(self._groups.values())
 
     # Prompts.
 
