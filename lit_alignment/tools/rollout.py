@@ -84,10 +84,10 @@ def print_rollout(console: Terminal, groups: Sequence[Group], names: Sequence[st
 
 
 def response_table(group: Group) -> Table:
-    """One line a response: its rewards by function, advantage, tokens, and whether it was cut."""
+    """One line a response: the reward, what each of several functions gives, advantage, tokens, whether it was cut."""
     names = list({name: None for answer in group.answers for name in answer.scores})
     table = Table(show_lines=True)
-    for heading in (*names, "advantage", "tokens"):
+    for heading in (*(name.removeprefix("reward_") for name in names), "advantage", "tokens"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("response", overflow="fold", min_width=20)
     for answer in group.answers:

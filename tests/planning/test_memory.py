@@ -106,6 +106,7 @@ def test_weights_gradients_and_moments_are_counted_exactly(folder):
     assert found.largest_layer == 4 * (4 * D * D + 3 * D * F + 2 * D)
 
 
+@pytest.mark.slow
 def test_keys_and_values_of_a_rollout_are_counted_exactly(folder):
     """Two of each token and layer, D wide, in every sequence that is generated together."""
     sampling = replace(Workload([64]), sampled=16, sampled_length=300)

@@ -74,6 +74,7 @@ def test_reference_of_preferences_is_counted(capsys):
         assert ("frozen copy" in capsys.readouterr().out) == counted
 
 
+@pytest.mark.slow
 def test_micro_batch_of_a_policy_has_the_prompts_with_all_their_responses(capsys):
     policy = ["--config", "configs/policy/tiny.yaml"]  # 4 prompts of up to 256 tokens, 8 responses of up to 8
     # Of the tiny model 2 layers with 2 heads of 16 numbers, in float32.
