@@ -11,14 +11,16 @@ from torchmetrics import Metric
 from lit_alignment.checkpoints.export import ExportParts
 from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.saved import Saved
+from lit_alignment.data.rollout import Group
 from lit_alignment.errors import ConfigError
-from lit_alignment.evaluation.samples import Confusion, ScoredSample
+from lit_alignment.evaluation.samples import Confusion, NotableResponse, ScoredSample
 from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Response
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.dual_encoder import RetrieverConfig
 from lit_alignment.models.loading import HeadConfig
 from lit_alignment.models.multimodal.modality import MediaShape
 from lit_alignment.models.reference import FrozenCopy
+from lit_alignment.planning.memory import RolloutShape
 from lit_alignment.retrieval.index import IndexConfig
 from lit_alignment.retrieval.passage_retriever import PassageRetriever
 
@@ -84,6 +86,26 @@ class MethodHooks:
     def frozen_copy(self) -> FrozenCopy:
         """What of the language model a training holds a second time, frozen; for estimates of memory."""
         return "nothing"
+
+    @property
+    def rollout_shape(self) -> RolloutShape | None:
+        """Responses that a training samples, of a method that does; for estimates of memory."""
+        return None
+
+    def trial_rollout(self, number: int) -> list[Group]:
+        """Responses to the first prompts of the training data, scored and weighed as for an optimizer step.
+
+        Args:
+            number: How many prompts; with 0 the call says only whether the method samples responses in training.
+
+        Raises:
+            ConfigError: If it does not.
+        """
+        raise ConfigError(f"--rollout needs a module that samples responses in training, not {type(self).__name__}.")
+
+    def notable(self) -> list[NotableResponse]:
+        """Responses of the last optimizer steps that a report shows."""
+        return []
 
     def export_parts(self, saved: Saved, network: nn.Module, form: Form) -> ExportParts:
         """What the folder of a checkpoint holds besides the language model.

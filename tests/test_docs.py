@@ -27,6 +27,7 @@ from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.vlm import VLMDataModule
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.loggers import ClearMLLogger
+from lit_alignment.losses.policy_config import PRESETS, READS, PolicyLossConfig
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.dual_encoder import RetrieverConfig
 from lit_alignment.models.loading import BackboneConfig
@@ -35,6 +36,7 @@ from lit_alignment.models.multimodal.projectors import ProjectorConfig
 from lit_alignment.models.multimodal.vision import EncoderConfig
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
 from lit_alignment.modules.classification import ClassificationModule
+from lit_alignment.modules.policy import PolicyModule
 from lit_alignment.modules.rag import RAGModule
 from lit_alignment.modules.retriever import RetrieverModule
 from lit_alignment.modules.reward import RewardModule
@@ -42,6 +44,20 @@ from lit_alignment.modules.sft import SFTModule
 from lit_alignment.modules.vlm import VLMModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.retrieval.index import IndexConfig
+from lit_alignment.rollout import (
+    ExactMatchReward,
+    FormatReward,
+    JsonEquality,
+    LengthReward,
+    ModelReward,
+    PythonReward,
+    ReasoningGymReward,
+    RegexMatch,
+)
+from lit_alignment.rollout.config import RolloutConfig
+from lit_alignment.rollout.samplers import TransformersSampler
+from lit_alignment.vllm.sampler import VLLMSampler
+from lit_alignment.vllm.server_sampler import ServerSampler
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -60,6 +76,9 @@ SETTINGS = [
 SETTINGS += [AlignmentDataModule, ClassificationDataModule, RewardDataModule, RAGDataModule]
 SETTINGS += [RAGModule, RetrieverModule, RetrieverConfig, IndexConfig, IndexRefresh]
 SETTINGS += [VLMModule, VLMDataModule, ModalityConfig, EncoderConfig, ProjectorConfig]
+REWARDS = [ExactMatchReward, RegexMatch, JsonEquality, LengthReward, FormatReward, ModelReward, PythonReward]
+SETTINGS += [PolicyModule, PolicyLossConfig, RolloutConfig, TransformersSampler, VLLMSampler, ServerSampler]
+SETTINGS += [*REWARDS, ReasoningGymReward]
 SETTINGS += [
     SFTModule,
     ClassificationModule,
@@ -99,7 +118,7 @@ def test_every_guarantee_of_this_method_has_a_row():
 @pytest.mark.parametrize("owner", SETTINGS, ids=lambda owner: owner.__name__)
 def test_every_setting_is_in_the_guide(owner):
     if dataclasses.is_dataclass(owner):
-        names = [field.name for field in dataclasses.fields(owner)]
+        names = [field.name for field in dataclasses.fields(owner) if field.init]
     else:
         names = [name for name in inspect.signature(owner).parameters if name not in ("tokenizer", "self", "settings")]
     missing = [name for name in names if f"`{name}`" not in GUIDE]
@@ -128,6 +147,29 @@ def test_python_in_the_readme_compiles():
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+def test_table_of_policy_losses_is_that_of_the_code():
+    row = r"^\| `(\w+)`(?: \(default\))? \|" + r" (.*?) ?\|" * 5 + "$"
+    table = {name: cells for name, *cells in re.findall(row, GUIDE, re.M)}
+    assert PRESETS.keys() <= table.keys()
+    for name, form in PRESETS.items():
+        *choices, usual = table[name]
+        assert choices == [f"`{each}`" for each in (form.objective, form.ratio, form.aggregate, form.advantage)]
+        assert {key: float(value) for key, value in re.findall(r"`(\w+)` ([\d.]+)", usual)} == form.usual
+    for name, settings in READS.items():
+        (row,) = re.findall(rf"^\| `{name}` \| [^|`]+ \| (.*) \|$", GUIDE, re.M)
+        shown = dict(re.findall(r"`(\w+)` \(?([\d.]+|none)", row))
+        assert {key: float(shown[key].replace("none", "inf")) for key in shown} == settings
+
+
+def test_reward_of_the_guide_scores_as_it_says(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n# my_rewards.py\n(.*?)```", GUIDE, re.S)
+    (tmp_path / "my_rewards_of_the_guide.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = PythonReward(function="my_rewards_of_the_guide.words_right", arguments={"penalty": 0.1}, timeout=10)
+    assert reward(["a b", "b\nc", ""], {"label": "a b"}) == [1.0, 0.4, 0.0]
+    assert reward(["a"], {}) == [None]
 
 
 def test_every_setting_of_the_placement_is_in_the_guide():

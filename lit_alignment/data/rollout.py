@@ -60,6 +60,12 @@ class Answer:
         """Of all its tokens."""
         return float(len(self.token_ids)) if self.weights is None else sum(self.weights)
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """What was scored, by the names in logs: the reward, and of several functions what each gives."""
+        of_each = {f"reward_{name}": own for name, own in self.rewards.items()} if len(self.rewards) > 1 else {}
+        return {name: own for name, own in ({"reward": self.reward} | of_each).items() if not math.isnan(own)}
+
 
 @dataclass(kw_only=True)
 class Group:
@@ -167,6 +173,11 @@ class RolloutDataModule(ConversationDataModule):
         """Also forget an earlier run's rollout."""
         super().begin()
         self._groups, self._epoch, self._steps, self._first_batch = {}, -1, [], math.inf
+
+    @property
+    def rollout(self) -> list[Group]:
+        """All responses of the last rollout on this rank."""
+        return list(self._groups.values())
 
     # Prompts.
 

@@ -1,4 +1,4 @@
-"""What modules hand to tables of samples."""
+"""What modules hand to tables of samples and to reports."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,25 @@ class ScoredSample:
     columns: dict[str, Any]
     scores: dict[str, float] = field(default_factory=dict)
     right: bool | None = None
+
+
+@dataclass(frozen=True)
+class NotableResponse:
+    """A response that was sampled in training, for people to look at.
+
+    Args:
+        title: What is notable about it.
+        messages: Its prompt.
+        text: The response.
+        scores: Its rewards by name.
+        truncated: Whether it was cut at the limit of tokens.
+    """
+
+    title: str
+    messages: list[dict[str, Any]]
+    text: str
+    scores: dict[str, float]
+    truncated: bool
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 N trained tokens, B responses
 """
 
+import json
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from lit_alignment.data.batching.items import PromptBatch
 from lit_alignment.data.policy import PolicyDataModule
 from lit_alignment.data.rollout import Group, RolloutBatch
 from lit_alignment.errors import ConfigError
+from lit_alignment.evaluation.samples import NotableResponse
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.hooks import Stage
 from lit_alignment.losses.policy import (
@@ -39,6 +41,7 @@ from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.compared import ComparedModule
 from lit_alignment.modules.rollout import RolloutModule, answer_of
 from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.planning.memory import RolloutShape
 from lit_alignment.rollout.config import RolloutConfig
 from lit_alignment.rollout.reward_pool import RewardPool
 from lit_alignment.rollout.rewards import RewardFunction
@@ -46,6 +49,7 @@ from lit_alignment.rollout.samplers import Sampler, TransformersSampler, check_s
 from lit_alignment.training.policy_values import (
     OF_ANSWERS,
     answer_values,
+    best_and_worst,
     names_of_values,
     reward_names,
     token_values,
@@ -112,6 +116,7 @@ class PolicyModule(RolloutModule, ComparedModule):
             )
         self.reference = reference_of_policy(reference, loss, peft, adapter)
         self.reference_sync, self.reference_model = None, None
+        self.beside = self.sampler.beside
         self.reward_names = list(reward_names(self.scorer.names))
         self.train_means = NamedMeans(names_of_values(self.scorer.names))
         self.charts = (("loss",), tuple(self.reward_names), ("reward_deviation",), *CHARTS)
@@ -212,6 +217,37 @@ class PolicyModule(RolloutModule, ComparedModule):
 
     def _update(self, means: NamedMeans, values: dict[str, list[float]]) -> None:
         means.update({name: torch.tensor(own, device=self.device) for name, own in values.items()})
+
+    # What tools and reports ask.
+
+    @property
+    def rollout_shape(self) -> RolloutShape:
+        """Responses to a prompt, and those that the network generates at a time."""
+        number = self.rollout.num_responses
+        return RolloutShape(number, self.rollout.max_new_tokens, self.sampler.responses_together(number))
+
+    def trial_rollout(self, number: int) -> list[Group]:
+        """Responses to the first prompts, as an optimizer step that stands alone samples, scores and weighs them."""
+        if number == 0:
+            return []
+        rows = self.data.examples["train"]
+        indices = range(min(number, len(rows)))
+        groups = self.roll_out(rows.rows(indices), indices)
+        self.weigh(groups)
+        return groups
+
+    def notable(self) -> list[NotableResponse]:
+        """The best and the worst response of the last rollout on this rank."""
+        return [
+            NotableResponse(
+                title=title,
+                messages=json.loads(self.data.examples["train"].rows([index])[0]["messages"]),
+                text=answer.text,
+                scores=answer.scores,
+                truncated=answer.truncated,
+            )
+            for title, index, answer in best_and_worst(self.data.rollout)
+        ]
 
     # Steps and metrics.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning
 from lit_alignment.models.attention import Attention, document_arguments
@@ -39,6 +39,8 @@ class Workload:
         width: Tokens of a padded row.
         trained: Share of the tokens that the loss applies to.
         autocast: Precision of the computation, where it is not that of the weights.
+        sampled: Sequences that are generated together before the step.
+        sampled_length: Tokens of each, with its prompt.
     """
 
     document_lengths: list[int]
@@ -46,6 +48,23 @@ class Workload:
     width: int = 0
     trained: float = 1.0
     autocast: torch.dtype | None = None
+    sampled: int = 0
+    sampled_length: int = 0
+
+
+@dataclass(frozen=True)
+class RolloutShape:
+    """Responses that a training samples before its optimizer steps.
+
+    Args:
+        num_responses: To each prompt.
+        max_new_tokens: Tokens of the longest.
+        together: Responses that the network generates at a time, whose keys and values it holds; 0 if it does not.
+    """
+
+    num_responses: int
+    max_new_tokens: int
+    together: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,8 @@ class StepMemory:
         outside_layers: Weights outside of the decoder layers, which sharding keeps gathered.
         copied: Weights of what a method holds a second time, frozen.
         copied_outside: Of these what lies outside of the decoder layers.
+        keys_values: Keys and values of the responses that are generated together before a step: when there are no
+            activations, and the gradients of the last step still exist.
     """
 
     parameters: int
@@ -79,12 +100,13 @@ class StepMemory:
     outside_layers: int
     copied: int = 0
     copied_outside: int = 0
+    keys_values: int = 0
 
     @property
     def total(self) -> int:
-        """Bytes at the peak on one device that holds everything."""
-        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.loss, self.temporary)
-        return sum(parts) + self.copied
+        """Bytes at the peak on one device that holds everything: in a step, or while responses are generated."""
+        kept = self.weights + self.gradients + self.optimizer + self.copied
+        return kept + max(self.activations + self.loss + self.temporary, self.keys_values)
 
     def beside(self, copy: FrozenCopy, adapters: bool) -> "StepMemory":
         """The same with what is held a second time.
@@ -226,6 +248,7 @@ def _simulate(network: nn.Module, workload: Workload) -> StepMemory:
         with memory.highest() as backward_peak:
             _backward(loss)
         del loss
+        keys_values = _keys_and_values(network, workload, memory) if workload.sampled else 0
     layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in _layers(network)]
     return StepMemory(
         parameters=sum(p.numel() for p in parameters),
@@ -238,6 +261,7 @@ def _simulate(network: nn.Module, workload: Workload) -> StepMemory:
         temporary=max(0, max(forward_peak[0], backward_peak[0]) - activations - logits),
         largest_layer=max(layers),
         outside_layers=weights - sum(layers),
+        keys_values=keys_values,
     )
 
 
@@ -275,6 +299,19 @@ def _forward(network: nn.Module, workload: Workload, memory: LiveMemory) -> tupl
         with memory.highest() as peak:
             loss, _ = head_loss(network, trained, targets, ones)
     return loss, before, peak[0] - before
+
+
+@torch.no_grad()
+def _keys_and_values(network: nn.Module, workload: Workload, memory: LiveMemory) -> int:
+    """Bytes of the keys and values of all sequences that are generated together, at their full length."""
+    model = base_model(network)
+    before, cache = memory.current, DynamicCache(config=model.config)
+    context = nullcontext() if workload.autocast is None else torch.autocast("cpu", workload.autocast)
+    with context:
+        inputs = {"input_ids": torch.zeros(1, workload.sampled_length, dtype=torch.long)}
+        hidden_states(model, **inputs, past_key_values=cache, use_cache=True)
+        del inputs
+    return workload.sampled * (memory.current - before)
 
 
 def _backward(loss: Tensor) -> None:

@@ -51,11 +51,13 @@ class Sampler(ABC):
         exact: Whether it computes with the weights that train, so that no correction is needed.
         tolerance: Mean difference from the trainer's log-probabilities that `check` lets pass, in nats per token.
         advice: What may help where the difference is larger.
+        beside: What of it takes memory of the trainer's device, in words.
     """
 
     exact = False
     tolerance = 1e-3
     advice = ""
+    beside = ""
 
     @abstractmethod
     def start(self, policy: SampledPolicy) -> None:
@@ -91,6 +93,14 @@ class Sampler(ABC):
         Raises:
             TrainingError: If a prompt cannot be answered.
         """
+
+    def responses_together(self, num_responses: int) -> int:
+        """How many responses the network that trains generates at a time; none where another one does.
+
+        Args:
+            num_responses: Responses to each prompt.
+        """
+        return 0
 
     def close(self) -> None:
         """Let go of what `start` has taken."""
@@ -157,9 +167,14 @@ class TransformersSampler(Sampler):
             return []
         policy = present(self._policy, "the policy")
         asked = requests_with(requests, logprobs=False)
-        prompts = max(1, self.batch_size // max(decoding_of(request).num_return_sequences for request in asked))
+        responses = max(decoding_of(request).num_return_sequences for request in asked)
+        prompts = self.responses_together(responses) // responses
         engine = TransformersEngine(policy.network, policy.tokenizer, prompts, policy.sharded, wanted_logps)
         return responses_of(engine.generate(asked))
+
+    def responses_together(self, num_responses: int) -> int:
+        """Those to as many prompts as fit into a batch, or to one."""
+        return max(1, self.batch_size // num_responses) * num_responses
 
 
 def check_sampling(

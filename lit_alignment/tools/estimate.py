@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
+from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.distributed.tensor_parallel import layer_plan
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import decoder_flops_per_token, from_pretrained
-from lit_alignment.planning.memory import StepMemory, Workload, step_memory
+from lit_alignment.planning.memory import RolloutShape, StepMemory, Workload, step_memory
 from lit_alignment.planning.scaling import (
     Cluster,
     Sharing,
@@ -87,6 +88,12 @@ def main(arguments: list[str]) -> None:
     console.print(f"micro-batch: {_described(workload)}{each}; {sharding.name} over {sharding.devices} device(s)")
     if cli.model.beside:
         console.print(f"of the language model alone: {cli.model.beside} come on top")
+    if workload.sampled:
+        console.print(
+            f"before a step {workload.sampled} responses are generated together, of up to {workload.sampled_length} "
+            f"tokens with their prompts: {memory.keys_values / GIB:.3f} GiB of keys and values, which are gone when "
+            "activations come"
+        )
     console.print(_table(parts))
     total = sum(parts.values()) / GIB
     on_gpu = cli.asked["accelerator"] in ("gpu", "cuda")
@@ -170,6 +177,8 @@ def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
         whole, rest = divmod(data.tokens_per_batch, length)
         lengths = [length] * whole + ([rest] if rest else [])
     workload = Workload(lengths, data.batch_size, length, trained_share, kind if mixed else None)
+    if (shape := module.rollout_shape) is not None:
+        workload = _with_responses(workload, shape, data)
     memory = step_memory(
         module.backbone,
         module.tokenizer,
@@ -183,6 +192,17 @@ def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
         device_type="cuda" if cli.asked["accelerator"] in ("gpu", "cuda") else "cpu",
     )
     return memory.beside(module.frozen_copy, adapters=module.peft_config is not None), workload
+
+
+def _with_responses(workload: Workload, shape: RolloutShape, data: AlignmentDataModule) -> Workload:
+    """A micro-batch of the longest prompts with the longest responses, and what is generated together before it."""
+    prompts, prompt, response = data.batch_size, data.encoding.max_length, shape.max_new_tokens
+    rows, whole = prompts * shape.num_responses, prompt + response
+    sampled = replace(workload, sampled=shape.together, sampled_length=whole)
+    if not data.packing:
+        return replace(sampled, rows=rows, width=whole)
+    of_each = [prompt + shape.num_responses * response] if data.share_prompts else [whole] * shape.num_responses
+    return replace(sampled, document_lengths=of_each * prompts)
 
 
 def sharding_of(asked: Any) -> Sharding:
@@ -226,6 +246,9 @@ def per_device(memory: StepMemory, sharding: Sharding) -> dict[str, int]:
         parts["frozen copy"] = split(memory.copied, sharding.weights)
     if memory.temporary:
         parts["temporaries"] = memory.temporary // sharding.sequence
+    step = sum(parts[name] for name in ("activations", "logits and loss")) + parts.get("temporaries", 0)
+    if memory.keys_values > step:  # they are gone when a step begins
+        parts["keys and values beyond these"] = memory.keys_values - step
     if sharding.weights and n > 1:  # the layer at work, the next one on its way, and what lies outside the layers
         gathered = 2 * memory.largest_layer // sharding.tensor
         parts["gathered weights"] = gathered + memory.outside_layers + memory.copied_outside

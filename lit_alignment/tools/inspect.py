@@ -21,6 +21,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.files import replaced
 from lit_alignment.terminal import Terminal, printable
 from lit_alignment.tools.options import OptionParser, whole
+from lit_alignment.tools.rollout import print_rollout, sample_rollout
 from lit_alignment.trainer_cli import build_for_tool
 
 STAGES: dict[Split, str] = {"train": "fit", "val": "validate", "test": "test", "predict": "predict"}
@@ -66,12 +67,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--split", choices=list(STAGES), default="train")
     parser.add_argument("--number", type=whole(1), default=2, help="examples to show of each source (default: 2)")
     parser.add_argument("--tokens", action="store_true", help="one line a token, with id, label and weight")
+    parser.add_argument(
+        "--rollout",
+        type=whole(1),
+        metavar="N",
+        help="also sample responses to the first N training prompts before training, and show their rewards",
+    )
     parser.add_argument("--html", type=Path, help="also write the view to this file")
     options, rest = parser.split(arguments)
-    data = build_for_tool(rest).datamodule
+    cli = build_for_tool(rest)
+    data = cli.datamodule
     if not data.sources[options.split]:
         raise ConfigError(f"data.{options.split} is empty: nothing to inspect. Choose another --split.")
-    data.setup(STAGES[options.split])
+    if options.rollout and options.split != "train":
+        raise ConfigError(f"--rollout is of training prompts: leave --split {options.split} out.")
+    groups = sample_rollout(cli, options.rollout) if options.rollout else []
+    if not groups:  # or the Trainer has set it up
+        data.setup(STAGES[options.split])
     examples = data.examples[options.split]
     rows = examples.rows(_first_of_each(examples["dataset"], options.number))
     views = [(row, data.views(row)) for row in rows]
@@ -85,6 +97,9 @@ def main(arguments: list[str]) -> None:
             console.print(
                 token_table(tokens) if options.tokens else run_table(tokens, console.is_terminal, data.marked)
             )
+    if groups:
+        asked = examples.rows([group.index for group in groups])
+        print_rollout(console, groups, [f"{row['dataset']}/{row['id']}" for row in asked])
     console.rule("lengths", align="left")
     lengths = np.array(data.examples[options.split]["length"])
     console.print(terminal_histogram(lengths, data.encoding.max_length))
@@ -214,6 +229,8 @@ def histogram_svg(lengths: np.ndarray[Any, Any], width: int = 640, height: int =
 def _packing_line(data: AlignmentDataModule, split: Split) -> str:
     plan = data.plan(split)
     rows = len(plan.groups(0))
+    if plan.tokens_per_batch is None:  # how long a row becomes is not known before there are responses
+        return f"{rows} micro-batches of up to {data.batch_size} prompts"
     longest = max(data.tokens_per_batch, data.reports[split].longest)
     filled = data.reports[split].tokens / (rows * longest)
     return f"packed into {rows} rows of up to {longest} tokens, {filled:.1%} full"

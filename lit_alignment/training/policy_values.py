@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lit_alignment.data.rollout import Answer
+from lit_alignment.data.rollout import Answer, Group
 from lit_alignment.losses.policy import PolicyLoss
 
 OF_ANSWERS = ("length", "truncated", "unscored")
@@ -47,6 +47,23 @@ def answer_values(answers: Sequence[Answer], functions: Sequence[str]) -> dict[s
     values["truncated"] = [answer.truncated for answer in answers]
     values["unscored"] = [math.isnan(answer.reward) for answer in answers]
     return values
+
+
+def best_and_worst(groups: Sequence[Group]) -> list[tuple[str, int, Answer]]:
+    """The responses of the highest and the lowest reward, each with a title and the index of its record.
+
+    Of equal ones it is the first, and if all are equal this alone; there is none without a reward.
+
+    Args:
+        groups: Of a rollout.
+    """
+    scored = [(group.index, answer) for group in groups for answer in group.answers if not math.isnan(answer.reward)]
+    if not scored:
+        return []
+    best, worst = max(scored, key=lambda each: each[1].reward), min(scored, key=lambda each: each[1].reward)
+    if best[1].reward == worst[1].reward:
+        return [("best and worst", *best)]
+    return [("best", *best), ("worst", *worst)]
 
 
 def token_values(found: PolicyLoss, policy: Tensor) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ class VLLMSampler(Sampler):
             the engine's precision.
     """
 
+    beside = "vLLM's copy of the base, with its keys and values,"
+
     def __init__(self, settings: dict[str, Any] | None = None, tolerance: float | None = None) -> None:
         """Refuse what follows from the policy."""
         self.settings = settings or {}

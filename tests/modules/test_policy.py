@@ -16,11 +16,13 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from lit_alignment import CherryPicks, DecodingConfig, FSDP2Strategy, PolicyLossConfig, RolloutConfig
 from lit_alignment.checkpoints.sharded import full
 from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.rollout import Answer, Group
 from lit_alignment.errors import ConfigError, RewardError
 from lit_alignment.losses.policy_config import PRESETS
 from lit_alignment.rollout.builtin_rewards import LengthReward
 from lit_alignment.rollout.rewards import RewardFunction
 from lit_alignment.rollout.samplers import TransformersSampler
+from lit_alignment.training.policy_values import best_and_worst
 from tests.helpers import (
     Killed,
     assert_same_gradients,
@@ -287,6 +289,34 @@ def test_validation_rewards_greedy_answers_and_ranks_checkpoints(tmp_path):
     assert again["val/reward"] == pytest.approx(sum(expected) / 3, abs=1e-6)
     page = (tmp_path / "cherry_picks.html").read_text()
     assert "train/reward" in page and "val/reward" in page
+
+
+def test_report_has_the_best_and_the_worst_response_of_the_last_rollout(tmp_path):
+    module = policy_module(rewards=[VowelReward(), VowelReward(name="again", weight=0.5)], rollout=ROLLOUT)
+    data = policy_data(module, chats(8), chats(2, seed=5), batch_size=2)
+    picks = CherryPicks(num_samples=1, generation=DecodingConfig(max_new_tokens=8))
+    trainer(tmp_path, callbacks=[picks]).fit(module, data)
+    answers = [(group.index, answer) for group in data.rollout for answer in group.answers]
+    assert len(answers) == 2 * 4  # of the last step's prompts
+    best, worst = module.notable()
+    rewards = [answer.reward for _, answer in answers]
+    for shown, index in ((best, rewards.index(max(rewards))), (worst, rewards.index(min(rewards)))):
+        record, answer = answers[index]
+        vowels = answer.rewards["vowel"]
+        assert shown.text == answer.text and shown.truncated == answer.truncated
+        assert shown.scores == {"reward": 1.5 * vowels, "reward_vowel": vowels, "reward_again": vowels}
+        prompt = data.examples["train"][record]["input_ids"]
+        assert shown.messages[-1]["content"] in data.tokenizer.decode(prompt)
+    page = (tmp_path / "cherry_picks.html").read_text().partition("Of the last rollout")[2].partition("</table>")[0]
+    assert f"{best.scores['reward']:.3g}" in page and f"{worst.scores['reward']:.3g}" in page
+
+
+def test_equal_rewards_make_one_notable_response_and_missing_ones_none():
+    same = [Answer(token_ids=[1], text=text, truncated=False, reward=1.0) for text in "ab"]
+    unscored = Answer(token_ids=[1], text="c", truncated=False)
+    group = Group(index=7, prompt=[1], answers=[unscored, *same])
+    assert best_and_worst([group]) == [("best and worst", 7, same[0])]
+    assert best_and_worst([Group(index=7, prompt=[1], answers=[unscored])]) == []
 
 
 def test_training_raises_the_reward(tmp_path):

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,23 @@ def test_weights_gradients_and_moments_are_counted_exactly(folder):
     assert found.gradients == 4 * PARAMETERS and found.optimizer == 8 * PARAMETERS
     assert 4 * PARAMETERS <= found.weights < 4 * PARAMETERS + 1000  # the rotary frequencies are a buffer
     assert found.largest_layer == 4 * (4 * D * D + 3 * D * F + 2 * D)
+
+
+@pytest.mark.slow
+def test_keys_and_values_of_a_rollout_are_counted_exactly(folder):
+    """Two of each token and layer, D wide, in every sequence that is generated together."""
+    sampling = replace(Workload([64]), sampled=16, sampled_length=300)
+    found = simulated(folder, workload=sampling)
+    assert found.keys_values == 16 * 300 * LAYERS * 2 * D * 4
+    mixed = simulated(folder, workload=replace(sampling, autocast=torch.bfloat16))
+    assert mixed.keys_values == found.keys_values * 3 / 4  # keys are turned by their positions in float32
+    half = simulated(folder, workload=sampling, dtype="bfloat16")
+    assert half.keys_values == found.keys_values / 2
+    step = found.activations + found.loss + found.temporary
+    assert found.keys_values > step  # of 64 tokens alone
+    assert found.total == found.weights + found.gradients + found.optimizer + found.keys_values
+    short = simulated(folder, workload=replace(sampling, sampled=1))
+    assert short.keys_values < step and short.total == short.weights + short.gradients + short.optimizer + step
 
 
 @pytest.mark.slow

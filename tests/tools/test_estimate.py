@@ -1,5 +1,7 @@
 """What the estimate says of a configuration."""
 
+from dataclasses import replace
+
 import pytest
 from jsonargparse import Namespace
 
@@ -70,6 +72,33 @@ def test_reference_of_preferences_is_counted(capsys):
     for config, counted in (("tiny", False), ("tiny_kto", True)):
         main(["--config", f"configs/preference/{config}.yaml"])
         assert ("frozen copy" in capsys.readouterr().out) == counted
+
+
+@pytest.mark.slow
+def test_micro_batch_of_a_policy_has_the_prompts_with_all_their_responses(capsys):
+    policy = ["--config", "configs/policy/tiny.yaml"]  # 4 prompts of up to 256 tokens, 8 responses of up to 8
+    # Of the tiny model 2 layers with 2 heads of 16 numbers, in float32.
+    size = 32 * 264 * 2 * 2 * 2 * 16 * 4 / GIB
+    together = f"32 responses are generated together, of up to 264 tokens with their prompts: {size:.3f} GiB"
+    main(policy)
+    out = capsys.readouterr().out
+    assert f"one packed row of {4 * (256 + 8 * 8)} tokens" in out and together in out
+    main([*policy, "--data.init_args.packing=false"])
+    out = capsys.readouterr().out
+    assert f"{4 * 8} rows of {256 + 8} tokens" in out and together in out
+    vllm = "--model.init_args.engine=lit_alignment.vllm.sampler.VLLMSampler"
+    main([*policy, "--data.init_args.share_prompts=false", vllm])
+    out = capsys.readouterr().out
+    assert f"one packed row of {4 * 8 * (256 + 8)} tokens" in out and "generated together" not in out
+    assert "vLLM's copy of the base, with its keys and values, come on top" in out
+
+
+def test_keys_and_values_count_where_they_exceed_what_a_step_adds():
+    fewer = per_device(replace(MEMORY, keys_values=340), sharding_of(asked("auto")))
+    assert "keys and values beyond these" not in fewer
+    found = per_device(replace(MEMORY, keys_values=400), sharding_of(asked("auto")))
+    assert found["keys and values beyond these"] == 400 - 300 - 40
+    assert replace(MEMORY, keys_values=400).total == MEMORY.total + 60
 
 
 @pytest.mark.slow

@@ -152,8 +152,10 @@ class PickReport(Callback):
                     line["documents"] = pick.documents[step]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         with replaced(directory / "cherry_picks.html") as file:
-            charts = [self._chart(names) for names in alignment_module(module).charts]
-            file.write(render_report(directory.name, charts, self.picks, self.right, self.pictures(module)))
+            method = alignment_module(module)
+            charts = [self._chart(names) for names in method.charts]
+            pictures, notable = self.pictures(module), method.notable()
+            file.write(render_report(directory.name, charts, self.picks, self.right, pictures, notable))
 
     def _chart(self, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
         """The curves of some quantities, in training and in validation."""

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from lit_alignment.data.multimodal.media import UnreadableMediaError, open_image
+from lit_alignment.evaluation.samples import NotableResponse
 
 Curve = Sequence[tuple[int, float]]
 COLORS = ("#2563eb", "#dc2626", "#059669", "#9333ea")
@@ -29,6 +30,7 @@ tr:last-child td { border-bottom: 0; }
 td small { display: block; margin-top: .5rem; padding-top: .4rem; border-top: 1px dashed var(--line); opacity: .7; }
 .reference { background: var(--soft); }
 td img { display: block; margin: .2rem 0; border: 1px solid var(--line); border-radius: 4px; min-height: 4rem; }
+.score { min-width: 0; }
 svg text { fill: currentColor; font-size: 12px; }
 """
 
@@ -64,6 +66,7 @@ def render_report(
     picks: Sequence[CherryPick],
     right: str = "exact matches",
     pictures: Mapping[str, str] | None = None,
+    notable: Sequence[NotableResponse] = (),
 ) -> str:
     """The page: loss curves, pictures, and a table with one row a record and one column a validation.
 
@@ -73,11 +76,12 @@ def render_report(
         picks: The records.
         right: What is counted where a record has been met.
         pictures: Inline pictures by heading.
+        notable: Responses of training, to be shown under the curves.
     """
     steps = sorted({step for pick in picks for step in pick.answers})
     known = list(picks[0].known) if picks else []
     headings = ["prompt", *known, *(f"step {step}" for step in steps)]
-    rows = "".join(f"<tr>{_prompt(p)}{_known(p)}{''.join(_answer(p, s) for s in steps)}</tr>" for p in picks)
+    rows = "".join(f"<tr>{_messages(p.messages)}{_known(p)}{''.join(_answer(p, s) for s in steps)}</tr>" for p in picks)
     head = "".join(f"<th>{escape(name)}</th>" for name in headings)
     matches = "".join(f"<th>{_matches(picks, s)}</th>" for s in steps)
     lead = "<th></th>" * len(known)
@@ -86,10 +90,25 @@ def render_report(
     shown = "".join(f"<h2>{escape(name)}</h2>{picture}" for name, picture in (pictures or {}).items())
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{escape(title)}</h1><div class=charts>{drawn}</div>{shown}<h2>At each validation</h2>"
+        f"<h1>{escape(title)}</h1><div class=charts>{drawn}</div>{_notable(notable)}{shown}<h2>At each validation</h2>"
         f"<div class=scroll><table><thead><tr>{head}</tr>{scores}</thead>"
         f"<tbody>{rows}</tbody></table></div></html>\n"
     )
+
+
+def _notable(responses: Sequence[NotableResponse]) -> str:
+    """A table with one row a response of training; nothing where there is none."""
+    names = list({name: None for response in responses for name in response.scores})
+    rows = []
+    for each in responses:
+        cut = "<small>cut at the limit of tokens</small>" if each.truncated else ""
+        values = [f"{each.scores[name]:.3g}" if name in each.scores else "" for name in names]
+        scores = "".join(f"<td class=score>{value}</td>" for value in values)
+        response = f"<td>{escape(each.text)}{cut}</td>"
+        rows.append(f"<tr><th>{escape(each.title)}</th>{_messages(each.messages)}{response}{scores}</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", "prompt", "response", *names))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"<h2>Of the last rollout</h2><div class=scroll>{table}</div>" if responses else ""
 
 
 def _score_rows(picks: Sequence[CherryPick], steps: Sequence[int], lead: str) -> str:
@@ -111,9 +130,10 @@ def _matches(picks: Sequence[CherryPick], step: int) -> str:
     return f"{sum(compared)} of {len(compared)}" if compared else ""
 
 
-def _prompt(pick: CherryPick) -> str:
+def _messages(messages: Sequence[dict[str, Any]]) -> str:
+    """A cell with messages, their pictures small."""
     parts = []
-    for message in pick.messages:
+    for message in messages:
         pictures = "".join(thumbnail(path) for path in message.get("images", []))
         files = "".join(f"<small>{escape(path)}</small>" for path in message.get("audios", []))
         text = escape(str(message["content"]))

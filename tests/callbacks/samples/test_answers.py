@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -17,6 +18,7 @@ from lit_alignment.callbacks.samples.loggers import log_table, markdown_table
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.evaluation.answers import Answered, Perplexity
+from lit_alignment.evaluation.samples import NotableResponse
 from lit_alignment.generation.settings import DecodingConfig
 from tests.helpers import chats, sft_data, sft_module, trainer
 from tests.helpers.ranks import run_on_ranks
@@ -107,6 +109,20 @@ def test_report_escapes_and_counts_exact_matches():
     page = render_report("run", [{"train/loss": [(1, 2.0), (5, 0.5)]}], [pick])
     assert "&lt;b&gt;&amp;" in page and "<b>" not in page
     assert "<th>0 of 1</th><th>1 of 1</th>" in page and page.count("class=match") == 1
+
+
+def test_notable_responses_stand_under_the_curves():
+    asked = [{"role": "user", "content": "2 + 2?"}]
+    best = NotableResponse("best", asked, "4 <b>", {"reward": 1.5, "reward_right": 1.0, "reward_short": 0.5}, False)
+    worst = NotableResponse("worst", asked, "5 or", {"reward": 0.125, "reward_short": 0.125}, True)
+    page = render_report("run", [{"train/loss": [(1, 1.0)]}], [], notable=[best, worst])
+    curves, _, rest = page.partition("<h2>Of the last rollout</h2>")
+    assert "<svg" in curves and "At each validation" in rest
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in rest.partition("</table>")[0].split("<tr>")]
+    assert rows[1] == ["", "prompt", "response", "reward", "reward_right", "reward_short"]
+    assert rows[2][2:] == ["4 &lt;b&gt;", "1.5", "1", "0.5"] and "2 + 2?" in rows[2][1]
+    assert rows[3][2:] == ["5 or<small>cut at the limit of tokens</small>", "0.125", "", "0.125"]
+    assert "last rollout" not in render_report("run", [], [])
 
 
 def test_curve_picture_spans_its_points():
