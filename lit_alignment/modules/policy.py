@@ -78,6 +78,7 @@ class PolicyModule(RolloutModule, ComparedModule):
         engine: What samples them; transformers' own generate by default.
         reference: What the KL divergence is taken from, the model before training, if `loss.kl_weight` is above 0:
             `adapter_off` switches new adapters off, `frozen_copy` holds a second copy; `auto` takes what costs least.
+        reward_workers: Prompts that are scored beside each other by functions that do not run inline.
         generation: Decoding configurations of `predict`, by name.
     """
 
@@ -96,6 +97,7 @@ class PolicyModule(RolloutModule, ComparedModule):
         rollout: RolloutConfig = RolloutConfig(),  # noqa: B008 - frozen
         engine: Sampler | None = None,
         reference: ReferenceKind = "auto",
+        reward_workers: int = 16,
         generation: dict[str, DecodingConfig] | None = None,
     ) -> None:
         """Check rewards, loss and rollout; the weights come in `configure_model`."""
@@ -106,7 +108,7 @@ class PolicyModule(RolloutModule, ComparedModule):
                 "Use 2 or more."
             )
         check_sampling(rollout.decoding, loss.correction, rollout.steps_per_rollout)
-        self.scorer = RewardPool(rewards)
+        self.scorer = RewardPool(rewards, reward_workers)
         self.loss, self.rollout = loss, rollout
         self.sampler = TransformersSampler() if engine is None else engine
         if loss.correction is not None and self.sampler.exact:
