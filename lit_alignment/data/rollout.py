@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import datasets
@@ -157,6 +158,7 @@ class RolloutDataModule(ConversationDataModule):
         self.source: RolloutSource | None = None  # the module, which also says the next
         self.steps_per_rollout = 1
         self._planned: list[PlannedBatch] = []  # of the epoch, on this rank
+        self._at = 0  # the first of them in the step that has begun
         self._groups: dict[int, Group] = {}  # of the last rollout, by record
         self._epoch = -1  # in which it was made
         self._steps: list[list[int]] = []  # records of the step that has begun, and of those after it
@@ -244,7 +246,7 @@ class RolloutDataModule(ConversationDataModule):
         return loader
 
     def _keep(self, plan: Callable[[int], list[PlannedBatch]], epoch: int) -> list[PlannedBatch]:
-        self._planned = plan(epoch)
+        self._planned, self._at = plan(epoch), 0
         if epoch != self._epoch:
             self._groups, self._epoch = {}, epoch
         return self._planned
@@ -259,9 +261,11 @@ class RolloutDataModule(ConversationDataModule):
         """Have a rollout made, unless an earlier one has the responses of this step on all ranks."""
         if self.source is None:
             raise ConfigError("data: nothing samples responses. Train with a module that does, as PolicyModule.")
-        at = next(position for position, each in enumerate(self._planned) if each is planned)
-        steps = [each for each in self._planned[at:] if each.window][: self.steps_per_rollout]
-        self._first_batch = self._begun(self._epoch).batches + at
+        to_come = range(self._at, len(self._planned))  # an epoch may be long: no step looks at all of it
+        self._at = next(position for position in to_come if self._planned[position] is planned)
+        begins = (self._planned[position] for position in range(self._at, len(self._planned)))
+        steps = list(islice((each for each in begins if each.window), self.steps_per_rollout))
+        self._first_batch = self._begun(self._epoch).batches + self._at
         self._steps = own = [[index for group in step.own_window for index in group] for step in steps]
         if _on_any_rank(any(index not in self._groups for index in own[0])):
             coming = [index for step in own for index in step]
