@@ -121,7 +121,7 @@ def run_fit(module: SFTModule, data: SFTDataModule, device: str) -> list[float]:
 def run_bare(module: SFTModule, data: SFTDataModule, device: torch.device) -> list[float]:
     """Seconds of each step of a plain loop."""
     model = module.load_model(device.type, packing=True).to(device)
-    optimizer, _ = build_optimizer(model.parameters(), OPTIMIZER, 1e9)
+    optimizer, _ = build_optimizer(model.named_parameters(), OPTIMIZER, 1e9)
     data.setup("fit")
     ends = []
     for batch in data.train_dataloader():
