@@ -146,8 +146,8 @@ class Checker:
                 raise ConfigError(_unknown(name, key, SPEC, line_of(place, layer)))
         if "init_args" in keys:
             for name in [name for name in [*hints][:supplied] if name in settings(keys["init_args"][1])]:
-                place = line_of(settings(keys["init_args"][1])[name][0], layer)
-                raise ConfigError(f"{place}{prefix}{name} follows from the settings beside {key}. Remove it.")
+                where = line_of(settings(keys["init_args"][1])[name][0], layer)
+                raise ConfigError(f"{where}{prefix}{name} follows from the settings beside {key}. Remove it.")
             self._settings(keys["init_args"][1], hints, prefix, layer, kind, [*hints])
 
 
@@ -166,7 +166,10 @@ def _resolved(node: yaml.Node, classes: list[Any], key: str, layer: Layer) -> An
         if isinstance(error, ImportError) and missing and missing != name.partition(".")[0] and "." not in missing:
             raise ConfigError(f"{place}{key}: {name} needs the package {missing}, which is not installed.") from error
         if not all(map(is_subclasses_disabled, classes)):
-            raise ConfigError(f"{place}{key}: unknown class '{name}'. {_nearest_class(name, classes)}") from error
+            lacks = f" (no package {missing} is installed)" if missing == name.partition(".")[0] else ""
+            raise ConfigError(
+                f"{place}{key}: unknown class '{name}'{lacks}. {_nearest_class(name, classes)}"
+            ) from error
     if all(map(is_subclasses_disabled, classes)) and found not in classes:
         raise ConfigError(f"{place}{key} takes no class_path, only the settings of {_names(classes)}.")
     if inspect.isclass(found) and not issubclass(found, tuple(classes)):
@@ -355,7 +358,7 @@ def _classes_in(hint: Any) -> list[Any]:
 
 
 def _is_maker(hint: Any) -> bool:
-    """Whether a type is that of functions from given arguments, for which a class can be given that takes these first."""
+    """Whether a type is that of functions, for which a class can be given that takes their arguments first."""
     return typing.get_origin(hint) is Callable and isinstance(typing.get_args(hint)[0], list)
 
 
