@@ -137,7 +137,9 @@ class BareLoop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start fit's clock: all of Lightning's work between two bare steps counts as fit's."""
-        self.optimizer, _ = build_optimizer(self.model.parameters(), OPTIMIZER, trainer.estimated_stepping_batches)
+        self.optimizer, _ = build_optimizer(
+            self.model.named_parameters(), OPTIMIZER, trainer.estimated_stepping_batches
+        )
         self.mark = time.process_time()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

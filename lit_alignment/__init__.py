@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from lit_alignment.modules.sft import SFTModule
     from lit_alignment.modules.vlm import VLMModule
     from lit_alignment.optimization import OptimizerConfig
+    from lit_alignment.optimizers.muon import MuonWithAdamW
+    from lit_alignment.optimizers.schedule_free import ScheduleFreeAdamW
     from lit_alignment.retrieval.index import IndexConfig
     from lit_alignment.rollout.config import RolloutConfig
 
@@ -78,6 +80,7 @@ _PLACES = {
     "IndexRefresh": "lit_alignment.callbacks.refresh",
     "LossConfig": "lit_alignment.losses.preference_config",
     "ModalityConfig": "lit_alignment.models.multimodal.modality",
+    "MuonWithAdamW": "lit_alignment.optimizers.muon",
     "NewTokenConfig": "lit_alignment.models.tokens",
     "OptimizerConfig": "lit_alignment.optimization",
     "PassageDataModule": "lit_alignment.data.retriever",
@@ -98,6 +101,7 @@ _PLACES = {
     "RewardModule": "lit_alignment.modules.reward",
     "SFTDataModule": "lit_alignment.data.sft",
     "SFTModule": "lit_alignment.modules.sft",
+    "ScheduleFreeAdamW": "lit_alignment.optimizers.schedule_free",
     "ScoredPicks": "lit_alignment.callbacks.samples.scores",
     "SourceConfig": "lit_alignment.data.sources.records",
     "TemplateConfig": "lit_alignment.data.encoding.templates",
@@ -129,6 +133,7 @@ __all__ = [
     "IndexRefresh",
     "LossConfig",
     "ModalityConfig",
+    "MuonWithAdamW",
     "NewTokenConfig",
     "OptimizerConfig",
     "PassageDataModule",
@@ -149,6 +154,7 @@ __all__ = [
     "RolloutConfig",
     "SFTDataModule",
     "SFTModule",
+    "ScheduleFreeAdamW",
     "ScoredPicks",
     "SourceConfig",
     "TemplateConfig",

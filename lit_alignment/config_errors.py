@@ -5,7 +5,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from math import isfinite
@@ -110,7 +110,7 @@ class Checker:
             for number, item in enumerate(node.value):
                 self._value(item, _item(hint), f"{key}[{number}]", layer)
         elif isinstance(node, yaml.MappingNode) and classes:
-            self._class(node, classes, key, layer)
+            self._class(node, classes, key, layer, _supplied(hint))
         elif isinstance(node, yaml.MappingNode) and values is not None:
             for name, (_, value) in settings(node).items():
                 self._value(value, values, f"{key}.{name}", layer)
@@ -118,8 +118,16 @@ class Checker:
             if not all(map(is_subclasses_disabled, classes)):
                 self.classes[key] = _resolved(node, classes, key, layer)
 
-    def _class(self, node: yaml.MappingNode, classes: list[Any], key: str, layer: Layer) -> None:
-        """Look into the settings of a class, with or without `class_path`."""
+    def _class(self, node: yaml.MappingNode, classes: list[Any], key: str, layer: Layer, supplied: int) -> None:
+        """Look into the settings of a class, with or without `class_path`.
+
+        Args:
+            node: The settings.
+            classes: What it may be.
+            key: Its key.
+            layer: Where it stands.
+            supplied: How many of its first arguments are no settings.
+        """
         keys = settings(node)
         if "class_path" in keys:
             kind = _resolved(keys["class_path"][1], classes, key, layer)
@@ -137,6 +145,9 @@ class Checker:
             if name not in SPEC:
                 raise ConfigError(_unknown(name, key, SPEC, line_of(place, layer)))
         if "init_args" in keys:
+            for name in [name for name in [*hints][:supplied] if name in settings(keys["init_args"][1])]:
+                where = line_of(settings(keys["init_args"][1])[name][0], layer)
+                raise ConfigError(f"{where}{prefix}{name} follows from the settings beside {key}. Remove it.")
             self._settings(keys["init_args"][1], hints, prefix, layer, kind, [*hints])
 
 
@@ -155,7 +166,10 @@ def _resolved(node: yaml.Node, classes: list[Any], key: str, layer: Layer) -> An
         if isinstance(error, ImportError) and missing and missing != name.partition(".")[0] and "." not in missing:
             raise ConfigError(f"{place}{key}: {name} needs the package {missing}, which is not installed.") from error
         if not all(map(is_subclasses_disabled, classes)):
-            raise ConfigError(f"{place}{key}: unknown class '{name}'. {_nearest_class(name, classes)}") from error
+            lacks = f" (no package {missing} is installed)" if missing == name.partition(".")[0] else ""
+            raise ConfigError(
+                f"{place}{key}: unknown class '{name}'{lacks}. {_nearest_class(name, classes)}"
+            ) from error
     if all(map(is_subclasses_disabled, classes)) and found not in classes:
         raise ConfigError(f"{place}{key} takes no class_path, only the settings of {_names(classes)}.")
     if inspect.isclass(found) and not issubclass(found, tuple(classes)):
@@ -339,7 +353,18 @@ def _values_in(hint: Any) -> Any:
 
 def _classes_in(hint: Any) -> list[Any]:
     """The classes among the alternatives whose settings can be given."""
-    return [each for each in _alternatives(hint) if inspect.isclass(each) and _takes_settings(each)]
+    made = [typing.get_args(each)[1] if _is_maker(each) else each for each in _alternatives(hint)]
+    return [each for each in made if inspect.isclass(each) and _takes_settings(each)]
+
+
+def _is_maker(hint: Any) -> bool:
+    """Whether a type is that of functions, for which a class can be given that takes their arguments first."""
+    return typing.get_origin(hint) is Callable and isinstance(typing.get_args(hint)[0], list)
+
+
+def _supplied(hint: Any) -> int:
+    """How many arguments such a function is given."""
+    return next((len(typing.get_args(each)[0]) for each in _alternatives(hint) if _is_maker(each)), 0)
 
 
 def _takes_settings(kind: Any) -> bool:

@@ -47,7 +47,7 @@ def test_wsd_does_not_jump_where_it_falls_before_it_has_risen():
 
 def test_matrices_decay_and_vectors_do_not():
     layer = nn.Linear(4, 3)
-    optimizer, _ = build_optimizer(layer.parameters(), OptimizerConfig(weight_decay=0.1), 10)
+    optimizer, _ = build_optimizer(layer.named_parameters(), OptimizerConfig(weight_decay=0.1), 10)
     decay = {tuple(p.shape): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay == {(3, 4): 0.1, (3,): 0.0}
     assert optimizer.defaults["fused"]
@@ -55,7 +55,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 def test_schedule_steps_the_learning_rate():
     optimizer, schedule = build_optimizer(
-        nn.Linear(2, 2).parameters(), OptimizerConfig(learning_rate=1.0, warmup=2, schedule="linear"), 4
+        nn.Linear(2, 2).named_parameters(), OptimizerConfig(learning_rate=1.0, warmup=2, schedule="linear"), 4
     )
     rates = []
     for _ in range(4):
@@ -68,7 +68,7 @@ def test_schedule_steps_the_learning_rate():
 def test_frozen_weights_get_no_state():
     frozen, trained = nn.Linear(2, 2), nn.Linear(2, 2)
     frozen.requires_grad_(False)
-    optimizer, _ = build_optimizer([*frozen.parameters(), *trained.parameters()], OptimizerConfig(), 4)
+    optimizer, _ = build_optimizer([*frozen.named_parameters(), *trained.named_parameters()], OptimizerConfig(), 4)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
 
 
@@ -93,11 +93,11 @@ def test_useless_settings_are_refused(settings, words):
 def test_nothing_to_train_and_endless_schedules_are_refused():
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ConfigError, match="no parameter is trainable"):
-        build_optimizer(frozen.parameters(), OptimizerConfig(), 4)
+        build_optimizer(frozen.named_parameters(), OptimizerConfig(), 4)
     with pytest.raises(ConfigError, match="set trainer.max_steps or trainer.max_epochs"):
-        build_optimizer(nn.Linear(2, 2).parameters(), OptimizerConfig(), math.inf)
+        build_optimizer(nn.Linear(2, 2).named_parameters(), OptimizerConfig(), math.inf)
     endless = OptimizerConfig(schedule="constant", warmup=2)
-    optimizer, _ = build_optimizer(nn.Linear(2, 2).parameters(), endless, math.inf)
+    optimizer, _ = build_optimizer(nn.Linear(2, 2).named_parameters(), endless, math.inf)
     assert isinstance(optimizer, torch.optim.AdamW)
 
 
@@ -144,7 +144,7 @@ def test_betas_and_eps_are_those_of_the_update():
     """Three steps of AdamW, worked by the paper, with factors and a floor that differ from torch's own."""
     weight = nn.Parameter(torch.tensor([2.0, -1.0]))
     settings = {"learning_rate": 0.1, "betas": (0.5, 0.75), "eps": 0.25, "schedule": "constant", "warmup": 0}
-    optimizer, _ = build_optimizer([weight], OptimizerConfig(**settings), 10)
+    optimizer, _ = build_optimizer([("weight", weight)], OptimizerConfig(**settings), 10)
     expected, mean, square = weight.detach().clone(), torch.zeros(2), torch.zeros(2)
     for step, gradient in enumerate(torch.tensor([[1.0, -2.0], [0.5, 4.0], [-3.0, 0.0]]), start=1):
         weight.grad = gradient.clone()

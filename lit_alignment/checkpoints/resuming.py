@@ -115,7 +115,8 @@ class CheckpointConnector(_CheckpointConnector):
             if self.trainer.state.fn == "fit":
                 schedules = [each.scheduler.state_dict() for each in self.trainer.lr_scheduler_configs]
                 groups = [
-                    [{**group, "params": None} for group in each.param_groups] for each in self.trainer.optimizers
+                    [{**group, "params": None, "param_names": None} for group in each.param_groups]
+                    for each in self.trainer.optimizers
                 ]
                 optimizers = [{"state": {}, "param_groups": each} for each in groups]
                 self._conform({"lr_schedulers": schedules, "optimizer_states": optimizers})

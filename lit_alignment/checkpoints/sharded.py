@@ -186,7 +186,8 @@ def by_name(state: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, An
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     if len(names) != len(numbers):
         raise CheckpointError(f"the checkpoint's optimizer has {len(numbers)} parameters, this one {len(names)}.")
-    found = dict(zip(numbers, names, strict=True))
+    stored = [name for group in state["param_groups"] for name in group.get("param_names") or ()]
+    found = dict(zip(numbers, stored or names, strict=True))  # groups may be others since then
     own = [{**group, "params": [found[number] for number in group["params"]]} for group in state["param_groups"]]
     return {"state": {found[number]: value for number, value in state["state"].items()}, "param_groups": own}
 

@@ -12,10 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_alignment.errors import CheckpointError
+from lit_alignment.optimizers.muon import MuonWithAdamW
+from lit_alignment.optimizers.schedule_free import ScheduleFreeAdamW
 
 PATHS = ("kth_best_model_path", "last_model_path")  # of ModelCheckpoint, which removes what they name
 SCORES = ("best_model_score", "current_score")
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "z")
 
 
 def folders_of(trainer: Trainer) -> list[str]:
@@ -76,8 +78,17 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         CheckpointError: If there is one.
     """
-    needed = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
+    hidden = {id(each) for group in optimizer.param_groups if group.get("hidden") for each in group["params"]}
     for parameter, state in optimizer.state.items():
+        match optimizer:
+            case MuonWithAdamW() if id(parameter) in hidden:
+                needed = {"momentum_buffer"}
+            case torch.optim.AdamW() | MuonWithAdamW():
+                needed = {"step", "exp_avg", "exp_avg_sq"}
+            case ScheduleFreeAdamW():
+                needed = {"z", "exp_avg_sq"}
+            case _:
+                needed = set()
         if not isinstance(parameter, Tensor) or needed - state.keys():
             raise CheckpointError(
                 f"the checkpoint's optimizer has {', '.join(sorted(state)) or 'nothing'} for a weight, where this "

@@ -18,6 +18,7 @@ from lit_alignment.checkpoints.reading import only_plain_values
 from lit_alignment.checkpoints.sharded import cannot_save, new_partial, on_first, swap
 from lit_alignment.distributed.features import Feature, StrategyFeatures
 from lit_alignment.errors import CheckpointError, ConfigError, present
+from lit_alignment.optimization import OptimizerConfig
 
 
 class WeightsPrecision(DeepSpeedPrecision):
@@ -146,9 +147,15 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy, StrategyFeatures):
         return feature in ("whole_weights", "gathering") and not self.zero_stage_3
 
     @override
-    def check_run(self, method: str, stage: str, shares_batches: bool, non_finite: str) -> None:
-        if non_finite == "skip":
+    def check_run(self, method: str, stage: str, shares_batches: bool, optimizer: OptimizerConfig) -> None:
+        if optimizer.non_finite == "skip":
             raise ConfigError("optimizer.non_finite: DeepSpeed's engine cannot skip a step. Set it to stop.")
+        if stage == "fit" and optimizer.algorithm is not None:
+            raise ConfigError(
+                "optimizer.algorithm: DeepSpeed's engine makes one vector of many weights and cuts it into equal "
+                "parts, in which an algorithm finds no matrix, block or average. Leave it out for AdamW, or use "
+                "lit_alignment.FSDP2Strategy."
+            )
 
     @override
     def gradient_norm(self) -> float | None:

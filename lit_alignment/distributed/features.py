@@ -11,6 +11,7 @@ from torch import nn
 from lit_alignment.distributed.sharding import Cast
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.collectives import SequenceGroup
+from lit_alignment.optimization import OptimizerConfig
 
 # sharded_loading: a process can read its own shards of the weights from their files, and hold no more than these.
 # whole_weights:   a process has whole weights, and can use a copy of a network by itself.
@@ -36,14 +37,14 @@ class StrategyFeatures:
         """Whether the strategy has a feature."""
         return feature != "sharded_loading"
 
-    def check_run(self, method: str, stage: str, shares_batches: bool, non_finite: str) -> None:
+    def check_run(self, method: str, stage: str, shares_batches: bool, optimizer: OptimizerConfig) -> None:
         """Refuse what the strategy cannot do, before anything is loaded.
 
         Args:
             method: Name of the module's class.
             stage: `fit`, `validate`, `test` or `predict`.
             shares_batches: Whether ranks can compute one batch of the method together.
-            non_finite: What the optimizer does about a non-finite loss.
+            optimizer: The optimizer's settings.
 
         Raises:
             ConfigError: Naming the setting.

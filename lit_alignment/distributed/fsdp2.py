@@ -51,6 +51,9 @@ from lit_alignment.distributed.sharding import Cast, shard_layers, unsharded
 from lit_alignment.distributed.tensor_parallel import split_layers
 from lit_alignment.errors import CheckpointError, ConfigError, present
 from lit_alignment.models.collectives import SequenceGroup
+from lit_alignment.optimization import OptimizerConfig, algorithm_class
+from lit_alignment.optimizers.muon import MuonWithAdamW
+from lit_alignment.optimizers.schedule_free import ScheduleFreeAdamW
 
 
 class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
@@ -132,12 +135,27 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         return feature != "whole_weights"
 
     @override
-    def check_run(self, method: str, stage: str, shares_batches: bool, non_finite: str) -> None:
+    def check_run(self, method: str, stage: str, shares_batches: bool, optimizer: OptimizerConfig) -> None:
         for name in ("sequence_parallel_size", "tensor_parallel_size"):
             if getattr(self, name) > 1 and not shares_batches:
                 raise ConfigError(f"trainer.strategy.{name}: not for {method} yet. Set it to 1.")
         if self.tensor_parallel_size > 1 and stage == "predict":
             raise ConfigError("trainer.strategy.tensor_parallel_size: not for predict. Set it to 1.")
+        if stage != "fit":
+            return
+        kind = algorithm_class(optimizer)
+        if reason := self._unsharded_reason(kind):
+            raise ConfigError(f"optimizer.algorithm: FSDP2 cannot shard {kind.__name__}: {reason}.")
+
+    def _unsharded_reason(self, kind: type[Optimizer]) -> str:
+        """Why an optimizer cannot work on shards, and what can; empty if it can."""
+        if issubclass(kind, ScheduleFreeAdamW):
+            return "weights in shards cannot be averaged; use DDP"
+        if kind.__module__.startswith("bitsandbytes"):
+            return "its kernels take whole tensors; use torchao.optim.AdamW8bit, or DDP"
+        if issubclass(kind, MuonWithAdamW) and self.cpu_offload:
+            return "with cpu_offload the shards of a matrix cannot be gathered; set cpu_offload to false"
+        return ""
 
     @override
     @contextmanager

@@ -3,6 +3,7 @@
 import math
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,9 +38,12 @@ from lit_alignment.models.loading import (
     stored_dtype,
     weights_dtype,
 )
+from lit_alignment.models.roles import roles_of
 from lit_alignment.models.router import router_losses
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.optimization import OptimizerConfig, build_optimizer, group_settings
+from lit_alignment.optimization import OptimizerConfig, algorithm_class, build_optimizer
+from lit_alignment.optimizers.resuming import group_settings
+from lit_alignment.optimizers.schedule_free import ScheduleFreeAdamW
 from lit_alignment.training.checkpointed import CheckpointedModule
 from lit_alignment.training.precision import keep_inputs
 from lit_alignment.training.trainer_settings import check_trainer
@@ -96,7 +100,8 @@ class AlignmentModule(CheckpointedModule):
         super().setup(stage)
         keep_inputs(self.trainer)
         if stage == "fit":
-            check_trainer(self.trainer, datamodule_of(self.trainer))
+            averages = issubclass(algorithm_class(self.optimizer_config), ScheduleFreeAdamW)
+            check_trainer(self.trainer, datamodule_of(self.trainer), averages)
         if not self.metrics:
             self.metrics.update({name: nn.ModuleDict(self.stage_metrics()) for name in ("val", "test")})
 
@@ -105,7 +110,7 @@ class AlignmentModule(CheckpointedModule):
         if self.model is not None:
             return
         self.features.check_run(
-            type(self).__name__, str(self.trainer.state.fn), self.shares_batches, self.optimizer_config.non_finite
+            type(self).__name__, str(self.trainer.state.fn), self.shares_batches, self.optimizer_config
         )
         data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
         cast = self._cast_after_sharding(device_type)
@@ -272,12 +277,20 @@ class AlignmentModule(CheckpointedModule):
     # Optimizer.
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trainable parameters, with the schedule stepped at each optimizer step."""
+        """The optimizer of the trainable parameters, with the schedule stepped at each optimizer step."""
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
-        steps, rates = partial(total_steps, self.trainer), self.other_rates()
-        optimizer, schedule = build_optimizer(self.parameters(), self.optimizer_config, steps, fused, rates)
+        steps, roles = (
+            partial(total_steps, self.trainer),
+            replace(roles_of(self.network), other_rates=self.other_rates()),
+        )
+        optimizer, schedule = build_optimizer(self.named_parameters(), self.optimizer_config, steps, fused, roles)
         self.settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def algorithm(self) -> str:
+        """Name of the optimizer's class."""
+        return algorithm_class(self.optimizer_config).__name__
 
     def other_rates(self) -> list[tuple[list[nn.Parameter], float]]:
         """Parts of the model with a highest learning rate of their own."""

@@ -1,6 +1,6 @@
-"""Lightning's callbacks that average weights, over what trains alone."""
+"""Averages of weights: of Lightning's callbacks, over what trains alone, and of an optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.weight_averaging import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from lit_alignment.optimizers.schedule_free import ScheduleFreeAdamW
 
 
 class _Weights(nn.Module):
@@ -128,3 +130,55 @@ def make_due_updates(callbacks: list[WeightAveraging], trainer: Trainer, module:
             average: Any = callback._average_model
             average.update_parameters(module)
             callback._latest_update_step = step
+
+
+class EvaluatedAverage:
+    """Has a module evaluate, and its checkpoints hold, the weights that its optimizer averages, if it does.
+
+    The weights that train are kept meanwhile, and come back to the bit.
+    """
+
+    def __init__(self) -> None:
+        """The module has the weights that train."""
+        self._live: dict[Tensor, Tensor] = {}
+
+    def enter(self, optimizers: Iterable[Any]) -> None:
+        """Give the module the averages, unless it has them."""
+        if self._live:
+            return
+        with torch.no_grad():
+            for parameter, average in _averages(optimizers).items():
+                self._live[parameter] = parameter.detach().clone()
+                parameter.copy_(average)
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Give the module the weights that train again."""
+        for parameter, value in self._live.items():
+            parameter.copy_(value)
+        self._live = {}
+
+    def save(self, module: LightningModule, checkpoint: dict[str, Any], live: str) -> None:
+        """Put the averages into a checkpoint, and the weights that train beside them.
+
+        Args:
+            module: Whose checkpoint it is.
+            checkpoint: With the module's weights as they are.
+            live: Key of the weights that train.
+        """
+        others = self._live or _averages(module.trainer.optimizers)
+        if not others:
+            return
+        weights = checkpoint["state_dict"]
+        named = module.named_parameters(remove_duplicate=False)
+        changed = weights | {name: others[each].detach() for name, each in named if name in weights and each in others}
+        checkpoint["state_dict"], checkpoint[live] = (weights, changed) if self._live else (changed, weights)
+
+
+def _averages(optimizers: Iterable[Any]) -> dict[Tensor, Tensor]:
+    return {
+        parameter: average
+        for optimizer in optimizers
+        if isinstance(optimizer, ScheduleFreeAdamW)
+        for parameter, average in optimizer.averages().items()
+    }

@@ -1,5 +1,6 @@
 """What of a module stands in a checkpoint, and how a training goes on from one."""
 
+from abc import abstractmethod
 from dataclasses import asdict
 from typing import Any
 
@@ -35,8 +36,13 @@ from lit_alignment.models.adalora import RankSchedule
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
-from lit_alignment.optimization import apply_settings
-from lit_alignment.training.averaging import average_what_trains, is_average_live, make_due_updates
+from lit_alignment.optimizers.resuming import apply_settings
+from lit_alignment.training.averaging import (
+    EvaluatedAverage,
+    average_what_trains,
+    is_average_live,
+    make_due_updates,
+)
 from lit_alignment.training.precision import PreciseModule
 
 # Of adapters' settings those that say how they train, or where they come from, and not what they compute.
@@ -70,13 +76,19 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         self.settings: list[dict[str, Any]] = []
         self._ranks: RankSchedule | None = None
         self._averaging: list[WeightAveraging] = []  # callbacks
+        self._evaluated = EvaluatedAverage()
         self._stepping = False  # whether the optimizer is at work
         self._validated: tuple[int, int] | None = None  # epoch and micro-batch behind which the last validation stood
 
     def setup(self, stage: str) -> None:
         """Have averaging callbacks average what trains; nothing has been done in this run."""
-        self._validated, self._stepping = None, False
+        self._validated, self._stepping, self._evaluated = None, False, EvaluatedAverage()
         self._averaging = average_what_trains(self.trainer, self) if stage == "fit" else []
+
+    @property
+    @abstractmethod
+    def algorithm(self) -> str:
+        """Name of the optimizer's class."""
 
     def on_fit_start(self) -> None:
         """Find out whether ranks fall.
@@ -137,6 +149,21 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         if self._validated is not None:
             skip_validation(self.trainer, self._validated)
 
+    def on_validation_model_eval(self) -> None:
+        """Evaluate the weights that an optimizer averages, if it does."""
+        super().on_validation_model_eval()
+        if self.trainer.state.fn == "fit":
+            self._evaluated.enter(self.trainer.optimizers)
+
+    def on_validation_model_train(self) -> None:
+        """Go on from those that it trains."""
+        super().on_validation_model_train()
+        self._evaluated.leave()
+
+    def on_train_end(self) -> None:
+        """Leave behind what an optimizer averages, if it does; what is saved from here on still has both."""
+        self._evaluated.enter(self.trainer.optimizers)
+
     def on_validation_epoch_end(self) -> None:
         """Remember where the last validation stood."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
@@ -153,6 +180,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         names = saved_names(self)
         if LIVE in checkpoint and is_average_live(self._averaging):
             checkpoint["state_dict"], checkpoint[LIVE] = checkpoint[LIVE], checkpoint["state_dict"]
+        self._evaluated.save(self, checkpoint, LIVE)
         for key in ("state_dict", LIVE):
             if key in checkpoint:
                 checkpoint[key] = {k: v for k, v in checkpoint[key].items() if k in names}
@@ -164,6 +192,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             "tokens": asdict(self.tokens_config),
             "chat_template": datamodule_of(self.trainer).chat_template(),
             "adalora": None if self._ranks is None else self._ranks.state_dict(),
+            "optimizer": self.algorithm,
             "validated": None if self._validated is None else [*self._validated],
             **self.checkpoint_metadata(),
         }
@@ -195,6 +224,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         ranks = RankSchedule.of(self.model)
         if ranks is not None and about.get("adalora") is not None:
             ranks.load_state_dict(about["adalora"])
+        self._refuse_other_optimizer(about.get("optimizer", "AdamW"))
         data.update_checkpoint(checkpoint, stored)
         data.load_state_dict(stored)
         begun, most = data.begun, self.trainer.max_epochs
@@ -210,6 +240,14 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         if begun.changed and begun.batches:
             recount(checkpoint, begun.batches, accumulation(self.trainer, begun.epoch))
         rank_zero_info(f"resuming behind optimizer step {begun.global_step}, in epoch {begun.epoch}")
+
+    def _refuse_other_optimizer(self, then: str) -> None:
+        """Refuse the states of another algorithm."""
+        if then != self.algorithm:
+            raise CheckpointError(
+                f"the checkpoint's optimizer is {then}, this run's {self.algorithm}. Set optimizer.algorithm to what "
+                f"it was; or {FROM_WEIGHTS}."
+            )
 
     def _refuse_other(self, about: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method or backbone, whose weights may have the same names.

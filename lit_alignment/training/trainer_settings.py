@@ -11,12 +11,13 @@ from lit_alignment.distributed.features import features_of
 from lit_alignment.errors import ConfigError
 
 
-def check_trainer(trainer: Trainer, data: AlignmentDataModule) -> None:
+def check_trainer(trainer: Trainer, data: AlignmentDataModule, averages_itself: bool = False) -> None:
     """Refuse what cannot be trained as it is asked for.
 
     Args:
         trainer: About to fit.
         data: Set up.
+        averages_itself: Whether the optimizer averages the weights.
 
     Raises:
         ConfigError: Naming the setting, and what it may be.
@@ -46,6 +47,10 @@ def check_trainer(trainer: Trainer, data: AlignmentDataModule) -> None:
     averages = any(isinstance(callback, WeightAveraging) for callback in callbacks)
     if averages and not features_of(trainer.strategy).supports("whole_weights"):
         raise ConfigError("weights in shards cannot be averaged: remove the averaging callback, or use DDP.")
+    if averages and averages_itself:
+        raise ConfigError(
+            "optimizer.algorithm: ScheduleFreeAdamW averages the weights, and so does a callback. Remove one of them."
+        )
     if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         raise ConfigError(
             "StochasticWeightAveraging averages copies of a whole module, frozen weights included, under a schedule of "

@@ -1,0 +1,45 @@
+"""What the parameters of a network are to an optimizer: how high in it, and whether hidden matrices."""
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from lit_alignment.models.dual_encoder import DualEncoder
+from lit_alignment.optimizers.groups import Roles
+
+
+def roles_of(network: nn.Module) -> Roles:
+    """Heights of a network's parameters, and its hidden matrices.
+
+    The highest layer, the head and the last norm have height 0, each layer below one more, the embeddings one more than
+    the lowest. Adapters are as high as what they change, and are no hidden matrices: their factors act as a product.
+
+    Args:
+        network: A language model with or without adapters, or a retriever.
+    """
+    towers = [network.query_tower, network.passage_tower] if isinstance(network, DualEncoder) else [network]
+    heights: dict[int, int] = {}
+    hidden: set[int] = set()
+    for tower in towers:
+        layers = _layers(tower)
+        for module in tower.modules():
+            if isinstance(module, nn.Embedding):
+                heights |= dict.fromkeys(map(id, module.parameters()), len(layers))
+        model = tower.get_base_model() if isinstance(tower, PeftModel) else tower
+        if isinstance(model, PreTrainedModel):  # adapters around the embedding hold it
+            heights |= dict.fromkeys(map(id, model.get_input_embeddings().parameters()), len(layers))
+        for height, layer in enumerate(reversed(layers)):
+            heights |= dict.fromkeys(map(id, layer.parameters()), height)
+            if not isinstance(tower, PeftModel):
+                hidden |= {id(parameter) for parameter in layer.parameters() if parameter.ndim == 2}
+    return Roles(heights=heights, hidden=hidden)
+
+
+def _layers(network: nn.Module) -> list[nn.Module]:
+    """The decoder layers, from the lowest to the highest; none where a model keeps them in no list."""
+    model = network.get_base_model() if isinstance(network, PeftModel) else network
+    if not isinstance(model, PreTrainedModel):
+        return []
+    number = model.config.get_text_config().num_hidden_layers
+    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
+    return next((list(each) for each in lists if len(each) == number), [])

@@ -1,0 +1,1 @@
+"""Optimizers of our own, and the groups of parameters of any."""
