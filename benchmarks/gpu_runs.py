@@ -163,7 +163,7 @@ def bare_steps(module: SFTModule, data: SFTDataModule, place: Place, clock: Cloc
     with device:
         model = module.load_model(device.type, packing=True)
     module.model = model.to(device)
-    optimizer, _ = build_optimizer(model.parameters(), OPTIMIZER, 1e9)
+    optimizer, _ = build_optimizer(model.named_parameters(), OPTIMIZER, 1e9)
     data.prepare_data()
     data.setup("fit")
     implementation = base_model(model).config._attn_implementation
