@@ -23,6 +23,7 @@ from lit_alignment.models.varlen import (
     computes,
     installed_kernel,
     to_device,
+    under_autocast,
     varlen_attention,
     varlen_layout,
     varlen_obstacle,
@@ -55,9 +56,8 @@ def document_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each document of a packed row; ordinary SDPA where no row is packed.
 
-    The row is split on document boundaries and each part attends to itself, so the cost is the sum of the
-    squared document lengths instead of the squared row length, and no [T, T] mask exists. With a layout, one call of
-    the variable-length kernel does this, in the layers that it computes.
+    The row is split on document boundaries and each part attends to itself, so the cost is the sum of the squared
+    document lengths instead of the squared row length, and no [T, T] mask exists. With a layout, this is one call.
 
     Args:
         module: The attention layer.
@@ -74,7 +74,7 @@ def document_attention(
         softcap: Refused; SDPA cannot cap scores.
         s_aux: Refused; SDPA has no attention sinks.
         sequence: Ranks that each have a slice of the row; T is then the slice's length.
-        varlen: The same documents for the variable-length kernel.
+        varlen: The same documents for the variable-length kernel, in layers that it computes.
         **kwargs: What transformers passes to every attention function.
 
     Returns:
@@ -85,25 +85,20 @@ def document_attention(
     """
     if softcap is not None or s_aux is not None:
         raise ConfigError("This model needs soft-capped scores or sinks: set backbone.attention to flex_attention.")
-    if sequence is not None and document_lengths:
-        key, value = spread(key, value, sequence.size)
-        total = sum(document_lengths)
-        query, key, value = (sequence.to_heads(tensor, total) for tensor in (query, key, value))
-        output = _by_document(query, key, value, document_lengths, document_parents, dropout, scaling, sliding_window)
-        return sequence.to_tokens(output), None
     if varlen is not None:
-        if torch.is_autocast_enabled(query.device.type):  # as it does for SDPA
-            precision = torch.get_autocast_dtype(query.device.type)
-            query, key, value = (tensor.to(precision) for tensor in (query, key, value))
+        query, key, value = under_autocast(query, key, value)
         if computes(varlen, query, value, dropout, sliding_window):
             return varlen_attention(query, key, value, varlen, scaling, sliding_window), None
     if not document_lengths and attention_mask is None and query.shape[2] == key.shape[2]:
         # Unpacked and unmasked: each row is one document, whose sliding window plain SDPA would not know of.
         document_lengths = [query.shape[2]]
     if not document_lengths:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        return output, None
-    return _by_document(query, key, value, document_lengths, document_parents, dropout, scaling, sliding_window), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)[0], None
+    if sequence is not None:
+        key, value = spread(key, value, sequence.size)
+        query, key, value = (sequence.to_heads(tensor, sum(document_lengths)) for tensor in (query, key, value))
+    output = _by_document(query, key, value, document_lengths, document_parents, dropout, scaling, sliding_window)
+    return output if sequence is None else sequence.to_tokens(output), None
 
 
 def _by_document(
