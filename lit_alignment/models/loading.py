@@ -24,7 +24,7 @@ from transformers.utils import logging
 from lit_alignment.errors import AlignmentError, ConfigError, require
 from lit_alignment.files import check_descriptions, check_folder
 from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt_learning, load_adapter
-from lit_alignment.models.attention import DOCUMENT_SDPA, Attention, choose_attention, knows_sdpa
+from lit_alignment.models.attention import Attention, choose_attention, knows_sdpa, lacks_ours
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.moved import renamed
@@ -155,7 +155,7 @@ def load_network(
     try:
         model = load({"attn_implementation": choose(knows_sdpa(_class_of(config, head), config)), "dtype": dtype})
     except KeyError as error:  # an architecture with a table of its own, as Falcon's
-        if error.args != (DOCUMENT_SDPA,):
+        if not lacks_ours(error):
             raise
         model = load({"attn_implementation": choose(False), "dtype": dtype})
     fit_vocabulary(model, tokenizer, added or {}, tokens)
@@ -328,7 +328,7 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
     except (AlignmentError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files that are missing, damaged or hostile raise whatever their readers happen to
-        if error.args == (DOCUMENT_SDPA,):  # no such attention in this architecture
+        if lacks_ours(error):
             raise
         if "trust_remote_code" in str(error):
             raise ConfigError(
