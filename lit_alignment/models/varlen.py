@@ -205,7 +205,7 @@ def differs_from_sdpa(kernel: Kernel, device: torch.device) -> str | None:
     """
     windows = (None, 4) if kernel.window_size else (None,)
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             wrong = any(_differs(kernel, device, window) for window in windows)
     except (RuntimeError, TypeError, ValueError) as error:
         return f"the kernel of torch.nn.attention.varlen does not run on {device}: {' '.join(str(error).split())[:200]}"

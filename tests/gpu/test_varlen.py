@@ -46,7 +46,7 @@ def test_shared_prompts_have_outputs_and_gradients_of_sdpa(kernel, settings, wid
     pairs = (outputs_and_gradients(name, inputs, **settings) for name in ("document_varlen", "document_sdpa"))
     for found, expected in zip(*pairs, strict=True):
         assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
+        torch.testing.assert_close(found, expected, rtol=0, atol=3e-2 * float(expected.abs().max()))
 
 
 def test_no_layer_waits_for_the_device():
