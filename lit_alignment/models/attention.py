@@ -24,6 +24,8 @@ ISOLATING = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 ISOLATED_LAYERS = {"full_attention", "sliding_attention"}
 
 
+# A compiled layer stops for it: each row is split at other tokens.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def document_attention(
     module: torch.nn.Module,
     query: Tensor,
