@@ -7,6 +7,7 @@ from lit_alignment import moved
 
 if TYPE_CHECKING:
     from lit_alignment.callbacks.export import Export
+    from lit_alignment.callbacks.memory import MemorySnapshot
     from lit_alignment.callbacks.predictions import PredictionWriter
     from lit_alignment.callbacks.refresh import IndexRefresh
     from lit_alignment.callbacks.samples.answers import CherryPicks
@@ -77,6 +78,7 @@ _PLACES = {
     "IndexConfig": "lit_alignment.retrieval.index",
     "IndexRefresh": "lit_alignment.callbacks.refresh",
     "LossConfig": "lit_alignment.losses.preference_config",
+    "MemorySnapshot": "lit_alignment.callbacks.memory",
     "ModalityConfig": "lit_alignment.models.multimodal.modality",
     "NewTokenConfig": "lit_alignment.models.tokens",
     "OptimizerConfig": "lit_alignment.optimization",
@@ -128,6 +130,7 @@ __all__ = [
     "IndexConfig",
     "IndexRefresh",
     "LossConfig",
+    "MemorySnapshot",
     "ModalityConfig",
     "NewTokenConfig",
     "OptimizerConfig",
