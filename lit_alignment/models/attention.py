@@ -37,6 +37,8 @@ ISOLATING = ("sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flex_a
 ISOLATED_LAYERS = {"full_attention", "sliding_attention"}
 
 
+# A compiled layer stops for it: each row is split at other tokens.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def document_attention(
     module: torch.nn.Module,
     query: Tensor,
