@@ -189,6 +189,7 @@ def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
         peft=module.peft_config,
         adapter=module.adapter,
         dtype=None if mixed else kind,
+        optimizer=module.optimizer_config,
         device_type="cuda" if cli.asked["accelerator"] in ("gpu", "cuda") else "cpu",
     )
     return memory.beside(module.frozen_copy, adapters=module.peft_config is not None), workload
