@@ -151,6 +151,8 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         """Why an optimizer cannot work on shards, and what can; empty if it can."""
         if issubclass(kind, ScheduleFreeAdamW):
             return "weights in shards cannot be averaged; use DDP"
+        if issubclass(kind, torch.optim.Adafactor):
+            return "torch takes no means of columns in place of a matrix whose rows are spread; use DDP"
         if kind.__module__.startswith("bitsandbytes"):
             return "its kernels take whole tensors; use torchao.optim.AdamW8bit, or DDP"
         if issubclass(kind, MuonWithAdamW) and self.cpu_offload:

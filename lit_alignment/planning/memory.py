@@ -25,6 +25,8 @@ from lit_alignment.models.layers import decoder_layers
 from lit_alignment.models.loading import BackboneConfig, HeadConfig, load_network
 from lit_alignment.models.reference import FrozenCopy
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
+from lit_alignment.optimization import OptimizerConfig
+from lit_alignment.planning.optimizer_state import state_bytes
 
 # Bytes a weight; nf4 has 4 bits and, with double quantisation, 0.127 bits of scales (arXiv:2305.14314, section 3).
 QUANTISED_BYTES = {"nf4": 4.127 / 8, "int8": 1.0}
@@ -77,7 +79,7 @@ class StepMemory:
         trainable: Number of trainable parameters.
         weights: Weights and buffers.
         gradients: Gradients; Lightning keeps those of the last step through the forward pass.
-        optimizer: The two moments of AdamW.
+        optimizer: States of the optimizer.
         activations: What the forward pass keeps for the backward pass, up to the last hidden states.
         loss: What the loss adds: chunks of logits, and the gradients that it makes at once.
         temporary: What the backward pass needs beyond these, if its peak is the higher one.
@@ -182,6 +184,7 @@ def step_memory(
     adapter: AdapterConfig | None,
     dtype: torch.dtype | None = None,
     device_type: str = "cpu",
+    optimizer: OptimizerConfig | None = None,
 ) -> StepMemory:
     """Memory of the second training step, when gradients and optimizer states exist.
 
@@ -196,6 +199,7 @@ def step_memory(
         adapter: An existing adapter, whose configuration stands for its weights.
         dtype: Precision of all weights, where the Trainer's precision sets it.
         device_type: Where it is to run, which decides what `auto` settings mean.
+        optimizer: The optimizer; None is the usual one.
     """
     if adapter is not None:
         peft = adapter.peft()
@@ -220,6 +224,7 @@ def step_memory(
         network.to_empty(device="cpu")
         base_model(network).tie_weights()
         memory = _simulate(network, workload)
+    memory = replace(memory, optimizer=state_bytes(network, optimizer or OptimizerConfig()))
     if backbone.layers.offload:
         memory = _offloaded(memory, network, workload)
     return memory if backbone.quantization == "none" else _quantised(memory, network, backbone)
@@ -260,7 +265,7 @@ def _simulate(network: nn.Module, workload: Workload) -> StepMemory:
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         weights=weights,
         gradients=gradients,
-        optimizer=2 * gradients,
+        optimizer=0,  # counted elsewhere: a simulated step has no values
         activations=activations - weights - gradients,
         loss=logits,
         temporary=max(0, max(forward_peak[0], backward_peak[0]) - activations - logits),

@@ -105,6 +105,7 @@ def run_memory(
         peft=module.peft_config,
         adapter=module.adapter,
         dtype=None if mixed else kind,
+        optimizer=module.optimizer_config,
         device_type="cuda" if _on_gpu(asked) else "cpu",
     )
     return memory.beside(module.frozen_copy, adapters=module.peft_config is not None), workload
