@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lit_alignment.callbacks.export import Export
+from lit_alignment.callbacks.memory import MemorySnapshot
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.refresh import IndexRefresh
 from lit_alignment.callbacks.samples.answers import CherryPicks
@@ -86,6 +87,7 @@ SETTINGS += [
     CherryPicks,
     ScoredPicks,
     Export,
+    MemorySnapshot,
     PredictionWriter,
     Throughput,
     Upload,
