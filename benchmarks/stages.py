@@ -1,5 +1,6 @@
 """What the stages of several benchmarks have in common: commands that are run once, records, and intervals."""
 
+import gc
 import hashlib
 import json
 import shutil
@@ -37,6 +38,7 @@ def stage(folder: Path, settings: Sequence[str], inputs: Sequence[Path], make: C
     begin = time.perf_counter()
     make()
     seconds = time.perf_counter() - begin
+    gc.collect()  # a Trainer and its module hold each other
     stamp.write_text(json.dumps({"asked": asked, "seconds": seconds}, indent=2) + "\n")
     print(f"{folder}: {seconds:.0f} s", flush=True)
 

@@ -7,6 +7,7 @@ from lit_alignment import moved
 
 if TYPE_CHECKING:
     from lit_alignment.callbacks.export import Export
+    from lit_alignment.callbacks.memory import MemorySnapshot
     from lit_alignment.callbacks.predictions import PredictionWriter
     from lit_alignment.callbacks.refresh import IndexRefresh
     from lit_alignment.callbacks.samples.answers import CherryPicks
@@ -79,6 +80,7 @@ _PLACES = {
     "IndexConfig": "lit_alignment.retrieval.index",
     "IndexRefresh": "lit_alignment.callbacks.refresh",
     "LossConfig": "lit_alignment.losses.preference_config",
+    "MemorySnapshot": "lit_alignment.callbacks.memory",
     "ModalityConfig": "lit_alignment.models.multimodal.modality",
     "MuonWithAdamW": "lit_alignment.optimizers.muon",
     "NewTokenConfig": "lit_alignment.models.tokens",
@@ -132,6 +134,7 @@ __all__ = [
     "IndexConfig",
     "IndexRefresh",
     "LossConfig",
+    "MemorySnapshot",
     "ModalityConfig",
     "MuonWithAdamW",
     "NewTokenConfig",

@@ -62,7 +62,7 @@ class Throughput(Callback):
         """Add the batch, and log at every n-th step."""
         if isinstance(batch, Rows):
             mask = batch.attention_mask
-            tokens = batch.input_ids.numel() if mask is None else mask.sum()
+            tokens = batch.input_ids.numel() - batch.num_padding if mask is None else mask.sum()
             self._tokens = self._tokens + tokens
             self.total_tokens = self.total_tokens + tokens
             self._trained += batch.num_trained

@@ -72,7 +72,8 @@ def restore(saved: Saved, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
         quantization="none",
         liger=False,
         compile=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing="none",
+        activation_offload=False,
     )
     if backbone.weights == "random" and (saved.peft is not None or saved.adapter is not None):
         raise ConfigError("the base of these adapters was random (backbone.weights: random) and is not saved anywhere.")

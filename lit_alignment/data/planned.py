@@ -6,8 +6,9 @@ from functools import cached_property, partial
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
+from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.data.batching.collate import Rows
+from lit_alignment.data.batching.collate import Rows, filled
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.batching.position import (
@@ -39,11 +40,17 @@ class PlannedDataModule(LightningDataModule):
         examples: Encoded examples of each split.
         num_workers: Processes that build batches ahead.
         seed: Seed of every order.
+        tokenizer: The model's.
+        tokens_per_batch: Tokens of a packed row.
+        fills_rows: Whether packed rows are filled up to that length, as a compiled model asks.
     """
 
     examples: dict[str, CachedRows]
     num_workers: int
     seed: int
+    tokenizer: PreTrainedTokenizerBase
+    tokens_per_batch: int
+    fills_rows = False
 
     def __init__(self) -> None:
         """Nothing has been trained."""
@@ -151,7 +158,10 @@ class PlannedDataModule(LightningDataModule):
 
     def _batch(self, rows: CachedRows, planned: PlannedBatch) -> Any:
         batch = self.collate(rows.rows(planned.indices), planned)
-        return replace(batch, window_share=planned.share) if isinstance(batch, Rows) else batch
+        if not isinstance(batch, Rows):
+            return batch
+        batch = replace(batch, window_share=planned.share)
+        return filled(batch, self.tokens_per_batch, int(self.tokenizer.pad_token_id or 0)) if self.fills_rows else batch
 
     def __getstate__(self) -> dict[str, Any]:
         """What workers need that are not forked: all but the Trainer and what belongs to it."""

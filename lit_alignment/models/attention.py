@@ -4,26 +4,41 @@ B rows, H query heads, K key heads, T tokens, C head width
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.collectives import SequenceGroup, spread
+from lit_alignment.models.varlen import (
+    VarlenLayout,
+    computes,
+    installed_kernel,
+    to_device,
+    under_autocast,
+    varlen_attention,
+    varlen_layout,
+    varlen_obstacle,
+)
 
-Attention = Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"]
+Attention = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"]
 
 DOCUMENT_SDPA = "document_sdpa"
-ISOLATING = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+DOCUMENT_VARLEN = "document_varlen"
+ISOLATING = ("sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention")
 ISOLATED_LAYERS = {"full_attention", "sliding_attention"}
 
 
+# A compiled layer stops for it: each row is split at other tokens.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def document_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -38,12 +53,13 @@ def document_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sequence: SequenceGroup | None = None,
+    varlen: VarlenLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document of a packed row; ordinary SDPA where no row is packed.
 
-    The row is split on document boundaries and each part attends to itself, so the cost is the sum of the
-    squared document lengths instead of the squared row length, and no [T, T] mask exists.
+    The row is split on document boundaries and each part attends to itself, so the cost is the sum of the squared
+    document lengths instead of the squared row length, and no [T, T] mask exists. With a layout, this is one call.
 
     Args:
         module: The attention layer.
@@ -60,6 +76,7 @@ def document_attention(
         softcap: Refused; SDPA cannot cap scores.
         s_aux: Refused; SDPA has no attention sinks.
         sequence: Ranks that each have a slice of the row; T is then the slice's length.
+        varlen: The same documents for the variable-length kernel, in layers that it computes.
         **kwargs: What transformers passes to every attention function.
 
     Returns:
@@ -70,19 +87,20 @@ def document_attention(
     """
     if softcap is not None or s_aux is not None:
         raise ConfigError("This model needs soft-capped scores or sinks: set backbone.attention to flex_attention.")
-    if sequence is not None and document_lengths:
-        key, value = spread(key, value, sequence.size)
-        total = sum(document_lengths)
-        query, key, value = (sequence.to_heads(tensor, total) for tensor in (query, key, value))
-        output = _by_document(query, key, value, document_lengths, document_parents, dropout, scaling, sliding_window)
-        return sequence.to_tokens(output), None
+    if varlen is not None:
+        query, key, value = under_autocast(query, key, value)
+        if computes(varlen, query, value, dropout, sliding_window):
+            return varlen_attention(query, key, value, varlen, scaling, sliding_window), None
     if not document_lengths and attention_mask is None and query.shape[2] == key.shape[2]:
         # Unpacked and unmasked: each row is one document, whose sliding window plain SDPA would not know of.
         document_lengths = [query.shape[2]]
     if not document_lengths:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        return output, None
-    return _by_document(query, key, value, document_lengths, document_parents, dropout, scaling, sliding_window), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)[0], None
+    if sequence is not None:
+        key, value = spread(key, value, sequence.size)
+        query, key, value = (sequence.to_heads(tensor, sum(document_lengths)) for tensor in (query, key, value))
+    output = _by_document(query, key, value, document_lengths, document_parents, dropout, scaling, sliding_window)
+    return output if sequence is None else sequence.to_tokens(output), None
 
 
 def _by_document(
@@ -141,54 +159,86 @@ def choose_attention(
     """The attention implementation to load a model with.
 
     Args:
-        requested: The setting; `auto` is FlashAttention 2 on a GPU that has it, else SDPA by document; transformers'
-            eager one where the architecture knows no other.
+        requested: The setting; `auto` is, on a GPU, FlashAttention where it is installed, else PyTorch's
+            variable-length kernel; elsewhere SDPA by document. It is transformers' eager one where the architecture
+            knows no other.
         packing: Whether rows hold several documents.
         device_type: cpu, cuda, ...
         config: The model's configuration.
-        shared_prompts: Whether documents of a row continue another one, which only SDPA by document can do.
+        shared_prompts: Whether documents of a row continue another one, which FlashAttention is not told.
         takes_sdpa: Whether the architecture knows SDPA.
 
     Raises:
         ConfigError: If documents cannot be kept apart that way; the message names the ways that can.
     """
-    if not takes_sdpa and requested in ("auto", "sdpa"):
+    if not takes_sdpa and requested in ("auto", "sdpa", "varlen"):
         if packing and device_type == "cuda" and requested == "auto" and not shared_prompts:
             return "flex_attention"
-        if packing or requested == "sdpa":
+        if packing or requested != "auto":
             raise ConfigError(
                 f"{config.model_type}: SDPA does not compute this architecture's attention, so the documents of a "
                 "packed row are not kept apart. Set data's packing: false, and backbone.attention to auto or eager."
             )
         return "eager"
     if packing:
-        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if requested == "eager" or (requested == "flex_attention" and device_type == "cpu"):
-            why = "has no backward pass on CPU" if requested == "flex_attention" else "attends across documents"
-            possible = ", ".join(n for n in ISOLATING if device_type != "cpu" or n == "sdpa")
-            raise ConfigError(
-                f"backbone.attention: {requested} {why}, so it cannot train packed rows. "
-                f"Use one of: auto, {possible}; or set data's packing: false."
-            )
-        if not layers <= ISOLATED_LAYERS:
-            raise ConfigError(
-                f"{config.model_type}: layers of kind {', '.join(sorted(layers - ISOLATED_LAYERS))} carry state "
-                "from one document of a packed row to the next. Set data's packing: false."
-            )
-    if packing and shared_prompts:
-        if requested not in ("auto", "sdpa"):
-            raise ConfigError(
-                f"backbone.attention: {requested} cannot let responses of a row share one prompt. "
-                "Use auto or sdpa, or set data's share_prompts: false."
-            )
-        requested = "sdpa"
+        _check_packed(requested, device_type, config, shared_prompts)
+    if requested == "varlen":
+        obstacle = (
+            varlen_obstacle() if device_type == "cuda" else f"it needs a CUDA GPU, and this run is on {device_type}"
+        )
+        if obstacle is not None:
+            raise ConfigError(f"backbone.attention: varlen cannot be used: {obstacle}. Use auto or sdpa.")
     if requested == "auto":
-        requested = "flash_attention_2" if device_type == "cuda" and is_flash_attn_2_available() else "sdpa"
-    if requested != "sdpa":
+        requested = _best_on_gpu(packing, shared_prompts) if device_type == "cuda" else "sdpa"
+    if requested not in ("sdpa", "varlen"):
         return requested
-    AttentionInterface.register(DOCUMENT_SDPA, document_attention)
-    AttentionMaskInterface.register(DOCUMENT_SDPA, _document_mask)
-    return DOCUMENT_SDPA
+    implementation = DOCUMENT_VARLEN if packing and requested == "varlen" else DOCUMENT_SDPA
+    AttentionInterface.register(implementation, document_attention)
+    AttentionMaskInterface.register(implementation, _document_mask)
+    return implementation
+
+
+def _check_packed(requested: Attention, device_type: str, config: PretrainedConfig, shared_prompts: bool) -> None:
+    """Refuse what does not keep the documents of a packed row apart; arguments are those of `choose_attention`."""
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if requested == "eager" or (requested == "flex_attention" and device_type == "cpu"):
+        why = "has no backward pass on CPU" if requested == "flex_attention" else "attends across documents"
+        possible = ", ".join(n for n in ISOLATING if device_type != "cpu" or n == "sdpa")
+        raise ConfigError(
+            f"backbone.attention: {requested} {why}, so it cannot train packed rows. "
+            f"Use one of: auto, {possible}; or set data's packing: false."
+        )
+    if not layers <= ISOLATED_LAYERS:
+        raise ConfigError(
+            f"{config.model_type}: layers of kind {', '.join(sorted(layers - ISOLATED_LAYERS))} carry state "
+            "from one document of a packed row to the next. Set data's packing: false."
+        )
+    if shared_prompts and requested not in ("auto", "sdpa", "varlen"):
+        raise ConfigError(
+            f"backbone.attention: {requested} cannot let responses of a row share one prompt. "
+            "Use auto, sdpa or varlen, or set data's share_prompts: false."
+        )
+
+
+def _best_on_gpu(packing: bool, shared_prompts: bool) -> Attention:
+    """What `auto` is on a GPU, for an architecture that knows SDPA."""
+    if not (packing and shared_prompts):
+        if is_flash_attn_3_available():
+            return "flash_attention_3"
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    if not packing:
+        return "sdpa"
+    obstacle = varlen_obstacle()
+    if obstacle is None:
+        return "varlen"
+    rank_zero_info(f"attention is by SDPA, one document after the other: {obstacle}")
+    return "sdpa"
+
+
+def lacks_ours(error: Exception) -> bool:
+    """Whether it was raised since an architecture has a table of attentions of its own, without ours."""
+    return isinstance(error, KeyError) and error.args in ((DOCUMENT_SDPA,), (DOCUMENT_VARLEN,))
 
 
 def check_sequence_parallel(config: PretrainedConfig, size: int, packing: bool, implementation: str) -> None:
@@ -203,7 +253,7 @@ def check_sequence_parallel(config: PretrainedConfig, size: int, packing: bool, 
         raise ConfigError(f"{name}, by which the model's {heads} attention heads cannot be divided. Use a divisor.")
     if not packing:
         raise ConfigError(f"{name}, and ranks share packed rows only. Set data's packing: true.")
-    if implementation != DOCUMENT_SDPA:
+    if implementation not in (DOCUMENT_SDPA, DOCUMENT_VARLEN):  # the latter is by SDPA where ranks share a row
         raise ConfigError(f"{name}, which needs attention by SDPA. Set backbone.attention: sdpa.")
 
 
@@ -217,11 +267,15 @@ def document_arguments(
     """What a model's forward needs besides positions to keep the documents of a packed row apart."""
     if not document_lengths:
         return {}
-    if implementation == DOCUMENT_SDPA:
+    if implementation in (DOCUMENT_SDPA, DOCUMENT_VARLEN):
         own = {"document_lengths": document_lengths, "document_parents": document_parents or None}
-        return own if sequence is None else own | {"sequence": sequence}
+        if sequence is not None:
+            return own | {"sequence": sequence}
+        if implementation == DOCUMENT_VARLEN and (kernel := installed_kernel()) is not None:
+            return own | {"varlen": varlen_layout(kernel, document_lengths, document_parents, device)}
+        return own
     if implementation.startswith("flash"):
-        ends = torch.tensor([0, *document_lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        ends = to_device(torch.tensor([0, *accumulate(document_lengths)], dtype=torch.int32), device)
         longest = max(document_lengths)
         return {
             "cu_seq_lens_q": ends,

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PrefixTuningConfig
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,8 +24,9 @@ from transformers.utils import logging
 from lit_alignment.errors import AlignmentError, ConfigError, require
 from lit_alignment.files import check_descriptions, check_folder
 from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt_learning, load_adapter
-from lit_alignment.models.attention import DOCUMENT_SDPA, Attention, choose_attention, knows_sdpa
+from lit_alignment.models.attention import Attention, choose_attention, knows_sdpa, lacks_ours
 from lit_alignment.models.head import SCORE, output_head
+from lit_alignment.models.layers import Checkpointing, LayerConfig, Selective, set_layers
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.moved import renamed
 from lit_alignment.paths import local_path, look_for_hub
@@ -43,8 +44,11 @@ class BackboneConfig:
         dtype: Precision of the frozen weights; `auto` is bfloat16 under adapters on a GPU, else float32.
             Trained adapters are always float32.
         attention: Implementation; `auto` picks the best that keeps packed documents apart.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third slower.
-        compile: Compile the decoder with torch.compile.
+        gradient_checkpointing: Recompute activations in the backward pass: `full` (or true) takes the least memory and
+            about a third more time, `selective` lies between that and `none` (or false).
+        selective: What `selective` recomputes: every n-th layer, or all layers but for their attention.
+        activation_offload: Hold what `full` checkpointing keeps in the host's memory.
+        compile: Compile each decoder layer with torch.compile; packed rows are then filled up to one length.
         liger: Use Liger's fused kernels for rotary positions, norms and MLP, on a GPU; the loss stays ours.
         quantization: Hold the frozen weights in 4 bits (`nf4`, QLoRA) or 8 (`int8`), on a GPU.
         trust_remote_code: Run code that comes with the model.
@@ -56,11 +60,28 @@ class BackboneConfig:
     weights: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Attention = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Checkpointing = "none"
+    selective: Selective = "save_attention"
+    activation_offload: bool = False
     compile: bool = False
     liger: bool = False
     quantization: Literal["none", "nf4", "int8"] = "none"
     trust_remote_code: bool = False
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        """What is recomputed, where `gradient_checkpointing` may be a boolean."""
+        given = self.gradient_checkpointing
+        return given if isinstance(given, str) else "full" if given else "none"
+
+    @property
+    def layers(self) -> LayerConfig:
+        """What is done with each decoder layer.
+
+        Raises:
+            ConfigError: If these settings do not go together.
+        """
+        return LayerConfig(self.compile, self.checkpointing, self.selective, self.activation_offload)
 
 
 Loaded = TypeVar("Loaded", bound=Any)  # a dataclass with `path` and `revision`
@@ -155,16 +176,20 @@ def load_network(
     try:
         model = load({"attn_implementation": choose(knows_sdpa(_class_of(config, head), config)), "dtype": dtype})
     except KeyError as error:  # an architecture with a table of its own, as Falcon's
-        if error.args != (DOCUMENT_SDPA,):
+        if not lacks_ours(error):
             raise
         model = load({"attn_implementation": choose(False), "dtype": dtype})
     fit_vocabulary(model, tokenizer, added or {}, tokens)
-    _speed_up(model, backbone, wrapped)
+    if backbone.liger:
+        _apply_liger(model)
+    set_layers(model, backbone.layers)
     network: nn.Module = model if adapter is None else load_adapter(model, adapter, tokenizer)
     if peft is not None:
         network = add_adapters(model, peft, added or {}, train_head=head is not None)
     if isinstance(network, PeftModel):
         network.active_peft_config.revision = backbone.revision  # for whoever loads a saved adapter
+    if isinstance(network, PeftModel) and isinstance(network.active_peft_config, PrefixTuningConfig):
+        _check_prefix(backbone)
     if packing and isinstance(network, PeftModel) and is_prompt_learning(network):
         raise ConfigError(
             f"model.peft: {type(network.active_peft_config).__name__} puts its virtual tokens before each row, so the "
@@ -192,18 +217,6 @@ def _class_of(config: PretrainedConfig, head: HeadConfig | None) -> type[PreTrai
         return None
     found: type[PreTrainedModel] = kind[0] if isinstance(kind, tuple) else kind
     return found
-
-
-def _speed_up(model: PreTrainedModel, backbone: BackboneConfig, wrapped: bool) -> None:
-    """Liger's kernels, gradient checkpointing and compilation, as the backbone asks."""
-    if backbone.liger:
-        _apply_liger(model)
-    if backbone.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if wrapped:
-            model.enable_input_require_grads()
-    if backbone.compile:
-        model.get_decoder().compile(dynamic=True)
 
 
 def _load_base(
@@ -267,10 +280,23 @@ def _check_backbone(backbone: BackboneConfig, wrapped: bool, device_type: str) -
                 "Set it to none, or trainer.accelerator to gpu."
             )
         require("bitsandbytes", "qlora", "backbone.quantization: none")
+    if backbone.layers.offload and device_type == "cpu":
+        raise ConfigError(
+            "backbone.activation_offload: on a CPU activations are in the host's memory already. Set it to false."
+        )
     if backbone.liger:
         if device_type != "cuda":
             raise ConfigError(f"backbone.liger needs a CUDA GPU, and this run is on {device_type}. Set it to false.")
         require("liger_kernel", "liger", "backbone.liger: false")
+
+
+def _check_prefix(backbone: BackboneConfig) -> None:
+    """Refuse what layers cannot do that are handed a cache, as in prefix tuning."""
+    if backbone.compile or backbone.checkpointing != "none":
+        raise ConfigError(
+            "model.peft: prefix tuning hands keys and values to each layer as a cache, with which it is neither "
+            "compiled nor recomputed. Set backbone.compile: false and backbone.gradient_checkpointing: none."
+        )
 
 
 def stored_dtype(backbone: BackboneConfig) -> torch.dtype | None:
@@ -328,7 +354,7 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
     except (AlignmentError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files that are missing, damaged or hostile raise whatever their readers happen to
-        if error.args == (DOCUMENT_SDPA,):  # no such attention in this architecture
+        if lacks_ours(error):
             raise
         if "trust_remote_code" in str(error):
             raise ConfigError(

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning
 from lit_alignment.models.attention import Attention, document_arguments
 from lit_alignment.models.head import base_model, head_loss, hidden_states, scores_at
+from lit_alignment.models.layers import decoder_layers
 from lit_alignment.models.loading import BackboneConfig, HeadConfig, load_network
 from lit_alignment.models.reference import FrozenCopy
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
@@ -88,6 +89,7 @@ class StepMemory:
         copied_outside: Of these what lies outside of the decoder layers.
         keys_values: Keys and values of the responses that are generated together before a step: when there are no
             activations, and the gradients of the last step still exist.
+        offloaded: Activations that the host's memory holds instead.
     """
 
     parameters: int
@@ -103,6 +105,7 @@ class StepMemory:
     copied: int = 0
     copied_outside: int = 0
     keys_values: int = 0
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
@@ -221,6 +224,8 @@ def step_memory(
         network.to_empty(device="cpu")
         base_model(network).tie_weights()
         memory = _simulate(network, workload)
+    if backbone.layers.offload:
+        memory = _offloaded(memory, network, workload)
     memory = replace(memory, optimizer=state_bytes(network, optimizer or OptimizerConfig()))
     return memory if backbone.quantization == "none" else _quantised(memory, network, backbone)
 
@@ -270,6 +275,17 @@ def _simulate(network: nn.Module, workload: Workload) -> StepMemory:
     )
 
 
+def _offloaded(memory: StepMemory, network: nn.Module, workload: Workload) -> StepMemory:
+    """The same with the inputs of the decoder layers in the host's memory, but for that of the layer at work.
+
+    Layers hand on hidden states in the precision of the weights; under autocast the embeddings keep theirs, too.
+    """
+    tokens = sum(workload.document_lengths) or workload.rows * workload.width
+    embedding = base_model(network).get_input_embeddings().weight
+    moved = (len(_layers(network)) - 1) * tokens * embedding.shape[1] * embedding.element_size()
+    return replace(memory, activations=memory.activations - moved, offloaded=moved)
+
+
 def _quantised(memory: StepMemory, network: nn.Module, backbone: BackboneConfig) -> StepMemory:
     """The same with the frozen linear weights of the decoder layers held in 4 or 8 bits."""
     layers = _layers(network)
@@ -285,7 +301,7 @@ def _quantised(memory: StepMemory, network: nn.Module, backbone: BackboneConfig)
 
 
 def _layers(network: nn.Module) -> list[nn.Module]:
-    return list(base_model(network).get_decoder().layers)
+    return decoder_layers(base_model(network))
 
 
 def _forward(network: nn.Module, workload: Workload, memory: LiveMemory) -> tuple[Tensor, int, int]:

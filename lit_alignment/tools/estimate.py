@@ -2,20 +2,17 @@
 
 import argparse
 import math
-from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
-from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.distributed.tensor_parallel import layer_plan
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import decoder_flops_per_token, from_pretrained
-from lit_alignment.planning.memory import RolloutShape, StepMemory, Workload, step_memory
+from lit_alignment.planning.memory import StepMemory, Workload
+from lit_alignment.planning.run import GIB, Sharding, helpful_settings, per_device, run_memory, sharding_of
 from lit_alignment.planning.scaling import (
     Cluster,
     Sharing,
@@ -27,33 +24,7 @@ from lit_alignment.planning.scaling import (
 from lit_alignment.tools.options import OptionParser, positive, whole
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
-GIB = 2**30
 CONTEXT = 1.0  # GiB that a CUDA context and the libraries' workspaces take beside tensors
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How a step is spread over devices.
-
-    Args:
-        name: The strategy, as printed.
-        devices: Devices that share.
-        weights: Whether weights are split; likewise `gradients` and `optimizer`.
-        gradients: Whether gradients are split.
-        optimizer: Whether optimizer states are split.
-        buckets: Whether gradients are copied into buckets for their reduction.
-        sequence: Devices that share the tokens of a row.
-        tensor: Devices that share the matrices of a layer.
-    """
-
-    name: str
-    devices: int
-    weights: bool = False
-    gradients: bool = False
-    optimizer: bool = False
-    buckets: bool = False
-    sequence: int = 1
-    tensor: int = 1
 
 
 def main(arguments: list[str]) -> None:
@@ -77,7 +48,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--network", type=positive(), default=50, help="GB/s of a device to other nodes (default: 50)")
     options, rest = parser.split(arguments)
     cli = build_for_tool(rest)
-    memory, workload = estimate(cli, options.trained_share)
+    memory, workload = run_memory(cli.model, cli.datamodule, cli.asked, options.trained_share)
     sharding = sharding_of(cli.asked)
     parts = per_device(memory, sharding)
     console = Console(soft_wrap=True)
@@ -94,6 +65,9 @@ def main(arguments: list[str]) -> None:
             f"tokens with their prompts: {memory.keys_values / GIB:.3f} GiB of keys and values, which are gone when "
             "activations come"
         )
+    if memory.offloaded:
+        moved = memory.offloaded / sharding.sequence / GIB
+        console.print(f"in the host's memory: {moved:.3f} GiB of activations")
     console.print(_table(parts))
     total = sum(parts.values()) / GIB
     on_gpu = cli.asked["accelerator"] in ("gpu", "cuda")
@@ -104,8 +78,11 @@ def main(arguments: list[str]) -> None:
         console.print(_scale(options, cli, memory, workload, sharding))
     if options.memory is not None:
         verdict = "fits" if total <= options.memory else "does not fit"
-        advice = "" if total <= options.memory else f". {advice_for(parts, cli)}"
-        console.print(f"{verdict} into {options.memory:g} GiB ({total / options.memory:.0%}){advice}")
+        console.print(f"{verdict} into {options.memory:g} GiB ({total / options.memory:.0%})")
+        if total > options.memory:
+            console.print("what helps most:")
+            for setting in helpful_settings(parts, cli.model, cli.datamodule, cli.asked):
+                console.print(f"  {setting}", highlight=False)
 
 
 def _scale(
@@ -132,7 +109,7 @@ def _scale(
     mixed = str(cli.asked["precision"]).endswith("mixed")  # then weights are gathered in two bytes each
     share = min(1.0, 2 * memory.parameters / memory.weights) if mixed else 1.0
     tokens = sum(workload.document_lengths) or workload.rows * workload.width
-    sharing = _sharing(sharding, config, mixed, cli.model.backbone.gradient_checkpointing)
+    sharing = _sharing(sharding, config, mixed, cli.model.backbone.checkpointing != "none")
     together = sharing.sequence * sharing.tensor
     if any(count % together for count in counts):
         raise ConfigError(f"--scale {options.scale}: {together} devices share a micro-batch; give multiples of that.")
@@ -162,114 +139,6 @@ def _sharing(sharding: Sharding, config: PretrainedConfig, mixed: bool, recomput
         sums = len(layer_plan(config, sharding.tensor))
         sent = tensor_bytes_per_token(layers, config.hidden_size, sums, sharding.tensor, element)
     return Sharing(sharding.sequence, sharding.tensor, sent)
-
-
-def estimate(cli: ToolCLI, trained_share: float) -> tuple[StepMemory, Workload]:
-    """Memory of a step on one device, and the micro-batch it is of."""
-    module, data = cli.model, cli.datamodule
-    precision = str(cli.asked["precision"] or "32-true")
-    kinds = {"bf16": torch.bfloat16, "16": torch.float16}
-    kind = kinds.get(precision.partition("-")[0])
-    mixed = precision.endswith("mixed")
-    length = data.encoding.max_length
-    lengths: list[int] = []
-    if data.packing:
-        whole, rest = divmod(data.tokens_per_batch, length)
-        lengths = [length] * whole + ([rest] if rest else [])
-    workload = Workload(lengths, data.batch_size, length, trained_share, kind if mixed else None)
-    if (shape := module.rollout_shape) is not None:
-        workload = _with_responses(workload, shape, data)
-    memory = step_memory(
-        module.backbone,
-        module.tokenizer,
-        workload,
-        head=module.head,
-        tokens=module.tokens_config,
-        added=module.added_tokens,
-        peft=module.peft_config,
-        adapter=module.adapter,
-        dtype=None if mixed else kind,
-        optimizer=module.optimizer_config,
-        device_type="cuda" if cli.asked["accelerator"] in ("gpu", "cuda") else "cpu",
-    )
-    return memory.beside(module.frozen_copy, adapters=module.peft_config is not None), workload
-
-
-def _with_responses(workload: Workload, shape: RolloutShape, data: AlignmentDataModule) -> Workload:
-    """A micro-batch of the longest prompts with the longest responses, and what is generated together before it."""
-    prompts, prompt, response = data.batch_size, data.encoding.max_length, shape.max_new_tokens
-    rows, whole = prompts * shape.num_responses, prompt + response
-    sampled = replace(workload, sampled=shape.together, sampled_length=whole)
-    if not data.packing:
-        return replace(sampled, rows=rows, width=whole)
-    of_each = [prompt + shape.num_responses * response] if data.share_prompts else [whole] * shape.num_responses
-    return replace(sampled, document_lengths=of_each * prompts)
-
-
-def sharding_of(asked: Any) -> Sharding:
-    """What the configuration's strategy splits."""
-    strategy = asked["strategy"]
-    name = strategy if isinstance(strategy, str) else str(strategy.class_path).rpartition(".")[2]
-    settings: Any = {} if isinstance(strategy, str) else strategy.init_args
-    devices = _count(asked["devices"]) * asked["num_nodes"]
-    if name.startswith(("fsdp", "FSDP")):
-        sequence, tensor = (int(settings.get(f"{kind}_parallel_size", 1)) for kind in ("sequence", "tensor"))
-        return Sharding(name, devices, weights=True, gradients=True, optimizer=True, sequence=sequence, tensor=tensor)
-    if name.lower().startswith("deepspeed"):
-        stage = int(settings.get("stage", 2)) if settings else int(name.partition("stage_")[2][:1] or 2)
-        return Sharding(f"{name} {stage}", devices, weights=stage == 3, gradients=stage >= 2, optimizer=stage >= 1)
-    return Sharding(name, devices, buckets=devices > 1)
-
-
-def _count(devices: int | str | list[int]) -> int:
-    """Devices of a node; 1 where only the machine itself would know (`auto`, -1)."""
-    if isinstance(devices, list):
-        return len(devices)
-    return int(devices) if str(devices).isdigit() else 1
-
-
-def per_device(memory: StepMemory, sharding: Sharding) -> dict[str, int]:
-    """Bytes of each part on one device."""
-    n = sharding.devices
-    outside = memory.outside_layers * (sharding.tensor - 1) // max(n, sharding.tensor)  # whole beside sliced layers
-
-    def split(size: int, is_split: bool) -> int:
-        return math.ceil(size / n) if is_split and n > 1 else size
-
-    parts = {
-        "weights": split(memory.weights, sharding.weights) + outside,
-        "gradients": split(memory.gradients, sharding.gradients),
-        "optimizer": split(memory.optimizer, sharding.optimizer),
-        "activations": memory.activations // sharding.sequence,
-        "logits and loss": memory.loss,  # chunks of a fixed size, and the gradient of the output embedding
-    }
-    if memory.copied:
-        parts["frozen copy"] = split(memory.copied, sharding.weights)
-    if memory.temporary:
-        parts["temporaries"] = memory.temporary // sharding.sequence
-    step = sum(parts[name] for name in ("activations", "logits and loss")) + parts.get("temporaries", 0)
-    if memory.keys_values > step:  # they are gone when a step begins
-        parts["keys and values beyond these"] = memory.keys_values - step
-    if sharding.weights and n > 1:  # the layer at work, the next one on its way, and what lies outside the layers
-        gathered = 2 * memory.largest_layer // sharding.tensor
-        parts["gathered weights"] = gathered + memory.outside_layers + memory.copied_outside
-    if sharding.buckets:
-        parts["buckets of gradients"] = memory.gradients
-    return parts
-
-
-def advice_for(parts: dict[str, int], cli: ToolCLI) -> str:
-    """What to change first."""
-    largest = max(parts, key=lambda name: parts[name])
-    if largest in ("activations", "temporaries"):
-        if not cli.model.backbone.gradient_checkpointing:
-            return "Most are activations: set model.backbone.gradient_checkpointing to true."
-        return "Most are activations: lower data.tokens_per_batch or data.batch_size, and accumulate more."
-    if largest == "logits and loss":
-        return "Most is the loss: with new tokens or full training its gradient is as large as the output embedding."
-    if cli.model.peft_config is None and cli.model.adapter is None:
-        return "Most are weights and their states: set model.peft, or shard over more devices (FSDP2)."
-    return "Most are weights: set model.backbone.quantization to nf4, or shard over more devices (FSDP2)."
 
 
 def _described(workload: Workload) -> str:

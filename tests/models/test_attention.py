@@ -154,10 +154,10 @@ def test_soft_capped_scores_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("attention", ["sdpa", "varlen", "flash_attention_2", "flex_attention"])
 def test_packed_equals_separate_on_gpu(attention):
-    if attention == "flash_attention_2":
-        pytest.importorskip("flash_attn")
+    if attention in ("varlen", "flash_attention_2"):
+        pytest.importorskip({"varlen": "torch.nn.attention.varlen"}.get(attention, "flash_attn"))
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **DECODER_SIZE)
     implementation = choose_attention(attention, True, "cuda", config)

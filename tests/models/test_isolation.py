@@ -1,6 +1,8 @@
 """What training takes for granted of a model is found out at the start."""
 
 import multiprocessing
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -59,9 +61,9 @@ def test_architectures_that_keep_documents_apart_pass(saved, kind, shared, dtype
 
 
 @pytest.mark.slow
-def test_compiled_model_passes(saved):
-    network = load(saved("llama", num_hidden_layers=1), True)
-    network.get_decoder().compile(dynamic=True, backend="aot_eager")
+def test_compiled_model_passes(saved, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    network = load(replace(saved("llama", num_hidden_layers=1), compile=True), True)
     check_isolation(network, packing=True)
 
 

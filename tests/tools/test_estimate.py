@@ -7,7 +7,8 @@ from jsonargparse import Namespace
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.planning.memory import StepMemory
-from lit_alignment.tools.estimate import GIB, Sharding, main, per_device, sharding_of
+from lit_alignment.planning.run import GIB, Sharding, per_device, sharding_of
+from lit_alignment.tools.estimate import main
 
 TINY = "configs/sft/tiny.yaml"
 MEMORY = StepMemory(
@@ -109,7 +110,7 @@ def test_estimate_names_parts_and_says_whether_it_fits(capsys):
     assert all(part in out for part in ("weights", "gradients", "optimizer", "activations", "logits and loss", "total"))
     main(["--config", TINY, "--memory", "0.001"])
     out = capsys.readouterr().out
-    assert "does not fit into 0.001 GiB" in out and "set model.backbone.gradient_checkpointing to true" in out
+    assert "does not fit into 0.001 GiB" in out and "model.backbone.gradient_checkpointing: full (saves" in out
 
 
 def test_gpu_configuration_is_estimated_without_a_gpu(capsys):

@@ -4,10 +4,12 @@ B rows, T tokens, N positions that are read
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
@@ -28,6 +30,7 @@ class Rows:
         window_weight: Trained weight of the whole optimizer step that this batch belongs to.
         window_share: The tokens of its examples as a share of those of the optimizer step.
         ids: Where each example came from.
+        num_padding: Tokens at the end of a packed row that only fill it up, as a last document of their own.
         local: Indices into the positions that are read, of those in this rank's slice of a row that ranks share; None
             where no rank shares it.
     """
@@ -40,17 +43,22 @@ class Rows:
     window_weight: float = 0.0
     window_share: float = 0.0
     ids: list[str] = field(default_factory=list)
+    num_padding: int = 0
     local: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         """Tokens that are not padding."""
-        return int(self.input_ids.numel() if self.attention_mask is None else self.attention_mask.sum())
+        whole = self.input_ids.numel() - self.num_padding
+        return int(whole if self.attention_mask is None else self.attention_mask.sum())
 
     @property
     def num_trained(self) -> int:
         """Positions that the loss applies to."""
         raise NotImplementedError
+
+
+AnyRows = TypeVar("AnyRows", bound=Rows)
 
 
 @dataclass(kw_only=True)
@@ -168,6 +176,28 @@ def pad_sequences(items: Sequence[Sequences], pad_token_id: int) -> tuple[Rows, 
     rows = _padded_rows(whole, pad_token_id)
     width = rows.input_ids.shape[1]
     return rows, [row * width + begin for row, begin in enumerate(prompts)]
+
+
+def filled(rows: AnyRows, length: int, pad_token_id: int) -> AnyRows:
+    """A packed row with a last document of padding, which nothing reads, so that all rows have one shape.
+
+    Args:
+        rows: A packed row; padded rows come back as they are.
+        length: Tokens of a row. It is rounded up, and a longer row becomes a multiple of it.
+        pad_token_id: What it is filled up with.
+    """
+    length = -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
+    missing = -rows.input_ids.shape[1] % length
+    if not rows.document_lengths or missing == 0:
+        return rows
+    return replace(
+        rows,
+        input_ids=pad(rows.input_ids, (0, missing), value=pad_token_id),
+        position_ids=torch.cat([rows.position_ids, torch.arange(missing)[None]], dim=1),
+        document_lengths=[*rows.document_lengths, missing],
+        document_parents=[*rows.document_parents, -1] if rows.document_parents else [],
+        num_padding=missing,
+    )
 
 
 def _padded_rows(ids: Sequence[Sequence[int]], pad_token_id: int) -> Rows:

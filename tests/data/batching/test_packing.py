@@ -8,6 +8,7 @@ from lit_alignment.data.batching.collate import (
     collate_packed,
     collate_padded,
     collate_responses,
+    filled,
     local_positions,
     pad_prompts,
 )
@@ -134,6 +135,19 @@ def test_targets_are_the_tokens_after_the_positions_whatever_the_rows(pad_token_
     batch = collate_responses(RESPONSES, pad_token_id)
     assert batch.input_ids.flatten()[batch.read_at + 1].tolist() == batch.targets.tolist() == [3, 4, 9, 8]
     assert batch.lengths == [2, 1, 1] and batch.groups == [2, 1]
+
+
+def test_filled_row_ends_in_a_document_of_padding_that_nothing_reads():
+    batch = collate_responses(RESPONSES, share=True)
+    full = filled(batch, 11, 5)  # 11 is rounded up to 16
+    assert full.input_ids.tolist() == [[*batch.input_ids[0].tolist(), *[5] * 8]]
+    assert full.position_ids.tolist() == [[*batch.position_ids[0].tolist(), *range(8)]]
+    assert full.document_lengths == [1, 3, 2, 2, 8] and full.document_parents == [-1, 0, 0, -1, -1]
+    assert full.num_tokens == batch.num_tokens == 8 and full.read_at is batch.read_at
+    assert filled(full, 16, 5) is full and filled(full, 15, 5) is full
+    assert filled(full, 7, 5).input_ids.shape == (1, 16) and filled(full, 24, 5).input_ids.shape == (1, 24)
+    padded = collate_responses(RESPONSES, 0)
+    assert filled(padded, 11, 5) is padded
 
 
 def test_positions_of_a_slice_are_found():
