@@ -14,6 +14,7 @@ from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.reference import FrozenCopy
 from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.planning.memory import RolloutShape, StepMemory, Workload, step_memory
 
 GIB = 2**30
@@ -38,6 +39,7 @@ class Simulated(Protocol):
     added_tokens: dict[str, int]
     peft_config: PeftConfig | None
     adapter: AdapterConfig | None
+    optimizer_config: OptimizerConfig
 
     @property
     def rollout_shape(self) -> RolloutShape | None:
