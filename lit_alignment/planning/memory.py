@@ -224,9 +224,9 @@ def step_memory(
         network.to_empty(device="cpu")
         base_model(network).tie_weights()
         memory = _simulate(network, workload)
-    memory = replace(memory, optimizer=state_bytes(network, optimizer or OptimizerConfig()))
     if backbone.layers.offload:
         memory = _offloaded(memory, network, workload)
+    memory = replace(memory, optimizer=state_bytes(network, optimizer or OptimizerConfig()))
     return memory if backbone.quantization == "none" else _quantised(memory, network, backbone)
 
 

@@ -10,7 +10,7 @@ from lit_alignment import MuonWithAdamW, ScheduleFreeAdamW
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import chats, sft_data, sft_module, trainer, weights
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = pytest.mark.gpu
 
 
 def of(package, name, **settings):
