@@ -56,6 +56,8 @@ class PreferenceBatch(TargetBatch):
         scores: How good each response is, higher is better, [S].
         chosen: Index of the better response of each pair, [P].
         rejected: Index of the other, [P].
+        desirable: Index of each good response, [G].
+        undesirable: Of each other one, [S - G].
         margins: How far apart the pairs should be, [P]; NaN where the record does not say.
         dummy: Whether it only keeps its rank in step with the others.
         reference: Log-probabilities of the targets under the reference, [N], where they were computed before.
@@ -68,6 +70,8 @@ class PreferenceBatch(TargetBatch):
     scores: Tensor
     chosen: Tensor
     rejected: Tensor
+    desirable: Tensor
+    undesirable: Tensor
     margins: Tensor
     dummy: bool = False
     reference: Tensor | None = None
@@ -206,13 +210,16 @@ class PreferenceDataModule(FeedbackDataModule):
                 margins.append(row["margin"])
             first += len(row["scores"])
         ids, lengths = [f"{row['dataset']}/{row['id']}" for row in rows], batch.lengths[:first]
+        scores = [score for row in rows for score in row["scores"]]
         groups = [len(row["scores"]) for row in rows if row["scores"]]
         return PreferenceBatch(
             **vars(batch) | {"ids": ids, "lengths": lengths, "groups": groups},
             counts=torch.tensor(lengths, dtype=torch.long),
-            scores=torch.tensor([score for row in rows for score in row["scores"]]),
+            scores=torch.tensor(scores),
             chosen=torch.tensor(chosen, dtype=torch.long),
             rejected=torch.tensor(rejected, dtype=torch.long),
+            desirable=torch.tensor([i for i, score in enumerate(scores) if score > 0], dtype=torch.long),
+            undesirable=torch.tensor([i for i, score in enumerate(scores) if score <= 0], dtype=torch.long),
             margins=torch.tensor(margins),
             dummy=planned.dummy,
             window_chat_tokens=planned.window_chat_tokens,

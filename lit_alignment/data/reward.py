@@ -106,6 +106,8 @@ class RewardDataModule(FeedbackDataModule):
         )
         batch.targets = torch.tensor([score for row in rows for score in row["scores"]])
         batch.margins = torch.tensor([row["margin"] for row in rows])
+        if self.kind == "preferences":
+            batch.pairs = _pairs([row["scores"] for row in rows])
         batch.weights = torch.full((len(rows),), 0.0 if planned.dummy else 1.0)
         batch.subsets = [row["subset"] for row in rows]
         batch.window_weight = planned.window_weight
@@ -163,6 +165,20 @@ class RewardDataModule(FeedbackDataModule):
     def predict_collate(self, items: list[Any]) -> ItemBatch:
         """All responses of the records, to score in one forward pass."""
         return ItemBatch(items, self._score_batch([i.sequences for i in items], [i.read_at for i in items]))
+
+
+def _pairs(scores: list[list[float]]) -> torch.Tensor:
+    """Positions of the better and of the worse score of each record with two, and the record, [3, P].
+
+    Args:
+        scores: Of each record.
+    """
+    pairs, first = [], 0
+    for record, own in enumerate(scores):
+        if len(own) == 2:
+            pairs.append((first + own.index(max(own)), first + own.index(min(own)), record))
+        first += len(own)
+    return torch.tensor(pairs, dtype=torch.long).reshape(-1, 3).T.contiguous()
 
 
 def __getattr__(name: str) -> Any:

@@ -112,6 +112,7 @@ class RolloutBatch(TargetBatch):
     """Responses of a rollout behind their prompts.
 
     Args:
+        counts: Number of targets of each answer, [B].
         old_logps: Of each target under the policy of the rollout, [N]; None if that is the policy of now.
         sampler_logps: Of each target under what sampled it, [N]; None if that is the policy of the rollout.
         advantages: Of each answer, [B].
@@ -120,6 +121,7 @@ class RolloutBatch(TargetBatch):
         step: What `weigh` says of the optimizer step.
     """
 
+    counts: torch.Tensor
     old_logps: torch.Tensor | None
     sampler_logps: torch.Tensor | None
     advantages: torch.Tensor
@@ -305,6 +307,7 @@ class RolloutDataModule(ConversationDataModule):
         answers = [answer for group in groups for answer in group.answers]
         return RolloutBatch(
             **vars(batch) | {"ids": ids},
+            counts=torch.tensor(batch.lengths),
             old_logps=_joined([answer.old_logps for answer in answers]),
             sampler_logps=_joined([answer.sampler_logps for answer in answers]),
             advantages=torch.tensor([answer.advantage for answer in answers]),

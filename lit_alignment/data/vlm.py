@@ -139,9 +139,11 @@ class MediaBatch(TargetBatch):
 
     Args:
         media: By modality, what the reader gave for all files in order: inputs of each encoder, or features.
+        placeholders: By modality, positions of its placeholders, row * T + position.
     """
 
     media: dict[str, list[Tensor]] = field(default_factory=dict)
+    placeholders: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -261,7 +263,14 @@ class VLMDataModule(SFTDataModule):
         """A packed row, or padded rows, with what the placeholders stand for."""
         batch = super().collate(rows, planned)
         owners = [(f"{row['dataset']}/{row['id']}", json.loads(row["media"])) for row in rows]
-        return MediaBatch(**vars(batch), media=self.load(owners))
+        ids = batch.input_ids.flatten().tolist()
+        placeholders = {
+            name: torch.tensor(
+                [position for position, own in enumerate(ids) if own == media.token_id], dtype=torch.long
+            )
+            for name, media in self.media.items()
+        }
+        return MediaBatch(**vars(batch), media=self.load(owners), placeholders=placeholders)
 
     def load(self, owners: Sequence[tuple[str, dict[str, list[str]]]]) -> dict[str, list[Tensor]]:
         """What the readers give for all files, by modality; a modality without files is left out.

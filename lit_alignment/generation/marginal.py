@@ -41,7 +41,7 @@ def answer_token_logps(
     """
     batch = collate_responses(examples, None if packing else pad_token_id, share=packing)
     logps = torch.split(target_logps(network, batch), batch.lengths)
-    weights = torch.split(batch.weights.to(logps[0].device), batch.lengths)
+    weights = torch.split(batch.weights.to(logps[0].device, non_blocking=True), batch.lengths)
     padded = pad_sequence(list(logps), batch_first=True)  # [B * C, T]
     num_contexts = batch.groups[0]
     return (

@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_alignment.losses.language_modeling import CHUNK_SIZE, add_product_, chunk_logits, shape_logits_, wide
+from lit_alignment.losses.language_modeling import (
+    CHUNK_SIZE,
+    add_product_,
+    chunk_logits,
+    shape_logits_,
+    wide,
+    without_autocast,
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ class _LinearDivergence(torch.autograd.Function):
             if weights is not None:
                 gradient.mul_(weights[part, None])
             grad_logits = gradient.to(weight.dtype)
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
                 if grad_weight is not None:
@@ -174,7 +181,7 @@ def _logits(
     chunk: Tensor, head: LinearHead, temperature: float, buffer: Tensor | None, with_slope: bool = False
 ) -> tuple[Tensor, Tensor | float]:
     """Logits of a chunk, [C, V], and their derivative by the product of hidden states and weight."""
-    with torch.autocast(chunk.device.type, enabled=False):
+    with without_autocast(chunk):
         logits = chunk_logits(chunk.to(head.weight.dtype), head.weight, head.bias, buffer)
     return logits, shape_logits_(logits, head.scale, head.softcap, temperature, with_slope)
 

@@ -3,6 +3,7 @@
 N trained positions, V vocabulary, D width
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ CHUNK_SIZE = 256  # positions whose logits exist at one time
 def wide(values: Tensor) -> Tensor:
     """The values in fp32, or in fp64 if they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """What is computed on the tensor's device keeps the precision of its inputs; devices without autocast always do."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def token_cross_entropy(
@@ -124,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk_size)
             chunk = hidden[part].to(weight.dtype)
             # Under autocast the product would be cast back to bf16 anyway: weight's dtype decides.
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden):
                 logits = chunk_logits(chunk, weight, bias, buffer)  # [C, V]
             shape_logits_(logits, scale, softcap)
             hits += (logits.argmax(-1) == targets[part]).sum()
@@ -138,7 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if scale != 1.0:
                 logits *= scale
             grad_logits = logits.to(weight.dtype)
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden):
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
                 if grad_weight is not None:
@@ -301,7 +308,7 @@ class _LinearLogps(torch.autograd.Function):
         buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
         for start in range(0, len(targets), chunk_size):
             part = slice(start, start + chunk_size)
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden):
                 logits = chunk_logits(hidden[part].to(weight.dtype), weight, bias, buffer)
             slope = shape_logits_(logits, scale, softcap, temperature, with_slope=at_once)
             target_logits = logits.gather(1, targets[part, None]).squeeze(1)
@@ -318,7 +325,7 @@ class _LinearLogps(torch.autograd.Function):
                 logits.div_(total[:, None])
                 logits[torch.arange(len(logits), device=logits.device), targets[part]] -= 1
                 grad_logits = logits.mul_(slope).neg_().to(weight.dtype)
-                with torch.autocast(hidden.device.type, enabled=False):
+                with without_autocast(hidden):
                     grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
         return logps, entropies
 
@@ -338,7 +345,7 @@ class _LinearLogps(torch.autograd.Function):
         for start in range(0, len(targets), chunk_size):
             part = slice(start, start + chunk_size)
             chunk = hidden[part].to(weight.dtype)
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden):
                 logits = chunk_logits(chunk, weight, bias, buffer)
                 slope = shape_logits_(logits, scale, softcap, temperature, with_slope=True)
                 extra = _entropy_gradient(logits, grad_entropies[part]) if with_entropy else None

@@ -6,6 +6,7 @@ A response whose reward is NaN was not scored, and is as if it had not been draw
 counts it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,10 +45,12 @@ def advantages(
         raise ValueError(f"groups of {sum(groups)} responses in all do not fit {len(rewards)} rewards.")
     rewards = wide(rewards)
     scored = ~rewards.isnan()
-    index = _index(torch.tensor(groups, dtype=torch.long, device=rewards.device), len(rewards))
+    index = torch.tensor([group for group, size in enumerate(groups) for _ in range(size)], dtype=torch.long)
+    index = index.to(rewards.device)  # [B]
     counts = _sums(scored.to(rewards.dtype), index, len(groups))  # [G]
     # From the lowest of the group on, or the mean of equal rewards would not be the reward to the bit.
-    lowest = rewards.new_full((len(groups),), torch.inf).scatter_reduce(0, index[scored], rewards[scored], "amin")
+    highest = rewards.masked_fill(~scored, torch.inf)
+    lowest = rewards.new_full((len(groups),), torch.inf).scatter_reduce(0, index, highest, "amin")
     above = torch.where(scored, rewards - lowest[index], 0.0)
     means = _sums(above, index, len(groups)) / counts.clamp_min(1)
     centered = torch.where(scored, above - means[index], 0.0)
@@ -67,9 +70,10 @@ def advantages(
 
 def reward_moments(rewards: Tensor) -> Tensor:
     """Number of the scored rewards, their mean, and their summed squared distance from it, fp64, [3]."""
-    scored = rewards[~rewards.isnan()].double()
-    mean = scored.sum() / max(1, len(scored))
-    return torch.stack([mean.new_tensor(len(scored)), mean, (scored - mean).square().sum()])
+    scored, values = ~rewards.isnan(), rewards.double()
+    count = scored.sum().double()
+    mean = values.masked_fill(~scored, 0).sum() / count.clamp_min(1)
+    return torch.stack([count, mean, (values - mean).masked_fill(~scored, 0).square().sum()])
 
 
 def step_deviation(moments: Tensor) -> Tensor:
@@ -86,8 +90,9 @@ def step_deviation(moments: Tensor) -> Tensor:
 
 def groups_without_variance(rewards: Tensor, groups: Sequence[int]) -> Tensor:
     """Whether all scored responses of a group have one reward, so that none of it has a gradient, [G]."""
-    parts = torch.split(rewards, list(groups))
-    return torch.tensor([len(set(part[~part.isnan()].tolist())) < 2 for part in parts], device=rewards.device)
+    of_groups = [part.tolist() for part in torch.split(rewards, list(groups))]
+    level = [len({reward for reward in own if not math.isnan(reward)}) < 2 for own in of_groups]
+    return torch.tensor(level, device=rewards.device)
 
 
 @dataclass  # not frozen: batches carry it, and Lightning copies these field by field
@@ -257,8 +262,7 @@ def token_objective(config: PolicyLossConfig, policy: Tensor, ratios: Tensor, ad
         case "cispo":
             return -ratios.detach().clamp_max(setting("epsilon_high")) * advantages * policy
         case "sapo":
-            sides = ratios.new_tensor([setting("tau_negative"), setting("tau")])
-            tau = sides[(advantages > 0).long()]
+            tau = torch.full_like(ratios, setting("tau")).masked_fill(advantages <= 0, setting("tau_negative"))
             return -advantages * (4 / tau) * (tau * (ratios - 1)).sigmoid()
 
 
@@ -284,13 +288,13 @@ def correction_weights(config: PolicyLossConfig, log_ratios: Tensor, index: Tens
         index: Response of each token, [N].
         num_responses: B.
     """
-    log_ratios, cap = log_ratios.detach(), wide(log_ratios).new_tensor(config.cap)
+    log_ratios, largest = log_ratios.detach(), math.log(config.cap)
     match config.correction:
         case "sequence_mask":
             products = _sums(log_ratios, index, num_responses)
-            return torch.where(products > cap.log(), 0.0, products.exp())[index]
+            return torch.where(products > largest, 0.0, products.exp())[index]
         case _:
-            return log_ratios.minimum(cap.log()).exp()
+            return log_ratios.clamp_max(largest).exp()
 
 
 def k3(policy: Tensor, reference: Tensor) -> Tensor:
@@ -338,8 +342,8 @@ def _bounded_exp(values: Tensor) -> Tensor:
 
 def _index(lengths: Tensor, number: int) -> Tensor:
     """Which segment each of the values belongs to, [number]."""
-    segments = torch.arange(len(lengths), device=lengths.device)
-    return segments.repeat_interleave(lengths, output_size=number)
+    values = torch.arange(number, device=lengths.device)
+    return torch.searchsorted(lengths.cumsum(0), values, right=True)
 
 
 def _sums(values: Tensor, index: Tensor, number: int) -> Tensor:

@@ -28,12 +28,11 @@ class NamedMeans(Metric):
 
     def update(self, values: dict[str, Tensor], weights: Tensor | None = None) -> None:
         """Add values, [N] of each name, with an N of its own, or with the weights of all, [N]."""
-        positions = [self.names.index(name) for name in values]
         scale = 1.0 if weights is None else weights
-        totals = torch.stack([(each.detach().double() * scale).sum() for each in values.values()])
-        numbers = [each.numel() for each in values.values()]
-        self.totals[positions] += totals
-        self.counts[positions] += totals.new_tensor(numbers) if weights is None else weights.sum()
+        for name, each in values.items():
+            position = self.names.index(name)
+            self.totals[position] += (each.detach().double() * scale).sum()
+            self.counts[position] += each.numel() if weights is None else weights.sum()
 
     def compute(self) -> dict[str, Tensor]:
         """The mean of each quantity of which there were values, float64 scalars."""

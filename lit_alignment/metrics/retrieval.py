@@ -6,6 +6,7 @@ B questions, K passages of a question
 import math
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -42,7 +43,7 @@ def retrieval_sums(
     weights: Sequence[float],
     scores: Tensor,
     ks: Sequence[int],
-) -> dict[str, tuple[Tensor, Tensor]]:
+) -> dict[str, tuple[Tensor, float]]:
     """Sums over questions and their numbers by name: `passage_entropy`, and `mrr` and `recall@k` of those judged.
 
     Args:
@@ -53,15 +54,14 @@ def retrieval_sums(
         ks: The k of recall@k.
     """
     log_prior = scores.detach().log_softmax(-1)
-    counted = scores.new_tensor(weights)
+    counted = torch.tensor(weights).to(scores, non_blocking=True)
     entropy = -(log_prior.exp() * log_prior).sum(-1)
-    sums = {"passage_entropy": ((entropy * counted).sum(), counted.sum())}
+    sums = {"passage_entropy": ((entropy * counted).sum(), float(sum(weights)))}
     judged = [
         ranking_metrics(ids, wanted, ks)
         for ids, wanted, weight in zip(retrieved, relevant, weights, strict=True)
         if wanted and weight
     ]
-    number = scores.new_tensor(len(judged))
     for name in ["mrr", *(f"recall@{k}" for k in ks)]:
-        sums[name] = scores.new_tensor(sum(metrics[name] for metrics in judged)), number
+        sums[name] = scores.new_full((), sum(metrics[name] for metrics in judged)), float(len(judged))
     return sums

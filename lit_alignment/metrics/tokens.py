@@ -24,10 +24,10 @@ class TokenMean(Metric):
         self.add_state("weight", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.set_dtype(torch.float64)
 
-    def update(self, total: Tensor, weight: Tensor) -> None:
+    def update(self, total: Tensor, weight: Tensor | float) -> None:
         """Add a batch: the summed quantity and the weight it was summed over, scalars."""
         self.total += total.detach().double()
-        self.weight += weight.detach().double()
+        self.weight += weight.detach().double() if isinstance(weight, Tensor) else weight
 
     def compute(self) -> Tensor:
         """The mean, a float64 scalar; nan without tokens."""

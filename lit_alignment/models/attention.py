@@ -3,7 +3,8 @@
 B rows, H query heads, K key heads, T tokens, C head width
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -34,6 +35,7 @@ Attention = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attent
 DOCUMENT_SDPA = "document_sdpa"
 DOCUMENT_VARLEN = "document_varlen"
 ISOLATING = ("sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention")
+MASKED = ("eager", "sdpa", "flex_attention")  # they keep documents apart by masks, made of restarting positions
 ISOLATED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -239,6 +241,27 @@ def _best_on_gpu(packing: bool, shared_prompts: bool) -> Attention:
 def lacks_ours(error: Exception) -> bool:
     """Whether it was raised since an architecture has a table of attentions of its own, without ours."""
     return isinstance(error, KeyError) and error.args in ((DOCUMENT_SDPA,), (DOCUMENT_VARLEN,))
+
+
+@contextmanager
+def known_documents(implementation: str) -> Iterator[None]:
+    """Forward passes without a mask in which transformers does not look for documents in the positions.
+
+    It reads a tensor for that, so that the CPU would wait for a GPU, and what it finds decides the masks of its own
+    implementations alone. All others are told where documents begin (`document_arguments`).
+
+    Args:
+        implementation: Of the model's attention.
+    """
+    if implementation in MASKED:
+        yield
+        return
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 def check_sequence_parallel(config: PretrainedConfig, size: int, packing: bool, implementation: str) -> None:

@@ -27,7 +27,8 @@ from lit_alignment.losses import (
     token_divergence,
     token_logps_and_entropies,
 )
-from lit_alignment.losses.language_modeling import CHUNK_SIZE
+from lit_alignment.losses.language_modeling import CHUNK_SIZE, without_autocast
+from lit_alignment.models.attention import known_documents
 from lit_alignment.models.router import note_router_loss
 
 
@@ -99,7 +100,7 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
         captured.append(local(hidden))
         return hidden[..., :1]
 
-    with _forward(output_head(model), capture):
+    with _forward(output_head(model), capture), known_documents(base_model(model).config._attn_implementation):
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             inputs.pop("position_ids", None)  # peft counts them itself, from the first virtual token on
             model(**inputs, use_cache=False)
@@ -121,7 +122,7 @@ def scores_at(model: nn.Module, read_at: Tensor, **inputs: Any) -> Tensor:
     """
     hidden = hidden_states(model, **inputs).flatten(0, 1).index_select(0, read_at)
     head = output_head(model)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         scores: Tensor = head(hidden.to(next(head.parameters()).dtype)).float()
     return scores
 

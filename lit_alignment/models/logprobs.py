@@ -8,9 +8,15 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 
 from lit_alignment.data.batching.collate import Rows, TargetBatch, local_positions
-from lit_alignment.models.attention import document_arguments
+from lit_alignment.models.attention import MASKED, document_arguments
 from lit_alignment.models.collectives import SequenceGroup
-from lit_alignment.models.head import base_model, hidden_states, token_logps, token_logps_with_entropies
+from lit_alignment.models.head import (
+    base_model,
+    hidden_states,
+    router_weight,
+    token_logps,
+    token_logps_with_entropies,
+)
 
 
 @overload
@@ -58,7 +64,7 @@ def target_logps(
         Nats, fp32 at least, [N]; with `with_entropy` these and the entropies, [N].
     """
     hidden = hidden_at_targets(network, batch, sequence)  # [n, D]
-    targets = of_this_rank(batch.targets, batch, sequence).to(hidden.device)
+    targets = of_this_rank(batch.targets, batch, sequence).to(hidden.device, non_blocking=True)
     if with_entropy:
         found = token_logps_with_entropies(network, hidden, targets, temperature)
         return _of_all_ranks(found[0], batch, sequence), _of_all_ranks(found[1], batch, sequence)
@@ -74,7 +80,7 @@ def hidden_at_targets(network: nn.Module, batch: TargetBatch, sequence: Sequence
         sequence: Ranks that share the row.
     """
     hidden = hidden_states(network, **row_inputs(network, batch, sequence)).flatten(0, 1)
-    read_at = of_this_rank(batch.read_at, batch, sequence).to(hidden.device)
+    read_at = of_this_rank(batch.read_at, batch, sequence).to(hidden.device, non_blocking=True)
     start = 0 if sequence is None else sequence.own(batch.input_ids.shape[1]).start
     return hidden.index_select(0, read_at - start)
 
@@ -109,9 +115,12 @@ def row_inputs(network: nn.Module, batch: Rows, sequence: SequenceGroup | None =
     device = next(network.parameters()).device
     implementation = base_model(network).config._attn_implementation
     own = slice(None) if sequence is None else sequence.own(batch.input_ids.shape[1])
+    # Padding stands on the right, where causal attention does not see it; a router's loss counts the other tokens.
+    # Without a mask kernels skip the upper half, and nobody looks whether there is padding, for which a GPU is waited.
+    mask = batch.attention_mask if implementation in MASKED or router_weight(network) else None
     return {
-        "input_ids": batch.input_ids[:, own].to(device),
-        "attention_mask": None if batch.attention_mask is None else batch.attention_mask.to(device),
-        "position_ids": batch.position_ids[:, own].to(device),
+        "input_ids": batch.input_ids[:, own].to(device, non_blocking=True),
+        "attention_mask": None if mask is None else mask.to(device, non_blocking=True),
+        "position_ids": batch.position_ids[:, own].to(device, non_blocking=True),
         **document_arguments(implementation, batch.document_lengths, device, batch.document_parents, sequence),
     }

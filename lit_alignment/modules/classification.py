@@ -82,7 +82,8 @@ class ClassificationModule(ScoringModule):
         self.labels, self.problem = list(head.labels), head.problem
         self.class_weights, self.focal_gamma, self.label_smoothing = class_weights, focal_gamma, label_smoothing
         self.confusion: Tensor | None = None  # of the last validation or test
-        self._alpha: Tensor | None = None
+        self._alpha: Tensor | None
+        self.register_buffer("_alpha", None, persistent=False)
 
     def on_fit_start(self) -> None:
         """Count the classes, if their weights are to balance them."""
@@ -95,9 +96,9 @@ class ClassificationModule(ScoringModule):
                 data = datamodule_of(self.trainer)
                 if not isinstance(data, ClassificationDataModule) or "train" not in data.examples:
                     return None  # a validation alone, whose loss stays unweighted
-                self._alpha = balanced_class_weights(data.class_counts())
+                self._alpha = balanced_class_weights(data.class_counts()).to(self.device)
             else:
-                self._alpha = torch.tensor(self.class_weights)
+                self._alpha = torch.tensor(self.class_weights, device=self.device)
         return self._alpha
 
     def losses(self, logits: Tensor, targets: Tensor, training: bool = True) -> Tensor:

@@ -156,9 +156,9 @@ class DistillationModule(RolloutModule):
         values = {"length": lengths, "truncated": [answer.truncated for answer in sampled]}
         self.train_means.update({name: torch.tensor(own, device=self.device) for name, own in values.items()})
         weight = sum(answer.weight for answer in answers)
-        total = float(self.of_ranks(torch.tensor(weight, dtype=torch.float64)).sum())
+        weights: list[float] = self.of_ranks(torch.tensor(weight, dtype=torch.float64)).tolist()
         self.training_begins()
-        return total
+        return sum(weights)
 
     # Steps and metrics.
 

@@ -212,7 +212,7 @@ class PolicyModule(RolloutModule, ComparedModule):
             "no_variance": groups_without_variance(rewards, sizes).tolist()
         }
         deviations = zip(self.reward_names, (deviation, *of_functions), strict=False)
-        self._update(self.train_means, values | {f"{name}_deviation": [float(own)] for name, own in deviations})
+        self._update(self.train_means, values | {f"{name}_deviation": [own.tolist()] for name, own in deviations})
         self.training_begins()
         responses, scored, tokens = map(int, counts.tolist())
         return WindowCounts(responses, scored, tokens, limit)
@@ -266,7 +266,7 @@ class PolicyModule(RolloutModule, ComparedModule):
         policy = target_logps(self.network, batch, temperature=temperature)
         inputs = PolicyInputs(
             policy,
-            torch.tensor(batch.lengths, device=policy.device),
+            batch.counts,
             batch.advantages,
             batch.truncated,
             batch.scored,

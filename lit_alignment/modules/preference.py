@@ -179,10 +179,11 @@ class PreferenceModule(ComparedModule):
             responses = responses_of(policy, reference, batch.lengths, batch.counts)
             desirable = batch.scores > 0
             parts = [response_loss(loss, responses, desirable, self._baselines[stage][0]) for loss in self.losses]
-            values = response_values(rewards(self.losses, responses), responses, desirable)
+            sides = batch.desirable, batch.undesirable
+            values = response_values(rewards(self.losses, responses), responses, *sides)
         else:
-            sides = batch.chosen, batch.rejected, batch.margins, self._baselines[stage]
-            pairs = pairs_of(policy, reference, batch.lengths, batch.counts, *sides)
+            given = batch.chosen, batch.rejected, batch.margins, self._baselines[stage]
+            pairs = pairs_of(policy, reference, batch.lengths, batch.counts, *given)
             parts = [pair_loss(loss, pairs) for loss in self.losses]
             values = pair_values(rewards(self.losses, pairs.chosen), rewards(self.losses, pairs.rejected), pairs)
         losses = torch.stack([loss.weight * part for loss, part in zip(self.losses, parts, strict=True)]).sum(0)  # [B]
@@ -215,7 +216,8 @@ class PreferenceModule(ComparedModule):
             ratios = responses_of(policy, reference, batch.lengths, batch.counts).ratio.double()
             sides = [ratios] if self.of_responses else [ratios[batch.chosen], ratios[batch.rejected]]
             for side, own in enumerate([] if batch.dummy else sides):
-                totals[side] += torch.stack([own.sum(), totals.new_tensor(own.numel())])
+                totals[side, 0] += own.sum()
+                totals[side, 1] += own.numel()
         totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
         return (totals[:, 0] / totals[:, 1].clamp_min(1)).clamp_min(0).float()
 

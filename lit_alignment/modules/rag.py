@@ -193,13 +193,13 @@ class RAGModule(GenerativeModule):
         """Loss of the answers and of the retriever."""
         passages, scores = self.retrieve([item.query for item in batch.items])
         answer_losses, retriever_losses, tokens = self.losses(batch.items, passages, scores)
-        counted = scores.new_tensor(batch.weights)  # [B]
+        counted = torch.tensor(batch.weights).to(scores, non_blocking=True)  # [B]
         answers = (answer_losses * counted).sum()
         ids = [[passage.id for passage in own] for own in passages]
         means = retrieval_sums(ids, [item.relevant for item in batch.items], batch.weights, scores, self._recall_at)
         if stage == "train":
             for name, (total, weight) in means.items():
-                if float(weight) > 0:
+                if weight > 0:
                     self.log(f"train/{name}", total / weight, batch_size=max(1, int(weight)))
             loss = self.step_loss(answers, batch.window_weight)
             if retriever_losses is None:
@@ -209,7 +209,7 @@ class RAGModule(GenerativeModule):
         metrics = self.metrics_of(stage)
         metrics["loss"].update(answers, (tokens * counted).sum())
         if retriever_losses is not None:
-            means["retriever_loss"] = (retriever_losses * counted).sum(), counted.sum()
+            means["retriever_loss"] = (retriever_losses * counted).sum(), float(sum(batch.weights))
         for name, (total, weight) in means.items():
             metrics[name].update(total, weight)
         return answers

@@ -79,8 +79,8 @@ class RetrieverModule(AlignmentModule):
         scores = queries @ passages.T / self.retriever.temperature  # [B, N]
         own = torch.arange(len(queries), device=scores.device)
         same = [[a == b for b in batch.passages] for a in batch.passages[: len(queries)]]
-        losses = info_nce_loss(scores, own, torch.tensor(same, device=scores.device))
-        weights = torch.tensor(batch.weights, device=scores.device)
+        losses = info_nce_loss(scores, own, torch.tensor(same).to(scores.device, non_blocking=True))
+        weights = torch.tensor(batch.weights).to(scores.device, non_blocking=True)
         loss_sum = (losses * weights).sum()
         if stage == "train":
             return self.step_loss(loss_sum, batch.window_weight)

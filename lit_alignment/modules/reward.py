@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from lit_alignment.data.base import datamodule_as
 from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.reward import ResponsesItem, RewardDataModule
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, present
 from lit_alignment.evaluation.samples import ScoredSample
 from lit_alignment.hooks import Stage
 from lit_alignment.losses import bradley_terry_loss, centering_penalty, outcome_loss, plackett_luce_loss
@@ -85,17 +85,18 @@ class RewardModule(ScoringModule):
         if self.data.kind != "preferences":
             losses = outcome_loss(scores, batch.targets)
             return torch.stack([part.sum() for part in torch.split(losses, batch.groups)])
-        margins = [0.0] * len(batch.groups) if batch.margins is None else batch.margins
-        found = []
-        groups = zip(torch.split(scores, batch.groups), torch.split(batch.targets, batch.groups), margins, strict=True)
-        for own, targets, margin in groups:
-            if len(own) == 2:
-                best, worst = own[targets.argmax()][None], own[targets.argmin()][None]
-                loss = bradley_terry_loss(best, worst, torch.as_tensor(margin)[None] if self.use_margin else None).sum()
-            else:
-                loss = plackett_luce_loss(own, -targets)  # ranks are lower the better
-            found.append(loss + self.center * centering_penalty(own) if self.center else loss)
-        return torch.stack(found)
+        better, worse, records = present(batch.pairs, "which scores are compared")
+        margins = batch.margins[records] if self.use_margin and batch.margins is not None else None
+        of_pairs = bradley_terry_loss(scores[better], scores[worse], margins)
+        losses = of_pairs.new_zeros(len(batch.groups)).index_add(0, records, of_pairs)
+        groups = zip(torch.split(scores, batch.groups), torch.split(batch.targets, batch.groups), strict=True)
+        for record, (own, targets) in enumerate(groups):
+            if len(own) != 2:
+                losses[record] = plackett_luce_loss(own, -targets)  # ranks are lower the better
+        if self.center:
+            penalties = [centering_penalty(own) for own in torch.split(scores, batch.groups)]
+            losses = losses + self.center * torch.stack(penalties)
+        return losses
 
     def stage_metrics(self) -> dict[str, Metric]:
         """Mean loss, mean and deviation of the scores, and pairs or judged scores, as `data.kind` has it."""

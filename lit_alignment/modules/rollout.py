@@ -134,7 +134,9 @@ class RolloutModule(GenerativeModule):
         return list(torch.split(quiet_logps(self.network, batch, temperature=self.rollout.temperature), batch.lengths))
 
     def of_ranks(self, values: Tensor) -> Tensor:
-        """Values of each rank, [R, ...], on the CPU."""
+        """Values of each rank, [R, ...], on the CPU, where this rank's are."""
+        if self.trainer.world_size == 1:
+            return values[None]
         gathered: Tensor = self.all_gather(values.to(self.device))  # type: ignore[assignment]
         return gathered.reshape(-1, *values.shape).cpu()
 

@@ -112,8 +112,8 @@ def neftune_noise(embedded: Tensor, batch: TargetBatch, alpha: float, own: slice
         own: The tokens of the batch that are embedded.
     """
     if batch.document_lengths:
-        lengths = torch.tensor(batch.document_lengths, device=embedded.device)
-        per_token = lengths.repeat_interleave(lengths)[None]  # [1, T]
+        of_tokens = [length for length in batch.document_lengths for _ in range(length)]
+        per_token = torch.tensor([of_tokens]).to(embedded.device, non_blocking=True)  # [1, T]
     elif batch.attention_mask is not None:
         per_token = batch.attention_mask.sum(1, keepdim=True).expand_as(batch.attention_mask)
     else:

@@ -179,21 +179,22 @@ class VLMModule(SFTModule):
 
     def _hidden_states(self, batch: TargetBatch) -> Tensor:
         """Hidden states that predict the targets, [N, D], with embeddings of the media at their placeholders."""
-        media = batch.media if isinstance(batch, MediaBatch) else {}
-        with placed(self.network, self._placements(media)):
+        media, positions = (batch.media, batch.placeholders) if isinstance(batch, MediaBatch) else ({}, {})
+        with placed(self.network, self._placements(media, positions)):
             return super()._hidden_states(batch)
 
-    def _placements(self, media: dict[str, list[Tensor]]) -> list[Placement]:
+    def _placements(self, media: dict[str, list[Tensor]], positions: dict[str, Tensor]) -> list[Placement]:
         """What to put at the placeholders: one call of each encoder for the whole batch.
 
         Args:
             media: What the data module has read, by modality.
+            positions: Of the placeholders, by modality; those that are missing are looked for.
         """
         found = []
         for name, tower in self.loaded_towers.items():
             token_id = self.media[name].token_id
             if name in media:
-                found.append(Placement(token_id, tower(media[name])))
+                found.append(Placement(token_id, tower(media[name]), positions=positions.get(name)))
             elif self.trainer.world_size > 1:
                 # Other ranks may have images: this one takes part in the exchange of gradients and of shards.
                 nothing = [part.to(self.device) for part in self.shapes[name].nothing()]
@@ -225,7 +226,7 @@ class VLMModule(SFTModule):
         media = {name: [part.to(self.device) for part in parts] for name, parts in self.data.load(owners).items()}
         found: list[dict[int, Tensor]] = [{} for _ in items]
         names = {self.media[name].token_id: name for name in self.loaded_towers}
-        for placement in self._placements(media):
+        for placement in self._placements(media, {}):
             if placement.absent:
                 continue
             counts = [len(item.media.get(names[placement.token_id], [])) for item in items]

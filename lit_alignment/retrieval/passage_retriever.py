@@ -139,7 +139,7 @@ class PassageRetriever:
             positions, scores = (
                 torch.stack(rows) for rows in zip(*(self._cache[query] for query in queries), strict=True)
             )
-        return [self.index.at(row) for row in positions], scores
+        return [self.index.at(row) for row in positions.cpu()], scores
 
     def _search(self, queries: Sequence[str], together: bool) -> tuple[Tensor, Tensor]:
         """Positions in the index of the K best passages of each query, and their scores, both [B, K]."""

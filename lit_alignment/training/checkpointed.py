@@ -79,10 +79,12 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         self._evaluated = EvaluatedAverage()
         self._stepping = False  # whether the optimizer is at work
         self._validated: tuple[int, int] | None = None  # epoch and micro-batch behind which the last validation stood
+        self._measured = False  # whether a validation's metrics are of the weights of now
 
     def setup(self, stage: str) -> None:
         """Have averaging callbacks average what trains; nothing has been done in this run."""
-        self._validated, self._stepping, self._evaluated = None, False, EvaluatedAverage()
+        self._validated, self._stepping, self._measured = None, False, False
+        self._evaluated = EvaluatedAverage()
         self._averaging = average_what_trains(self.trainer, self) if stage == "fit" else []
 
     @property
@@ -138,9 +140,10 @@ class CheckpointedModule(MethodHooks, PreciseModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget the validation's metrics: no checkpoint is ranked by what other weights gave."""
-        for name in [name for name in self.trainer.callback_metrics if name.startswith("val/")]:
-            del self.trainer.callback_metrics[name]
-        self._stepping = True
+        if self._measured:  # Lightning reads what is logged, on the device, whenever it is asked for its metrics
+            for name in [name for name in self.trainer.callback_metrics if name.startswith("val/")]:
+                del self.trainer.callback_metrics[name]
+        self._stepping, self._measured = True, False
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """The step is whole; a validation inside of its window, if there was one before a resume, is not repeated."""
@@ -165,7 +168,8 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         self._evaluated.enter(self.trainer.optimizers)
 
     def on_validation_epoch_end(self) -> None:
-        """Remember where the last validation stood."""
+        """Remember where the last validation stood, and that there are its metrics."""
+        self._measured = True
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             self._validated = (self.trainer.current_epoch, progress.ready)

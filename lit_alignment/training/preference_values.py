@@ -47,16 +47,19 @@ def pair_values(chosen: Tensor, rejected: Tensor, pairs: Pairs) -> dict[str, Ten
     }
 
 
-def response_values(rewards: Tensor, responses: ResponseLogps, desirable: Tensor) -> dict[str, Tensor]:
+def response_values(
+    rewards: Tensor, responses: ResponseLogps, desirable: Tensor, undesirable: Tensor
+) -> dict[str, Tensor]:
     """What is averaged over responses judged alone, by side.
 
     Args:
         rewards: [S].
         responses: Their log-probabilities and lengths.
-        desirable: Whether each is good, [S].
+        desirable: Indices of the good ones, [G].
+        undesirable: Of the others, [S - G].
     """
-    values = {"desirable": desirable.float()}
-    for name, side in zip(SIDES[1], (desirable, ~desirable), strict=True):
+    values = {"desirable": torch.zeros_like(rewards).index_fill(0, desirable, 1)}
+    for name, side in zip(SIDES[1], (desirable, undesirable), strict=True):
         own = ResponseLogps(responses.policy[side], None, responses.lengths[side])
         values |= _side_values(name, rewards[side], own)
     return values

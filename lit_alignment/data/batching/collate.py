@@ -96,6 +96,8 @@ class ScoreBatch(Rows):
         targets: What the scores should be, or say of each other, [N] or [N, K].
         groups: Number of scores of each record, in order; they sum to N.
         weights: Weight of each record, [R]; 0 for one that only keeps its rank in step.
+        pairs: Of each record with two scores that are compared the position of the better one, that of the other, and
+            the record, [3, P]; only for rewards.
         margins: How far apart the scores of a pair should be, [R]; only for rewards.
         subsets: The part of a benchmark that each record belongs to; "" if none.
     """
@@ -104,6 +106,7 @@ class ScoreBatch(Rows):
     targets: Tensor
     groups: list[int]
     weights: Tensor
+    pairs: Tensor | None = None
     margins: Tensor | None = None
     subsets: list[str] = field(default_factory=list)
 

@@ -1,7 +1,7 @@
 """The loader behind every training and validation loop: it follows a plan."""
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
@@ -94,7 +94,10 @@ class PlannedLoader(Generic[Batch]):
         """
         dataset = _PlannedDataset(self.plan(self.epoch), self.build)
         options: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
-        for batch in DataLoader(dataset, batch_size=None, worker_init_fn=ignore_signals, **options):
+        batches: Iterable[Batch | AlignmentError] = map(dataset.__getitem__, range(len(dataset)))
+        if self.num_workers or self.pin_memory:
+            batches = DataLoader(dataset, batch_size=None, worker_init_fn=ignore_signals, **options)
+        for batch in batches:
             if isinstance(batch, AlignmentError):
                 raise batch
             yield batch

@@ -21,12 +21,14 @@ class Placement:
         token_id: The placeholder.
         embeddings: For all images of the batch in order, [N, Q, D].
         counts: Number of images of each row, or None where the rows are never repeated.
+        positions: Of the placeholders, row * T + position, [N * Q]; looked for if None, for which a GPU is waited.
         absent: There is no image: the embeddings only keep this process in step with the others.
     """
 
     token_id: int
     embeddings: Tensor
     counts: Sequence[int] | None = None
+    positions: Tensor | None = None
     absent: bool = False
 
 
@@ -58,6 +60,9 @@ def _put(input_ids: Tensor, embedded: Tensor, placement: Placement) -> Tensor:
     embeddings = placement.embeddings.to(embedded.dtype)
     if placement.absent:
         return embedded + 0.0 * embeddings.sum()
+    if placement.positions is not None:
+        flat = embedded.flatten(0, 1).index_copy(0, placement.positions, embeddings.flatten(0, 1))
+        return flat.view_as(embedded)
     where = input_ids == placement.token_id
     counts = placement.counts
     if counts is not None:
