@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -250,10 +251,14 @@ class AlignmentModule(CheckpointedModule):
         self._log_stage("test")
 
     def _log_stage(self, stage: Stage) -> None:
-        for name, value in self.stage_values(stage).items():
-            self.log(f"{stage}/{name}", float(value), prog_bar=name in self.progress_bar)
+        self.log_values(stage, self.stage_values(stage))
         for metric in self.metrics_of(stage).values():
             metric.reset()
+
+    def log_values(self, stage: Stage, values: Mapping[str, Tensor | float]) -> None:
+        """Log values of a stage, and show those that the method wants seen while it trains."""
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", float(value), prog_bar=name in self.progress_bar)
 
     # Loss of an optimizer step.
 

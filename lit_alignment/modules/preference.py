@@ -245,7 +245,7 @@ class PreferenceModule(ComparedModule):
         super().on_before_optimizer_step(optimizer)
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = logged_means(self.train_means.compute())
-            self.log_dict({f"train/{name}": float(value) for name, value in values.items() if name != "loss"})
+            self.log_values("train", {name: value for name, value in values.items() if name != "loss"})
             self.train_means.reset()
 
     def stage_values(self, stage: Stage) -> dict[str, Tensor | float]:

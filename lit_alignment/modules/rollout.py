@@ -148,14 +148,9 @@ class RolloutModule(GenerativeModule):
         """Log means over all responses and tokens, of all ranks, since the last time."""
         super().on_before_optimizer_step(optimizer)
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values = self.train_means.compute()
-            self.log_dict({f"train/{name}": float(value) for name, value in values.items()})
-            self.log_dict(
-                {
-                    "train/rollout_seconds": self._rollout_seconds,
-                    "train/training_seconds": time.perf_counter() - self._begun,
-                }
-            )
+            seconds = time.perf_counter() - self._begun
+            self.log_values("train", self.train_means.compute())
+            self.log_values("train", {"rollout_seconds": self._rollout_seconds, "training_seconds": seconds})
             self.train_means.reset()
             self._rollout_seconds = 0.0
 

@@ -319,14 +319,20 @@ def test_equal_rewards_make_one_notable_response_and_missing_ones_none():
     assert best_and_worst([Group(index=7, prompt=[1], answers=[unscored])]) == []
 
 
-def test_training_raises_the_reward(tmp_path):
+def test_training_raises_the_reward_and_shows_it(tmp_path):
     module = policy_module(rollout=RolloutConfig(8, 8))
     data = policy_data(module, chats(32), chats(4, seed=5), batch_size=4)
     run = trainer(tmp_path, log_every_n_steps=1, max_epochs=2)
-    found = []
-    module.on_train_batch_end = lambda *_: found.append(float(run.callback_metrics["train/reward"]))
+    found, shown = [], []
+
+    def note(*_):
+        found.append(float(run.callback_metrics["train/reward"]))
+        shown.append(run.progress_bar_metrics["train/reward"])  # the loss alone says nothing: it is near 0
+
+    module.on_train_batch_end = note
     run.fit(module, data)
     assert sum(found[-4:]) / 4 > sum(found[:4]) / 4 + 0.1
+    assert shown == pytest.approx(found)
 
 
 def test_kl_to_the_reference_is_zero_at_first_and_holds_the_policy_back(tmp_path):
