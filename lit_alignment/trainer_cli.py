@@ -38,7 +38,7 @@ from lit_alignment.errors import ConfigError, constructing
 from lit_alignment.files import naming
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import cache_dir
-from lit_alignment.planning.run import out_of_memory
+from lit_alignment.planning.run import asked_of, out_of_memory
 from lit_alignment.secrets import MASK, masked, masks_in
 
 # Said by libraries about themselves; a user can do nothing about them.
@@ -218,22 +218,10 @@ class AlignmentCLI(LightningCLI):
         except torch.OutOfMemoryError as error:
             if subcommand != "fit":
                 raise
-            raise ConfigError(self._out_of_memory(str(error))) from error
+            asked = asked_of(self.trainer, self._get(self.config, "trainer.strategy"))
+            raise ConfigError(out_of_memory(self.model, self.datamodule, asked, str(error))) from error
         finally:
             self.run_folder.leave()
-
-    def _out_of_memory(self, said: str) -> str:
-        """What to say where a training has run out of memory."""
-        trainer, device = self.trainer, self.trainer.strategy.root_device
-        asked = {
-            "strategy": self._get(self.config, "trainer.strategy"),
-            "devices": trainer.num_devices,
-            "num_nodes": trainer.num_nodes,
-            "precision": trainer.precision,
-            "accelerator": "gpu" if device.type == "cuda" else device.type,
-        }
-        where = f"on {device} in optimizer step {trainer.global_step}"
-        return out_of_memory(self.model, self.datamodule, asked, where, said)
 
     def _run(self, subcommand: str) -> None:
         if self.uses_vllm:

@@ -188,13 +188,8 @@ def load_network(
         network = add_adapters(model, peft, added or {}, train_head=head is not None)
     if isinstance(network, PeftModel):
         network.active_peft_config.revision = backbone.revision  # for whoever loads a saved adapter
-    if isinstance(network, PeftModel) and isinstance(network.active_peft_config, PrefixTuningConfig):
-        _check_prefix(backbone)
-    if packing and isinstance(network, PeftModel) and is_prompt_learning(network):
-        raise ConfigError(
-            f"model.peft: {type(network.active_peft_config).__name__} puts its virtual tokens before each row, so the "
-            "conversations of a packed row could not all see them. Set data's packing: false."
-        )
+    if isinstance(network, PeftModel) and is_prompt_learning(network):
+        _check_virtual_tokens(network, backbone, packing)
     # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
     return network.train()
 
@@ -290,9 +285,15 @@ def _check_backbone(backbone: BackboneConfig, wrapped: bool, device_type: str) -
         require("liger_kernel", "liger", "backbone.liger: false")
 
 
-def _check_prefix(backbone: BackboneConfig) -> None:
-    """Refuse what layers cannot do that are handed a cache, as in prefix tuning."""
-    if backbone.compile or backbone.checkpointing != "none":
+def _check_virtual_tokens(network: PeftModel, backbone: BackboneConfig, packing: bool) -> None:
+    """Refuse what a model with virtual tokens before its rows cannot do."""
+    if packing:
+        raise ConfigError(
+            f"model.peft: {type(network.active_peft_config).__name__} puts its virtual tokens before each row, so the "
+            "conversations of a packed row could not all see them. Set data's packing: false."
+        )
+    prefix = isinstance(network.active_peft_config, PrefixTuningConfig)
+    if prefix and (backbone.compile or backbone.checkpointing != "none"):
         raise ConfigError(
             "model.peft: prefix tuning hands keys and values to each layer as a cache, with which it is neither "
             "compiled nor recomputed. Set backbone.compile: false and backbone.gradient_checkpointing: none."

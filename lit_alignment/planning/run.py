@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from lightning.pytorch import Trainer
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -73,6 +74,23 @@ class Sharding:
     buckets: bool = False
     sequence: int = 1
     tensor: int = 1
+
+
+def asked_of(trainer: Trainer, strategy: Any) -> dict[str, Any]:
+    """What a running Trainer was asked for, with what it has found out about the machine.
+
+    Args:
+        trainer: The Trainer.
+        strategy: Its strategy as the configuration has it.
+    """
+    device = trainer.strategy.root_device.type
+    return {
+        "strategy": strategy,
+        "devices": trainer.num_devices,
+        "num_nodes": trainer.num_nodes,
+        "precision": trainer.precision,
+        "accelerator": "gpu" if device == "cuda" else device,
+    }
 
 
 def run_memory(
@@ -236,17 +254,16 @@ def _smaller_batch(data: AlignmentDataModule, step: int) -> tuple[str, float]:
     return f"data.encoding.max_length{also}: {max(1, length // 2)}", step / 2
 
 
-def out_of_memory(module: Simulated, data: AlignmentDataModule, asked: Asked, where: str, said: str) -> str:
+def out_of_memory(module: Simulated, data: AlignmentDataModule, asked: Asked, said: str) -> str:
     """What to say where a device has no memory left: what was expected of each part, and what helps.
 
     Args:
         module: The method's module.
         data: Its data.
         asked: Settings of the Trainer.
-        where: The device, and when.
         said: What the allocator said.
     """
-    text = f"out of memory {where} ({said.splitlines()[0].rstrip('.')[:300]}). "
+    text = f"out of memory ({said.splitlines()[0].rstrip('.')[:300]}). "
     try:
         memory, _ = run_memory(module, data, asked, 1.0)
         parts = per_device(memory, sharding_of(asked))

@@ -90,12 +90,13 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def simulated(folder, kind="full", workload=None, tokens=TokensConfig(), **backbone):  # noqa: B008
-    base = BackboneConfig(folder, gradient_checkpointing=kind == "checkpointing", **backbone)
+def simulated(folder, kind="full", workload=None, tokens=TokensConfig(), device="cpu", **backbone):  # noqa: B008
+    base = BackboneConfig(folder, **({"gradient_checkpointing": kind == "checkpointing"} | backbone))
     tokenizer, added = load_tokenizer(base, tokens)
     if workload is None:
         workload = Workload([], 1, LENGTH) if kind == "prefix" else Workload([LENGTH])
-    return step_memory(base, tokenizer, workload, tokens=tokens, added=added, peft=ADAPTERS[kind], adapter=None)
+    settings = {"peft": ADAPTERS[kind], "adapter": None, "device_type": device}
+    return step_memory(base, tokenizer, workload, tokens=tokens, added=added, **settings)
 
 
 def test_weights_gradients_and_moments_are_counted_exactly(folder):
@@ -144,6 +145,22 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing(folder):
     whole, half = simulated(folder), simulated(folder, workload=Workload([LENGTH // 2]))
     assert whole.activations == pytest.approx(2 * half.activations, rel=0.02)
     assert simulated(folder, "checkpointing").activations < whole.activations / 10
+
+
+@pytest.mark.slow
+def test_each_kind_of_checkpointing_keeps_what_it_says(folder):
+    def activations(kind, **settings):
+        return simulated(folder, gradient_checkpointing=kind, device="cuda", **settings)
+
+    none, full, attention = activations("none"), activations("full"), activations("selective")
+    half = activations("selective", selective=2)
+    offload = activations("full", activation_offload=True)
+    hidden = LENGTH * D * 4  # bytes of a layer's input
+    assert half.activations == pytest.approx((none.activations + full.activations) / 2, rel=0.02)
+    # The output of a layer's attention is as large as its input; beside it is one number for each head and position.
+    assert attention.activations - full.activations == pytest.approx(LAYERS * hidden * (1 + 8 / D), rel=0.02)
+    assert full.activations - offload.activations == offload.offloaded == (LAYERS - 1) * hidden
+    assert full.offloaded == 0 and offload.weights == full.weights
 
 
 @pytest.mark.slow
