@@ -5,6 +5,7 @@ B rows, H query heads, K key heads, T tokens, C head width
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -144,10 +145,34 @@ def _document_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: A
     return mask
 
 
-def knows_sdpa(kind: type[PreTrainedModel] | None, config: PretrainedConfig) -> bool:
-    """Whether SDPA computes an architecture's attention: none that caps its scores, or adds to them what it lacks."""
+@dataclass(frozen=True)
+class Known:
+    """What can compute an architecture's attention, beside transformers' eager one.
+
+    Args:
+        sdpa: SDPA, and PyTorch's variable-length kernel.
+        flash: FlashAttention.
+        flex: FlexAttention.
+    """
+
+    sdpa: bool = True
+    flash: bool = True
+    flex: bool = True
+
+
+def known_attentions(kind: type[PreTrainedModel] | None, config: PretrainedConfig) -> Known:
+    """What computes the attention of an architecture; SDPA does not where scores are capped.
+
+    Args:
+        kind: Its class, or None if it comes with code of its own.
+        config: The model's configuration.
+    """
+    if kind is None:
+        return Known()
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return kind is None or (bool(kind._supports_sdpa) and not capped)
+    return Known(
+        bool(kind._supports_sdpa) and not capped, bool(kind._supports_flash_attn), bool(kind._supports_flex_attn)
+    )
 
 
 def choose_attention(
@@ -156,7 +181,7 @@ def choose_attention(
     device_type: str,
     config: PretrainedConfig,
     shared_prompts: bool = False,
-    takes_sdpa: bool = True,
+    known: Known = Known(),
 ) -> str:
     """The attention implementation to load a model with.
 
@@ -168,13 +193,13 @@ def choose_attention(
         device_type: cpu, cuda, ...
         config: The model's configuration.
         shared_prompts: Whether documents of a row continue another one, which FlashAttention is not told.
-        takes_sdpa: Whether the architecture knows SDPA.
+        known: What can compute the architecture's attention.
 
     Raises:
         ConfigError: If documents cannot be kept apart that way; the message names the ways that can.
     """
-    if not takes_sdpa and requested in ("auto", "sdpa", "varlen"):
-        if packing and device_type == "cuda" and requested == "auto" and not shared_prompts:
+    if not known.sdpa and requested in ("auto", "sdpa", "varlen"):
+        if known.flex and packing and device_type == "cuda" and requested == "auto" and not shared_prompts:
             return "flex_attention"
         if packing or requested != "auto":
             raise ConfigError(
@@ -191,7 +216,7 @@ def choose_attention(
         if obstacle is not None:
             raise ConfigError(f"backbone.attention: varlen cannot be used: {obstacle}. Use auto or sdpa.")
     if requested == "auto":
-        requested = _best_on_gpu(packing, shared_prompts) if device_type == "cuda" else "sdpa"
+        requested = _best_on_gpu(packing, shared_prompts, known) if device_type == "cuda" else "sdpa"
     if requested not in ("sdpa", "varlen"):
         return requested
     implementation = DOCUMENT_VARLEN if packing and requested == "varlen" else DOCUMENT_SDPA
@@ -222,9 +247,9 @@ def _check_packed(requested: Attention, device_type: str, config: PretrainedConf
         )
 
 
-def _best_on_gpu(packing: bool, shared_prompts: bool) -> Attention:
+def _best_on_gpu(packing: bool, shared_prompts: bool, known: Known) -> Attention:
     """What `auto` is on a GPU, for an architecture that knows SDPA."""
-    if not (packing and shared_prompts):
+    if known.flash and not (packing and shared_prompts):
         if is_flash_attn_3_available():
             return "flash_attention_3"
         if is_flash_attn_2_available():

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from lit_alignment.errors import AlignmentError, ConfigError, require
 from lit_alignment.files import check_descriptions, check_folder
 from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt_learning, load_adapter
-from lit_alignment.models.attention import Attention, choose_attention, knows_sdpa, lacks_ours
+from lit_alignment.models.attention import Attention, choose_attention, known_attentions, lacks_ours
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.layers import Checkpointing, LayerConfig, Selective, set_layers
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
@@ -173,12 +173,13 @@ def load_network(
     dtype = "auto" if as_stored else weights_dtype(backbone, wrapped, device_type)
     choose = partial(choose_attention, backbone.attention, packing, device_type, config, shared_prompts)
     load = partial(_load_base, backbone, head, config)
+    known = known_attentions(_class_of(config, head), config)
     try:
-        model = load({"attn_implementation": choose(knows_sdpa(_class_of(config, head), config)), "dtype": dtype})
+        model = load({"attn_implementation": choose(known), "dtype": dtype})
     except KeyError as error:  # an architecture with a table of its own, as Falcon's
         if not lacks_ours(error):
             raise
-        model = load({"attn_implementation": choose(False), "dtype": dtype})
+        model = load({"attn_implementation": choose(replace(known, sdpa=False)), "dtype": dtype})
     fit_vocabulary(model, tokenizer, added or {}, tokens)
     if backbone.liger:
         _apply_liger(model)

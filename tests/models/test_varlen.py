@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM, LlamaConfig
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.models import attention as attention_module
 from lit_alignment.models import varlen
 from lit_alignment.models.attention import (
+    Known,
     check_sequence_parallel,
     choose_attention,
     document_arguments,
     document_attention,
+    known_attentions,
 )
 from lit_alignment.models.collectives import SequenceGroup
 from lit_alignment.models.head import hidden_states
@@ -214,9 +216,20 @@ def test_architectures_that_sdpa_does_not_compute_get_flex_or_are_refused(monkey
     """Those that cap their scores or have sinks."""
     use_kernel(monkeypatch)
     if not shared:
-        assert choose_attention("auto", True, "cuda", LlamaConfig(), takes_sdpa=False) == "flex_attention"
+        assert choose_attention("auto", True, "cuda", LlamaConfig(), known=Known(sdpa=False)) == "flex_attention"
     with pytest.raises(ConfigError, match="SDPA does not compute this architecture's attention"):
-        choose_attention("auto" if shared else "varlen", True, "cuda", LlamaConfig(), shared, takes_sdpa=False)
+        choose_attention("auto" if shared else "varlen", True, "cuda", LlamaConfig(), shared, Known(sdpa=False))
+    with pytest.raises(ConfigError, match="SDPA does not compute this architecture's attention"):
+        choose_attention("auto", True, "cuda", LlamaConfig(), shared, Known(sdpa=False, flex=False))
+
+
+def test_flash_attention_is_for_architectures_that_have_it(monkeypatch):
+    use_kernel(monkeypatch)
+    monkeypatch.setattr(attention_module, "is_flash_attn_2_available", lambda: True)
+    assert choose_attention("auto", True, "cuda", LlamaConfig(), known=Known(flash=False)) == "document_varlen"
+    assert choose_attention("auto", False, "cuda", LlamaConfig(), known=Known(flash=False)) == "document_sdpa"
+    falcon = known_attentions(FalconForCausalLM, FalconConfig())
+    assert falcon == Known(sdpa=True, flash=True, flex=False)
 
 
 @pytest.mark.parametrize(
