@@ -55,7 +55,7 @@ def test_shards_move_as_whole_weights_and_resume_to_the_bit(tmp_path, tensor_par
     run_on_ranks(sharded, tmp_path, tensor_parallel)
     start = sft_module()
     start.load_model()
-    # Muon orthogonalizes in bfloat16, which makes much of the last bits of a gradient; shards by themselves differ more.
+    # Muon orthogonalizes in bfloat16, which makes much of the last bits of a gradient.
     for name, share in {"muon": 0.05, "sgd": 1e-3}.items():
         alone, found = fit(tmp_path / "alone", name, "auto", 4), torch.load(tmp_path / f"{name}.pt")
         for each, value in start.named_parameters():
