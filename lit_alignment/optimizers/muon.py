@@ -88,17 +88,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = {each: each.grad for each in group["params"] if each.grad is not None}
             if group["hidden"]:
-                for parameter in parameters:
-                    self._update_matrix(parameter, group)
+                for parameter, gradient in gradients.items():
+                    self._update_matrix(parameter, gradient, group)
             else:
-                self._update_others(parameters, group)
+                self._update_others(gradients, group)
         return loss
 
-    def _update_matrix(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, gradient, momentum = self.state[parameter], parameter.grad, group["momentum"]
-        assert gradient is not None  # noqa: S101 - chosen by it
+    def _update_matrix(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, momentum = self.state[parameter], group["momentum"]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
@@ -107,16 +106,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(_of_whole(update, group["ns_steps"]), alpha=-group["lr"] * scale)
 
-    def _update_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[parameter] for parameter in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
+    def _update_others(self, gradients: dict[Tensor, Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[parameter] for parameter in gradients]
+        for parameter, state in zip(gradients, states, strict=True):
             if not state:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         adamw(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            list(gradients),
+            list(gradients.values()),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],

@@ -24,7 +24,6 @@ ALGORITHMS = {
     "adafactor": lambda: torch.optim.Adafactor,
     "schedule_free": lambda: ScheduleFreeAdamW,
     "bitsandbytes": lambda: of("bitsandbytes.optim", "AdamW8bit", min_8bit_size=1),
-    "bitsandbytes_paged": lambda: of("bitsandbytes.optim", "PagedAdamW8bit", min_8bit_size=1),
     "torchao": lambda: of("torchao.optim", "AdamW8bit", block_size=64),
 }
 
