@@ -12,19 +12,22 @@ Source: Agarwal et al. 2023 (GKD, arXiv:2306.13649).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_alignment.losses.language_modeling import (
-    CHUNK_SIZE,
-    add_product_,
-    chunk_logits,
+from lit_alignment.losses.chunks import (
+    HeadGradients,
+    LogitShape,
+    chunk_product,
+    compiled_on_gpu,
+    default_chunk_size,
+    product_buffer,
     shape_logits_,
     wide,
-    without_autocast,
 )
 
 
@@ -79,7 +82,7 @@ def linear_divergence(
     *,
     beta: float,
     temperature: float = 1.0,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of `token_divergence`, with gradient for the student, and the divergence of each position without.
 
@@ -94,7 +97,7 @@ def linear_divergence(
         weights: Weight of each position in the sum, [N]; None means 1.
         beta: b, from 0 to 1.
         temperature: Divides the logits of both, after the soft cap.
-        chunk_size: Positions a chunk.
+        chunk_size: Positions a chunk; None chooses by the device (`default_chunk_size`).
 
     Returns:
         The sum, a scalar, and the divergences, [N], in nats; fp32, or fp64 where the student's weight is.
@@ -130,45 +133,27 @@ class _LinearDivergence(torch.autograd.Function):
         weights: Tensor | None,
         beta: float,
         temperature: float,
-        chunk_size: int,
+        chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Sum and divergences; the gradients go to `ctx`."""
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs_any = needs_hidden or needs_weight or needs_bias
         sums = torch.promote_types(weight.dtype, torch.float32)
-        weights = None if weights is None else weights.to(sums)
+        weights = hidden.new_ones(len(hidden), dtype=sums) if weights is None else weights.to(sums)
         divergences = hidden.new_empty(len(hidden), dtype=sums)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=sums) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=sums) if needs_bias and bias is not None else None
-        buffers = _buffer(head, min(chunk_size, len(hidden))), _buffer(teacher_head, min(chunk_size, len(hidden)))
-        for start in range(0, len(hidden), chunk_size):
-            part = slice(start, start + chunk_size)
-            chunk = hidden[part].to(weight.dtype)
-            student, slope = _logits(chunk, head, temperature, buffers[0], with_slope=needs_any)  # [C, V]
-            teacher, _ = _logits(teacher_hidden[part], teacher_head, temperature, buffers[1])
-            divergences[part], gradient = _divergence_and_gradient_(student, teacher.to(sums), beta, needs_any)
-            if gradient is None:
-                continue
-            gradient = gradient.mul_(slope)
-            if weights is not None:
-                gradient.mul_(weights[part, None])
-            grad_logits = gradient.to(weight.dtype)
-            with without_autocast(hidden):
-                if grad_hidden is not None:
-                    grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
-                if grad_weight is not None:
-                    add_product_(grad_weight, grad_logits, chunk)
-                if grad_bias is not None:
-                    grad_bias += gradient.sum(0)
-
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        shapes = [LogitShape(each.scale, each.softcap, temperature) for each in (head, teacher_head)]
+        size = chunk_size or default_chunk_size(weight.device, 2 * len(weight))
+        buffers = [product_buffer(each.weight, each.bias, min(size, len(hidden))) for each in (head, teacher_head)]
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            chunk, teacher_chunk = hidden[part].to(weight.dtype), teacher_hidden[part].to(teacher_head.weight.dtype)
+            product = chunk_product(chunk, weight, bias, buffers[0])  # [C, V]
+            teacher = chunk_product(teacher_chunk, teacher_head.weight, teacher_head.bias, buffers[1])
+            divergences[part] = _divergence_(product, teacher, shapes, beta, gradients.needed)
+            if gradients.needed:
+                gradients.add(part, (chunk, weight), product, weights[part] * shapes[0].factor)
+        ctx.save_for_backward(*gradients.sums())
         ctx.mark_non_differentiable(divergences)
-        return (divergences if weights is None else divergences * weights).sum(), divergences
+        return (divergences * weights).sum(), divergences
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, grad_divergences: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,13 +162,26 @@ class _LinearDivergence(torch.autograd.Function):
         return (*scaled, None, None, None, None, None, None, None)
 
 
-def _logits(
-    chunk: Tensor, head: LinearHead, temperature: float, buffer: Tensor | None, with_slope: bool = False
-) -> tuple[Tensor, Tensor | float]:
-    """Logits of a chunk, [C, V], and their derivative by the product of hidden states and weight."""
-    with without_autocast(chunk):
-        logits = chunk_logits(chunk.to(head.weight.dtype), head.weight, head.bias, buffer)
-    return logits, shape_logits_(logits, head.scale, head.softcap, temperature, with_slope)
+@compiled_on_gpu
+def _divergence_(
+    product: Tensor, teacher_product: Tensor, shapes: Sequence[LogitShape], beta: float, with_gradient: bool
+) -> Tensor:
+    """The divergence of each position, [C]; the student's product becomes its gradient but for `shapes[0].factor`.
+
+    Args:
+        product: Of the student's hidden states and weight, [C, V].
+        teacher_product: Of the teacher's, [C, V]; it is overwritten.
+        shapes: What becomes of the products.
+        beta: b, from 0 to 1.
+        with_gradient: Whether that is wanted.
+    """
+    student, teacher = wide(product), wide(teacher_product)
+    slope = shape_logits_(student, shapes[0], with_slope=with_gradient)
+    shape_logits_(teacher, shapes[1])
+    values, gradient = _divergence_and_gradient_(student, teacher.to(student.dtype), beta, with_gradient)
+    if gradient is not None:
+        product.copy_(gradient if slope is None else gradient.mul_(slope))
+    return values
 
 
 def _divergence_and_gradient_(
@@ -216,11 +214,6 @@ def _log_mixture(log_student: Tensor, log_teacher: Tensor, beta: float) -> Tenso
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) of each row, [N]."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _buffer(head: LinearHead, rows: int) -> Tensor | None:
-    """Memory for the products of all chunks, where no bias is added."""
-    return None if head.bias is not None else head.weight.new_empty(rows, len(head.weight))
 
 
 def _check(student: torch.Size, teacher: torch.Size, beta: float, temperature: float) -> None:

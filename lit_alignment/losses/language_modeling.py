@@ -3,24 +3,23 @@
 N trained positions, V vocabulary, D width
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_SIZE = 256  # positions whose logits exist at one time
-
-
-def wide(values: Tensor) -> Tensor:
-    """The values in fp32, or in fp64 if they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """What is computed on the tensor's device keeps the precision of its inputs; devices without autocast always do."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+from lit_alignment.losses.chunks import (
+    HeadGradients,
+    LogitShape,
+    chunk_product,
+    compiled_on_gpu,
+    default_chunk_size,
+    product_buffer,
+    shape_logits_,
+    softmax_,
+    wide,
+)
 
 
 def token_cross_entropy(
@@ -60,7 +59,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of `softcap(scale * (hidden @ weight.T + bias))`, and the number of argmax hits.
 
@@ -77,7 +76,7 @@ def linear_cross_entropy(
         label_smoothing: Probability spread evenly over the vocabulary.
         scale: Factor on the logits (`logit_scale` of Cohere, 1 / `logits_scaling` of Granite).
         softcap: c in c * tanh(logits / c) (`final_logit_softcapping` of Gemma 2).
-        chunk_size: Positions a chunk.
+        chunk_size: Positions a chunk; None chooses by the device (`default_chunk_size`).
 
     Returns:
         The sum in nats, fp32 scalar, and the number of hits, int64 scalar.
@@ -95,7 +94,7 @@ def linear_cross_entropy(
             + "; all must agree."
         )
     loss, hits = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, weights, label_smoothing, scale, softcap, chunk_size
+        hidden, weight, bias, targets, weights, label_smoothing, LogitShape(scale, softcap), chunk_size
     )
     return loss, hits
 
@@ -112,52 +111,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor | None,
         label_smoothing: float,
-        scale: float,
-        softcap: float | None,
-        chunk_size: int,
+        shape: LogitShape,
+        chunk_size: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Loss and hits; the gradients go to `ctx`."""
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         sums = torch.promote_types(weight.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=sums)
-        hits = targets.new_zeros(())
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # A sum over many chunks: at least fp32, or a bf16 gradient loses its small terms.
-        grad_weight = torch.zeros_like(weight, dtype=sums) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=sums) if needs_bias and bias is not None else None
-
-        buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
-        for start in range(0, len(targets), chunk_size):
-            part = slice(start, start + chunk_size)
-            chunk = hidden[part].to(weight.dtype)
-            # Under autocast the product would be cast back to bf16 anyway: weight's dtype decides.
-            with without_autocast(hidden):
-                logits = chunk_logits(chunk, weight, bias, buffer)  # [C, V]
-            shape_logits_(logits, scale, softcap)
-            hits += (logits.argmax(-1) == targets[part]).sum()
-            capped = logits.clone() if softcap is not None else None
-            row_weights = None if weights is None else weights[part]
-            total += _loss_and_gradient_(logits, targets[part], row_weights, label_smoothing)
-            if grad_hidden is None and grad_weight is None and grad_bias is None:
-                continue
-            if softcap is not None and capped is not None:
-                logits *= 1 - (capped / softcap) ** 2
-            if scale != 1.0:
-                logits *= scale
-            grad_logits = logits.to(weight.dtype)
-            with without_autocast(hidden):
-                if grad_hidden is not None:
-                    grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
-                if grad_weight is not None:
-                    add_product_(grad_weight, grad_logits, chunk)
-                if grad_bias is not None:
-                    grad_bias += logits.sum(0)
-
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
+        total, hits = hidden.new_zeros((), dtype=sums), targets.new_zeros(())
+        weights = torch.ones_like(targets, dtype=sums) if weights is None else weights.to(sums)
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        for part, chunk, product in _products(hidden, weight, bias, chunk_size):
+            losses, best, at_target = _loss_and_gradient_(
+                product, targets[part], shape, label_smoothing, with_argmax=True, with_gradient=gradients.needed
+            )
+            hits += (best == targets[part]).sum()
+            total += (losses * weights[part]).sum()
+            if gradients.needed:
+                product.scatter_(1, targets[part, None], at_target.to(product.dtype))
+                gradients.add(part, (chunk, weight), product, weights[part] * shape.factor)
+        ctx.save_for_backward(*gradients.sums())
         ctx.mark_non_differentiable(hits)
         return total, hits
 
@@ -165,42 +136,63 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, grad_hits: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients, times that of the loss."""
         scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
-def chunk_logits(chunk: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None) -> Tensor:
-    """Logits of one chunk, [C, V], at least in fp32; through one buffer: fresh memory each time costs page faults."""
-    if buffer is None:
-        return wide(torch.nn.functional.linear(chunk, weight, bias))
-    return wide(torch.mm(chunk, weight.T, out=buffer[: len(chunk)]))
+def _products(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Positions of each chunk, its hidden states in the weight's precision, [C, D], and their products, [C, V]."""
+    size = chunk_size or default_chunk_size(weight.device, len(weight))
+    buffer = product_buffer(weight, bias, min(size, len(hidden)))
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        chunk = hidden[part].to(weight.dtype)
+        yield part, chunk, chunk_product(chunk, weight, bias, buffer)
 
 
-def add_product_(total: Tensor, grad_logits: Tensor, chunk: Tensor) -> None:
-    """Add a chunk's gradient of the weight, [V, D]; in one precision without a second matrix of that size."""
-    if grad_logits.dtype == total.dtype:
-        total.addmm_(grad_logits.T, chunk)
-    else:
-        total += grad_logits.T @ chunk
+@compiled_on_gpu
+def _loss_and_gradient_(
+    product: Tensor,
+    targets: Tensor,
+    shape: LogitShape,
+    label_smoothing: float = 0.0,
+    with_argmax: bool = False,
+    with_gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of each position, [C], its argmax, [C], and the gradient by the product at its target, [C, 1].
 
+    The product becomes that gradient everywhere else. Both lack `shape.factor`. What is not wanted is empty.
 
-def _loss_and_gradient_(logits: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float) -> Tensor:
-    """Return the chunk's summed loss and overwrite `logits` [C, V] with its gradient."""
-    target_logits = logits.gather(1, targets[:, None]).squeeze(1)
-    mean_logits = logits.mean(1) if label_smoothing else target_logits
-    top = logits.amax(1, keepdim=True)
-    logits.sub_(top).exp_()
-    normaliser = logits.sum(1, keepdim=True)
-    log_normaliser = (normaliser.log() + top).squeeze(1)
-    losses = log_normaliser - torch.lerp(target_logits, mean_logits, label_smoothing)
-    logits.div_(normaliser)
+    Passes over [C, V], without a soft cap and smoothing: the product of hidden states and weight writes it, the search
+    for the largest logit reads it, the softmax reads and writes it (its own passes over a row find it in a cache), and
+    the two products of the gradient read it. In bf16 it is also made fp32 and rounded again, which are no passes of
+    their own where this is compiled. One at a target is taken off its probability in fp32, or bf16 would round first.
+
+    Args:
+        product: Of hidden states and weight, [C, V].
+        targets: Token ids, [C].
+        shape: What becomes of the product.
+        label_smoothing: Probability spread evenly over the vocabulary.
+        with_argmax: Whether that is wanted.
+        with_gradient: Whether that is wanted.
+    """
+    logits, column = wide(product), targets[:, None]
+    slope = shape_logits_(logits, shape, with_slope=with_gradient)
+    target_logits = logits.gather(1, column)
+    mean_logits = logits.mean(1, keepdim=True) if label_smoothing else target_logits
+    log_normaliser, best = softmax_(logits, with_argmax)
+    losses = log_normaliser - torch.lerp(target_logits, mean_logits, label_smoothing).squeeze(1)
+    if not with_gradient:
+        return losses, best, losses.new_empty(0)
     if label_smoothing:
         logits.sub_(label_smoothing / logits.shape[1])
-    rows = torch.arange(len(targets), device=targets.device)
-    logits[rows, targets] -= 1 - label_smoothing
-    if weights is None:
-        return losses.sum()
-    logits.mul_(weights[:, None])
-    return (losses * weights).sum()
+    at_target = logits.gather(1, column) - (1 - label_smoothing)
+    if slope is not None:
+        at_target = at_target * slope.gather(1, column)
+        logits *= slope
+    product.copy_(logits)
+    return losses, best, at_target
 
 
 def linear_logps(
@@ -212,7 +204,7 @@ def linear_logps(
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Log-probability of each target under `softcap(scale * (hidden @ weight.T + bias)) / temperature`.
 
@@ -228,7 +220,7 @@ def linear_logps(
         scale: Factor on the logits.
         softcap: c in c * tanh(logits / c).
         temperature: Divides the logits, after the soft cap, as in sampling.
-        chunk_size: Positions a chunk.
+        chunk_size: Positions a chunk; None chooses by the device (`default_chunk_size`).
 
     Returns:
         Nats, fp32 (fp64 for fp64 weights), [N], with gradient.
@@ -236,7 +228,7 @@ def linear_logps(
     Raises:
         ValueError: If the number of targets differs from the number of hidden states.
     """
-    logps, _ = _chunked_logps(hidden, weight, targets, bias, scale, softcap, temperature, False, chunk_size)
+    logps, _ = _chunked_logps(hidden, weight, targets, bias, LogitShape(scale, softcap, temperature), False, chunk_size)
     return logps
 
 
@@ -249,10 +241,10 @@ def linear_logps_and_entropies(
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `linear_logps` returns, and the entropy of each position's distribution, [N] each, both with gradient."""
-    return _chunked_logps(hidden, weight, targets, bias, scale, softcap, temperature, True, chunk_size)
+    return _chunked_logps(hidden, weight, targets, bias, LogitShape(scale, softcap, temperature), True, chunk_size)
 
 
 def token_logps_and_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,15 +259,22 @@ def token_logps_and_entropies(logits: Tensor, targets: Tensor) -> tuple[Tensor, 
     return logps, -(log_probabilities.exp() * log_probabilities).sum(-1)
 
 
-def _chunked_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+def _chunked_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    shape: LogitShape,
+    with_entropy: bool,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies; these are empty if they are not asked for."""
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"hidden has {hidden.shape[0]} positions, but targets has shape {tuple(targets.shape)}.")
-    bias, scale, softcap, temperature, with_entropy, chunk_size = settings
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
     at_once = torch.is_grad_enabled() and hidden.requires_grad and not trains and not with_entropy
-    shape = scale, softcap, temperature, with_entropy, chunk_size, at_once
-    logps, entropies = _LinearLogps.apply(hidden, weight, bias, targets, *shape)  # type: ignore[no-untyped-call]
+    settings = shape, with_entropy, chunk_size, at_once
+    logps, entropies = _LinearLogps.apply(hidden, weight, bias, targets, *settings)  # type: ignore[no-untyped-call]
     return logps, entropies
 
 
@@ -289,44 +288,28 @@ class _LinearLogps(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        scale: float,
-        softcap: float | None,
-        temperature: float,
+        shape: LogitShape,
         with_entropy: bool,
-        chunk_size: int,
+        chunk_size: int | None,
         at_once: bool,
     ) -> tuple[Tensor, Tensor]:
         """The log-probabilities, and the entropies, which are empty if not asked for."""
         # At once: the gradient of each log-probability by its hidden state is kept, not what that is made of.
-        grad_hidden = torch.empty_like(hidden) if at_once else None
-        ctx.at_once = at_once
-        ctx.save_for_backward(*((grad_hidden,) if at_once else (hidden, weight, bias, targets)))
-        ctx.shape = scale, softcap, temperature, with_entropy, chunk_size
+        gradients = HeadGradients(hidden, weight, bias, (at_once, False, False))
         dtype = torch.promote_types(weight.dtype, torch.float32)
         logps = hidden.new_empty(len(targets), dtype=dtype)
         entropies = hidden.new_empty(len(targets) if with_entropy else 0, dtype=dtype)
-        buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
-        for start in range(0, len(targets), chunk_size):
-            part = slice(start, start + chunk_size)
-            with without_autocast(hidden):
-                logits = chunk_logits(hidden[part].to(weight.dtype), weight, bias, buffer)
-            slope = shape_logits_(logits, scale, softcap, temperature, with_slope=at_once)
-            target_logits = logits.gather(1, targets[part, None]).squeeze(1)
+        for part, chunk, product in _products(hidden, weight, bias, chunk_size):
             if with_entropy:
-                normaliser = logits.logsumexp(1)
-                logits.sub_(normaliser[:, None])
-                entropies[part] = -(logits.exp() * logits).sum(1)
-            else:  # in place: logsumexp takes twice as long
-                top = logits.amax(1)
-                total = logits.sub_(top[:, None]).exp_().sum(1)
-                normaliser = total.log() + top
-            logps[part] = target_logits - normaliser
-            if grad_hidden is not None:
-                logits.div_(total[:, None])
-                logits[torch.arange(len(logits), device=logits.device), targets[part]] -= 1
-                grad_logits = logits.mul_(slope).neg_().to(weight.dtype)
-                with without_autocast(hidden):
-                    grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
+                logps[part], entropies[part] = _logps_and_entropies_(product, targets[part], shape)
+                continue
+            losses, _, at_target = _loss_and_gradient_(product, targets[part], shape, with_gradient=at_once)
+            logps[part] = -losses
+            if at_once:
+                product.scatter_(1, targets[part, None], at_target.to(product.dtype))
+                gradients.add(part, (chunk, weight), product, torch.full_like(losses, -shape.factor))
+        ctx.at_once, ctx.settings = at_once, (shape, with_entropy, chunk_size)
+        ctx.save_for_backward(*((gradients.hidden,) if at_once else (hidden, weight, bias, targets)))
         return logps, entropies
 
     @staticmethod
@@ -334,58 +317,54 @@ class _LinearLogps(torch.autograd.Function):
         """Gradient of a token's log-probability: one-hot minus softmax; of an entropy H: -p (log p + H)."""
         if ctx.at_once:
             (grad_hidden,) = ctx.saved_tensors
-            return grad_hidden * grad_logps.to(grad_hidden.dtype)[:, None], *(None,) * 9
+            return grad_hidden * grad_logps.to(grad_hidden.dtype)[:, None], *(None,) * 7
         hidden, weight, bias, targets = ctx.saved_tensors
-        scale, softcap, temperature, with_entropy, chunk_size = ctx.shape
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=grad_logps.dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=grad_logps.dtype) if needs_bias and bias is not None else None
-        buffer = weight.new_empty(min(chunk_size, len(targets)), len(weight)) if bias is None else None
-        for start in range(0, len(targets), chunk_size):
-            part = slice(start, start + chunk_size)
-            chunk = hidden[part].to(weight.dtype)
-            with without_autocast(hidden):
-                logits = chunk_logits(chunk, weight, bias, buffer)
-                slope = shape_logits_(logits, scale, softcap, temperature, with_slope=True)
-                extra = _entropy_gradient(logits, grad_entropies[part]) if with_entropy else None
-                # The gradient of minus the log-probability, which is what the cross-entropy's is.
-                _loss_and_gradient_(logits, targets[part], -grad_logps[part], 0.0)
-                grad_logits = (logits if extra is None else logits.add_(extra)).mul_(slope).to(weight.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[part] = (grad_logits @ weight).to(hidden.dtype)
-                if grad_weight is not None:
-                    add_product_(grad_weight, grad_logits, chunk)
-                if grad_bias is not None:
-                    grad_bias += logits.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            *(None,) * 7,
-        )
+        shape, with_entropy, chunk_size = ctx.settings
+        gradients = HeadGradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        for part, chunk, product in _products(hidden, weight, bias, chunk_size):
+            if with_entropy:
+                at_target = _logps_gradient_(product, targets[part], grad_logps[part], grad_entropies[part], shape)
+                factors = torch.full_like(grad_logps[part], shape.factor)
+            else:
+                _, _, at_target = _loss_and_gradient_(product, targets[part], shape)
+                factors = grad_logps[part] * -shape.factor
+            product.scatter_(1, targets[part, None], at_target.to(product.dtype))
+            gradients.add(part, (chunk, weight), product, factors)
+        return *gradients.sums(), *(None,) * 5
 
 
-def _entropy_gradient(logits: Tensor, grad_entropies: Tensor) -> Tensor:
-    """Gradient of the entropies by the logits, [C, V], times that of the loss by the entropies, [C]."""
-    log_probabilities = logits.log_softmax(1)
+@compiled_on_gpu
+def _logps_and_entropies_(product: Tensor, targets: Tensor, shape: LogitShape) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and entropy of each position's distribution, [C]; overwrites the product."""
+    logits = wide(product)
+    shape_logits_(logits, shape)
+    logits.sub_(logits.logsumexp(1, keepdim=True))
+    return logits.gather(1, targets[:, None]).squeeze(1), -(logits.exp() * logits).sum(1)
+
+
+@compiled_on_gpu
+def _logps_gradient_(
+    product: Tensor, targets: Tensor, grad_logps: Tensor, grad_entropies: Tensor, shape: LogitShape
+) -> Tensor:
+    """Gradient by the product at each target, [C, 1]; the product becomes that everywhere else.
+
+    Args:
+        product: Of hidden states and weight, [C, V].
+        targets: Token ids, [C].
+        grad_logps: Of the loss by their log-probabilities, [C].
+        grad_entropies: By the entropies, [C].
+        shape: What becomes of the product; the gradient lacks `shape.factor`.
+    """
+    logits, column = wide(product), targets[:, None]
+    slope = shape_logits_(logits, shape, with_slope=True)
+    log_probabilities = logits.sub_(logits.logsumexp(1, keepdim=True))
     probabilities = log_probabilities.exp()
     entropies = -(probabilities * log_probabilities).sum(1, keepdim=True)
-    return log_probabilities.add_(entropies).mul_(probabilities).mul_(-grad_entropies[:, None])
-
-
-def shape_logits_(
-    logits: Tensor, scale: float, softcap: float | None, temperature: float = 1.0, with_slope: bool = False
-) -> Tensor | float:
-    """Scale, soft cap and temperature, in place; returns the derivative by what the logits were, if it is wanted."""
-    if scale != 1.0:
-        logits *= scale
-    slope: Tensor | float = scale / temperature
-    if softcap is not None:
-        logits.div_(softcap).tanh_()
-        if with_slope:
-            slope = (1 - logits**2).mul_(slope)
-        logits.mul_(softcap)
-    if temperature != 1.0:
-        logits.div_(temperature)
-    return slope
+    gradient = log_probabilities.add_(entropies).mul_(-grad_entropies[:, None]).sub_(grad_logps[:, None])
+    gradient *= probabilities
+    at_target = gradient.gather(1, column) + grad_logps[:, None]
+    if slope is not None:
+        at_target = at_target * slope.gather(1, column)
+        gradient *= slope
+    product.copy_(gradient)
+    return at_target

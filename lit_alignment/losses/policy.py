@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_alignment.losses.language_modeling import wide
+from lit_alignment.losses.chunks import wide
 from lit_alignment.losses.policy_config import AdvantageForm, PolicyLossConfig
 
 DEVIATION_OFFSET = 1e-4  # what advantages are divided by is never below it

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lit_alignment.losses.language_modeling import wide
+from lit_alignment.losses.chunks import wide
 
 
 def rag_sequence_loss(scores: Tensor, answer_logps: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_alignment.errors import CheckpointError, ConfigError
-from lit_alignment.losses.language_modeling import wide
+from lit_alignment.losses.chunks import wide
 from lit_alignment.models.loading import BackboneConfig, from_pretrained
 
 Pooling = Literal["mean", "cls", "last"]

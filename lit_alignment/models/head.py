@@ -27,7 +27,7 @@ from lit_alignment.losses import (
     token_divergence,
     token_logps_and_entropies,
 )
-from lit_alignment.losses.language_modeling import CHUNK_SIZE, without_autocast
+from lit_alignment.losses.chunks import default_chunk_size, without_autocast
 from lit_alignment.models.attention import known_documents
 from lit_alignment.models.router import note_router_loss
 
@@ -219,7 +219,8 @@ def _logps_of_layer(
         return token_logps_and_entropies(_shaped(model, plain(rows)) / temperature, wanted)
 
     def both(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        chunks = zip(torch.split(hidden, CHUNK_SIZE), torch.split(targets, CHUNK_SIZE), strict=True)
+        size = _chunk_size(model, hidden)
+        chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
         parts = [checkpoint(of_chunk, rows, wanted, use_reentrant=False) for rows, wanted in chunks]
         logps, entropies = zip(*parts, strict=True)
         return torch.cat(logps), torch.cat(entropies)
@@ -271,7 +272,8 @@ def head_divergence(
             return linear_divergence(
                 local(hidden), heads[0], local(teacher_hidden), heads[1], weights, beta=beta, temperature=temperature
             )
-        chunks = zip(torch.split(hidden, CHUNK_SIZE), torch.split(teacher_hidden, CHUNK_SIZE), strict=True)
+        size = _chunk_size(student, hidden)
+        chunks = zip(torch.split(hidden, size), torch.split(teacher_hidden, size), strict=True)
         found = torch.cat([checkpoint(of_chunk, *rows, use_reentrant=False) for rows in chunks])
         return (found * weights).sum(), found.detach()
 
@@ -283,6 +285,10 @@ def head_divergence(
     with _forward(head, in_both):
         both: tuple[Tensor, Tensor] = head(hidden)
     return both
+
+
+def _chunk_size(model: nn.Module, hidden: Tensor) -> int:
+    return default_chunk_size(hidden.device, base_model(model).config.get_text_config().vocab_size)
 
 
 def _linear_head(model: nn.Module, head: nn.Module) -> LinearHead:

@@ -168,3 +168,11 @@ def test_gradients_of_float64_are_summed_in_float64():
     for gradient, each in zip(found, (hidden, weight, bias), strict=True):
         assert gradient.dtype == torch.float64 and (gradient - each.grad).abs().max() < 1e-13
     assert loss.dtype == torch.float64
+
+
+def test_gradient_of_a_likely_target_is_not_rounded_away_in_bfloat16():
+    """p = 1 / (1 + e^-7) = 0.99909 is 1 in bf16, and 1 - p = 9.1e-4 the gradient that the target's logit needs."""
+    hidden = torch.tensor([[7.0, 0.0]], dtype=torch.bfloat16)
+    weight = torch.eye(2, dtype=torch.bfloat16).requires_grad_()
+    linear_cross_entropy(hidden, weight, torch.tensor([0]))[0].backward()
+    assert float(weight.grad[0, 0]) == pytest.approx(-7 * 9.111e-4, rel=1e-2)

@@ -66,7 +66,7 @@ def test_model_without_a_layer_of_scores_on_a_decoder_is_refused():
 @pytest.mark.parametrize("adapted", ["neither", "student", "teacher"])
 def test_divergence_of_two_heads_is_that_of_their_logits(adapted, monkeypatch):
     """Of unequal width, scale, cap and number of rows; an adapter on a head makes it more than one product."""
-    monkeypatch.setattr(head, "CHUNK_SIZE", 3)
+    monkeypatch.setattr(head, "default_chunk_size", lambda device, vocabulary: 3)
     torch.manual_seed(0)
     models = {}
     for name, width, rows in (("student", 32, 300), ("teacher", 48, 310)):
