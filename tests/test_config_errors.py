@@ -1,9 +1,12 @@
 """Each mistake in a configuration names file, line, key and value, and what was probably meant."""
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from lit_alignment.config_errors import expected
+from lit_alignment.optimization import build_optimizer
 from lit_alignment.trainer_cli import build
 from tests.helpers.commands import command
 
@@ -200,6 +203,30 @@ def test_configuration_without_a_part_says_which(tmp_path):
 def test_settings_of_base_classes_are_known(key, words, tmp_path):
     message = error(tmp_path, f"data: {{class_path: lit_alignment.RewardDataModule, init_args: {{{key}}}}}")
     assert message.startswith("mine.yaml:1: ") and words in message
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        ("torch.optim.Adafactr", "unknown class 'torch.optim.Adafactr'. Did you mean 'torch.optim.Adafactor'?"),
+        ("bitsandbites.optim.X", "unknown class 'bitsandbites.optim.X' (no package bitsandbites is installed)."),
+        ("torch.nn.Linear", "torch.nn.Linear is no Optimizer."),
+        ("torch.optim.SGD, init_args: {momntum: 1.0}", "in torch.optim.SGD. Did you mean 'momentum'?"),
+        ("torch.optim.SGD, init_args: {lr: 1.0}", "algorithm.init_args.lr follows from the settings beside"),
+    ],
+)
+def test_settings_of_what_makes_an_optimizer_are_known(algorithm, words, tmp_path):
+    optimizer = f"{{algorithm: {{class_path: {algorithm}}}}}"
+    message = error(tmp_path, f"model: {{class_path: lit_alignment.SFTModule, init_args: {{optimizer: {optimizer}}}}}")
+    assert message.startswith("mine.yaml:1: ") and words in message
+
+
+def test_algorithm_of_a_configuration_makes_groups_and_takes_its_own_settings():
+    option = "{class_path: torch.optim.Adafactor, init_args: {d: 2.0}}"
+    cli = build(["--config", TINY, f"--model.init_args.optimizer.algorithm={option}"])
+    optimizer, _ = build_optimizer([("a", nn.Parameter(torch.zeros(2)))], cli.model.optimizer_config, 10)
+    assert isinstance(optimizer, torch.optim.Adafactor)
+    assert (optimizer.defaults["d"], optimizer.param_groups[0]["initial_lr"]) == (2.0, 5e-3)
 
 
 def test_class_of_an_earlier_file_or_option_is_remembered(tmp_path):
