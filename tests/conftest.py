@@ -42,6 +42,16 @@ def _isolated(tmp_path, monkeypatch):
         logger.setLevel(level)
 
 
+@pytest.fixture(autouse=True)
+def _gpu(request):
+    """Tests that need a GPU are skipped without one, with the reason."""
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU here")
+
+
 @pytest.fixture
 def tokenizer():
     from transformers import AutoTokenizer

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,6 +20,7 @@ from lit_alignment.checkpoints.states import is_inside
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.head import base_model
+from lit_alignment.models.loading import stored_dtype
 from lit_alignment.modules.base import AlignmentModule
 
 
@@ -27,6 +29,8 @@ class Export(Callback):
 
     The weights come from the checkpoint file, so the folder holds exactly what the checkpoint holds. Each folder
     has the name of its checkpoint, and the link `export` in the same place points to the best one.
+
+    Over quantised weights (QLoRA) adapters are written alone, and compared over the base as its files have it.
 
     Args:
         which: `best` exports the best checkpoint, `kept` every checkpoint that is kept.
@@ -51,6 +55,11 @@ class Export(Callback):
             raise ConfigError(
                 f"Export: {type(peft).__name__} puts virtual tokens before the prompt, which cannot be merged into "
                 "weights. Set form to auto or adapter."
+            )
+        if self.form == "merged" and pl_module.backbone.quantization != "none":
+            raise ConfigError(
+                f"Export: merged into unquantised weights, what trains over {pl_module.backbone.quantization} ones is "
+                "another model. Set form to auto or adapter; lit-alignment merge --dequantize merges it all the same."
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -116,8 +125,11 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
             differently than the model; a folder that is there then stays.
     """
     saved = read_saved(checkpoint, trust_remote_code=module.backbone.trust_remote_code)
-    # A sharded module's weights are loaded anew on this process.
-    network = restore(saved)[0] if module.is_sharded else module.network
+    network = module.network
+    if module.is_sharded:  # its weights are loaded anew on this process
+        network = restore(saved)[0]
+    elif saved.backbone.quantization != "none":  # whoever loads the adapter gets the base as its files have it
+        network, form = restore(saved, stored_dtype(saved.backbone) or torch.float32)[0], "adapter"
     parts = module.export_parts(saved, network, form)
     chosen, reason = export_form(network, form)
     if parts.note:

@@ -144,7 +144,7 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy, StrategyFeatures):
 
     @override
     def supports(self, feature: Feature) -> bool:
-        return feature in ("whole_weights", "gathering") and not self.zero_stage_3
+        return feature in ("whole_weights", "gathering", "quantization") and not self.zero_stage_3
 
     @override
     def check_run(self, method: str, stage: str, shares_batches: bool, optimizer: OptimizerConfig) -> None:

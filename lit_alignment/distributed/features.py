@@ -19,7 +19,10 @@ from lit_alignment.optimization import OptimizerConfig
 # gradients:       before an optimizer step the parameters hold the gradients that it takes.
 # frozen_weights:  a checkpoint can hold weights that do not train.
 # skipped_steps:   a step whose loss is non-finite can be left out.
-Feature = Literal["sharded_loading", "whole_weights", "gathering", "gradients", "frozen_weights", "skipped_steps"]
+# quantization:    frozen weights can be held in 4 or 8 bits.
+Feature = Literal[
+    "sharded_loading", "whole_weights", "gathering", "gradients", "frozen_weights", "skipped_steps", "quantization"
+]
 
 
 class StrategyFeatures:

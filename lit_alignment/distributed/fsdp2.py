@@ -1,6 +1,6 @@
 """Fully sharded training: FSDP2 under Lightning's ModelParallelStrategy, with checkpoints of what was trained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.distributed_c10d import ProcessGroup, new_group
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -114,6 +116,24 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         if self.saves.background and self._group is None:
             self._group = new_group(backend="gloo", timeout=self._timeout)
 
+    @override
+    def _get_process_group_backend(self) -> str:
+        """Gloo beside NCCL where shards are in the memory of the host, of which NCCL sums no gradient norm."""
+        if self._process_group_backend is None and self.cpu_offload and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"
+        return super()._get_process_group_backend()
+
+    @override
+    def model_to_device(self) -> None:
+        """Move the module to the device, but for shards that are offloaded, which FSDP2 brings there itself."""
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        model, device = present(self.model, "the strategy's model"), self.root_device
+        change: Callable[..., nn.Module] = model._apply
+        change(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(device))
+        _update_properties(model, device)  # so that the module says where it computes
+
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -132,7 +152,7 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
 
     @override
     def supports(self, feature: Feature) -> bool:
-        return feature != "whole_weights"
+        return feature not in ("whole_weights", "quantization")
 
     @override
     def check_run(self, method: str, stage: str, shares_batches: bool, optimizer: OptimizerConfig) -> None:
@@ -176,7 +196,9 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         options: dict[str, Any] = {
             "mesh": self.device_mesh["data_parallel"],
             "mp_policy": policy,
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(self.root_device.type == "cuda")
+            if self.cpu_offload
+            else OffloadPolicy(),
         }
         if self.tensor_parallel_size > 1:
             split_layers(module, self.device_mesh["tensor_parallel"])
@@ -272,12 +294,15 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         self.saves.wait()  # so that one copy at most is in memory
         model = present(self.model, "the strategy's model")
         names = saved_names(model)
-        sharded = get_model_state_dict(model, options=StateDictOptions(cpu_offload=self._copy_state))
-        chosen = {name: value for name, value in sharded.items() if name in names}
         if self._save_distributed_checkpoint:
-            return chosen
-        gathered = {name: full(value) for name, value in chosen.items()}
-        return gathered if self.is_global_zero else {}
+            sharded = get_model_state_dict(model, options=StateDictOptions(cpu_offload=self._copy_state))
+            return {name: value for name, value in sharded.items() if name in names}
+        gathered = {}
+        for name, value in get_model_state_dict(model).items():
+            if name in names:
+                whole = full(value)  # on the devices: NCCL gathers nothing that is in the memory of the host
+                gathered |= {name: whole.cpu()} if self.is_global_zero else {}
+        return gathered
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,6 +26,8 @@ from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt
 from lit_alignment.models.attention import Attention, choose_attention, known_attentions, lacks_ours
 from lit_alignment.models.head import SCORE, output_head
 from lit_alignment.models.layers import Checkpointing, LayerConfig, Selective, set_layers
+from lit_alignment.models.liger import apply_liger
+from lit_alignment.models.quantization import Quantization, keep_differentiable, quantized
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.moved import renamed
 from lit_alignment.paths import local_path, look_for_hub
@@ -50,7 +51,7 @@ class BackboneConfig:
         activation_offload: Hold what `full` checkpointing keeps in the host's memory.
         compile: Compile each decoder layer with torch.compile; packed rows are then filled up to one length.
         liger: Use Liger's fused kernels for rotary positions, norms and MLP, on a GPU; the loss stays ours.
-        quantization: Hold the frozen weights in 4 bits (`nf4`, QLoRA) or 8 (`int8`), on a GPU.
+        quantization: Hold the frozen weights in 4 bits (`nf4`, QLoRA) or 8 (`int8`), under adapters.
         trust_remote_code: Run code that comes with the model.
     """
 
@@ -65,7 +66,7 @@ class BackboneConfig:
     activation_offload: bool = False
     compile: bool = False
     liger: bool = False
-    quantization: Literal["none", "nf4", "int8"] = "none"
+    quantization: Quantization = "none"
     trust_remote_code: bool = False
 
     @property
@@ -172,7 +173,7 @@ def load_network(
     config = from_pretrained(AutoConfig, backbone, backbone.path)
     dtype = "auto" if as_stored else weights_dtype(backbone, wrapped, device_type)
     choose = partial(choose_attention, backbone.attention, packing, device_type, config, shared_prompts)
-    load = partial(_load_base, backbone, head, config)
+    load = partial(_load_base, backbone, head, config, device_type)
     known = known_attentions(_class_of(config, head), config)
     try:
         model = load({"attn_implementation": choose(known), "dtype": dtype})
@@ -182,7 +183,7 @@ def load_network(
         model = load({"attn_implementation": choose(replace(known, sdpa=False)), "dtype": dtype})
     fit_vocabulary(model, tokenizer, added or {}, tokens)
     if backbone.liger:
-        _apply_liger(model)
+        apply_liger(model)
     set_layers(model, backbone.layers)
     network: nn.Module = model if adapter is None else load_adapter(model, adapter, tokenizer)
     if peft is not None:
@@ -216,7 +217,11 @@ def _class_of(config: PretrainedConfig, head: HeadConfig | None) -> type[PreTrai
 
 
 def _load_base(
-    backbone: BackboneConfig, head: HeadConfig | None, config: PretrainedConfig, options: dict[str, Any]
+    backbone: BackboneConfig,
+    head: HeadConfig | None,
+    config: PretrainedConfig,
+    device_type: str,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
     """The language model, or its decoder under a head, with its own weights or random ones."""
     kind: Any = AutoModelForCausalLM if head is None else AutoModelForSequenceClassification
@@ -225,11 +230,13 @@ def _load_base(
     if backbone.weights == "random":
         model: PreTrainedModel = kind.from_config(config, **options)
     else:
-        options |= _quantized(backbone) | {"config": config}
+        options |= quantized(backbone.quantization, device_type) | {"config": config}
         if head is not None:
             model = _load_under_head(kind, backbone, options)
         else:
             model = from_pretrained(kind, backbone, backbone.path, **options)
+        if device_type == "cpu":
+            keep_differentiable(model)
     if head is not None:
         # Whatever the precision of the decoder: in bfloat16 a score would have three digits.
         output_head(model).float()
@@ -270,11 +277,6 @@ def _check_backbone(backbone: BackboneConfig, wrapped: bool, device_type: str) -
     if backbone.quantization != "none":
         if not wrapped:
             raise ConfigError("backbone.quantization: quantised weights cannot train; add model.peft (QLoRA).")
-        if device_type != "cuda":
-            raise ConfigError(
-                f"backbone.quantization: {backbone.quantization} needs a CUDA GPU, and this run is on {device_type}. "
-                "Set it to none, or trainer.accelerator to gpu."
-            )
         require("bitsandbytes", "qlora", "backbone.quantization: none")
     if backbone.layers.offload and device_type == "cpu":
         raise ConfigError(
@@ -305,32 +307,6 @@ def stored_dtype(backbone: BackboneConfig) -> torch.dtype | None:
     """Precision of the weights' files, as their configuration has it."""
     found: torch.dtype | None = from_pretrained(AutoConfig, backbone, backbone.path).dtype
     return found
-
-
-def _quantized(backbone: BackboneConfig) -> dict[str, Any]:
-    """Arguments that load the weights in 4 or 8 bits. Source: Dettmers et al. 2023 (arXiv:2305.14314)."""
-    match backbone.quantization:
-        case "none":
-            return {}
-        case "nf4":
-            config = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16,
-            )
-        case "int8":
-            config = BitsAndBytesConfig(load_in_8bit=True)
-    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
-
-
-def _apply_liger(model: PreTrainedModel) -> None:
-    """Put Liger's kernels into a loaded model; the loss is not taken from it."""
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
-
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ConfigError(f"backbone.liger: Liger has no kernels for {model.config.model_type}. Set it to false.")
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def weights_dtype(backbone: BackboneConfig, wrapped: bool, device_type: str) -> torch.dtype:

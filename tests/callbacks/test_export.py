@@ -1,6 +1,7 @@
 """Folders that plain transformers and peft load."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,13 @@ def test_exported_model_stops_by_itself(tmp_path):
     )
     answer = model.generate(**prompt, max_new_tokens=30)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "yes<|im_end|>"
+
+
+def test_merging_over_quantised_weights_is_refused_before_training(tmp_path, base):
+    module = lora_module(base)
+    module.backbone = replace(module.backbone, quantization="nf4")
+    with pytest.raises(ConfigError, match=r"Export: .* over nf4 ones is another model.*--dequantize"):
+        fit(tmp_path, module, Export(form="merged"))
 
 
 def test_export_without_checkpoints_is_refused(tmp_path):

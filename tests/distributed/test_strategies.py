@@ -1,5 +1,6 @@
 """Strategies that cannot train a model are refused before anything is started."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from lit_alignment import DeepSpeedStrategy, FSDP2Strategy
 from lit_alignment.distributed import fsdp2
 from lit_alignment.errors import ConfigError
 from lit_alignment.optimization import OptimizerConfig
-from tests.helpers import rag_module, sft_module
+from tests.helpers import chats, rag_module, sft_data, sft_module, trainer
+from tests.helpers.ranks import run_on_ranks
 
 
 def under(strategy, module, fn="fit"):
@@ -51,6 +53,47 @@ def test_ranks_cannot_share_what_rag_trains_on(name):
 def test_predict_is_refused_where_ranks_share_layers():
     with pytest.raises(ConfigError, match="tensor_parallel_size: not for predict"):
         under(FSDP2Strategy(tensor_parallel_size=2), sft_module(), "predict").configure_model()
+
+
+@pytest.mark.parametrize("strategy", [FSDP2Strategy(), DeepSpeedStrategy(stage=3)], ids=["fsdp2", "zero3"])
+def test_quantised_weights_are_not_split(strategy):
+    """They would lose how they were quantised, and with that the model its numbers."""
+    module = under(strategy, sft_module(lora=True))
+    module.backbone = replace(module.backbone, quantization="nf4")
+    with pytest.raises(ConfigError, match=r"quantization: nf4 weights cannot be split .* Set trainer.strategy: ddp"):
+        module.configure_model()
+
+
+def offloaded(folder):
+    """Train under offloading on one rank, then move the module to another device as if that were the GPU."""
+    strategy = FSDP2Strategy(cpu_offload=True)
+    module = sft_module(lora=True)
+    run = trainer(folder, strategy=strategy, devices=1, max_steps=1)
+    run.fit(module, sft_data(module, chats(4), packing=False, batch_size=4))
+    expected = sft_module(lora=True)
+    alone = trainer(folder, max_steps=1)
+    alone.fit(expected, sft_data(expected, chats(4), packing=False, batch_size=4))
+    names = ("train/loss", "train/grad_norm")
+    found, wanted = ([float(each.callback_metrics[name]) for name in names] for each in (run, alone))
+    assert found == pytest.approx(wanted, rel=1e-5)
+    strategy.parallel_devices = [torch.device("meta")]
+    strategy.model_to_device()
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+    assert {b.device.type for b in module.buffers()} == {"meta"} and module.device.type == "meta"
+
+
+def test_offloaded_shards_stay_in_the_memory_of_the_host(tmp_path):
+    run_on_ranks(offloaded, tmp_path, ranks=1)
+
+
+def test_norms_of_offloaded_gradients_are_summed_by_gloo():
+    """NCCL knows no memory of the host."""
+    strategy = FSDP2Strategy(cpu_offload=True)
+    strategy.cluster_environment = SimpleNamespace(local_rank=lambda: 0)
+    strategy.parallel_devices = [torch.device("cuda", 0)]
+    assert strategy._get_process_group_backend() == "cpu:gloo,cuda:nccl"
+    strategy.cpu_offload = False
+    assert strategy._get_process_group_backend() == "nccl"
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
