@@ -39,5 +39,5 @@ def keep_differentiable(model: nn.Module) -> None:
     that from then on: adapters below would train on wrong gradients without a word.
     """
     for layer in model.modules():
-        if type(layer).__name__ == "Linear4bit":
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes' Linear4bit
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
