@@ -95,10 +95,8 @@ class AlignmentModule(CheckpointedModule):
         """Make the metrics, once, and look at the Trainer's settings."""
         super().setup(stage)
         keep_inputs(self.trainer)
-        data = datamodule_of(self.trainer)
-        data.fills_rows = self.backbone.compile  # one shape, one program
         if stage == "fit":
-            check_trainer(self.trainer, data)
+            check_trainer(self.trainer, datamodule_of(self.trainer))
         if not self.metrics:
             self.metrics.update({name: nn.ModuleDict(self.stage_metrics()) for name in ("val", "test")})
 
@@ -112,6 +110,7 @@ class AlignmentModule(CheckpointedModule):
         data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
         cast = self._cast_after_sharding(device_type)
         model = self.load_model(device_type, data.packing, data.share_prompts, as_stored=cast is not None)
+        data.fills_rows = self.backbone.compile and not router_weight(model)  # which counts every token of a row
         if self.sequence is not None:
             config = base_model(model).config
             check_sequence_parallel(config, self.sequence.size, data.packing, config._attn_implementation)
