@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from more, and threads that wait for each other lose much; also in what tests start.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,29 @@ def tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(ROOT / "configs/tiny")
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing is compiled yet, and nothing stays; the counters of what is compiled are at zero."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    from lit_alignment.models.layers import _compiled
+
+    def forget():
+        _compiled.cache_clear()
+        torch._dynamo.reset()
+        counters.clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def without_kernels(fresh_compiler, monkeypatch):
+    """Programs are traced and split as always, but run by PyTorch's own kernels, which need no C++ compiler."""
+    import torch
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

@@ -26,8 +26,11 @@ def regrouped(optimizer: torch.optim.Optimizer, state: dict[str, Any], order: li
     then, now = state["param_groups"], optimizer.param_groups
     own = [group["param_names"] for group in now]
     stored = [name for group in then for name in group.get("param_names") or ()]
+    saved = [number for group in then for number in group["params"]]
+    if len(saved) < len(stored):
+        return state  # of DeepSpeed, which makes one vector of each group
     if stored:
-        numbers = dict(zip(stored, (number for group in then for number in group["params"]), strict=True))
+        numbers = dict(zip(stored, saved, strict=True))
         if set(numbers) != {name for part in own for name in part}:
             return state  # of other parameters, which torch refuses
         if [group["param_names"] for group in then] == own:

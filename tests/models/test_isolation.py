@@ -2,7 +2,6 @@
 
 import multiprocessing
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -61,8 +60,8 @@ def test_architectures_that_keep_documents_apart_pass(saved, kind, shared, dtype
 
 
 @pytest.mark.slow
-def test_compiled_model_passes(saved, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+@pytest.mark.usefixtures("without_kernels")
+def test_compiled_model_passes(saved):
     network = load(replace(saved("llama", num_hidden_layers=1), compile=True), True)
     check_isolation(network, packing=True)
 

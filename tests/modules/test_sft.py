@@ -1,7 +1,5 @@
 """Gradients and losses of SFT against a slow loop over single conversations."""
 
-from functools import partial
-
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -181,15 +179,14 @@ def test_gradient_checkpointing_does_not_change_gradients(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_kernels")
 def test_compiled_layers_train_as_plain_ones_on_rows_of_one_length(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain = run(tmp_path, chats(12), tokens_per_batch=512)
     module = sft_module()
     module.backbone = BackboneConfig("configs/tiny", weights="random", compile=True)
     shapes = []
     step = module.step
     monkeypatch.setattr(module, "step", lambda batch, stage: shapes.append(batch.input_ids.shape) or step(batch, stage))
-    counters.clear()
     compiled = run(tmp_path, chats(12), module=module, tokens_per_batch=512)
     assert set(shapes) == {(1, 512)} and len(shapes) > 2
     assert counters["frames"]["total"] == counters["frames"]["ok"] < 10  # what one layer splits into, once
