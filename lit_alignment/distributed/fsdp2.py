@@ -277,7 +277,7 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
         if self._save_distributed_checkpoint:
             sharded = get_model_state_dict(model, options=StateDictOptions(cpu_offload=self._copy_state))
             return {name: value for name, value in sharded.items() if name in names}
-        gathered = {}
+        gathered: dict[str, Any] = {}
         for name, value in get_model_state_dict(model).items():
             if name in names:
                 whole = full(value)  # on the devices: NCCL gathers nothing that is in the memory of the host
