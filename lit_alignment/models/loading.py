@@ -235,7 +235,7 @@ def _load_base(
             model = _load_under_head(kind, backbone, options)
         else:
             model = from_pretrained(kind, backbone, backbone.path, **options)
-        if device_type == "cpu":
+        if backbone.quantization == "nf4" and device_type == "cpu":
             keep_differentiable(model)
     if head is not None:
         # Whatever the precision of the decoder: in bfloat16 a score would have three digits.

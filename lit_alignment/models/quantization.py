@@ -38,6 +38,8 @@ def keep_differentiable(model: nn.Module) -> None:
     In such a pass bitsandbytes 0.50 repacks the weights for a kernel of AVX-512 that has no backward pass, and uses
     that from then on: adapters below would train on wrong gradients without a word.
     """
+    from bitsandbytes.nn import Linear4bit
+
     for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes' Linear4bit
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
-    AutoImageProcessor,
     AutoModel,
     PretrainedConfig,
     PreTrainedModel,
 )
+
+# By its own module: by the package's name transformers 5.17 hands it out beside torchvision alone.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import BackboneConfig, from_pretrained
