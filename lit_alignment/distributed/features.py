@@ -18,7 +18,16 @@ from lit_alignment.models.collectives import SequenceGroup
 # gradients:       before an optimizer step the parameters hold the gradients that it takes.
 # frozen_weights:  a checkpoint can hold weights that do not train.
 # skipped_steps:   a step whose loss is non-finite can be left out.
-Feature = Literal["sharded_loading", "whole_weights", "gathering", "gradients", "frozen_weights", "skipped_steps"]
+# compiled_layers: decoder layers can be compiled.
+Feature = Literal[
+    "sharded_loading",
+    "whole_weights",
+    "gathering",
+    "gradients",
+    "frozen_weights",
+    "skipped_steps",
+    "compiled_layers",
+]
 
 
 class StrategyFeatures:

@@ -107,6 +107,11 @@ class AlignmentModule(CheckpointedModule):
         self.features.check_run(
             type(self).__name__, str(self.trainer.state.fn), self.shares_batches, self.optimizer_config.non_finite
         )
+        if self.backbone.compile and not self.features.supports("compiled_layers"):
+            raise ConfigError(
+                "backbone.compile: not with tensor_parallel_size above 1, and not under DeepSpeed's stage 3. Set it to "
+                "false, or trainer.strategy to lit_alignment.FSDP2Strategy without tensor parallelism."
+            )
         data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
         cast = self._cast_after_sharding(device_type)
         model = self.load_model(device_type, data.packing, data.share_prompts, as_stored=cast is not None)
