@@ -47,9 +47,7 @@ def test_deepspeed_cannot_skip_a_step():
 def test_layers_are_not_compiled_where_hooks_or_ranks_take_them_apart(strategy):
     module = sft_module()
     module.backbone = BackboneConfig("configs/tiny", weights="random", compile=True)
-    with pytest.raises(
-        ConfigError, match="backbone.compile: not with tensor_parallel_size above 1, and not un"
-    ):
+    with pytest.raises(ConfigError, match="backbone.compile: not with tensor_parallel_size above 1, and not un"):
         under(strategy, module).configure_model()
 
 
