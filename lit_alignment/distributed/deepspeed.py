@@ -144,7 +144,8 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy, StrategyFeatures):
 
     @override
     def supports(self, feature: Feature) -> bool:
-        return feature in ("whole_weights", "gathering", "quantization") and not self.zero_stage_3
+        # Stage 3 gathers weights in hooks of each matrix, of which a program would be compiled by turns.
+        return feature in ("whole_weights", "gathering", "quantization", "compiled_layers") and not self.zero_stage_3
 
     @override
     def check_run(self, method: str, stage: str, shares_batches: bool, optimizer: OptimizerConfig) -> None:

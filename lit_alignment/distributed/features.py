@@ -11,6 +11,7 @@ from torch import nn
 from lit_alignment.distributed.sharding import Cast
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.collectives import SequenceGroup
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.optimization import OptimizerConfig
 
 # sharded_loading: a process can read its own shards of the weights from their files, and hold no more than these.
@@ -20,8 +21,16 @@ from lit_alignment.optimization import OptimizerConfig
 # frozen_weights:  a checkpoint can hold weights that do not train.
 # skipped_steps:   a step whose loss is non-finite can be left out.
 # quantization:    frozen weights can be held in 4 or 8 bits.
+# compiled_layers: decoder layers can be compiled.
 Feature = Literal[
-    "sharded_loading", "whole_weights", "gathering", "gradients", "frozen_weights", "skipped_steps", "quantization"
+    "sharded_loading",
+    "whole_weights",
+    "gathering",
+    "gradients",
+    "frozen_weights",
+    "skipped_steps",
+    "quantization",
+    "compiled_layers",
 ]
 
 
@@ -89,3 +98,21 @@ def features_of(strategy: Strategy) -> StrategyFeatures:
         ours = "DeepSpeedStrategy" if isinstance(strategy, LightningDeepSpeedStrategy) else "FSDP2Strategy"
         raise ConfigError(f"trainer.strategy: use lit_alignment.{ours} in place of {type(strategy).__name__}.")
     return ONE_PROCESS
+
+
+def check_backbone(features: StrategyFeatures, backbone: BackboneConfig) -> None:
+    """Refuse settings of the model that a strategy cannot do, before anything is loaded.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    if backbone.quantization != "none" and not features.supports("quantization"):
+        raise ConfigError(
+            f"model.backbone.quantization: {backbone.quantization} weights cannot be split over devices, as this "
+            f"{type(features).__name__} would. Set trainer.strategy: ddp, or quantization: none."
+        )
+    if backbone.compile and not features.supports("compiled_layers"):
+        raise ConfigError(
+            "model.backbone.compile: not with tensor_parallel_size above 1, and not under DeepSpeed's stage 3. Set it "
+            "to false, or trainer.strategy to lit_alignment.FSDP2Strategy without tensor parallelism."
+        )

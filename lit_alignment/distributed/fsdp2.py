@@ -152,6 +152,8 @@ class FSDP2Strategy(ModelParallelStrategy, Queued, StrategyFeatures):
 
     @override
     def supports(self, feature: Feature) -> bool:
+        if feature == "compiled_layers":  # torch.compile does not get through matrices that ranks share
+            return self.tensor_parallel_size == 1
         return feature not in ("whole_weights", "quantization")
 
     @override

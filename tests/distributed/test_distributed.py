@@ -39,6 +39,11 @@ def test_two_ranks_equal_one_process(method, kind, lora, trained):
 
 
 @pytest.mark.slow
+def test_compiled_and_recomputed_layers_of_two_ranks_equal_one_process(trained):
+    assert_same_training(trained("one", "lora", "sft"), trained("fsdp2-compiled", "lora", "sft"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", SHARING)
 @pytest.mark.parametrize("lora", ["full", "lora"])
 @pytest.mark.parametrize("kind", ["sequence", "tensor"])

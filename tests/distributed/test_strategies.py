@@ -14,6 +14,7 @@ from torch import nn
 from lit_alignment import DeepSpeedStrategy, FSDP2Strategy
 from lit_alignment.distributed import fsdp2
 from lit_alignment.errors import ConfigError
+from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import chats, rag_module, sft_data, sft_module, trainer
 from tests.helpers.ranks import run_on_ranks
@@ -42,6 +43,14 @@ def test_deepspeed_cannot_skip_a_step():
     module = sft_module(optimizer=OptimizerConfig(non_finite="skip"))
     with pytest.raises(ConfigError, match="non_finite: DeepSpeed's engine cannot skip"):
         under(DeepSpeedStrategy(), module).configure_model()
+
+
+@pytest.mark.parametrize("strategy", [FSDP2Strategy(tensor_parallel_size=2), DeepSpeedStrategy(stage=3)])
+def test_layers_are_not_compiled_where_hooks_or_ranks_take_them_apart(strategy):
+    module = sft_module()
+    module.backbone = BackboneConfig("configs/tiny", weights="random", compile=True)
+    with pytest.raises(ConfigError, match="backbone.compile: not with tensor_parallel_size above 1, and not un"):
+        under(strategy, module).configure_model()
 
 
 @pytest.mark.parametrize("name", ["sequence_parallel_size", "tensor_parallel_size"])

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,14 @@ def run(kind: str, lora: str, folder: Path, part: str, method: str) -> None:
     """Train an epoch or two (`all`), two (`whole`), up to the first checkpoint (`first`), or on from there (`rest`).
 
     `pairs-` before these takes two micro-batches a step on any number of ranks. `sharded` trains one epoch over
-    `folder/base`, saves a checkpoint in shards, exports it, and writes the logits.
+    `folder/base`, saves a checkpoint in shards, exports it, and writes the logits. `fsdp2-compiled` compiles
+    layers, and recomputes them.
     """
     strategies = {
         "one": "auto",
         "ddp": DDPStrategy(process_group_backend="gloo"),
         "fsdp2": FSDP2Strategy(process_group_backend="gloo"),
+        "fsdp2-compiled": FSDP2Strategy(process_group_backend="gloo"),
         "sequence": FSDP2Strategy(process_group_backend="gloo", sequence_parallel_size=2),
         "tensor": FSDP2Strategy(process_group_backend="gloo", tensor_parallel_size=2),
         "sequence-4": FSDP2Strategy(process_group_backend="gloo", sequence_parallel_size=2),
@@ -193,6 +196,9 @@ def run(kind: str, lora: str, folder: Path, part: str, method: str) -> None:
     module, data = build(method, lora == "lora", part, folder)
     if part == "sharded":
         module.backbone = BackboneConfig(f"{folder}/base")
+    if kind == "fsdp2-compiled":
+        torch.compile = partial(torch.compile, backend="aot_eager")  # in this process, which ends
+        module.backbone = replace(module.backbone, compile=True, gradient_checkpointing="full")
     runner.fit(module, data, ckpt_path=folder / "saved.ckpt" if part == "rest" else None)
     if part == "sharded":
         module.network.eval()
