@@ -11,6 +11,7 @@ from torch import nn
 from lit_alignment.distributed.sharding import Cast
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.collectives import SequenceGroup
+from lit_alignment.models.quantization import Quantization
 
 # sharded_loading: a process can read its own shards of the weights from their files, and hold no more than these.
 # whole_weights:   a process has whole weights, and can use a copy of a network by itself.
@@ -88,3 +89,16 @@ def features_of(strategy: Strategy) -> StrategyFeatures:
         ours = "DeepSpeedStrategy" if isinstance(strategy, LightningDeepSpeedStrategy) else "FSDP2Strategy"
         raise ConfigError(f"trainer.strategy: use lit_alignment.{ours} in place of {type(strategy).__name__}.")
     return ONE_PROCESS
+
+
+def check_quantization(features: StrategyFeatures, quantization: Quantization) -> None:
+    """Refuse weights in 4 or 8 bits where a strategy would split them: they would lose how they were quantised.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    if quantization != "none" and not features.supports("quantization"):
+        raise ConfigError(
+            f"model.backbone.quantization: {quantization} weights cannot be split over devices, as this "
+            f"{type(features).__name__} would. Set trainer.strategy: ddp, or quantization: none."
+        )

@@ -20,7 +20,7 @@ from lit_alignment.data.batching.collate import Rows
 from lit_alignment.data.batching.standing import (
     total_steps,
 )
-from lit_alignment.distributed.features import StrategyFeatures, features_of
+from lit_alignment.distributed.features import StrategyFeatures, check_quantization, features_of
 from lit_alignment.distributed.sharding import Cast
 from lit_alignment.errors import ConfigError, TrainingError
 from lit_alignment.hooks import Stage
@@ -107,11 +107,7 @@ class AlignmentModule(CheckpointedModule):
         self.features.check_run(
             type(self).__name__, str(self.trainer.state.fn), self.shares_batches, self.optimizer_config.non_finite
         )
-        if self.backbone.quantization != "none" and not self.features.supports("quantization"):
-            raise ConfigError(
-                f"model.backbone.quantization: {self.backbone.quantization} weights cannot be split over devices, as "
-                f"{type(self.trainer.strategy).__name__} would. Set trainer.strategy: ddp, or quantization: none."
-            )
+        check_quantization(self.features, self.backbone.quantization)
         data, device_type = datamodule_of(self.trainer), self.trainer.strategy.root_device.type
         cast = self._cast_after_sharding(device_type)
         model = self.load_model(device_type, data.packing, data.share_prompts, as_stored=cast is not None)
