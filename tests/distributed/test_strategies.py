@@ -66,7 +66,6 @@ def test_predict_is_refused_where_ranks_share_layers():
 
 @pytest.mark.parametrize("strategy", [FSDP2Strategy(), DeepSpeedStrategy(stage=3)], ids=["fsdp2", "zero3"])
 def test_quantised_weights_are_not_split(strategy):
-    """They would lose how they were quantised, and with that the model its numbers."""
     module = under(strategy, sft_module(lora=True))
     module.backbone = replace(module.backbone, quantization="nf4")
     with pytest.raises(ConfigError, match=r"quantization: nf4 weights cannot be split .* Set trainer.strategy: ddp"):

@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_dequantised_weights(kind, accelerator, base)
     with torch.no_grad():
         quantised.eval()(input_ids=torch.arange(3, 60, device=device)[None])
     found, expected = gradients(quantised), gradients(plain)
-    assert float((found - expected).norm() / expected.norm()) < 0.08  # int8 quantises hidden states as well
+    assert float((found - expected).norm() / expected.norm()) < 0.15  # on a GPU int8 rounds hidden states as well
 
 
 @BOTH

@@ -17,6 +17,11 @@ pytestmark = GPU
 SETTINGS = {"max_model_len": 512, "max_num_seqs": 8, "gpu_memory_utilization": 0.2, "enforce_eager": True}
 
 
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch):
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
 def test_predict_answers_every_record(base, tmp_path):
     pytest.importorskip("vllm")
     seed_everything(0, verbose=False)
