@@ -126,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hits += (best == targets[part]).sum()
             total += (losses * weights[part]).sum()
             if gradients.needed:
-                product.scatter_(1, targets[part, None], at_target.to(product.dtype))
+                _put_(product, targets[part], at_target)
                 gradients.add(part, (chunk, weight), product, weights[part] * shape.factor)
         ctx.save_for_backward(*gradients.sums())
         ctx.mark_non_differentiable(hits)
@@ -149,6 +149,11 @@ def _products(
         part = slice(start, start + size)
         chunk = hidden[part].to(weight.dtype)
         yield part, chunk, chunk_product(chunk, weight, bias, buffer)
+
+
+def _put_(gradient: Tensor, targets: Tensor, at_target: Tensor) -> None:
+    """Put values at each position's target, [C, 1], into [C, V]; `scatter_` of bf16 passes over all of it on a CPU."""
+    gradient[torch.arange(len(targets), device=targets.device), targets] = at_target.squeeze(1).to(gradient.dtype)
 
 
 @compiled_on_gpu
@@ -306,7 +311,7 @@ class _LinearLogps(torch.autograd.Function):
             losses, _, at_target = _loss_and_gradient_(product, targets[part], shape, with_gradient=at_once)
             logps[part] = -losses
             if at_once:
-                product.scatter_(1, targets[part, None], at_target.to(product.dtype))
+                _put_(product, targets[part], at_target)
                 gradients.add(part, (chunk, weight), product, torch.full_like(losses, -shape.factor))
         ctx.at_once, ctx.settings = at_once, (shape, with_entropy, chunk_size)
         ctx.save_for_backward(*((gradients.hidden,) if at_once else (hidden, weight, bias, targets)))
@@ -328,7 +333,7 @@ class _LinearLogps(torch.autograd.Function):
             else:
                 _, _, at_target = _loss_and_gradient_(product, targets[part], shape)
                 factors = grad_logps[part] * -shape.factor
-            product.scatter_(1, targets[part, None], at_target.to(product.dtype))
+            _put_(product, targets[part], at_target)
             gradients.add(part, (chunk, weight), product, factors)
         return *gradients.sums(), *(None,) * 5
 
