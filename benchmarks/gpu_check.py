@@ -37,7 +37,7 @@ from benchmarks.gpu_workloads import Place
 from lit_alignment.callbacks.throughput import PEAK_FLOPS
 
 GIB = 2**30
-RECOMPUTED = {"gradient_checkpointing": True}
+RECOMPUTED, ATTENTION_KEPT = {"gradient_checkpointing": "full"}, {"gradient_checkpointing": "selective"}
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Run:
     limit: int = 60
 
 
-def documents(trainer: str) -> SftRun:
+def documents(trainer: str, **backbone: str) -> SftRun:
     """LoRA on 1B with log-normal documents."""
-    return SftRun("1b", trainer, "log-normal", pretrained=True)
+    return SftRun("1b", trainer, "log-normal", backbone, pretrained=True)
 
 
 SECTIONS: dict[str, list[Run]] = {
@@ -89,6 +89,8 @@ SECTIONS: dict[str, list[Run]] = {
         Run("8B, nothing recomputed", SftRun("8b")),
         Run("1B, nothing recomputed", SftRun("1b"), limit=30),
         Run("1B, all recomputed", SftRun("1b", backbone=RECOMPUTED), limit=30),
+        Run("1B, all but attention recomputed", SftRun("1b", backbone=ATTENTION_KEPT), limit=30),
+        Run("1B, log-normal, SDPA by document", documents("fit", attention="sdpa"), limit=40),
         Run("1B, compiled", SftRun("1b", backbone={"compile": True}), limit=60),
         Run("1B, Liger", SftRun("1b", backbone={"liger": True}), ("liger_kernel",), limit=30),
         Run("1B, 4 bits", SftRun("1b", backbone={"quantization": "nf4"}, pretrained=True), ("bitsandbytes",), limit=30),

@@ -3,9 +3,8 @@
 import importlib
 import inspect
 import re
-import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from math import isfinite
@@ -14,9 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from jsonargparse._common import is_subclasses_disabled
-from jsonargparse._parameter_resolvers import get_signature_parameters
 from jsonargparse._typehints import (
-    ActionTypeHint,
     get_all_subclass_paths,
     resolve_class_path_by_name,
 )
@@ -24,13 +21,22 @@ from jsonargparse._util import get_import_path, import_object
 from lightning.pytorch import Trainer
 
 from lit_alignment.config_files import Layer, find_node, line_of, locate, node_at, settings
+from lit_alignment.config_types import (
+    alternatives,
+    arguments_of,
+    classes_in,
+    is_list,
+    item_of,
+    only_class,
+    supplied,
+    values_in,
+)
 from lit_alignment.errors import ConfigError
 
 LINKED = {"tokenizer", "labels", "problem", "media"}  # what the module tells the data module
 SPEC = ("class_path", "init_args", "dict_kwargs")
 OPTIONS = ("config", "help", "print_config")
 DEFAULT = "give a value, or leave it out for the default."
-LISTS: tuple[Any, ...] = (list, Iterable, Sequence)
 
 
 class Checker:
@@ -70,7 +76,7 @@ class Checker:
                     return
                 continue
             if key:
-                kind = self.classes.get(key) or _only_class(_classes_in(hint))
+                kind = self.classes.get(key) or only_class(classes_in(hint))
                 if kind is None:  # in lists, dictionaries, and classes not yet known, the parser has to find its way
                     return
                 hints, owner, prefix = arguments_of(kind), kind, _prefix(key, kind)
@@ -79,7 +85,7 @@ class Checker:
                 raise ConfigError(_unknown(name, owner, known, place, self._below(hints, prefix)))
             key, hint = f"{prefix}{name}", hints[name]
         single = layer.keys[-1].endswith("+") and not isinstance(layer.root, yaml.SequenceNode)
-        self._value(layer.root, _item(hint) if single else hint, key, layer)
+        self._value(layer.root, item_of(hint) if single else hint, key, layer)
 
     def _settings(
         self, node: yaml.Node, hints: dict[str, Any], prefix: str, layer: Layer, owner: Any, known: Sequence[str]
@@ -94,7 +100,7 @@ class Checker:
         found, parts = [], [(name, f"{prefix}{name}", hint) for name, hint in hints.items()]
         while parts:
             short, key, hint = parts.pop(0)
-            kind = self.classes.get(key) or _only_class(_classes_in(hint))
+            kind = self.classes.get(key) or only_class(classes_in(hint))
             if inspect.isclass(kind):
                 inner = arguments_of(kind)  # type: ignore[arg-type]
                 found += [f"{short}.{name}" for name in inner]
@@ -103,18 +109,18 @@ class Checker:
 
     def _value(self, node: yaml.Node, hint: Any, key: str, layer: Layer) -> None:
         """Look into the value of a key."""
-        classes, values = _classes_in(hint), _values_in(hint)
+        classes, values = classes_in(hint), values_in(hint)
         if isinstance(node, yaml.SequenceNode):
             for known in [known for known in self.classes if known.startswith(f"{key}[")]:
                 del self.classes[known]  # a list takes the place of an earlier one
             for number, item in enumerate(node.value):
-                self._value(item, _item(hint), f"{key}[{number}]", layer)
+                self._value(item, item_of(hint), f"{key}[{number}]", layer)
         elif isinstance(node, yaml.MappingNode) and classes:
-            self._class(node, classes, key, layer, _supplied(hint))
+            self._class(node, classes, key, layer, supplied(hint))
         elif isinstance(node, yaml.MappingNode) and values is not None:
             for name, (_, value) in settings(node).items():
                 self._value(value, values, f"{key}.{name}", layer)
-        elif classes and node.tag.endswith(":str") and str not in _alternatives(hint) and "/" not in str(node.value):
+        elif classes and node.tag.endswith(":str") and str not in alternatives(hint) and "/" not in str(node.value):
             if not all(map(is_subclasses_disabled, classes)):
                 self.classes[key] = _resolved(node, classes, key, layer)
 
@@ -132,7 +138,7 @@ class Checker:
         if "class_path" in keys:
             kind = _resolved(keys["class_path"][1], classes, key, layer)
         else:
-            kind = self.classes.get(key) or _only_class(classes)
+            kind = self.classes.get(key) or only_class(classes)
         if kind is None:
             raise ConfigError(f"{line_of(node, layer)}{key}: class_path is missing. Give one.")
         self.classes[key] = kind
@@ -269,10 +275,10 @@ def find_misfit(value: Any, kind: Any, key: str) -> str | None:
     if value is None:
         optional = kind is Any or type(None) in typing.get_args(kind) or kind is type(None)
         return None if optional else f"{key} is null; {DEFAULT}"
-    classes, values = _classes_in(kind), _values_in(kind)
+    classes, values = classes_in(kind), values_in(kind)
     if isinstance(value, list):
-        if any(map(_is_list, _alternatives(kind))):
-            found = (find_misfit(one, _item(kind), f"{key}[{number}]") for number, one in enumerate(value))
+        if any(map(is_list, alternatives(kind))):
+            found = (find_misfit(one, item_of(kind), f"{key}[{number}]") for number, one in enumerate(value))
             return next(filter(None, found), None)
         return (
             f"{key} is a list, not settings by name; {DEFAULT}" if any(map(is_subclasses_disabled, classes)) else None
@@ -284,7 +290,7 @@ def find_misfit(value: Any, kind: Any, key: str) -> str | None:
             given = value.get("init_args")
             hints = arguments_of(import_object(value.class_path))
             return _misfit_in(given, hints, f"{key}.init_args") if isinstance(given, Namespace) else None
-        if (only := _only_class(classes)) is not None:
+        if (only := only_class(classes)) is not None:
             return _misfit_in(value, arguments_of(only), key)
     return None
 
@@ -322,62 +328,8 @@ def _misfit_in(values: Namespace, hints: dict[str, Any], key: str) -> str | None
     return next(filter(None, found), None)
 
 
-@cache
-def arguments_of(kind: Any) -> dict[str, Any]:
-    """Names and types of what a class takes, those that it passes on to its bases as `**settings` included."""
-    found = get_signature_parameters(kind, None)
-    return {each.name: Any if each.annotation is inspect.Parameter.empty else each.annotation for each in found}
-
-
-def _alternatives(hint: Any) -> list[Any]:
-    """The types of a union, flat."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [each for part in typing.get_args(hint) for each in _alternatives(part)]
-    return [hint]
-
-
-def _is_list(hint: Any) -> bool:
-    return typing.get_origin(hint) in LISTS
-
-
-def _item(hint: Any) -> Any:
-    """The type of a list's items."""
-    return next((typing.get_args(each)[0] for each in _alternatives(hint) if _is_list(each)), Any)
-
-
-def _values_in(hint: Any) -> Any:
-    """The type of a dictionary's values, if the hint has one."""
-    found = (typing.get_args(each) for each in _alternatives(hint) if typing.get_origin(each) is dict)
-    return next((pair[1] for pair in found), None)
-
-
-def _classes_in(hint: Any) -> list[Any]:
-    """The classes among the alternatives whose settings can be given."""
-    made = [typing.get_args(each)[1] if _is_maker(each) else each for each in _alternatives(hint)]
-    return [each for each in made if inspect.isclass(each) and _takes_settings(each)]
-
-
-def _is_maker(hint: Any) -> bool:
-    """Whether a type is that of functions, for which a class can be given that takes their arguments first."""
-    return typing.get_origin(hint) is Callable and isinstance(typing.get_args(hint)[0], list)
-
-
-def _supplied(hint: Any) -> int:
-    """How many arguments such a function is given."""
-    return next((len(typing.get_args(each)[0]) for each in _alternatives(hint) if _is_maker(each)), 0)
-
-
-def _takes_settings(kind: Any) -> bool:
-    return bool(is_subclasses_disabled(kind) or ActionTypeHint.is_subclass_typehint(kind))  # type: ignore[no-untyped-call]
-
-
-def _only_class(classes: list[Any]) -> Any:
-    """The class that needs no `class_path`: the only one, and without subclasses."""
-    return next((kind for kind in classes if is_subclasses_disabled(kind) or kind is Trainer), None)
-
-
 def _prefix(key: str, kind: Any) -> str:
-    return f"{key}." if _only_class([kind]) is not None else f"{key}.init_args."
+    return f"{key}." if only_class([kind]) is not None else f"{key}.init_args."
 
 
 @cache

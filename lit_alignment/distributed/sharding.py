@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lit_alignment.models.head import base_model
+from lit_alignment.models.layers import decoder_layers
 
 Cast = tuple[torch.dtype, torch.dtype]  # what to change, and into what
 
@@ -24,7 +25,7 @@ def shard_layers(network: nn.Module, options: dict[str, Any], cast: Cast | None 
         options: As of `fully_shard`.
         cast: Precision to change, layer by layer, so that a rank never holds its shards twice.
     """
-    for layer in base_model(network).get_decoder().layers:
+    for layer in decoder_layers(base_model(network)):
         fully_shard(layer, **options)
         _cast(layer, cast)
     fully_shard(network, reshard_after_forward=False, **options)

@@ -61,8 +61,7 @@ def document_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each document of a packed row; ordinary SDPA where no row is packed.
 
-    The row is split on document boundaries and each part attends to itself, so the cost is the sum of the squared
-    document lengths instead of the squared row length, and no [T, T] mask exists. With a layout, this is one call.
+    The cost is the sum of the squared document lengths, and no [T, T] mask exists; with a layout, it is one call.
 
     Args:
         module: The attention layer.
@@ -73,8 +72,7 @@ def document_attention(
         dropout: Dropout on the attention weights.
         scaling: Factor on the scores.
         document_lengths: Lengths of the documents in a packed row, which sum to T.
-        document_parents: For each document the one that it continues, whose tokens it sees too, or -1; responses
-            that share one prompt in the row continue it. None if there are none.
+        document_parents: For each document the one, a prompt, whose tokens it sees too, or -1; None if no one has any.
         sliding_window: How many positions back a token may look, itself included.
         softcap: Refused; SDPA cannot cap scores.
         s_aux: Refused; SDPA has no attention sinks.

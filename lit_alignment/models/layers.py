@@ -97,20 +97,27 @@ class Untraced(Sequence[Any]):
         return len(self.values)
 
 
+def layer_list(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that a model repeats, from the lowest to the highest; none where it has no list of them."""
+    number = model.config.get_text_config().num_hidden_layers
+    lists = (each for each in model.modules() if isinstance(each, nn.ModuleList))
+    return next((list(each) for each in lists if len(each) == number), [])
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that a decoder repeats, in order.
+    """The same of a model that has to have some.
 
     Raises:
         ConfigError: If it has no list of layers.
     """
-    lists = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
-    layers = next(lists, None)
-    if layers is None:
+    layers = layer_list(model)
+    if not layers:
         raise ConfigError(
-            f"{type(model).__name__} has no list of decoder layers. Set backbone.gradient_checkpointing: none and "
-            "backbone.compile: false."
+            f"{type(model).__name__} has no list of decoder layers, so none can be compiled, recomputed, sharded or "
+            "estimated by itself. Set backbone.gradient_checkpointing: none and backbone.compile: false, and "
+            "trainer.strategy: ddp."
         )
-    return list(layers)
+    return layers
 
 
 def set_layers(model: PreTrainedModel, config: LayerConfig) -> None:

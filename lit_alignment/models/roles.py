@@ -5,6 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lit_alignment.models.dual_encoder import DualEncoder
+from lit_alignment.models.layers import layer_list
 from lit_alignment.optimizers.groups import Roles
 
 
@@ -21,11 +22,11 @@ def roles_of(network: nn.Module) -> Roles:
     heights: dict[int, int] = {}
     hidden: set[int] = set()
     for tower in towers:
-        layers = _layers(tower)
+        model = tower.get_base_model() if isinstance(tower, PeftModel) else tower
+        layers = layer_list(model) if isinstance(model, PreTrainedModel) else []
         for module in tower.modules():
             if isinstance(module, nn.Embedding):
                 heights |= dict.fromkeys(map(id, module.parameters()), len(layers))
-        model = tower.get_base_model() if isinstance(tower, PeftModel) else tower
         if isinstance(model, PreTrainedModel):  # adapters around the embedding hold it
             heights |= dict.fromkeys(map(id, model.get_input_embeddings().parameters()), len(layers))
         for height, layer in enumerate(reversed(layers)):
@@ -33,13 +34,3 @@ def roles_of(network: nn.Module) -> Roles:
             if not isinstance(tower, PeftModel):
                 hidden |= {id(parameter) for parameter in layer.parameters() if parameter.ndim == 2}
     return Roles(heights=heights, hidden=hidden)
-
-
-def _layers(network: nn.Module) -> list[nn.Module]:
-    """The decoder layers, from the lowest to the highest; none where a model keeps them in no list."""
-    model = network.get_base_model() if isinstance(network, PeftModel) else network
-    if not isinstance(model, PreTrainedModel):
-        return []
-    number = model.config.get_text_config().num_hidden_layers
-    lists = [each for each in model.modules() if isinstance(each, nn.ModuleList)]
-    return next((list(each) for each in lists if len(each) == number), [])

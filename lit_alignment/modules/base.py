@@ -1,7 +1,6 @@
 """What every method's LightningModule shares: loading, stages, the loss of a step, optimizer, slim checkpoints."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,7 +23,7 @@ from lit_alignment.data.batching.standing import (
 )
 from lit_alignment.distributed.features import StrategyFeatures, check_backbone, features_of
 from lit_alignment.distributed.sharding import Cast
-from lit_alignment.errors import ConfigError, TrainingError
+from lit_alignment.errors import ConfigError
 from lit_alignment.hooks import Stage
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
@@ -46,6 +45,7 @@ from lit_alignment.optimization import OptimizerConfig, algorithm_class, build_o
 from lit_alignment.optimizers.resuming import group_settings
 from lit_alignment.optimizers.schedule_free import ScheduleFreeAdamW
 from lit_alignment.training.checkpointed import CheckpointedModule
+from lit_alignment.training.non_finite import refuse_or_skip
 from lit_alignment.training.precision import keep_inputs
 from lit_alignment.training.trainer_settings import check_trainer
 
@@ -287,10 +287,8 @@ class AlignmentModule(CheckpointedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer of the trainable parameters, with the schedule stepped at each optimizer step."""
         fused = self.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
-        steps, roles = (
-            partial(total_steps, self.trainer),
-            replace(roles_of(self.network), other_rates=self.other_rates()),
-        )
+        steps = partial(total_steps, self.trainer)
+        roles = replace(roles_of(self.network), other_rates=self.other_rates())
         optimizer, schedule = build_optimizer(self.named_parameters(), self.optimizer_config, steps, fused, roles)
         self.settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -324,7 +322,7 @@ class AlignmentModule(CheckpointedModule):
             norm = self.trainer.strategy.reduce(torch.as_tensor(mean), reduce_op="sum")
         # Gradients are summed over all ranks, so all see the same norm. The scaler of fp16 skips such steps itself.
         if self.trainer.precision != "16-mixed" and not bool(torch.isfinite(norm)):
-            self._not_finite(window)
+            refuse_or_skip(self, self.optimizer_config.non_finite, window)
         super().on_before_optimizer_step(optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -338,24 +336,7 @@ class AlignmentModule(CheckpointedModule):
         if norm is not None:
             self.log("train/grad_norm", norm)
             if not math.isfinite(norm):
-                self._not_finite([])
-
-    def _not_finite(self, window: list[tuple[list[str], Tensor]]) -> None:
-        """Stop, or leave the weights as they are, saying which records did it."""
-        bad = [ids for ids, loss in window if not bool(torch.isfinite(loss))]
-        which = (
-            ", ".join(name for ids in bad for name in ids) or "none by itself on this rank; the gradient is not finite"
-        )
-        step = self.trainer.global_step
-        if self.optimizer_config.non_finite == "stop":
-            raise TrainingError(
-                f"the loss of optimizer step {step} is non-finite. Offending micro-batches: {which}. Lower "
-                "optimizer.learning_rate or fix the records, and resume from a checkpoint; or set "
-                "optimizer.non_finite: skip."
-            )
-        warnings.warn(f"optimizer step {step} is skipped, its loss is non-finite: {which}", stacklevel=2)
-        for parameter in self.parameters():
-            parameter.grad = None
+                refuse_or_skip(self, self.optimizer_config.non_finite, [])
 
     # Predictions.
 

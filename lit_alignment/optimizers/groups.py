@@ -1,12 +1,13 @@
 """Which parameters share a learning rate and a decay: by part of the model, name, depth and shape."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import nn
 
 from lit_alignment.errors import ConfigError
@@ -92,3 +93,11 @@ def _check_patterns(patterns: list[str], names: list[str]) -> None:
                 f"optimizer.rates has '{pattern}', which is in the name of no trainable parameter. Remove it, or use "
                 f"a part of a name, such as {', '.join(near)}."
             )
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What an optimizer's step is given to evaluate: its loss, with gradients; None if there is nothing."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim.adamw import adamw
 
+from lit_alignment.optimizers.groups import evaluated
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration; all singular values end between 0.7 and 1.2
 
 
@@ -83,10 +85,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update each parameter that has a gradient; what the closure returns comes back."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             gradients = {each: each.grad for each in group["params"] if each.grad is not None}
             if group["hidden"]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_alignment.optimizers.groups import evaluated
+
 
 class ScheduleFreeAdamW(torch.optim.Optimizer):
     """AdamW whose gradients are taken between its iterates z and their average x, at y = (1 - beta1) z + beta1 x.
@@ -41,10 +43,7 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update each parameter that has a gradient; what the closure returns comes back."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

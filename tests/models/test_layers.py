@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig
 from torch._dynamo.utils import counters
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from lit_alignment.data.batching.collate import collate_packed, filled
 from lit_alignment.data.encoding.example import Example
@@ -219,3 +219,19 @@ def test_inductor_gives_the_same_gradients():
     """With its own kernels, which round otherwise."""
     plain, network = load(), load(compile=True)
     assert_equal(gradients(network, row([40, 24])), gradients(plain, row([40, 24])), 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert", "mixtral"])
+def test_layers_are_found_wherever_an_architecture_keeps_them(name):
+    config = AutoConfig.for_model(name, **(DECODER_SIZE | {"num_hidden_layers": 3}))
+    found = layers.layer_list(AutoModel.from_config(config))
+    assert len(found) == 3 and len({type(layer) for layer in found}) == 1
+    assert "expert" not in type(found[0]).__name__.lower()
+
+
+def test_a_model_without_a_list_of_layers_is_refused_where_they_are_needed():
+    model = AutoModel.from_config(AutoConfig.for_model("llama", **DECODER_SIZE))
+    model.layers = torch.nn.ModuleDict({str(number): layer for number, layer in enumerate(model.layers)})
+    assert layers.layer_list(model) == []
+    with pytest.raises(ConfigError, match="LlamaModel has no list of decoder layers"):
+        decoder_layers(model)
