@@ -37,6 +37,10 @@ DOCUMENT_SDPA = "document_sdpa"
 DOCUMENT_VARLEN = "document_varlen"
 ISOLATING = ("sdpa", "varlen", "flash_attention_2", "flash_attention_3", "flex_attention")
 MASKED = ("eager", "sdpa", "flex_attention")  # they keep documents apart by masks, made of restarting positions
+LOOKS = {
+    name: getattr(masking_utils, name)
+    for name in ("_ignore_causal_mask_sdpa", "_ignore_bidirectional_mask_sdpa", "find_packed_sequence_indices")
+}
 ISOLATED_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -279,12 +283,27 @@ def known_documents(implementation: str) -> Iterator[None]:
     if implementation in MASKED:
         yield
         return
-    find = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = find
+        masking_utils.find_packed_sequence_indices = LOOKS["find_packed_sequence_indices"]
+
+
+@contextmanager
+def plain_rows() -> Iterator[None]:
+    """Forward passes without cached keys, of one text a row, masked where and only where some row is padded.
+
+    Transformers would look whether rows with a mask are padded, and whether those without hold several documents. It
+    reads a tensor for that, so that the CPU would wait for a GPU.
+    """
+    for name in LOOKS:
+        setattr(masking_utils, name, lambda *args, **settings: None)  # neither: make the mask, of one text a row
+    try:
+        yield
+    finally:  # what was there at import: passages may be encoded in another thread at the same time
+        for name, function in LOOKS.items():
+            setattr(masking_utils, name, function)
 
 
 def check_sequence_parallel(config: PretrainedConfig, size: int, packing: bool, implementation: str) -> None:

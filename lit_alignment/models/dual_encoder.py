@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.losses.chunks import wide
+from lit_alignment.models.attention import plain_rows
 from lit_alignment.models.loading import BackboneConfig, from_pretrained
+from lit_alignment.models.varlen import to_device
 
 Pooling = Literal["mean", "cls", "last"]
 
@@ -147,8 +149,10 @@ class DualEncoder(nn.Module):
             input_ids[row, : len(own)] = torch.tensor(own)
             mask[row, : len(own)] = 1
         device = next(tower.parameters()).device
-        mask = mask.to(device)
-        hidden = tower(input_ids=input_ids.to(device), attention_mask=mask).last_hidden_state
+        input_ids, mask = to_device(input_ids, device), to_device(mask, device)
+        padded = any(len(own) < width for own in ids)
+        with plain_rows():
+            hidden = tower(input_ids=input_ids, attention_mask=mask if padded else None).last_hidden_state
         vectors = pool(wide(hidden), mask, self.settings.pooling)
         return nn.functional.normalize(vectors, dim=-1) if self.settings.normalize else vectors
 
@@ -218,6 +222,7 @@ def _tower(settings: RetrieverConfig, path: str) -> PreTrainedModel:
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, nn.Module):
         model.pooler = None  # BERT's own, which takes no part and would count as trained
+    model.config.use_cache = False  # a decoder would keep keys and values of a text that nobody continues
     # Without dropout: a passage must have one vector, in training and in the index.
     for module in model.modules():
         if isinstance(module, nn.Dropout):

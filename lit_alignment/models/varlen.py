@@ -102,7 +102,7 @@ def varlen_layout(
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The same on another device, for which the host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def under_autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
@@ -164,6 +165,8 @@ class PassageIndex:
     def search(self, queries: Tensor, k: int, together: bool = False) -> tuple[Tensor, Tensor]:
         """Scores and positions of the K best passages, both [B, K], best first; fewer if there are fewer.
 
+        Both are where the embeddings are: on the CPU, or, of a search `together`, on the queries' device.
+
         Args:
             queries: [B, D].
             k: K.
@@ -177,11 +180,11 @@ class PassageIndex:
         if self.faiss is None:
             return exact_search(queries, self._compared(), k)
         self.compare(FAISS_FILE)
-        scores, positions = self.faiss.search(queries.float().cpu().numpy(), k)
-        scores, positions = torch.from_numpy(scores).to(queries.device), torch.from_numpy(positions).to(queries.device)
+        queries = queries.float().cpu()
+        scores, positions = (torch.from_numpy(each) for each in self.faiss.search(queries.numpy(), k))
         short = (positions < 0).any(1)  # the clusters that were looked into held fewer than K
         if short.any():
-            scores[short], positions[short] = exact_search(queries[short].float(), self._compared(), k)
+            scores[short], positions[short] = exact_search(queries[short], self._compared(), k)
         return scores, positions
 
     def _shard(self, number: int) -> Tensor:
@@ -207,16 +210,17 @@ class PassageIndex:
         return self._part
 
     def embeddings(self, positions: Tensor) -> Tensor:
-        """Stored embeddings at the given positions, fp32, [..., D]."""
-        flat = positions.reshape(-1).cpu()
-        found = torch.empty(len(flat), self.manifest.dimension, dtype=torch.float32)
+        """Stored embeddings at the given positions, fp32, [..., D], on the CPU, where both are."""
+        flat = positions.reshape(-1).numpy()  # NumPy knows no device, so nobody takes its reads for waits
+        rows = torch.empty(len(flat), self.manifest.dimension, dtype=torch.float32)
         start = 0
         for number, shard in enumerate(self.shards):
-            inside = (flat >= start) & (flat < start + len(shard))
-            if inside.any():
-                found[inside] = self._shard(number)[flat[inside] - start].float().cpu()
+            inside = np.flatnonzero((flat >= start) & (flat < start + len(shard)))
+            if len(inside):
+                local = torch.from_numpy(flat[inside] - start)
+                rows[torch.from_numpy(inside)] = self._shard(number)[local].float()
             start += len(shard)
-        return found.view(*positions.shape, -1).to(positions.device)
+        return rows.view(*positions.shape, -1)
 
     def at(self, positions: Tensor) -> list[Passage]:
         """The passages at the given positions, [K]."""

@@ -6,12 +6,14 @@ B queries, K passages of a query, D width
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_alignment.data.passages import Passage, format_passage
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.dual_encoder import DualEncoder, RetrieverConfig, load_retriever, weights_hash
+from lit_alignment.models.varlen import to_device
 from lit_alignment.retrieval.index import IndexConfig, PassageIndex
 
 TrainedTowers = Literal["none", "query", "both"]
@@ -139,28 +141,32 @@ class PassageRetriever:
             positions, scores = (
                 torch.stack(rows) for rows in zip(*(self._cache[query] for query in queries), strict=True)
             )
-        return [self.index.at(row) for row in positions.cpu()], scores
+        return [self.index.at(row) for row in positions], scores
 
     def _search(self, queries: Sequence[str], together: bool) -> tuple[Tensor, Tensor]:
-        """Positions in the index of the K best passages of each query, and their scores, both [B, K]."""
+        """Positions in the index of the K best passages of each query, on the CPU, and their scores, both [B, K]."""
         vectors = self.encoder.queries(queries)
         _, positions = self.index.search(vectors, self.num_passages * self.over_retrieve, together=together)
+        positions = positions.cpu()
         if self.over_retrieve > 1:
             with torch.no_grad():
                 fresh = self._encoded(positions)
                 _, best = torch.einsum("bd,bkd->bk", vectors, fresh).topk(min(self.num_passages, positions.shape[1]))
-            positions = positions.gather(1, best)
+            positions = positions.gather(1, best.cpu())
         # An index always lags behind towers that learn; the scores do not.
         passages = (
             self._encoded(positions)
             if self.trained == "both" or self.over_retrieve > 1
-            else self.index.embeddings(positions).to(vectors.dtype)
+            else to_device(self.index.embeddings(positions), vectors.device).to(vectors.dtype)
         )
         return positions, torch.einsum("bd,bkd->bk", vectors, passages) / self.config.temperature
 
     def _encoded(self, positions: Tensor) -> Tensor:
         """Passages at positions of the index, encoded by the passage tower as it is now, [B, K, D]."""
-        unique, inverse = torch.unique(positions, return_inverse=True)
+        unique, inverse = np.unique(positions.numpy(), return_inverse=True)
         form = self.config.passage_format
-        texts = [format_passage(form, passage.title, passage.text) for passage in self.index.at(unique)]
-        return self.encoder.passages(texts)[inverse]
+        texts = [
+            format_passage(form, passage.title, passage.text) for passage in self.index.at(torch.from_numpy(unique))
+        ]
+        encoded = self.encoder.passages(texts)
+        return encoded[to_device(torch.from_numpy(inverse).view(positions.shape), encoded.device)]

@@ -16,8 +16,8 @@ BLOCK = 16384  # passages whose scores exist at one time
 def exact_search(queries: Tensor, shards: Sequence[Tensor], k: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """The K passages with the largest inner products, and these.
 
-    Blocks of passages are scored one after the other. Of each block only those are looked at that beat the K-th best
-    so far, so that nearly all time goes into the matrix product.
+    Blocks of passages are scored one after the other. Of each block only those are looked at, on a CPU, that beat the
+    K-th best so far, so that nearly all time goes into the matrix product.
 
     Args:
         queries: [B, D]; they are rounded to the type of the embeddings, and compared on their device.
@@ -26,7 +26,7 @@ def exact_search(queries: Tensor, shards: Sequence[Tensor], k: int, block: int =
         block: Passages a block.
 
     Returns:
-        Scores, fp32, and positions among all passages, both [B, K], best first, on the queries' device.
+        Scores, fp32, and positions among all passages, both [B, K], best first, on the embeddings' device.
 
     Raises:
         ValueError: If K is larger than N.
@@ -34,21 +34,23 @@ def exact_search(queries: Tensor, shards: Sequence[Tensor], k: int, block: int =
     total = sum(len(shard) for shard in shards)
     if k > total:
         raise ValueError(f"{k} passages were asked for, and there are {total}.")
-    device = queries.device
     queries = queries.to(shards[0].device)
     best = queries.new_full((len(queries), k), -torch.inf, dtype=torch.float32)
     positions = torch.full_like(best, -1, dtype=torch.long)
     if len(queries) == 0:
-        return best.to(device), positions.to(device)
+        return best, positions
     start = 0
     for shard in shards:
         for rows in torch.split(shard, block):
             found = (queries.to(rows.dtype) @ rows.T).float()
-            scores, own = _candidates(found, best[:, -1:], k)
+            if start == 0 or found.device.type != "cpu":  # to know which beat the K-th best, a GPU would be waited for
+                scores, own = found.topk(min(k, len(rows)))
+            else:
+                scores, own = _candidates(found, best[:, -1:], k)
             best, order = torch.cat([best, scores], 1).topk(k)
             positions = torch.cat([positions, own + start], 1).gather(1, order)
             start += len(rows)
-    return best.to(device), positions.to(device)
+    return best, positions
 
 
 @torch.no_grad()
@@ -69,7 +71,7 @@ def sharded_search(queries: Tensor, part: Tensor, start: int, k: int) -> tuple[T
     world = range(dist.get_world_size())
     counts = [torch.zeros((), dtype=torch.long, device=queries.device) for _ in world]
     dist.all_gather(counts, torch.tensor(len(queries), device=queries.device))
-    sizes = [int(count) for count in counts]
+    sizes = torch.stack(counts).tolist()
     padded = queries.new_zeros(max(sizes), queries.shape[1])
     padded[: len(queries)] = queries
     everyone = [torch.empty_like(padded) for _ in world]

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OURS = ("/lit_alignment/", "/transformers/")
-APART = ("/generation/", "/rollout/", "/retrieval/")  # the step's texts follow from what these read
+APART = ("/generation/", "/rollout/")  # the step's texts follow from what these read
 READS = ("local_scalar_dense", "equal", "is_nonzero", "masked_select", "masked_scatter_backward", "nonzero")
 READS += ("unique", "unique2", "unique_dim")
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from lit_alignment import RetrieverDataModule, RetrieverModule
 from lit_alignment.data.sources.records import SourceConfig
@@ -11,6 +12,7 @@ from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.models.dual_encoder import RetrieverConfig, load_retriever, pool
 from lit_alignment.optimization import OptimizerConfig
 from tests.helpers import RETRIEVER, knowledge, trainer
+from tests.helpers.waits import Waits
 
 TEXTS = ["order", "the kitchen scale does not work please reply", "a b c d e f g h " * 40]
 
@@ -23,6 +25,22 @@ def test_vector_does_not_depend_on_what_else_is_in_the_batch(pooling):
         alone = torch.cat([encoder.queries([text]) for text in TEXTS])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
+
+
+def test_padding_of_an_encoder_that_looks_both_ways_is_not_looked_at():
+    """As BERT's: texts of one length are encoded without a mask, those of several with one; the GPU is not asked."""
+    config = BertConfig(
+        vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    torch.manual_seed(0)
+    encoder = load_retriever(RETRIEVER)
+    tower = BertModel(config, add_pooling_layer=False).eval()
+    ids = [[5, 6, 7], [8, 9, 10, 11, 12], [13]]
+    with torch.no_grad(), Waits() as waits:
+        together = encoder._vectors(tower, ids)
+        alone = torch.cat([encoder._vectors(tower, [each]) for each in ids])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert not waits.places
 
 
 def test_pooling_by_hand():

@@ -1,10 +1,13 @@
 """On a GPU the CPU queues work ahead; a value that is read, or a shape made of values, makes it wait for the queue."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lit_alignment import LossConfig, RAGModule, RolloutConfig
+from lit_alignment import LossConfig, RAGModule, RetrieverDataModule, RetrieverModule, RolloutConfig, SourceConfig
 from tests.helpers import (
+    RETRIEVER,
     chats,
     class_data,
     classifier,
@@ -76,6 +79,15 @@ def of_rag(folder):
     return module, rag_data(module, chats(6, longest=5), batch_size=2)
 
 
+def of_retriever(folder):
+    module = RetrieverModule(replace(RETRIEVER, towers="separate"))
+    questions = [{"query": each.text, "positive": {"text": each.title * 3}} for each in knowledge(6)]
+    data = RetrieverDataModule(
+        module.tokenizer, train=[SourceConfig(records=questions, name="questions")], batch_size=2, packing=False
+    )
+    return module, data
+
+
 def of_vlm(folder):
     module = vlm_module(train_encoder=True)
     return module, vlm_data(module, seen(folder, 6), **PADDED)
@@ -91,6 +103,7 @@ METHODS = {
     "policy": of_policy,
     "distillation": of_distillation,
     "rag": of_rag,
+    "retriever": of_retriever,
     "vlm": of_vlm,
 }
 
