@@ -14,7 +14,17 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.gpu_workloads import DOCUMENTS, PAIRS, WARM, Place, lora, now, write_documents, write_pairs
+from benchmarks.gpu_workloads import (
+    DOCUMENTS,
+    PAIRS,
+    WARM,
+    Place,
+    lora,
+    now,
+    total_memory,
+    write_documents,
+    write_pairs,
+)
 from lit_alignment import PreferenceDataModule, PreferenceModule, SFTDataModule, SFTModule
 from lit_alignment.callbacks.throughput import peak_memory
 from lit_alignment.data.encoding.encoder import EncodingConfig
@@ -102,6 +112,7 @@ class SftRun:
             peft=module.peft_config,
             adapter=None,
             device_type=place.device.type,
+            device_memory=total_memory(place.device),
         )
         return memory.total
 

@@ -84,6 +84,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None of a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def lora() -> LoraConfig:
     """Adapters on all linear layers."""
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

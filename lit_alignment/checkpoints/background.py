@@ -188,7 +188,10 @@ def point(link: Path, target: Path) -> None:
 
 
 def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A copy in the memory of the host; tensors that share their numbers share them in it too."""
+    """A copy in the memory of the host; tensors that share their numbers share them in it too.
+
+    From a GPU all copies are under way at once, into pinned memory, which PyTorch keeps for the next time.
+    """
     copies: dict[tuple[Any, ...], Tensor] = {}
 
     def copy(tensor: Tensor) -> Tensor:
@@ -196,8 +199,11 @@ def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
             return tensor.detach().to("cpu", copy=True)
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if key not in copies:
-            copies[key] = tensor.detach().to("cpu", copy=True)
+            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+            copies[key] = host.copy_(tensor.detach(), non_blocking=True)
         return copies[key]
 
     copied: dict[str, Any] = apply_to_collection(checkpoint, torch.Tensor, copy)
+    if any(device.type == "cuda" for device, *_ in copies):
+        torch.cuda.synchronize()
     return copied

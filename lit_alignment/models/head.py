@@ -128,7 +128,12 @@ def scores_at(model: nn.Module, read_at: Tensor, **inputs: Any) -> Tensor:
 
 
 def head_loss(
-    model: nn.Module, hidden: Tensor, targets: Tensor, weights: Tensor | None, label_smoothing: float = 0.0
+    model: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    label_smoothing: float = 0.0,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed loss and number of argmax hits of the model's own logits at these hidden states.
 
@@ -138,6 +143,7 @@ def head_loss(
         targets: Token ids, [N].
         weights: Weight of each target, [N].
         label_smoothing: Probability spread evenly over the vocabulary.
+        chunk_size: Positions whose logits exist at one time; None chooses by the device.
     """
     head = output_head(model)
     if not is_product(head):
@@ -155,6 +161,7 @@ def head_loss(
             label_smoothing=label_smoothing,
             scale=scale,
             softcap=softcap,
+            chunk_size=chunk_size,
         )
 
     with _forward(head, loss):

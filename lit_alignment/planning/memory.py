@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from lit_alignment.losses.chunks import chunk_within
 from lit_alignment.models.adapters import AdapterConfig, is_prompt_learning
 from lit_alignment.models.attention import Attention, document_arguments
 from lit_alignment.models.head import base_model, head_loss, hidden_states, scores_at
@@ -184,6 +185,7 @@ def step_memory(
     adapter: AdapterConfig | None,
     dtype: torch.dtype | None = None,
     device_type: str = "cpu",
+    device_memory: int | None = None,
     optimizer: OptimizerConfig | None = None,
 ) -> StepMemory:
     """Memory of the second training step, when gradients and optimizer states exist.
@@ -199,6 +201,7 @@ def step_memory(
         adapter: An existing adapter, whose configuration stands for its weights.
         dtype: Precision of all weights, where the Trainer's precision sets it.
         device_type: Where it is to run, which decides what `auto` settings mean.
+        device_memory: Bytes of a GPU, whose free part decides how many logits exist at a time; None on a CPU.
         optimizer: The optimizer; None is the usual one.
     """
     if adapter is not None:
@@ -223,7 +226,7 @@ def step_memory(
     with FakeTensorMode(allow_non_fake_inputs=True):
         network.to_empty(device="cpu")
         base_model(network).tie_weights()
-        memory = _simulate(network, workload)
+        memory = _simulate(network, workload, device_memory)
     if backbone.layers.offload:
         memory = _offloaded(memory, network, workload)
     memory = replace(memory, optimizer=state_bytes(network, optimizer or OptimizerConfig()))
@@ -240,7 +243,7 @@ def _without_data(peft: PeftConfig) -> PeftConfig:
     return PeftConfig.from_peft_type(**changed)
 
 
-def _simulate(network: nn.Module, workload: Workload) -> StepMemory:
+def _simulate(network: nn.Module, workload: Workload, device_memory: int | None) -> StepMemory:
     memory = LiveMemory()
     parameters = list(network.parameters())
     for tensor in [*parameters, *network.buffers()]:
@@ -253,7 +256,9 @@ def _simulate(network: nn.Module, workload: Workload) -> StepMemory:
             memory.see(parameter.grad)
     with memory:
         with memory.highest() as forward_peak:
-            loss, activations, logits = _forward(network, workload, memory)
+            # What is free is asked for in the first step, when there are neither gradients nor states of the optimizer.
+            usable = None if device_memory is None else device_memory + gradients
+            loss, activations, logits = _forward(network, workload, memory, usable)
         network.zero_grad()
         with memory.highest() as backward_peak:
             _backward(loss)
@@ -304,7 +309,7 @@ def _layers(network: nn.Module) -> list[nn.Module]:
     return decoder_layers(base_model(network))
 
 
-def _forward(network: nn.Module, workload: Workload, memory: LiveMemory) -> tuple[Tensor, int, int]:
+def _forward(network: nn.Module, workload: Workload, memory: LiveMemory, usable: int | None) -> tuple[Tensor, int, int]:
     """Loss of a micro-batch, bytes that exist before the loss, and the most that the loss adds."""
     inputs = _inputs(network, workload)
     num_trained = max(1, math.floor(workload.trained * inputs["input_ids"].numel()))
@@ -317,8 +322,10 @@ def _forward(network: nn.Module, workload: Workload, memory: LiveMemory) -> tupl
         trained = hidden.flatten(0, 1)[:num_trained].clone()
         before = memory.current
         targets, ones = torch.zeros(num_trained, dtype=torch.long), torch.ones(num_trained)
+        vocabulary = base_model(network).config.get_text_config().vocab_size
+        chunk = None if usable is None else chunk_within(max(0, usable - before), vocabulary)
         with memory.highest() as peak:
-            loss, _ = head_loss(network, trained, targets, ones)
+            loss, _ = head_loss(network, trained, targets, ones, chunk_size=chunk)
     return loss, before, peak[0] - before
 
 

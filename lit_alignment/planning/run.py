@@ -19,6 +19,7 @@ from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.planning.memory import RolloutShape, StepMemory, Workload, step_memory
 
 GIB = 2**30
+USUAL_MEMORY = 80 * GIB  # of a GPU that nothing is said about
 NUM_ADVISED = 3  # settings that a message names
 KINDS = {"bf16": torch.bfloat16, "16": torch.float16}  # of the Trainer's precision
 
@@ -94,7 +95,11 @@ def asked_of(trainer: Trainer, strategy: Any) -> dict[str, Any]:
 
 
 def run_memory(
-    module: Simulated, data: AlignmentDataModule, asked: Asked, trained_share: float
+    module: Simulated,
+    data: AlignmentDataModule,
+    asked: Asked,
+    trained_share: float,
+    device_memory: float = USUAL_MEMORY,
 ) -> tuple[StepMemory, Workload]:
     """Memory of a step on one device, and the micro-batch it is of.
 
@@ -103,6 +108,7 @@ def run_memory(
         data: Its data.
         asked: Settings of the Trainer: `precision` and `accelerator`.
         trained_share: Share of the tokens that the loss applies to.
+        device_memory: Bytes of one device; the loss takes more logits at a time where a GPU has more.
     """
     precision = str(asked["precision"] or "32-true")
     kind = KINDS.get(precision.partition("-")[0])
@@ -127,6 +133,7 @@ def run_memory(
         dtype=None if mixed else kind,
         optimizer=module.optimizer_config,
         device_type="cuda" if _on_gpu(asked) else "cpu",
+        device_memory=int(device_memory) if _on_gpu(asked) else None,
     )
     return memory.beside(module.frozen_copy, adapters=module.peft_config is not None), workload
 
@@ -265,7 +272,8 @@ def out_of_memory(module: Simulated, data: AlignmentDataModule, asked: Asked, sa
     """
     text = f"out of memory ({said.splitlines()[0].rstrip('.')[:300]}). "
     try:
-        memory, _ = run_memory(module, data, asked, 1.0)
+        total = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else USUAL_MEMORY
+        memory, _ = run_memory(module, data, asked, 1.0, total)
         parts = per_device(memory, sharding_of(asked))
         helpful = helpful_settings(parts, module, data, asked)
     except Exception as error:  # whatever a simulation stumbles over, it must not hide why the run has ended

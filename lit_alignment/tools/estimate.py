@@ -12,7 +12,15 @@ from lit_alignment.distributed.tensor_parallel import layer_plan
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import decoder_flops_per_token, from_pretrained
 from lit_alignment.planning.memory import StepMemory, Workload
-from lit_alignment.planning.run import GIB, Sharding, helpful_settings, per_device, run_memory, sharding_of
+from lit_alignment.planning.run import (
+    GIB,
+    USUAL_MEMORY,
+    Sharding,
+    helpful_settings,
+    per_device,
+    run_memory,
+    sharding_of,
+)
 from lit_alignment.planning.scaling import (
     Cluster,
     Sharing,
@@ -34,7 +42,11 @@ def main(arguments: list[str]) -> None:
         description="Memory per device of a training step. The step is simulated with tensors that have shapes and no "
         "data, so it needs neither the weights nor the device. Takes the options of fit: --config, and any setting.",
     )
-    parser.add_argument("--memory", type=positive(), help="GiB of one device: say whether it fits")
+    parser.add_argument(
+        "--memory",
+        type=positive(),
+        help="GiB of one device: say whether it fits (a GPU has 80 where this is not given)",
+    )
     parser.add_argument("--trained-share", type=positive(1), default=1.0, help="share of trained tokens (default: all)")
     parser.add_argument("--scale", help="also FSDP2 on these numbers of devices, such as 8,64,1024")
     parser.add_argument(
@@ -48,7 +60,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--network", type=positive(), default=50, help="GB/s of a device to other nodes (default: 50)")
     options, rest = parser.split(arguments)
     cli = build_for_tool(rest)
-    memory, workload = run_memory(cli.model, cli.datamodule, cli.asked, options.trained_share)
+    size = USUAL_MEMORY if options.memory is None else options.memory * GIB
+    memory, workload = run_memory(cli.model, cli.datamodule, cli.asked, options.trained_share, size)
     sharding = sharding_of(cli.asked)
     parts = per_device(memory, sharding)
     console = Console(soft_wrap=True)

@@ -64,9 +64,8 @@ def peak(kind, folder):
 
     The first has no moments yet, and those after the second take no more than that.
     """
-    libc = ctypes.CDLL(
-        None
-    )  # each tensor gets pages of its own: a malloc that keeps what is freed is measured with them
+    # Each tensor gets pages of its own: a malloc that keeps what is freed is measured with them.
+    libc = ctypes.CDLL(None)
     assert libc.mallopt(M_MMAP_THRESHOLD, 65536) and libc.mallopt(M_TRIM_THRESHOLD, 65536)
     module, data = module_and_data(kind, folder)
     resident = Resident()
@@ -90,12 +89,20 @@ def folder(tmp_path):
     return str(tmp_path)
 
 
-def simulated(folder, kind="full", workload=None, tokens=TokensConfig(), device="cpu", **backbone):  # noqa: B008
+def simulated(
+    folder,
+    kind="full",
+    workload=None,
+    tokens=TokensConfig(),  # noqa: B008
+    device="cpu",
+    device_memory=None,
+    **backbone,
+):
     base = BackboneConfig(folder, **({"gradient_checkpointing": kind == "checkpointing"} | backbone))
     tokenizer, added = load_tokenizer(base, tokens)
     if workload is None:
         workload = Workload([], 1, LENGTH) if kind == "prefix" else Workload([LENGTH])
-    settings = {"peft": ADAPTERS[kind], "adapter": None, "device_type": device}
+    settings = {"peft": ADAPTERS[kind], "adapter": None, "device_type": device, "device_memory": device_memory}
     return step_memory(base, tokenizer, workload, tokens=tokens, added=added, **settings)
 
 
@@ -202,6 +209,21 @@ def test_estimate_is_within_15_percent_of_what_training_takes(kind, folder):
     run_on_ranks(peak, kind, folder, ranks=1)
     measured = json.loads((Path(folder) / "taken.json").read_text())
     assert simulated(folder, kind).total == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+def test_logits_are_counted_in_the_chunks_that_a_gpu_has_room_for(folder):
+    """A sixteenth of what is free beside weights and activations, in the first step, at 16 bytes a logit."""
+
+    def gpu(memory):
+        return simulated(folder, "lora", Workload([2048]), device="cuda", device_memory=memory)
+
+    least = gpu(0)  # chunks of 256
+    beside, chunk = least.weights + least.activations, 512 * V * 16 * 16
+    one, two, three = (gpu(beside + room).loss for room in (chunk, 2 * chunk - 1, 2 * chunk))
+    assert one == two > least.loss
+    assert three - one == pytest.approx(2 * (one - least.loss), rel=0.02)  # 512 positions more, after 256
+    assert 4 * V <= (three - one) / 512 <= 16 * V
 
 
 @pytest.mark.slow
