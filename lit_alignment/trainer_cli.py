@@ -33,6 +33,8 @@ from lit_alignment.checkpoints.newest import newest_checkpoint
 from lit_alignment.checkpoints.resuming import REQUEUED, CheckpointConnector, find_checkpoint, write_into_run_of
 from lit_alignment.config_errors import Checker, explain, find_misfit, find_unusable
 from lit_alignment.config_files import placed, read_layers
+from lit_alignment.config_help import class_help, command_help
+from lit_alignment.config_items import split_items, with_items
 from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError, constructing
 from lit_alignment.files import naming
@@ -284,12 +286,24 @@ def _media(model: AlignmentModule) -> Any:
 
 
 def main(arguments: list[str]) -> None:
-    """Run one of LightningCLI's commands.
+    """Run one of LightningCLI's commands, or print its help.
 
     Raises:
         ConfigError: If the configuration is wrong; the message names the key and the nearest valid one.
     """
-    build(arguments, run=True)
+    asks = next((number for number, word in enumerate(arguments) if word in ("-h", "--help")), None)
+    if asks is None:
+        build(arguments, run=True)
+        return
+    topic = next(iter(arguments[asks + 1 : asks + 2]), "")
+    if topic == "trainer":
+        build([arguments[0], "--help"], run=True)
+    elif topic and not topic.startswith("-"):
+        print(class_help(topic))
+    else:
+        checker = Checker(_hints())
+        checker.check(read_layers(split_items(arguments)[0]))
+        print(command_help(arguments[0], checker.classes))
 
 
 def build(arguments: list[str], run: bool = False) -> AlignmentCLI:
@@ -312,9 +326,14 @@ def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
     if not sys.stderr.isatty():
         disable_progress_bars()
         disable_progress_bar()
+    arguments, of_items = split_items(arguments)
     layers = read_layers(arguments)
     checker = Checker(_hints())
     checker.check(layers)
+    if of_items:
+        arguments = with_items(arguments, of_items)
+        layers = read_layers(arguments)
+        checker.check(layers)
     try:
         with _lists_replace_lists():
             return kind(

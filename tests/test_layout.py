@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 STOREYS = [
     ["errors", "moved", "secrets", "terminal"],
     ["config_files", "config_types", "files", "optimizers", "paths"],
-    ["config_errors", "loggers", "losses", "metrics", "optimization", "data.sources"],
+    ["config_errors", "config_help", "config_items", "loggers", "losses", "metrics", "optimization", "data.sources"],
     ["data.encoding"],
     ["data.batching", "data.multimodal"],
     ["data"],
