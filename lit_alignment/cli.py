@@ -18,7 +18,7 @@ TOOLS = {
     "estimate": ("lit_alignment.tools.estimate", "parameters and memory per device, before a launch"),
     "export": ("lit_alignment.tools.export", "checkpoint or adapter -> a Hugging Face folder, logits compared"),
     "merge": ("lit_alignment.tools.merge", "the same, with the adapters merged into the weights"),
-    "evaluate": ("lit_alignment.tools.evaluate", "metrics of the answers in a predictions file"),
+    "evaluate": ("lit_alignment.tools.evaluate", "metrics of predictions: answers, classes or rewards"),
     "sample": (
         "lit_alignment.tools.sample",
         "choose among scored answers: best of n, rejection sampling; as pairs or chats",

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -15,6 +15,7 @@ from lit_alignment.errors import ConfigError, RecordError, writing
 from lit_alignment.secrets import masked
 
 Key = tuple[str, str]  # (dataset, id)
+Kind = Literal["answers", "classes", "rewards"]  # of a generator, a classifier, a reward model
 ANOTHER = "Set the PredictionWriter's output_dir to a new folder, or overwrite: true."
 FULL = (
     "Free its disk, or set the PredictionWriter's output_dir to a folder that can be written; what is answered is kept"
@@ -218,38 +219,59 @@ def unlock_folder(file: IO[bytes]) -> None:
     file.close()
 
 
-def read_predictions(paths: Sequence[Path]) -> Iterator[tuple[dict[str, Any], Record]]:
+def kind_of_predictions(path: Path) -> Kind:
+    """Whose predictions a file holds, by its first line.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+    """
+    _, first = next(_records(path), ("", None))
+    if not isinstance(first, dict):
+        return "answers"
+    return "classes" if "prediction" in first else "rewards" if "rewards" in first else "answers"
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}).")
+    return read_file(path, suffix=".jsonl")
+
+
+def read_predictions(paths: Sequence[Path], kind: Kind = "answers") -> Iterator[tuple[dict[str, Any], Record]]:
     """The lines of files that predict has written, each with its conversation; `dataset` is the file's name if missing.
+
+    Args:
+        paths: The files.
+        kind: Whose predictions they hold.
 
     Raises:
         FileNotFoundError: If a file is not there.
         RecordError: If a line is none of predict's, or answers what another line has answered.
     """
     seen: dict[Key, str] = {}
+    needed = "prediction" if kind == "classes" else "answers"
     for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}).")
-        for where, raw in read_file(path, suffix=".jsonl"):
+        for where, raw in _records(path):
             record = read_record(raw, where, 0)
             line = {"dataset": path.stem, **raw, "id": record.id}
             line.pop("fingerprint", None)  # of use to predict alone
-            for name, value, kind in (
+            for name, value, wanted in (
                 ("id", raw.get("id"), str | int),
-                ("answers", raw.get("answers"), list),
+                (needed, raw.get(needed), object if kind == "classes" else list),
                 ("messages", raw.get("messages"), list),
                 ("dataset", line["dataset"], str),
             ):
-                if not isinstance(value, kind):
+                if not isinstance(value, wanted) or value is None:
                     fix = "Give a file that predict has written."
                     if name == "answers" and "prediction" in raw:
-                        fix = "These are a classifier's predictions, which `lit-alignment test` measures."
+                        fix = "These are a classifier's predictions, which have no answers."
                     raise RecordError(where, name, "is missing or wrong", fix)
             key = line["dataset"], line["id"]
             if key in seen:
                 problem = f"'{record.id}' of '{key[0]}' was answered at {seen[key]} already"
                 fix = "Take files with answers to the same prompts one by one."
                 raise RecordError(where, "id", problem, fix)
-            if not line["answers"]:
+            if kind == "answers" and not line["answers"]:
                 raise RecordError(where, "answers", "is empty", "Remove the line, or answer it again.")
             seen[key] = where
             yield line, record

@@ -1,8 +1,9 @@
-"""`lit-alignment evaluate`: metrics of a predictions file."""
+"""`lit-alignment evaluate`: metrics of a predictions file, of answers, classes or rewards."""
 
 import argparse
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from lit_alignment.data.encoding.messages import Record
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.evaluation.answers import TEXT_METRICS, AnswerMetric, build_metric
+from lit_alignment.evaluation.predictions import measure_classes, measure_rewards
 from lit_alignment.evaluation.scoring import AnsweredPrompt, Scorer, read_documents
 from lit_alignment.files import replaced
-from lit_alignment.generation.prediction_file import read_predictions
+from lit_alignment.generation.prediction_file import Kind, kind_of_predictions, read_predictions
 from lit_alignment.generation.reward_scorer import RewardScorer
 from lit_alignment.models.loading import BackboneConfig, load_network, load_tokenizer
 from lit_alignment.models.tokens import TokensConfig
@@ -29,11 +31,57 @@ from lit_alignment.tools.options import OptionParser, whole
 
 Line = tuple[dict[str, Any], AnsweredPrompt]
 PROMPTS_TOGETHER = 32
+MOST_CLASSES = 12  # whose confusion a terminal shows
+OF_ANSWERS = ("metrics", "vocabulary", "model", "base", "reward", "template", "per-record")
 
 
 def main(arguments: list[str]) -> None:
-    """Measure the answers and print one table for each data set."""
+    """Measure the predictions and print one table for each data set."""
     options = _parser().parse_args(arguments)
+    kind = kind_of_predictions(options.predictions[0])
+    if kind == "classes" or (kind == "rewards" and not options.metrics):
+        _evaluate_scores(options, kind)
+    else:
+        _evaluate_answers(options)
+
+
+def _evaluate_scores(options: argparse.Namespace, kind: Kind) -> None:
+    """Measure what a classifier or a reward model has predicted.
+
+    Raises:
+        ConfigError: If there is nothing to measure, or an option is given that is of answers.
+    """
+    if other := [name for name in OF_ANSWERS if getattr(options, name.replace("-", "_")) is not None]:
+        raise ConfigError(f"--{other[0]}: {options.predictions[0]} holds {kind}, and this is of generated answers.")
+    by_dataset: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for line, record in read_predictions(options.predictions, kind):
+        by_dataset.setdefault(line["dataset"], []).append((record.where, line))
+    measure = measure_classes if kind == "classes" else measure_rewards
+    found = {dataset: measure(lines) for dataset, lines in by_dataset.items()}
+    if not any(each.values for each in found.values()):
+        raise ConfigError(f"{options.predictions[0]}: no predictions of records with a label.")
+    console = Terminal()
+    for dataset, measured in found.items():
+        table = Table("metric", "value", "over", title=f"{dataset}, {len(by_dataset[dataset])} records")
+        table.title_justify = "left"
+        for name, value in measured.values.items():
+            table.add_row(name, f"{value:.4g}", measured.counts[name])
+        console.print(table)
+        if measured.confusion is not None and len(measured.classes) <= MOST_CLASSES:
+            console.print(_confusion(measured.classes, measured.confusion.tolist()))
+    if options.json:
+        _write(options.json, json.dumps({name: each.values for name, each in found.items()}, indent=2) + "\n")
+
+
+def _confusion(classes: Sequence[str], counts: list[list[int]]) -> Table:
+    table = Table("true \\ predicted", *classes, title_justify="left")
+    for name, row in zip(classes, counts, strict=True):
+        table.add_row(name, *map(str, row))
+    return table
+
+
+def _evaluate_answers(options: argparse.Namespace) -> None:
+    """Measure generated answers."""
     names = [name.strip() for name in options.metrics.split(",")] if options.metrics else _default_metrics(options)
     built = [build_metric(name, options.ngram, options.vocabulary) for name in names]
     lines = [(line, _prompt(line, record)) for line, record in read_predictions(options.predictions)]
@@ -73,8 +121,9 @@ def main(arguments: list[str]) -> None:
 def _parser() -> OptionParser:
     parser = OptionParser(
         prog="lit-alignment evaluate",
-        description="Metrics of generated answers: exact_match, length, distinct, diversity, self_bleu, rouge; with "
-        "models perplexity, kl, reward, retrieval_utility.",
+        description="Metrics of predictions. Of generated answers: exact_match, length, distinct, diversity, "
+        "self_bleu, rouge; with models perplexity, kl, reward, retrieval_utility. Of a classifier: accuracy, F1, AUROC "
+        "and others. Of a reward model: accuracy and margin of pairs, by subset.",
     )
     parser.add_argument("predictions", type=Path, nargs="+", help="files that predict has written")
     parser.add_argument("--metrics", help="names, with commas (default: those that apply)")
