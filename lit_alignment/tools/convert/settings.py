@@ -14,6 +14,15 @@ from lit_alignment.errors import ConfigError
 Value = TypeVar("Value")
 NAMES: dict[type[Any], str] = {dict: "an object", list: "a list", str: "a string"}
 NAMES |= {bool: "true or false", int: "an integer", float: "a number"}
+# Of the keys that a note is about: the loss and the step, the model, the data, measuring; then what is shown and kept.
+IMPORTANCE = (
+    r"^(?!cherry_pick).*(loss|smoothing|neftune|beta|fp16|bf16|ref_|learning_rate|optim|warmup|max_grad)",
+    r"^(model|rm|tokenizer|retriever|generator|encoder|modality|peft)",
+    r"^train",
+    r"^(val|data|question|passage|metrics)",
+    r"^(?!cherry_pick|resum|upload|logging|checkpoint)",
+    r"",
+)
 Extras = tuple[dict[str, Any], dict[str, Any]]  # further settings of a module, and of its data module
 
 
@@ -27,8 +36,14 @@ class Notes:
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def groups(self) -> tuple[list[str], list[str], list[str]]:
-        """Lines about what works otherwise, about what is not carried over, and the unknown keys."""
-        return _lines(self.changed), _lines(self.left_out), self.unknown
+        """Lines about what works otherwise, about what is not carried over, and the unknown keys, weightiest first."""
+        return _lines(self.changed), _lines(self.left_out), sorted(self.unknown, key=_rank)
+
+
+def _rank(line: str) -> int:
+    """How much a line matters: what is learned before what it is learned from, and what is only shown last."""
+    keys = line.partition(": ")[0].split(", ")
+    return next(rank for rank, pattern in enumerate(IMPORTANCE) if any(re.search(pattern, key) for key in keys))
 
 
 def _lines(notes: dict[str, list[str]]) -> list[str]:
@@ -39,7 +54,7 @@ def _lines(notes: dict[str, list[str]]) -> list[str]:
         counts = Counter(patterns.values())
         joined = dict.fromkeys(key if counts[pattern] == 1 else pattern for key, pattern in patterns.items())
         lines.append(f"{', '.join(joined)}: {text}")
-    return lines
+    return sorted(lines, key=_rank)
 
 
 @dataclass

@@ -501,3 +501,24 @@ def test_sampling_is_a_command_line_after_scoring(convert, tmp_path):
     (tmp_path / "old.yaml").unlink()
     (text,) = convert(old("sampling_random"))[0]
     assert text.splitlines()[-1].startswith("lit-alignment sample 'data/my answers.jsonl' --strategy random --number 3")
+
+
+def test_notes_on_what_is_learned_stand_before_those_on_what_is_shown():
+    notes = Notes()
+    for key in (
+        "cherry_pick_settings",
+        "resuming",
+        "train_dataset_settings",
+        "model_settings",
+        "trainer_settings.fp16",
+    ):
+        notes.changed[f"about {key}"].append(key)
+    notes.changed["about sources"] += ["cherry_pick_settings.sources[0].id", "train_dataset_settings.sources[0].id"]
+    assert [line.partition(":")[0].rpartition(", ")[2] for line in notes.groups()[0]] == [
+        "trainer_settings.fp16",
+        "model_settings",
+        "train_dataset_settings",
+        "train_dataset_settings.sources[0].id",
+        "cherry_pick_settings",
+        "resuming",
+    ]
