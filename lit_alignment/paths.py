@@ -1,6 +1,7 @@
 """Where things are kept outside a run."""
 
 import os
+import shlex
 import socket
 import threading
 import urllib.request
@@ -15,6 +16,12 @@ def cache_dir() -> Path:
     """`$LIT_ALIGNMENT_CACHE`, or `lit_alignment` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("LIT_ALIGNMENT_CACHE") or Path(base) / "lit_alignment").expanduser()
+
+
+def shown(path: Path) -> str:
+    """A path as a word of a command, from the working folder where it is inside of that."""
+    whole = Path(os.path.abspath(path))
+    return shlex.quote(str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else path))
 
 
 def local_path(name: str) -> str:
