@@ -15,6 +15,7 @@ from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import shown
 
+MOST_FIGURES = 6
 FILES = (PAGE, PICKS, "config.yaml", "data_report.json")
 
 
@@ -88,7 +89,7 @@ def ending(trainer: Trainer, why: str, saved: Path | None = None) -> str:
         lines.append(f"best: {kept.figure}, {shown(kept.best)}")
     elif lowest := _lowest(trainer):
         lines.append(f"best: {lowest}")
-    if kept.newest is not None and kept.newest != kept.best:
+    if kept.newest not in (None, kept.best, saved):
         lines.append(f"newest checkpoint: {shown(kept.newest)}")
     if kept.best is not None and (kept.best.parent / "export").exists():
         lines.append(f"export: {shown(kept.best.parent / 'export')}  (loads with from_pretrained)")
@@ -131,10 +132,10 @@ def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
 
 
 def _final(trainer: Trainer) -> str:
-    """The last loss of training, and what the last validation measured."""
+    """The last loss of training, and the first things that the last validation measured; the report has all."""
     values = trainer.callback_metrics
     names = [name for name in values if name == "train/loss" or name.startswith("val/")]
-    return ", ".join(f"{name} {float(values[name]):.4g}" for name in names)
+    return ", ".join(f"{name} {float(values[name]):.4g}" for name in names[:MOST_FIGURES])
 
 
 def _lowest(trainer: Trainer) -> str:
