@@ -14,6 +14,7 @@ TRAINER_COMMANDS = {
     "predict": "answer prompts and write predictions as JSONL",
 }
 TOOLS = {
+    "init": ("lit_alignment.tools.init", "write a short configuration for a method, with records to try it on"),
     "inspect": ("lit_alignment.tools.inspect", "show what the model will see, and why records were dropped"),
     "estimate": ("lit_alignment.tools.estimate", "parameters and memory per device, before a launch"),
     "export": ("lit_alignment.tools.export", "checkpoint or adapter -> a Hugging Face folder, logits compared"),
@@ -132,7 +133,7 @@ def _help() -> str:
     lines += [
         "",
         "`lit-alignment COMMAND --help` lists the settings of a command, `--print_config` prints them as YAML.",
-        "Start with: lit-alignment fit --config configs/sft/tiny.yaml",
+        "Start with: lit-alignment init sft, or lit-alignment demo",
     ]
     return "\n".join(lines)
 

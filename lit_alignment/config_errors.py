@@ -207,7 +207,7 @@ def explain(message: str, layers: list[Layer], command: str, classes: dict[str, 
         return _incomplete(import_object(missing[1]), missing[2].rstrip(","), layers, classes)
     if missing := re.search(r"arguments are required: (.+)", message):
         if not any(layer.file for layer in layers):
-            return f"{command}: no configuration. Give one with --config FILE, such as --config configs/sft/tiny.yaml."
+            return f"{command}: no configuration. Give one with --config FILE; `lit-alignment init sft` writes one."
         parts = " and ".join(part.rpartition(".")[2] for part in missing[1].split(", "))
         return f"{layers[-1].file or layers[0].file}: the configuration has no {parts}. Give its class_path."
     if extra := re.search(r"unrecognized arguments: (\S+)", message):

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.paths import recipes_dir
 
 MAX_BYTES = 2**23
 MAX_NODES = 200_000  # of a file whose anchors are written out
@@ -62,9 +63,9 @@ def read_file(path: str) -> yaml.MappingNode:
     """
     file = Path(path).expanduser()
     if not path:
-        raise ConfigError("--config needs a file, such as --config configs/sft/tiny.yaml.")
+        raise ConfigError("--config needs a file, such as `lit-alignment init sft` writes.")
     if not file.exists():
-        raise ConfigError(f"{path}: no such file (looked from {Path.cwd()}). Check --config.")
+        raise ConfigError(f"{path}: no such file (looked from {Path.cwd()}). {_recipe_hint(path)}")
     if not file.is_file():
         raise ConfigError(f"{path}: a folder, not a file. Give one of the files in it to --config.")
     if file.suffix in RECORDS:
@@ -84,6 +85,14 @@ def read_file(path: str) -> yaml.MappingNode:
         raise ConfigError(f"{path}: {described(root)}, not settings by name. Give a configuration to --config.")
     _check(root, path)
     return root
+
+
+def _recipe_hint(path: str) -> str:
+    """How a recipe comes to where a command looks for it, outside of a checkout."""
+    name = path.removeprefix("configs/")
+    if name == path or not (recipes_dir() / name).is_file():
+        return "Check --config."
+    return f"It is a recipe: lit-alignment init --recipe {name.removesuffix('.yaml')} writes it, with what it names."
 
 
 def described(node: yaml.Node) -> str:

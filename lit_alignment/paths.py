@@ -1,6 +1,7 @@
 """Where things are kept outside a run."""
 
 import os
+import shlex
 import socket
 import threading
 import urllib.request
@@ -17,6 +18,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("LIT_ALIGNMENT_CACHE") or Path(base) / "lit_alignment").expanduser()
 
 
+def fetched_path(name: str) -> Path:
+    """Where `lit-alignment fetch` puts a model of the hub."""
+    return cache_dir() / "models" / name.replace("/", "--")
+
+
+def recipes_dir() -> Path:
+    """Where the recipes are: in an installed package, or in the checkout around it."""
+    packaged = Path(__file__).parent / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def shown(path: Path) -> str:
+    """A path as a word of a command, from the working folder where it is inside of that."""
+    whole = Path(os.path.abspath(path))
+    return shlex.quote(str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else path))
+
+
 def local_path(name: str) -> str:
     """Where a model's files are: a folder as it stands, a fetched copy in the cache, or the hub's own name.
 
@@ -25,7 +43,7 @@ def local_path(name: str) -> str:
     """
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser())
-    fetched = cache_dir() / "models" / name.replace("/", "--")
+    fetched = fetched_path(name)
     if (fetched / "config.json").is_file():
         return str(fetched)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):

@@ -15,22 +15,28 @@ from datasets import disable_progress_bars
 from jsonargparse import ArgumentError, Namespace, _typehints, namespace_to_dict
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
 from lit_alignment.callbacks.interrupt import Interrupt, slurm_job
 from lit_alignment.callbacks.monitors import Monitors
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.progress import ModelSize, progress
-from lit_alignment.callbacks.run_folder import RunFolder
+from lit_alignment.callbacks.report import RunReport
+from lit_alignment.callbacks.run_folder import MaskedConfig, RunFolder, check_run_folder
 from lit_alignment.callbacks.summary import EndSummary
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
 from lit_alignment.checkpoints.newest import newest_checkpoint
-from lit_alignment.checkpoints.resuming import REQUEUED, CheckpointConnector, find_checkpoint, write_into_run_of
+from lit_alignment.checkpoints.resuming import (
+    REQUEUED,
+    CheckpointConnector,
+    find_checkpoint,
+    say_earlier_run,
+    write_into_run_of,
+)
 from lit_alignment.config_errors import Checker, explain, find_misfit, find_unusable
 from lit_alignment.config_files import placed, read_layers
 from lit_alignment.config_help import class_help, command_help
@@ -41,7 +47,7 @@ from lit_alignment.files import naming
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import cache_dir
 from lit_alignment.planning.run import asked_of, out_of_memory
-from lit_alignment.secrets import MASK, masked, masks_in
+from lit_alignment.secrets import MASK, masks_in
 
 # Said by libraries about themselves; a user can do nothing about them.
 QUIET = (
@@ -79,16 +85,6 @@ NO_DEVICE: dict[str, Any] = {"logger": False, "accelerator": "cpu", "devices": 1
 NO_DEVICE |= {"plugins": None, "profiler": None, "precision": None}
 
 CLI = TypeVar("CLI", bound="AlignmentCLI")
-
-
-class MaskedConfig(SaveConfigCallback):
-    """Writes the configuration of a run beside its results, without secrets."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it."""
-        self.config = masked(self.config)
-        with naming(Path(trainer.log_dir or "") / self.config_filename):
-            super().setup(trainer, pl_module, stage)
 
 
 class AlignmentCLI(LightningCLI):
@@ -166,7 +162,7 @@ class AlignmentCLI(LightningCLI):
         # Our loaders shard batches across ranks themselves; Lightning's sampler would shuffle what must stay in order.
         kwargs["use_distributed_sampler"] = False
         trainer = super().instantiate_trainer(**kwargs)
-        _check_run_folder(trainer)
+        check_run_folder(trainer)
         trainer._checkpoint_connector = CheckpointConnector(trainer)
         if type(trainer.strategy.checkpoint_io).__module__.startswith("lightning.") and not self._has_plugin():
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -175,7 +171,7 @@ class AlignmentCLI(LightningCLI):
             callbacks.append(PredictionWriter())
         self.run_folder = RunFolder()
         callbacks.insert(0, Monitors())  # before those that would stop the run at their first look
-        callbacks += [Interrupt(), self.run_folder, EndSummary()]
+        callbacks += [RunReport(), Interrupt(), self.run_folder, EndSummary()]
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -206,6 +202,8 @@ class AlignmentCLI(LightningCLI):
             self.config_init[subcommand]["ckpt_path"] = found
         if found is not None and resumes:
             write_into_run_of(found, self.trainer)
+        if given is None and found is None and resumes:
+            say_earlier_run(self.trainer)
 
     def _has_plugin(self) -> bool:
         plugins = self._get(self.config_init, "trainer.plugins") or []
@@ -213,17 +211,28 @@ class AlignmentCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         self._fetch_checkpoint(subcommand)
+        if subcommand == "predict":
+            self._write_beside_predictions()
         self.run_folder.take(self.trainer)
+        failed = True
         try:
             with naming(Path(self.trainer.log_dir or self.trainer.default_root_dir)):  # loggers name no file
                 self._run(subcommand)
+            failed = False
         except torch.OutOfMemoryError as error:
             if subcommand != "fit":
                 raise
             asked = asked_of(self.trainer, self._get(self.config, "trainer.strategy"))
             raise ConfigError(out_of_memory(self.model, self.datamodule, asked, str(error))) from error
         finally:
-            self.run_folder.leave()
+            self.run_folder.leave(failed)
+
+    def _write_beside_predictions(self) -> None:
+        """Give predict no folder of a run: it logs nothing, and its report on the data stands where the answers do."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        writer = next(each for each in callbacks if isinstance(each, PredictionWriter))
+        self.trainer.loggers = []
+        self.trainer._default_root_dir = str(writer.output_dir)  # type: ignore[attr-defined]
 
     def _run(self, subcommand: str) -> None:
         if self.uses_vllm:
@@ -255,16 +264,6 @@ def _check_pair(model: type[AlignmentModule], data: type[AlignmentDataModule]) -
     if ours and not issubclass(data, model.data_classes):
         usual = " or ".join(f"lit_alignment.{kind.__name__}" for kind in model.data_classes)
         raise ConfigError(f"data.class_path is {data.__name__}, and {model.__name__} reads other data. Use {usual}.")
-
-
-def _check_run_folder(trainer: Trainer) -> None:
-    """Refuse a first logger that keeps nothing on this disk: reports and configuration would have no place."""
-    first = trainer.loggers[0] if trainer.loggers else None
-    if first is not None and first.save_dir is None and not isinstance(first, DummyLogger):
-        raise ConfigError(
-            f"trainer.logger: {type(first).__name__} gives the run no folder on this disk. "
-            "Make it a list, with a TensorBoardLogger or CSVLogger first."
-        )
 
 
 def _tokenizer(model: AlignmentModule) -> Any:

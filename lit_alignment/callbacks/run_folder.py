@@ -1,15 +1,34 @@
-"""The folder of a run, which belongs to no other one."""
+"""The folder of a run, which belongs to no other one, and the configuration in it."""
 
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lit_alignment.errors import ConfigError, writing
+from lit_alignment.files import naming
+from lit_alignment.secrets import masked
 
+# What a run writes before it has done anything; metrics of steps are in the loggers' files alone.
+OF_A_START = ("config.yaml", "data_report.json", "hparams.yaml", "metrics.csv", "events.out.tfevents.*")
 FIX = "Free its disk, or set trainer.default_root_dir, or the logger's save_dir, to a folder that can be written"
+
+
+class MaskedConfig(SaveConfigCallback):
+    """Writes the configuration of a run beside its results, without secrets."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it; what decides predictions stands beside them already."""
+        if stage == "predict":
+            return
+        self.config = masked(self.config)
+        with naming(Path(trainer.log_dir or "") / self.config_filename):
+            super().setup(trainer, pl_module, stage)
 
 
 class RunFolder(Callback):
@@ -21,6 +40,7 @@ class RunFolder(Callback):
     def __init__(self) -> None:
         """Nothing is taken."""
         self._taken: dict[Path, int] = {}  # numbers by the folder of all runs
+        self._trained = False
 
     def take(self, trainer: Trainer) -> None:
         """Make the folders, on one process; loggers of one name share one.
@@ -42,11 +62,36 @@ class RunFolder(Callback):
         for logger in _counting(trainer):
             logger._version = trainer.strategy.broadcast(logger._version)
 
-    def leave(self) -> None:
-        """Remove folders in which nothing was written, as the run did not begin."""
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """From the first optimizer step on there is something to keep."""
+        self._trained = self._trained or trainer.global_step > 0
+
+    def leave(self, failed: bool) -> None:
+        """Remove the folders of a run that wrote nothing, or that failed before it had done anything.
+
+        Args:
+            failed: Whether the run ended by an error.
+        """
         for root, number in self._taken.items():
+            folder = root / f"version_{number}"
+            if failed and not self._trained and not any(map(_is_kept, folder.iterdir())):
+                shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # it holds something
-                (root / f"version_{number}").rmdir()
+                folder.rmdir()
+
+
+def check_run_folder(trainer: Trainer) -> None:
+    """Refuse a first logger that keeps nothing on this disk: reports and configuration would have no place."""
+    first = trainer.loggers[0] if trainer.loggers else None
+    if first is not None and first.save_dir is None and not isinstance(first, DummyLogger):
+        raise ConfigError(
+            f"trainer.logger: {type(first).__name__} gives the run no folder on this disk. "
+            "Make it a list, with a TensorBoardLogger or CSVLogger first."
+        )
+
+
+def _is_kept(path: Path) -> bool:
+    return not any(path.match(pattern) for pattern in OF_A_START) and (path.is_file() or any(path.iterdir()))
 
 
 def _counting(trainer: Trainer) -> list[Any]:

@@ -1,25 +1,79 @@
-"""Why a training ended, what was best, and how to go on."""
+"""What a training says last: why it ended, its figures, where its files are, and the commands that come next."""
 
 import re
-import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_alignment.callbacks.report import PAGE, PICKS, RunReport
+from lit_alignment.data.base import datamodule_of
+from lit_alignment.errors import ConfigError
+from lit_alignment.generation.settings import DecodingConfig
+from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.paths import shown
+
+MOST_FIGURES = 6
+FILES = (PAGE, PICKS, "config.yaml", "data_report.json")
+
 
 class EndSummary(Callback):
-    """Says at the end of a training why it ended."""
+    """Saves what ModelCheckpoint left out at the end of a training, and says how it ended and what comes next."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step, where checkpoints are of the newest and the last of them is older."""
+        if trainer.fast_dev_run or not _is_last_epoch(trainer):  # type: ignore[attr-defined]
+            return
+        for saver in _savers(trainer):  # here, as behind this hook the epoch counts as whole, wherever it has ended
+            if saver.monitor is None and saver._last_global_step_saved != trainer.global_step:
+                candidates = saver._monitor_candidates(trainer)
+                saver._save_topk_checkpoint(trainer, candidates)
+                saver._save_last_checkpoint(trainer, candidates)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it, when all checkpoints are written."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(ending(trainer, why_ended(trainer)))
+            rank_zero_info("\n".join([ending(trainer, why_ended(trainer)), *_next_commands(trainer, pl_module)]))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Checkpoints that a training leaves.
+
+    Args:
+        newest: Of the last step; None where none was saved.
+        best: By the metric of a ModelCheckpoint; None where none is measured.
+        figure: That metric and its value, in words.
+    """
+
+    newest: Path | None
+    best: Path | None
+    figure: str
+
+
+def kept_checkpoints(trainer: Trainer, saved: Path | None = None) -> Kept:
+    """The newest and the best checkpoint that are there.
+
+    Args:
+        trainer: That has trained.
+        saved: A checkpoint that is not one of ModelCheckpoint's, the newest.
+    """
+    savers = _savers(trainer)
+    judge = next((saver for saver in savers if saver.monitor is not None and saver.best_model_score is not None), None)
+    best, figure = None, ""
+    if judge is not None and Path(judge.best_model_path).exists():
+        best = Path(judge.best_model_path)
+        step = re.search(r"step=(\d+)", best.name)
+        figure = f"{judge.monitor} {float(judge.best_model_score or 0):.4g}{f' at step {step[1]}' if step else ''}"
+    names = {name for saver in savers for name in (saver.best_model_path, saver.last_model_path, *saver.best_k_models)}
+    files = [path for path in map(Path, names - {""}) if path.exists()]
+    return Kept(saved or max(files, key=lambda path: path.stat().st_mtime_ns, default=None), best, figure)
 
 
 def ending(trainer: Trainer, why: str, saved: Path | None = None) -> str:
-    """One line: why training ended and where, the best checkpoint, and the command that goes on.
+    """A few lines: why training ended and where, its figures, its files, and the command that goes on.
 
     Args:
         trainer: That has trained.
@@ -27,24 +81,25 @@ def ending(trainer: Trainer, why: str, saved: Path | None = None) -> str:
         saved: A checkpoint that is not one of ModelCheckpoint's.
     """
     epoch = max(trainer.current_epoch, trainer.fit_loop.epoch_progress.current.ready)  # counted from 1
-    parts = [f"{why} (optimizer step {trainer.global_step}, epoch {epoch})."]
-    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
-    judge = next((saver for saver in savers if saver.monitor is not None and saver.best_model_score is not None), None)
-    if judge is not None and Path(judge.best_model_path).exists():
-        step = re.search(r"step=(\d+)", Path(judge.best_model_path).name)
-        at = f" at step {step[1]}" if step else ""
-        parts.append(f"Best {judge.monitor}: {float(judge.best_model_score or 0):.4g}{at}, {judge.best_model_path}.")
-    names = {name for saver in savers for name in (saver.best_model_path, saver.last_model_path, *saver.best_k_models)}
-    kept = [path for path in map(Path, names - {""}) if path.exists()]
-    newest = saved or max(kept, key=lambda path: path.stat().st_mtime_ns, default=None)
-    config = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"
-    if newest is not None:
-        file = shlex.quote(str(config)) if config.is_file() else "..."
-        checkpoint = shlex.quote(str(newest))  # `newest` could be another run's
-        parts.append(f"To go on: lit-alignment fit --config {file} --ckpt_path {checkpoint}{_raised(trainer)}")
-    elif savers:
-        parts.append("No checkpoint was saved.")
-    return " ".join(parts)
+    lines = [f"{why} (optimizer step {trainer.global_step}, epoch {epoch})."]
+    if final := _final(trainer):
+        lines.append(f"final: {final}")
+    kept, folder = kept_checkpoints(trainer, saved), Path(trainer.log_dir or trainer.default_root_dir)
+    if kept.best is not None:
+        lines.append(f"best: {kept.figure}, {shown(kept.best)}")
+    elif lowest := _lowest(trainer):
+        lines.append(f"best: {lowest}")
+    if kept.newest not in (None, kept.best, saved):
+        lines.append(f"newest checkpoint: {shown(kept.newest)}")
+    if kept.best is not None and (kept.best.parent / "export").exists():
+        lines.append(f"export: {shown(kept.best.parent / 'export')}  (loads with from_pretrained)")
+    if files := [name for name in FILES if (folder / name).is_file()]:
+        lines.append(f"run: {shown(folder)}  ({', '.join(files)})")
+    if kept.newest is not None:
+        lines.append(f"To go on: {_command('fit', trainer, kept.newest)}{_raised(trainer)}")
+    elif _savers(trainer):
+        lines.append("No checkpoint was saved.")
+    return "\n".join(lines)
 
 
 def why_ended(trainer: Trainer) -> str:
@@ -63,6 +118,65 @@ def why_ended(trainer: Trainer) -> str:
     if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:
         return f"trainer.max_epochs: {trainer.max_epochs} is reached"
     return "training was stopped"
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    epochs = trainer.max_epochs or -1
+    return (
+        trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step or 0 < epochs <= trainer.current_epoch + 1
+    )
+
+
+def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+
+
+def _final(trainer: Trainer) -> str:
+    """The last loss of training, and the first things that the last validation measured; the report has all."""
+    values = trainer.callback_metrics
+    names = [name for name in values if name == "train/loss" or name.startswith("val/")]
+    return ", ".join(f"{name} {float(values[name]):.4g}" for name in names[:MOST_FIGURES])
+
+
+def _lowest(trainer: Trainer) -> str:
+    """The lowest loss of validation, where no checkpoint was chosen by a metric and later ones were higher."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    report = next((each for each in callbacks if isinstance(each, RunReport)), None)
+    points = report.curves.get("val/loss", []) if report is not None else []
+    step, value = min(points, key=lambda point: point[1], default=(0, 0.0))
+    if not points or step == points[-1][0]:
+        return ""
+    return f"val/loss {value:.4g} at step {step}, not kept (ModelCheckpoint with monitor: val/loss keeps it)"
+
+
+def _next_commands(trainer: Trainer, module: LightningModule) -> list[str]:
+    """What can be done with the best checkpoint, or the newest, one command a line."""
+    kept = kept_checkpoints(trainer)
+    checkpoint = kept.best or kept.newest
+    if checkpoint is None or not isinstance(module, AlignmentModule):
+        return []
+    asked = "" if datamodule_of(trainer).sources["predict"] else " --data.predict '[{path: FILE.jsonl}]'"
+    lines = [f"{_command('predict', trainer, checkpoint)}{asked}"]
+    if _answers(module):
+        lines.append(f"lit-alignment chat {shown(checkpoint)}")
+    merges = module.peft_config is not None and not module.peft_config.is_prompt_learning
+    if merges or not (checkpoint.parent / "export").exists():
+        lines.append(f"lit-alignment {'merge' if merges else 'export'} {shown(checkpoint)} --out FOLDER")
+    return ["Next:", *(f"  {line}" for line in lines)]
+
+
+def _answers(module: AlignmentModule) -> bool:
+    try:
+        module.respond([], DecodingConfig())
+    except ConfigError:
+        return False
+    return True
+
+
+def _command(name: str, trainer: Trainer, checkpoint: Path) -> str:
+    config = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"
+    file = shown(config) if config.is_file() else "..."
+    return f"lit-alignment {name} --config {file} --ckpt_path {shown(checkpoint)}"  # `newest` could be another run's
 
 
 def _timer(trainer: Trainer) -> Timer | None:

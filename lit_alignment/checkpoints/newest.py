@@ -23,13 +23,7 @@ def newest_checkpoint(trainer: Trainer, stem: str = "*", only: Path | None = Non
         stem: Pattern of their names, without `.ckpt`.
         only: One folder, where this is not to be any of theirs.
     """
-    # A link can point to nothing: the run was killed between a removal and the next link.
-    places = folders(trainer) if only is None else [only]
-    found = [path for folder in places for path in folder.glob(f"{stem}{SUFFIX}") if path.exists()]
-    for old in (path for folder in places for path in folder.glob(f".{stem}{SUFFIX}{OLD}")):
-        if found_path(old.with_name(old.name.removeprefix(".").removesuffix(OLD))) == old:
-            found.append(old)  # killed between the two renames of a save
-    for path in sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True):
+    for path in _by_age(folders(trainer) if only is None else [only], stem):
         try:
             check(path)
         except (CheckpointError, OSError) as error:
@@ -37,6 +31,21 @@ def newest_checkpoint(trainer: Trainer, stem: str = "*", only: Path | None = Non
         else:
             return path
     return None
+
+
+def earlier_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest checkpoint of earlier runs of the same name, readable or not; None without any."""
+    return next(iter(_by_age(folders(trainer), "*")), None)
+
+
+def _by_age(places: list[Path], stem: str) -> list[Path]:
+    """Checkpoints in some folders, the newest first."""
+    # A link can point to nothing: the run was killed between a removal and the next link.
+    found = [path for folder in places for path in folder.glob(f"{stem}{SUFFIX}") if path.exists()]
+    for old in (path for folder in places for path in folder.glob(f".{stem}{SUFFIX}{OLD}")):
+        if found_path(old.with_name(old.name.removeprefix(".").removesuffix(OLD))) == old:
+            found.append(old)  # killed between the two renames of a save
+    return sorted(found, key=lambda each: each.stat().st_mtime_ns, reverse=True)
 
 
 def folders(trainer: Trainer) -> list[Path]:

@@ -10,14 +10,15 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_alignment.checkpoints.newest import newest_checkpoint
+from lit_alignment.checkpoints.newest import earlier_checkpoint, newest_checkpoint
 from lit_alignment.checkpoints.reading import is_deepspeed
 from lit_alignment.checkpoints.sharded import REST, is_sharded
 from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
 from lit_alignment.files import conformed
+from lit_alignment.paths import shown
 
 NEWEST, LAST = "newest", "last"  # in place of a checkpoint's path
 UNKNOWN = ("best", "hpc", "registry")  # Lightning's words, which mean nothing to a new process
@@ -56,6 +57,16 @@ def find_checkpoint(word: str | None, trainer: Trainer, resumes: bool) -> str | 
         raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
     print(f"resuming from {found}" if found else "no checkpoint yet: starting", flush=True)
     return None if found is None else str(found)
+
+
+def say_earlier_run(trainer: Trainer) -> None:
+    """Say, where a training begins anew, that one of its name is there, and how to go on with that."""
+    found = None if trainer.fast_dev_run else earlier_checkpoint(trainer)  # type: ignore[attr-defined]
+    if found is not None:
+        rank_zero_info(
+            f"An earlier run of this name has left {shown(found)}. This run starts anew; to go on with the earlier "
+            "one, add --ckpt_path newest, and raise trainer.max_epochs or trainer.max_steps where it had reached that."
+        )
 
 
 def _check_folder(path: Path) -> None:

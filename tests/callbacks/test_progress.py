@@ -72,7 +72,8 @@ def test_command_without_a_terminal_says_lines_and_why_it_ended(tmp_path):
         "step 2/2",
     ]
     assert "validation: loss " in result.stdout
-    assert "trainer.max_steps: 2 is reached (optimizer step 2, epoch 1). Best val/loss: " in result.stderr
+    assert "trainer.max_steps: 2 is reached (optimizer step 2, epoch 1).\nfinal: train/loss " in result.stderr
+    assert "\nbest: val/loss " in result.stderr and "\nNext:\n  lit-alignment predict" in result.stderr
     assert "parameters: 172 K (model 172 K), 172 K of them trained\n" in result.stderr
     alarms = ("resumable", "eval mode at", "ranks is zero", "Epoch 0/-2", "Setting accelerator", "Encoding", "TPU")
     for alarm in (*alarms, "FLOPs", "summary callbacks", "Loading weights"):

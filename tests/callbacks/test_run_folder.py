@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -87,16 +88,52 @@ def test_run_takes_the_folder_in_which_everything_is_written(config, tmp_path):
         assert command("fit", "--config", config).returncode == 0
         assert versions(tmp_path) == [f"version_{each}" for each in range(number + 1)]
         run = tmp_path / f"runs/lightning_logs/version_{number}"
-        assert {"checkpoints", "config.yaml", "metrics.csv"} <= {path.name for path in run.iterdir()}
+        left = {path.name for path in run.iterdir()}
+        assert {"checkpoints", "config.yaml", "metrics.csv", "report.html", "data_report.json"} <= left
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["epoch=0-step=2.ckpt"]
     resumed = command("fit", "--config", config, "--ckpt_path=newest", "--trainer.max_steps=3")
     assert resumed.returncode == 0 and versions(tmp_path) == ["version_0", "version_1"]
     assert (tmp_path / "runs/lightning_logs/version_1/metrics.1.csv").exists()
 
 
 def test_run_that_does_not_begin_leaves_no_folder(config, tmp_path):
+    unlogged = [{"class_path": "EarlyStopping", "init_args": {"monitor": "train/los"}}]  # noticed after the first step
+    late = command("fit", "--config", config, f"--trainer.callbacks={json.dumps(unlogged)}")
+    assert late.returncode == 2 and versions(tmp_path) == ["version_0"]
+    shutil.rmtree(tmp_path / "runs")
+    unlogged[0]["init_args"]["monitor"] = "val/los"
+    validated = ["--data.val", json.dumps([{"path": str(tmp_path / "train.jsonl")}])]
+    result = command("fit", "--config", config, f"--trainer.callbacks={json.dumps(unlogged)}", *validated)
+    assert result.returncode == 2 and "Did you mean 'val/loss'?" in result.stderr
     (tmp_path / "train.jsonl").write_text("no JSON\n")
     assert command("fit", "--config", config).returncode == 2
     assert versions(tmp_path) == []
+
+
+def test_what_a_failed_start_did_not_write_stays(tmp_path):
+    folder = take(tmp_path, CSVLogger(tmp_path, name="run"))
+    (tmp_path / "run/version_0/memory.pickle").touch()
+    folder.leave(failed=True)
+    assert (tmp_path / "run/version_0/memory.pickle").exists()
+
+
+def test_predict_reports_beside_its_answers_and_leaves_no_folder_of_a_run(config, tmp_path):
+    asked = ["--data.predict", json.dumps([{"path": str(tmp_path / "train.jsonl"), "num_samples": 2}])]
+    writer = [{"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": str(tmp_path / "out")}}]
+    asked += [f"--trainer.callbacks={json.dumps(writer)}", "--model.generation={greedy: {max_new_tokens: 2}}"]
+    result = command("predict", "--config", config, *asked)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "runs").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"data_report.json", "greedy.jsonl"}
+
+
+def test_second_run_says_that_the_first_is_there_and_how_to_go_on_with_it(config, tmp_path):
+    checkpoint = tmp_path / "runs/lightning_logs/version_0/checkpoints/epoch=0-step=2.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()  # it is not read
+    (tmp_path / "train.jsonl").write_text("no JSON\n")
+    result = command("fit", "--config", config)
+    assert f"An earlier run of this name has left {checkpoint}. This run starts anew; to go on" in result.stderr
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
-"""The end of a training says why, what was best, and how to go on."""
+"""The end of a training saves its last step, and says why it ended, its figures, and what comes next."""
 
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_alignment.callbacks.summary import ending, why_ended
-from tests.helpers import chats, sft_data, sft_module, trainer
+from lit_alignment.callbacks.summary import EndSummary, ending, why_ended
+from tests.helpers import chats, pairs, reward_data, reward_model, sft_data, sft_module, trainer
 
 
 def fit(folder, *callbacks, **settings):
@@ -22,19 +22,26 @@ def test_early_stopping_is_named_with_the_best_step_and_the_command(tmp_path):
     run = fit(tmp_path, saver, stopper, max_epochs=9, logger=logger)
     config = tmp_path / "a run/n/version_0/config.yaml"
     config.write_text("")
-    line = ending(run, why_ended(run))
-    assert line.startswith("early stopping: ") and "did not improve in the last 1 records" in line
-    assert f"(optimizer step 16, epoch {run.current_epoch})" in line
+    first, *lines = ending(run, why_ended(run)).split("\n")
+    assert first.startswith("early stopping: ") and "did not improve in the last 1 records" in first
+    assert f"(optimizer step 16, epoch {run.current_epoch})" in first
+    values = {name: float(run.callback_metrics[name]) for name in ("train/loss", "val/loss")}
+    assert lines[0].startswith(f"final: train/loss {values['train/loss']:.4g}, val/loss {values['val/loss']:.4g}, ")
     step = saver.best_model_path.rpartition("step=")[2].removesuffix(".ckpt")
-    assert f"Best val/loss: {float(saver.best_model_score):.4g} at step {step}, {saver.best_model_path}." in line
-    assert line.endswith(f"To go on: lit-alignment fit --config '{config}' --ckpt_path '{saver.best_model_path}'")
+    best = f"best: val/loss {float(saver.best_model_score):.4g} at step {step}, '{saver.best_model_path}'"
+    assert lines[1:] == [
+        best,
+        f"run: '{config.parent}'  (config.yaml, data_report.json)",
+        f"To go on: lit-alignment fit --config '{config}' --ckpt_path '{saver.best_model_path}'",
+    ]
 
 
 def test_a_limit_that_is_reached_is_raised_in_the_command(tmp_path):
     run = fit(tmp_path, ModelCheckpoint(tmp_path), max_steps=4, max_epochs=-1)
-    assert ending(run, why_ended(run)) == (
-        "trainer.max_steps: 4 is reached (optimizer step 4, epoch 1). "
-        f"To go on: lit-alignment fit --config ... --ckpt_path {tmp_path}/epoch=0-step=4.ckpt --trainer.max_steps 8"
+    first, *_, last = ending(run, why_ended(run)).split("\n")
+    assert (first, last) == (
+        "trainer.max_steps: 4 is reached (optimizer step 4, epoch 1).",
+        f"To go on: lit-alignment fit --config ... --ckpt_path {tmp_path}/epoch=0-step=4.ckpt --trainer.max_steps 8",
     )
     run = fit(tmp_path, ModelCheckpoint(tmp_path, filename="x"), max_epochs=1)
     assert why_ended(run) == "trainer.max_epochs: 1 is reached"
@@ -53,6 +60,33 @@ def test_a_limit_of_time_is_named_and_raised(tmp_path):
 
 def test_without_a_checkpoint_no_command_is_given(tmp_path):
     run = fit(tmp_path, max_epochs=1)
-    assert ending(run, "interrupted") == "interrupted (optimizer step 8, epoch 1)."
+    said = ending(run, "interrupted")
+    assert said.startswith("interrupted (optimizer step 8, epoch 1).\nfinal: ") and "lit-alignment" not in said
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=100)
-    assert ending(fit(tmp_path, saver), "interrupted").endswith("epoch 1). No checkpoint was saved.")
+    assert ending(fit(tmp_path, saver), "interrupted").endswith("\nNo checkpoint was saved.")
+
+
+def test_last_step_is_saved_whatever_the_interval_of_saving(tmp_path):
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    fit(tmp_path, saver, EndSummary(), max_steps=5, max_epochs=-1, limit_val_batches=0)
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"epoch=0-step=3.ckpt", "epoch=0-step=5.ckpt"}
+
+
+def test_commands_that_come_next_are_those_that_the_model_can_take(tmp_path, caplog):
+    def said(module, data):
+        caplog.clear()
+        saver = ModelCheckpoint(tmp_path / "kept", filename="x", enable_version_counter=False)
+        runner = trainer(tmp_path, callbacks=[saver, EndSummary()], enable_checkpointing=True, max_steps=1)
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            runner.fit(module, data)
+        return caplog.text[caplog.text.index("Next:") :]
+
+    checkpoint = tmp_path / "kept/x.ckpt"
+    module = sft_module(lora=True)
+    asked = said(module, sft_data(module, chats(2), chats(2)))
+    assert f"lit-alignment predict --config ... --ckpt_path {checkpoint}\n" in asked
+    assert f"lit-alignment chat {checkpoint}\n" in asked and f"lit-alignment merge {checkpoint} --out" in asked
+    module = reward_model()
+    asked = said(module, reward_data(module, pairs(2)))
+    assert f"--ckpt_path {checkpoint} --data.predict '[{{path: FILE.jsonl}}]'\n" in asked
+    assert "chat" not in asked and f"lit-alignment export {checkpoint} --out" in asked

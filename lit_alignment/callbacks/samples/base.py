@@ -1,14 +1,13 @@
 """What reports over fixed records share: when they are made, their curves and files, and what a resume restores."""
 
 import json
-import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_alignment.callbacks.curves import Curves, drawn
 from lit_alignment.callbacks.samples.html import CherryPick, render_report
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.prompts import Item
@@ -46,7 +45,7 @@ class PickReport(Callback):
         self.sources, self.num_samples, self.batch_size = sources, num_samples, batch_size
         self.every_n_validations, self.before_training = every_n_validations, before_training
         self.picks: list[CherryPick] = []
-        self.curves: dict[str, list[tuple[int, float]]] = {}
+        self.curves = Curves()
         self.items: list[Any] = []
         self._validations = 0
 
@@ -94,23 +93,15 @@ class PickReport(Callback):
             self._report(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Remember what of the training is drawn: the loss of each step, the rest where it was logged anew."""
-        step, logged = trainer.global_step, trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        for name in _drawn(pl_module):
-            value = trainer.callback_metrics.get(f"train/{name}") if logged or name == "loss" else None
-            points = self.curves.setdefault(f"train/{name}", []) if value is not None else []
-            if value is not None and step > (points[-1][0] if points else 0):
-                points.append((step, float(value)))
+        """Remember what of the training is drawn."""
+        self.curves.note_step(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the records, and write the report."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validations += 1
-        for name in _drawn(pl_module):
-            value = float(trainer.callback_metrics.get(f"val/{name}", math.nan))
-            if math.isfinite(value):
-                self.curves.setdefault(f"val/{name}", []).append((trainer.global_step, value))
+        self.curves.note_validation(trainer, drawn(pl_module))
         if self._validations % self.every_n_validations == 0:
             self._report(trainer, pl_module)
 
@@ -153,30 +144,19 @@ class PickReport(Callback):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         with replaced(directory / "cherry_picks.html") as file:
             method = alignment_module(module)
-            charts = [self._chart(names) for names in method.charts]
-            pictures, notable = self.pictures(module), method.notable()
+            charts, pictures, notable = self.curves.charts(method.charts), self.pictures(module), method.notable()
             file.write(render_report(directory.name, charts, self.picks, self.right, pictures, notable))
-
-    def _chart(self, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-        """The curves of some quantities, in training and in validation."""
-        wanted = [f"{stage}/{name}" for stage in ("train", "val") for name in names]
-        return {name: self.curves[name] for name in wanted if name in self.curves}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue the same report."""
         return {
-            "curves": {name: [list(point) for point in points] for name, points in self.curves.items()},
+            "curves": self.curves.state_dict(),
             "picks": [vars(pick) for pick in self.picks],
             "validations": self._validations,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up an earlier run's report."""
-        self.curves = {name: [(int(s), float(v)) for s, v in points] for name, points in state_dict["curves"].items()}
+        self.curves.load_state_dict(state_dict["curves"])
         self.picks = [CherryPick(**pick) for pick in state_dict["picks"]]
         self._validations = state_dict["validations"]
-
-
-def _drawn(module: LightningModule) -> list[str]:
-    """Names of what is drawn."""
-    return [name for chart in alignment_module(module).charts for name in chart]

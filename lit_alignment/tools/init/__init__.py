@@ -1,0 +1,120 @@
+"""`lit-alignment init`: a short commented configuration for a method, or one of the recipes, in the working folder."""
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from lit_alignment.errors import ConfigError, writing
+from lit_alignment.paths import fetched_path, shown
+from lit_alignment.tools.fetch import PACKAGED
+from lit_alignment.tools.init.recipes import copy_files, copy_recipe, listing
+from lit_alignment.tools.init.records import Records, look
+from lit_alignment.tools.init.templates import METHODS, TINY, Method, Values, configuration
+from lit_alignment.tools.options import OptionParser
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LARGEST_VALIDATION = 200  # records
+
+
+def main(arguments: list[str]) -> None:
+    """Write what is asked for, and say which commands come next.
+
+    Raises:
+        ConfigError: If a file is in the way, or the data do not fit the method.
+    """
+    options = _parser().parse_args(arguments)
+    if options.list:
+        print(listing())
+    elif options.recipe is not None:
+        print(copy_recipe(options.recipe))
+    elif options.method is None:
+        raise ConfigError(f"lit-alignment init: give a method ({', '.join(METHODS)}), --recipe NAME, or --list.")
+    else:
+        print(init(options))
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser(
+        prog="lit-alignment init",
+        description="Write a configuration for a method into this folder, with records to try it on.",
+    )
+    parser.add_argument("method", nargs="?", choices=list(METHODS), help="what to train")
+    parser.add_argument("--data", help="records to train on: a file, a folder, or a data set of the hub")
+    parser.add_argument("--val", help="records to validate on; without it the first ones of --data")
+    parser.add_argument("--passages", help="rag: what is retrieved, records {title?, text}")
+    parser.add_argument(
+        "--model", default=MODEL, help=f"a folder, a name on the hub, or {TINY}: random weights, seconds"
+    )
+    parser.add_argument("--out", type=Path, help="file to write (default: METHOD.yaml)")
+    parser.add_argument("--recipe", help="write one of the recipes instead, with the files that it names")
+    parser.add_argument("--list", action="store_true", help="list the recipes")
+    return parser
+
+
+def init(options: Namespace) -> str:
+    """Write a method's configuration, with samples where no data are given; what to do next.
+
+    Args:
+        options: Those of the command line.
+
+    Raises:
+        ConfigError: If the file is there, or records do not fit the method.
+    """
+    kind, out = METHODS[options.method], options.out or Path(f"{options.method}.yaml")
+    _check(options, out)
+    data, val, passages, samples = options.data, options.val, options.passages, None
+    if data is None:
+        samples = copy_files(kind.samples, Path("sample_data") / options.method)
+        data, val, passages = (str(samples / f"{name}.jsonl") for name in ("train", "test", "passages"))
+    found = look(data, options.method)
+    train, validation = _sources(data, val, found)
+    for folder in ("tiny", "tiny_vision") if options.model == TINY else ():
+        copy_files(folder, Path("sample_model") / folder)
+    values = Values(options.method, _word(options.model), shown(out), train, validation, _word(passages or ""), found)
+    with writing(out, ConfigError, "Choose another folder, or another name with --out"):
+        out.write_text(configuration(values), encoding="utf-8")
+    tried = f", and records to try it on in {samples}" if samples is not None else ""
+    commands = _next(kind, options.model, shown(out))
+    return "\n".join([f"wrote {out}{tried}", "Next:", *(f"  lit-alignment {command}" for command in commands)])
+
+
+def _check(options: Namespace, out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"{out} is there already. Give another name with --out, or remove it.")
+    if options.data is None and options.val is not None:
+        raise ConfigError("--val needs --data.")
+    if (options.data is not None) != (options.passages is not None) and options.method == "rag":
+        raise ConfigError("rag needs both --data FILE and --passages FILE: what is retrieved, records {title?, text}.")
+    if options.passages is not None and options.method != "rag":
+        raise ConfigError(f"--passages is read by rag, not by {options.method}. Remove it.")
+
+
+def _sources(data: str, val: str | None, found: Records) -> tuple[str, str]:
+    """The lists of training and validation sources, as YAML."""
+    if val is not None:
+        return f"[{{path: {_word(data)}}}]", f"[{{path: {_word(val)}}}]"
+    held = min(LARGEST_VALIDATION, found.number // 10)
+    if not held:
+        raise ConfigError(
+            f"{data}: {found.number} records are too few to hold some back for validation. Give --val FILE."
+        )
+    return (
+        f"[{{path: {_word(data)}, offset: {held}}}]",
+        f"[{{path: {_word(data)}, num_rows: {held}}}]  # the first ones",
+    )
+
+
+def _word(text: str) -> str:
+    """A text as a value in YAML."""
+    plain = re.fullmatch(r"[\w./-]+", text) and re.search(r"[./]", text) and re.search("[a-zA-Z]", text)
+    return text if plain or text == TINY else json.dumps(text, ensure_ascii=False)
+
+
+def _next(kind: Method, model: str, out: str) -> list[str]:
+    """The commands from here to predictions."""
+    names = [name for name in (model, *kind.models) if name in PACKAGED and model != TINY]
+    missing = [name for name in names if not (fetched_path(name) / "config.json").is_file()]
+    commands = [*(f"fetch {name}" for name in missing), f"inspect --config {out}"]
+    commands += [*(f"{each} --config {out}" for each in kind.before), f"fit --config {out}"]
+    return [*commands, f"predict --config {out} --ckpt_path newest"]

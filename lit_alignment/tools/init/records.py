@@ -1,0 +1,135 @@
+"""What a file of records holds: whether it fits a method, and what of it belongs into a configuration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from lit_alignment.data.encoding.feedback import read_feedback
+from lit_alignment.data.encoding.messages import Record, read_record, value_kind
+from lit_alignment.data.multimodal.media import read_media_messages
+from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.errors import ConfigError, RecordError
+
+MOST = 2000  # records that are looked at
+MOST_LABELS = 100
+
+
+@dataclass
+class Records:
+    """What was found in the first records.
+
+    Args:
+        number: How many they are, at most MOST.
+        labels: Labels by name, where a record has one or a list of them, in order.
+        problem: Of a classifier: `single_label`, `multi_label` or `regression`.
+        alone: Whether each holds one response, judged alone.
+    """
+
+    number: int = 0
+    labels: list[str] = field(default_factory=list)
+    problem: str = "single_label"
+    alone: bool = False
+
+
+def look(path: str, method: str) -> Records:
+    """Read the first records of a source as a method would.
+
+    Args:
+        path: A file, a folder, or the name of a data set on the hub.
+        method: One of READERS.
+
+    Raises:
+        RecordError: At the first record that cannot be used.
+        ConfigError: If the first one fits other methods, which are named; or there is none.
+    """
+    found, read = [], READERS[method]
+    for position, (where, raw) in enumerate(islice(SourceConfig(path).read(), MOST)):
+        try:
+            found.append(read(raw, where, position))
+        except RecordError as error:
+            others = [name for name in READERS if _fits(name, raw)] if position == 0 else []
+            if not others:
+                raise
+            fitting = " or ".join(f"lit-alignment init {name}" for name in others[:3])
+            raise ConfigError(f"{error} As it is, it fits {fitting}.") from error
+    if not found:
+        raise ConfigError(f"{path}: no record. Give a file of records.")
+    labels = [each.label for each in found] if method == "classification" else []
+    names = dict.fromkeys(str(name) for label in labels for name in (label if isinstance(label, list) else [label]))
+    numbers = any(isinstance(label, float) and label != int(label) for label in labels)
+    problem = "regression" if numbers else "multi_label" if labels and isinstance(labels[0], list) else "single_label"
+    alone = method == "preference" and found[0].alone
+    if len(names) > MOST_LABELS and problem != "regression":
+        raise ConfigError(f"{path}: {len(names)} different labels, more than {MOST_LABELS}. Check the field 'label'.")
+    return Records(len(found), sorted(names), problem, alone)
+
+
+def _fits(method: str, raw: Any) -> bool:
+    try:
+        READERS[method](raw, "", 0)
+    except RecordError:
+        return False
+    return True
+
+
+def _answered(raw: Any, where: str, position: int, read: Callable[..., Record] = read_record) -> Record:
+    """A conversation with a response to learn from."""
+    record = read(raw, where, position)
+    if not any(message["role"] == "assistant" for message in record.messages):
+        raise RecordError(
+            where, "messages", "has no message of the assistant", "Add the response that is to be learned."
+        )
+    return record
+
+
+def _labelled(raw: Any, where: str, position: int) -> Record:
+    record = read_record(raw, where, position)
+    if record.label is None:
+        raise RecordError(where, "label", "is missing", "Give the name of the class.")
+    if isinstance(record.label, dict):
+        raise RecordError(where, "label", f"is {value_kind(record.label)}", "Give the name of the class.")
+    return record
+
+
+def _compared(raw: Any, where: str, position: int) -> Record:
+    record = read_feedback(raw, where, position)
+    if record.alone or (not record.steps and len(record.responses) < 2):
+        fix = "Give 'chosen' and 'rejected'; or judge single responses with init preference."
+        raise RecordError(where, "", "has one response alone", fix)
+    return record
+
+
+def _judged(raw: Any, where: str, position: int) -> Record:
+    record = read_feedback(raw, where, position)
+    if not record.steps and all(response["score"] is None for response in record.responses):
+        raise RecordError(where, "label", "is missing", "Give 'chosen' and 'rejected', or a label of one response.")
+    return record
+
+
+def _asked(raw: Any, where: str, position: int) -> Record:
+    """A prompt, with or without its response."""
+    alone: dict[str, Any] = {"completion": []} if isinstance(raw, dict) and "prompt" in raw else {}
+    return read_record({**alone, **raw} if isinstance(raw, dict) else raw, where, position)
+
+
+def _seen(raw: Any, where: str, position: int) -> Record:
+    read = partial(read_media_messages, tokens={"image": "<image>"})
+    record = _answered(raw, where, position, partial(read_record, read=read))
+    if not any(message.get("images") for message in record.messages):
+        raise RecordError(where, "images", "is missing", "Give a picture in a message, or beside the messages.")
+    return record
+
+
+# How each method reads a record; the more particular first.
+READERS: dict[str, Callable[[Any, str, int], Any]] = {
+    "vlm": _seen,
+    "reward": _compared,
+    "preference": _judged,
+    "classification": _labelled,
+    "sft": _answered,
+    "rag": _answered,
+    "distillation": _asked,
+    "policy": _asked,
+}

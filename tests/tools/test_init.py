@@ -1,0 +1,135 @@
+"""Configurations that `init` writes are valid, fit the data they are given, and bring along what they name."""
+
+import re
+
+import pytest
+import yaml
+
+from lit_alignment.paths import recipes_dir
+from lit_alignment.tools.init.recipes import recipe_names
+from lit_alignment.tools.init.templates import METHODS
+from lit_alignment.trainer_cli import AlignmentCLI, build
+from tests.helpers import chats, judged, labelled, pairs, write_jsonl
+from tests.helpers.commands import command
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """A user's folder, outside of any checkout."""
+    (tmp_path / "user").mkdir()
+    monkeypatch.chdir(tmp_path / "user")
+    return tmp_path / "user"
+
+
+def written(method, *options):
+    result = command("init", method, *options)
+    assert result.returncode == 0, result.stderr
+    with open(f"{method}.yaml") as file:
+        return result.stdout, yaml.safe_load(file)
+
+
+@pytest.mark.parametrize("model", ["tiny", "some/model"])
+@pytest.mark.parametrize("method", METHODS)
+def test_configuration_of_each_method_is_valid_and_names_what_is_there(method, model, monkeypatch, empty_folder):
+    monkeypatch.setattr(AlignmentCLI, "instantiate_classes", lambda self: None)
+    said, config = written(method, "--model", model)
+    settings = build(["--config", f"{method}.yaml"]).config
+    assert settings.model.class_path.removesuffix("Module") == settings.data.class_path.removesuffix("DataModule")
+    assert config["model"]["init_args"]["backbone"]["path"] == ("sample_model/tiny" if model == "tiny" else model)
+    assert ("peft" in config["model"]["init_args"]) == (model != "tiny")
+    for name in re.findall(r"sample_\w+/[\w./-]+", (empty_folder / f"{method}.yaml").read_text()):
+        assert (empty_folder / name).exists(), name
+    commands = re.findall(r"^  lit-alignment (.*)", said, re.M)
+    assert [each.split()[0] for each in commands if "fetch" not in each][-2:] == ["fit", "predict"]
+    savers = [each for each in config["trainer"]["callbacks"] if "Checkpoint" in each["class_path"]]
+    stopper = next(each for each in config["trainer"]["callbacks"] if "EarlyStopping" in each["class_path"])
+    assert "monitor" not in savers[0]["init_args"]
+    assert savers[1]["init_args"]["monitor"] == stopper["init_args"]["monitor"]
+
+
+def test_first_records_are_held_back_for_validation(tmp_path):
+    path = write_jsonl(tmp_path / "my chats.jsonl", chats(35))
+    data = written("sft", "--data", path)[1]["data"]["init_args"]
+    assert data["train"] == [{"path": path, "offset": 3}] and data["val"] == [{"path": path, "num_rows": 3}]
+    (tmp_path / "user/sft.yaml").unlink()
+    data = written("sft", "--data", path, "--val", "val.jsonl")[1]["data"]["init_args"]
+    assert data["train"] == [{"path": path}] and data["val"] == [{"path": "val.jsonl"}]
+
+
+def test_labels_and_judged_responses_are_found_in_the_data(tmp_path, empty_folder):
+    model = written("classification", "--data", write_jsonl(tmp_path / "a.jsonl", labelled(12)))[1]["model"]
+    assert model["init_args"]["labels"] == ["bad", "fine", "good"]
+    assert model["init_args"]["problem"] == "single_label"
+    (empty_folder / "classification.yaml").unlink()
+    several = [record | {"label": ["no", record["label"]]} for record in labelled(12)]
+    model = written("classification", "--data", write_jsonl(tmp_path / "b.jsonl", several))[1]["model"]
+    assert model["init_args"]["labels"] == ["bad", "fine", "good", "no"]  # a text, which YAML alone would read as false
+    assert model["init_args"]["problem"] == "multi_label"
+    config = written("preference", "--data", write_jsonl(tmp_path / "c.jsonl", judged(12)))[1]
+    assert config["data"]["init_args"]["kind"] == "outcomes"
+    assert config["model"]["init_args"]["losses"] == [{"name": "kto", "beta": 0.1}]
+
+
+@pytest.mark.parametrize(
+    "method, records, said",
+    [
+        ("sft", pairs(12), r"data.jsonl:1: field 'messages' is missing .* it fits lit-alignment init reward or"),
+        ("reward", judged(12), "has one response alone.* it fits lit-alignment init preference or"),
+        ("classification", chats(12), "field 'label' is missing.* it fits lit-alignment init sft or"),
+        ("vlm", chats(12), "field 'images' is missing.* it fits lit-alignment init sft or"),
+        ("sft", [*chats(3), {"messages": "hello"}], "data.jsonl:4: field 'messages' is a string"),
+        ("sft", [{"text": "hello"}] * 20, "data.jsonl:1: field 'messages' is missing"),
+        ("sft", chats(3), "3 records are too few to hold some back for validation. Give --val"),
+    ],
+)
+def test_records_that_do_not_fit_are_one_message_and_nothing_is_written(method, records, said, tmp_path, empty_folder):
+    result = command("init", method, "--data", write_jsonl(tmp_path / "data.jsonl", records))
+    assert result.returncode == 2 and re.search(said, result.stderr), result.stderr
+    assert not list(empty_folder.iterdir())
+
+
+def test_what_is_there_already_is_not_replaced(empty_folder):
+    (empty_folder / "sft.yaml").write_text("mine")
+    result = command("init", "sft")
+    assert result.returncode == 2 and "sft.yaml is there already. Give another name with --out" in result.stderr
+    (empty_folder / "configs/sft").mkdir(parents=True)
+    (empty_folder / "configs/sft/tiny.yaml").write_text("mine")
+    result = command("init", "--recipe", "sft/tiny")
+    assert result.returncode == 2 and "configs/sft/tiny.yaml is there already, with other content" in result.stderr
+    assert command("init", "sft", "--out", "other.yaml").returncode == 0
+    assert (empty_folder / "sft.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_brings_along_all_that_it_names(name, empty_folder):
+    assert command("init", "--recipe", name).returncode == 0
+    assert (empty_folder / f"configs/{name}.yaml").read_bytes() == (recipes_dir() / f"{name}.yaml").read_bytes()
+    for file in empty_folder.rglob("*.yaml"):
+        for named in re.findall(r"configs/[\w/-]+(?:\.\w+)?", file.read_text()):
+            assert (empty_folder / named).exists() or named == "configs/README.md", (file, named)
+    for file in empty_folder.rglob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            for image in re.findall(r'"image": "(.*?)"', line):
+                assert (file.parent / image).exists()
+
+
+def test_recipes_are_listed_and_found_by_their_last_name():
+    listed = command("init", "--list").stdout
+    assert all(f"  {name} " in listed for name in recipe_names()) and "  LoRA on a real chat model\n" in listed
+    assert command("init", "--recipe", "smollm2_lora").returncode == 0
+    result = command("init", "--recipe", "tiny")
+    assert result.returncode == 2 and "more than one: classification/tiny, distillation/tiny" in result.stderr
+    assert "of this name there is none" in command("init", "--recipe", "sft/tinny").stderr
+
+
+def test_recipe_that_is_not_here_is_offered():
+    result = command("fit", "--config", "configs/sft/tiny.yaml")
+    assert result.returncode == 2 and "lit-alignment init --recipe sft/tiny writes it" in result.stderr
+
+
+def test_options_that_do_not_go_together_are_refused(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", chats(20))
+    assert "give a method (sft, " in command("init").stderr
+    assert "rag needs both --data FILE and --passages FILE" in command("init", "rag", "--data", path).stderr
+    assert "--passages is read by rag" in command("init", "sft", "--passages", path).stderr
+    assert "--val needs --data" in command("init", "sft", "--val", path).stderr
