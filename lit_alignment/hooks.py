@@ -1,7 +1,7 @@
 """What a method declares of itself, so that no callback, tool or engine asks which method runs."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,12 +134,15 @@ class MethodHooks:
         """What retrieves passages, in a method that does."""
         return None
 
-    def respond(self, items: Sequence[Any], decoding: DecodingConfig) -> list[Response]:
+    def respond(
+        self, items: Sequence[Any], decoding: DecodingConfig, on_text: Callable[[str], None] | None = None
+    ) -> list[Response]:
         """What the model makes of prompts.
 
         Args:
             items: The prompts; where there are none, the call says only whether the method answers prompts.
             decoding: How to generate.
+            on_text: Gets the only response to a single prompt piece by piece.
 
         Raises:
             ConfigError: If the method answers no prompts.
