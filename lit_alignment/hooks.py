@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from lit_alignment.checkpoints.export import ExportParts
 from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.saved import Saved
+from lit_alignment.data.asking import Conversation
 from lit_alignment.data.rollout import Group
 from lit_alignment.errors import ConfigError
 from lit_alignment.evaluation.samples import Confusion, NotableResponse, ScoredSample
@@ -151,6 +152,20 @@ class MethodHooks:
             f"CherryPicks needs a module that answers prompts, not {type(self).__name__}; for one that scores use "
             "lit_alignment.ScoredPicks."
         )
+
+    def answers(
+        self,
+        conversations: Sequence[Conversation],
+        decoding: DecodingConfig | None = None,
+        batch_size: int = 8,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Response]:
+        """What the model answers to conversations, without a Trainer.
+
+        Raises:
+            ConfigError: If the method answers no prompts.
+        """
+        raise ConfigError(f"{type(self).__name__} answers no prompts.")
 
     def predict_requests(self, items: Sequence[Any], name: str) -> list[ItemRequests]:
         """What another engine than `predict_step` is asked for items.

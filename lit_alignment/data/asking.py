@@ -20,6 +20,21 @@ REASONS = {
 }
 
 
+class PromptTooLongError(ConfigError):
+    """A conversation has no room in the model's positions.
+
+    Args:
+        where: Which one.
+        length: Its tokens.
+        positions: The model's.
+    """
+
+    def __init__(self, where: str, length: int, positions: int) -> None:
+        """Compose the message."""
+        self.length, self.positions = length, positions
+        super().__init__(f"{where}: it has {length} tokens, and the model {positions} positions. Shorten it.")
+
+
 def as_record(conversation: Conversation) -> dict[str, Any]:
     """A conversation in the form of a record."""
     if isinstance(conversation, str):
@@ -37,7 +52,8 @@ def asked_items(data: ConversationDataModule, conversations: Sequence[Conversati
 
     Raises:
         RecordError: If one is malformed.
-        ConfigError: If one cannot be asked, or is longer than that.
+        ConfigError: If one cannot be asked.
+        PromptTooLongError: If one leaves no position for a response.
     """
     if isinstance(conversations, str | Mapping):
         raise ConfigError(
@@ -51,6 +67,6 @@ def asked_items(data: ConversationDataModule, conversations: Sequence[Conversati
         if row["dropped"]:
             raise ConfigError(f"{where}: {row['detail'] or REASONS.get(row['dropped'], row['dropped'])}.")
         if longest is not None and row["length"] >= longest:
-            raise ConfigError(f"{where}: it has {row['length']} tokens, and the model {longest} positions. Shorten it.")
+            raise PromptTooLongError(where, row["length"], longest)
         items.append(data.predict_item(row, number))
     return items

@@ -76,7 +76,18 @@ class StandaloneModule(CheckpointedModule):
             ConfigError: If there is no such model, or it is one of another kind.
             CheckpointError: If it is damaged, or is no model.
         """
-        saved = read_model(path, base, trust_remote_code)
+        return cls.from_saved(read_model(path, base, trust_remote_code), path, device, **settings)
+
+    @classmethod
+    def from_saved(cls, saved: Saved, path: str | Path, device: str | torch.device = "auto", **settings: Any) -> Self:
+        """The same from what was read.
+
+        Args:
+            saved: What stands in the source.
+            path: The source, for messages.
+            device: As of `from_checkpoint`.
+            **settings: As of `from_checkpoint`.
+        """
         if saved.family != cls.family:
             raise ConfigError(f"{path}: this model {WHAT[saved.family]}, not {cls.__name__}.")
         saved = replace(saved, backbone=_without_training(saved.backbone))
@@ -84,9 +95,10 @@ class StandaloneModule(CheckpointedModule):
         module._asking = cls.data_classes[0].read_asking_settings(saved.asking, path)
         if saved.chat_template is not None:
             module.tokenizer.chat_template = saved.chat_template
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        module.load_alone(torch.device(device))
+        device = _auto() if device == "auto" else torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device is {device}, and there is no CUDA GPU here. Use cpu, or auto.")
+        module.load_alone(device)
         module.load_trained(saved, path)
         module._loaded_from = path
         return module
@@ -183,7 +195,7 @@ class StandaloneModule(CheckpointedModule):
             ConfigError: If this process holds shards of it only.
         """
         if self.model is None:
-            self.load_alone(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            self.load_alone(_auto())
         if self.is_sharded:
             raise ConfigError(
                 f"the weights are sharded over processes. Load them whole: {type(self).__name__}.from_checkpoint(...)."
@@ -200,3 +212,8 @@ class StandaloneModule(CheckpointedModule):
 def _without_training(backbone: BackboneConfig) -> BackboneConfig:
     """The same without what makes a training faster, or smaller."""
     return replace(backbone, compile=False, liger=False, gradient_checkpointing="none", activation_offload=False)
+
+
+def _auto() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
