@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from lit_alignment import moved
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from lit_alignment.callbacks.export import Export
     from lit_alignment.callbacks.memory import MemorySnapshot
     from lit_alignment.callbacks.predictions import PredictionWriter
@@ -79,6 +81,7 @@ _PLACES = {
     "FSDP2Strategy": "lit_alignment.distributed.fsdp2",
     "IndexConfig": "lit_alignment.retrieval.index",
     "IndexRefresh": "lit_alignment.callbacks.refresh",
+    "LoraConfig": "peft",
     "LossConfig": "lit_alignment.losses.preference_config",
     "MemorySnapshot": "lit_alignment.callbacks.memory",
     "ModalityConfig": "lit_alignment.models.multimodal.modality",
@@ -133,6 +136,7 @@ __all__ = [
     "FSDP2Strategy",
     "IndexConfig",
     "IndexRefresh",
+    "LoraConfig",
     "LossConfig",
     "MemorySnapshot",
     "ModalityConfig",

@@ -1,7 +1,7 @@
 """What a method declares of itself, so that no callback, tool or engine asks which method runs."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torchmetrics import Metric
 from lit_alignment.checkpoints.export import ExportParts
 from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.saved import Saved
+from lit_alignment.data.asking import Conversation
 from lit_alignment.data.rollout import Group
 from lit_alignment.errors import ConfigError
 from lit_alignment.evaluation.samples import Confusion, NotableResponse, ScoredSample
@@ -134,12 +135,15 @@ class MethodHooks:
         """What retrieves passages, in a method that does."""
         return None
 
-    def respond(self, items: Sequence[Any], decoding: DecodingConfig) -> list[Response]:
+    def respond(
+        self, items: Sequence[Any], decoding: DecodingConfig, on_text: Callable[[str], None] | None = None
+    ) -> list[Response]:
         """What the model makes of prompts.
 
         Args:
             items: The prompts; where there are none, the call says only whether the method answers prompts.
             decoding: How to generate.
+            on_text: Gets the only response to a single prompt piece by piece.
 
         Raises:
             ConfigError: If the method answers no prompts.
@@ -148,6 +152,20 @@ class MethodHooks:
             f"CherryPicks needs a module that answers prompts, not {type(self).__name__}; for one that scores use "
             "lit_alignment.ScoredPicks."
         )
+
+    def answers(
+        self,
+        conversations: Sequence[Conversation],
+        decoding: DecodingConfig | None = None,
+        batch_size: int = 8,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[Response]:
+        """What the model answers to conversations, without a Trainer.
+
+        Raises:
+            ConfigError: If the method answers no prompts.
+        """
+        raise ConfigError(f"{type(self).__name__} answers no prompts.")
 
     def predict_requests(self, items: Sequence[Any], name: str) -> list[ItemRequests]:
         """What another engine than `predict_step` is asked for items.

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import re
+import runpy
 from functools import cache
 
 import pytest
@@ -59,7 +60,7 @@ from lit_alignment.rollout.config import RolloutConfig
 from lit_alignment.rollout.samplers import TransformersSampler
 from lit_alignment.vllm.sampler import VLLMSampler
 from lit_alignment.vllm.server_sampler import ServerSampler
-from tests.helpers import ROOT
+from tests.helpers import ROOT, base_model_folder
 
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "configs/README.md").read_text()
@@ -144,11 +145,18 @@ def test_yaml_in_the_guide_is_yaml():
         assert isinstance(yaml.safe_load(block), dict)
 
 
-def test_python_in_the_readme_compiles():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
+def test_python_in_the_readme_trains_and_answers_in_ten_lines(tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(block.split("\n")) <= 10
+    steps = {"HuggingFaceTB/SmolLM2-135M-Instruct": base_model_folder(tmp_path / "base"), "max_epochs=1": "max_steps=1"}
+    for word, other in {**steps, "configs/": f"{ROOT}/configs/"}.items():
+        assert word in block
+        block = block.replace(word, other)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "example.py").write_text(block)
+    model = runpy.run_path(str(tmp_path / "example.py"))["model"]
+    answer = model.chat("The invoice for my electric fan shows the wrong amount.")
+    assert capsys.readouterr().out.endswith(f"{answer}\n")
 
 
 def test_table_of_policy_losses_is_that_of_the_code():

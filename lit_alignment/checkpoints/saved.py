@@ -4,7 +4,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig
 from torch import Tensor
@@ -12,15 +12,18 @@ from torch import Tensor
 from lit_alignment.checkpoints.reading import is_deepspeed, read_deepspeed, read_plain
 from lit_alignment.checkpoints.sharded import is_sharded, read_whole
 from lit_alignment.data.multimodal.media import MODALITIES
-from lit_alignment.errors import AlignmentError, CheckpointError
+from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
 from lit_alignment.files import config_from, read_json
 from lit_alignment.models.adapters import AdapterConfig, inert_peft
+from lit_alignment.models.dual_encoder import DUAL, RetrieverConfig
 from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.multimodal.modality import ModalityConfig, read_modality
 from lit_alignment.models.reference import is_reference
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
+from lit_alignment.paths import local_path
 
 CHECKPOINT_KEY = "lit_alignment"
+Family = Literal["text", "media", "passages", "scores", "vectors"]
 MEASURED = ("calibration_temperature", "reward_mean", "reward_std")
 PROBLEMS: dict[str, Any] = {
     "single_label_classification": "single_label",
@@ -45,6 +48,10 @@ class Saved:
         modalities: How images and sounds enter, by name.
         networks: Trained weights of the networks beside the language model, by network and name.
         frozen: Whether the language model did not learn.
+        retriever: How texts become vectors, where the model retrieves.
+        method: What the method's own settings were, as plain values; so far as they decide answers.
+        asking: What decides how a question is encoded, as plain values.
+        whole: Whether the base holds all weights: the folder of an export, or a model of the hub.
     """
 
     backbone: BackboneConfig
@@ -58,6 +65,48 @@ class Saved:
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
     networks: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     frozen: bool = False
+    retriever: RetrieverConfig | None = None
+    method: dict[str, Any] = field(default_factory=dict)
+    asking: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+
+    @property
+    def family(self) -> Family:
+        """What the model does."""
+        if self.head is not None:
+            return "scores"
+        if self.retriever is not None:
+            return "passages" if DUAL in self.networks or self.method else "vectors"
+        return "media" if self.modalities else "text"
+
+
+def read_model(source: str | Path, base: str | None = None, trust_remote_code: bool = False) -> Saved:
+    """What stands in whatever holds a model: what `read_saved` reads, the folder of an export, or a model's name.
+
+    Args:
+        source: A file, a folder, or a name on the hub or of `lit-alignment fetch`.
+        base: The base model, if it is not where the source says.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        CheckpointError: If it is a file or folder of something else.
+        ConfigError: If there is no such file, folder or model.
+    """
+    path = Path(source).expanduser()
+    whole = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+    if path.exists() and not whole:
+        return read_saved(path, base, trust_remote_code)
+    if path.suffix == ".ckpt" and not whole:
+        raise ConfigError(f"{source}: no such checkpoint (looked from {Path.cwd()}). Check the path.")
+    if base is not None:
+        raise ConfigError(f"{source} is a whole model, which has no base. Remove the base.")
+    folder = Path(local_path(str(source)))
+    if whole and read_json(path / "config.json", "a model's configuration").get("model_type") == "llava":
+        raise ConfigError(
+            f"{source}: a LLaVA, which transformers' LlavaForConditionalGeneration loads. Give the checkpoint."
+        )
+    backbone = BackboneConfig(str(source), trust_remote_code=trust_remote_code)
+    return Saved(backbone, None, None, TokensConfig(), {}, None, None, head_of(folder), whole=True)
 
 
 def read_saved(source: Path, base: str | None = None, trust_remote_code: bool = False) -> Saved:
@@ -113,6 +162,7 @@ def _from_content(source: Path, content: dict[str, Any]) -> Saved:
     if not modalities.keys() <= set(MODALITIES):  # each becomes the name of a folder
         raise TypeError(f"modalities are {reprlib.repr([*modalities])}")
     peft, adapter, head, template = (info.get(key) for key in ("peft", "adapter", "head", "chat_template"))
+    retriever = info.get("retriever")
     if not isinstance(template, str | dict | None):
         raise TypeError(f"chat_template is {reprlib.repr(template)}")
     return Saved(
@@ -127,6 +177,9 @@ def _from_content(source: Path, content: dict[str, Any]) -> Saved:
         modalities={name: read_modality(values, source) for name, values in modalities.items()},
         networks=networks,
         frozen=bool(info.get("frozen", False)),
+        retriever=None if retriever is None else config_from(RetrieverConfig, retriever, source),
+        method=_dict(source, "method", info.get("method", {})),
+        asking=_dict(source, "asking", info.get("asking", {})),
     )
 
 

@@ -203,6 +203,23 @@ class AlignmentDataModule(PlannedDataModule):
         """What conversations are rendered with, as a Jinja template to be saved with the model."""
         return None
 
+    def asking_settings(self) -> dict[str, Any]:
+        """Arguments, as plain values, that decide what a model sees of a question; checkpoints keep them."""
+        return {}
+
+    @classmethod
+    def read_asking_settings(cls, values: dict[str, Any], where: object) -> dict[str, Any]:
+        """The same arguments from a checkpoint.
+
+        Args:
+            values: What `asking_settings` gave, of this method's data module or another's.
+            where: The checkpoint, for messages.
+
+        Raises:
+            CheckpointError: If one has the wrong form.
+        """
+        return {}
+
     # Examples.
 
     def prepare_data(self) -> None:

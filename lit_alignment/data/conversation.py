@@ -1,20 +1,23 @@
 """Data modules whose records are conversations: one encoder for training and for prompts."""
 
-from dataclasses import asdict
-from typing import Any
+import copy
+import sys
+from dataclasses import asdict, replace
+from typing import Any, Self
 
 import datasets
 from lightning.pytorch import Trainer
 
 from lit_alignment.data.base import AlignmentDataModule, datamodule_of
 from lit_alignment.data.batching.items import ItemBatch, PromptBatch
-from lit_alignment.data.encoding.encoder import Encoder
+from lit_alignment.data.encoding.encoder import Encoder, EncodingConfig
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, Item, prompt_item, prompt_row
-from lit_alignment.data.encoding.templates import JinjaTemplate, PrefixSuffixTemplate
+from lit_alignment.data.encoding.templates import JinjaTemplate, PrefixSuffixTemplate, TemplateConfig
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
+from lit_alignment.files import config_from
 
 
 class ConversationDataModule(AlignmentDataModule):
@@ -75,6 +78,29 @@ class ConversationDataModule(AlignmentDataModule):
                 return template.as_jinja()
             case _:
                 return None
+
+    def whole(self) -> Self:
+        """A copy without packing that shortens no conversation, for what a loaded model is asked."""
+        own = copy.copy(self)
+        own.packing, own.encoder = False, copy.copy(self.encoder)
+        own.encoder.config = replace(self.encoder.config, max_length=sys.maxsize)
+        return own
+
+    def asking_settings(self) -> dict[str, Any]:
+        """How conversations are encoded; the template's text is kept apart (`chat_template`)."""
+        config = self.encoder.config
+        template = replace(config.template, file=None, date=None)
+        return {**super().asking_settings(), "encoding": asdict(replace(config, template=template))}
+
+    @classmethod
+    def read_asking_settings(cls, values: dict[str, Any], where: object) -> dict[str, Any]:
+        """The encoding; a checkpoint names no file of a template, and no limit of what it may write."""
+        found = super().read_asking_settings(values, where)
+        if (encoding := values.get("encoding")) is None:
+            return found
+        kept = {"file": None, "date": None, "max_characters": TemplateConfig.max_characters}
+        template = config_from(TemplateConfig, dict(encoding.get("template", {})) | kept, where)
+        return {**found, "encoding": config_from(EncodingConfig, encoding | {"template": template}, where)}
 
 
 def conversations_of(trainer: Trainer) -> ConversationDataModule:

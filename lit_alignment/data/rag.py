@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from lit_alignment.data.encoding.templates import JinjaTemplate
 from lit_alignment.data.passages import Passage, check_format, format_passage
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError, TemplateError
+from lit_alignment.files import config_from
 from lit_alignment.moved import renamed
 
 Query = Literal["last_user", "dialogue"]
@@ -313,6 +314,24 @@ class RAGDataModule(ConversationDataModule):
         """Columns of a question."""
         rest = {name: STRING for name in ("reference", "label", "meta")}
         return datasets.Features({**ROW_FEATURES, **QUESTION, **rest})
+
+    def whole(self) -> Self:
+        """Itself: passages are cut so that they fit into what training has seen."""
+        return self
+
+    def asking_settings(self) -> dict[str, Any]:
+        """Also what makes the query, and where passages stand."""
+        return {**super().asking_settings(), "query": self.query, "placement": asdict(self.encoder.placement)}
+
+    @classmethod
+    def read_asking_settings(cls, values: dict[str, Any], where: object) -> dict[str, Any]:
+        """The same."""
+        found = super().read_asking_settings(values, where)
+        if values.get("query") in get_args(Query):
+            found["query"] = values["query"]
+        if "placement" in values:
+            found["placement"] = config_from(PassagePlacementConfig, values["placement"], where)
+        return found
 
     def decides_encoding(self) -> list[Any]:
         """Also what makes the query, and where passages stand."""

@@ -1,7 +1,7 @@
 """Responses and how good they are, for reward models."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import torch
@@ -58,6 +58,20 @@ class RewardDataModule(FeedbackDataModule):
         """Check the settings; files are read in `prepare_data`."""
         super().__init__(tokenizer, kind, share_prompts, **settings)
         self.step_separator = step_separator
+
+    def asking_settings(self) -> dict[str, Any]:
+        """Also whether responses or their steps are judged, and what closes a step."""
+        return {**super().asking_settings(), "kind": self.kind, "step_separator": self.step_separator}
+
+    @classmethod
+    def read_asking_settings(cls, values: dict[str, Any], where: object) -> dict[str, Any]:
+        """The same."""
+        found = super().read_asking_settings(values, where)
+        if values.get("kind") in get_args(FeedbackKind):
+            found["kind"] = values["kind"]
+        if isinstance(values.get("step_separator"), str):
+            found["step_separator"] = values["step_separator"]
+        return found
 
     def decides_encoding(self) -> list[Any]:
         """Also what closes a step."""

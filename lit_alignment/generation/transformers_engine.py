@@ -3,7 +3,7 @@
 B prompts, S completions of each, T tokens
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -18,6 +18,7 @@ from lit_alignment.data.batching.collate import Sequences, collate_padded, pad_p
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.generation.engine import Completion, Engine, Request, Result, cut_completion, prompt_seed
+from lit_alignment.generation.pieces import TextPieces
 from lit_alignment.generation.settings import DecodingConfig
 from lit_alignment.models.adapters import is_prompt_learning, prefix_cache
 from lit_alignment.models.head import base_model, hidden_states, scores_at
@@ -35,6 +36,8 @@ class TransformersEngine(Engine):
         batch_size: Requests to answer together; neighbours of other settings are not.
         synced: Continue each batch until all ranks are done, as sharded models need.
         sampled_logps: Give all completions their log-probabilities, at the temperature that they were sampled at.
+        on_text: Gets the text of a completion piece by piece, where one prompt with one answer is asked alone; else
+            that of the first one, at its end.
     """
 
     def __init__(
@@ -44,9 +47,10 @@ class TransformersEngine(Engine):
         batch_size: int = 8,
         synced: bool = False,
         sampled_logps: bool = False,
+        on_text: Callable[[str], None] | None = None,
     ) -> None:
         """Keep the parts."""
-        self.network, self.tokenizer = network, tokenizer
+        self.network, self.tokenizer, self.on_text = network, tokenizer, on_text
         self.batch_size, self.synced, self.sampled_logps = batch_size, synced, sampled_logps
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Result]]:
@@ -91,6 +95,9 @@ class TransformersEngine(Engine):
         arguments: dict[str, Any] = {"tokenizer": self.tokenizer} if first.stop_strings else {}
         config = _generation_config(self.network, first, decoding, self._padding)
         arguments |= {"generation_config": config, "synced_gpus": self.synced}
+        pieces = None if self.on_text is None else TextPieces(self.tokenizer, first, self.on_text)
+        if pieces is not None and len(batch) == config.num_beams == config.num_return_sequences == 1:
+            arguments["streamer"] = pieces
         with seeded(first.seed, prompts, device), _nothing_else(self.network):
             sequences = _sequences(self.network, input_ids, attention_mask, arguments)
         copies = decoding.num_return_sequences
@@ -99,6 +106,8 @@ class TransformersEngine(Engine):
             cut_completion(row, request, self.tokenizer)
             for row, request in zip(sequences[:, input_ids.shape[1] :].tolist(), owners, strict=True)
         ]
+        if pieces is not None:
+            pieces.finish(completions[0].text)
         if self.sampled_logps or decoding.logprobs:
             temperature = decoding.temperature if self.sampled_logps else 0.0
             completions = self._with_logps(completions, owners, temperature or 1.0)

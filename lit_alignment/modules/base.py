@@ -41,16 +41,16 @@ from lit_alignment.models.loading import (
 from lit_alignment.models.roles import roles_of
 from lit_alignment.models.router import router_losses
 from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.modules.standalone import StandaloneModule
 from lit_alignment.optimization import OptimizerConfig, algorithm_class, build_optimizer
 from lit_alignment.optimizers.resuming import group_settings
 from lit_alignment.optimizers.schedule_free import ScheduleFreeAdamW
-from lit_alignment.training.checkpointed import CheckpointedModule
 from lit_alignment.training.non_finite import refuse_or_skip
 from lit_alignment.training.precision import keep_inputs
 from lit_alignment.training.trainer_settings import check_trainer
 
 
-class AlignmentModule(CheckpointedModule):
+class AlignmentModule(StandaloneModule):
     """A language model with a tokenizer, trained in part or whole.
 
     A method adds `step`, `stage_metrics` and its predictions. What it has beside a language model (further networks,
@@ -107,7 +107,13 @@ class AlignmentModule(CheckpointedModule):
             self.metrics.update({name: nn.ModuleDict(self.stage_metrics()) for name in ("val", "test")})
 
     def configure_model(self) -> None:
-        """Load the weights, once."""
+        """Load the weights, once.
+
+        Raises:
+            ConfigError: If a training would begin with a model that was loaded to answer.
+        """
+        if self.trainer.state.fn == "fit":
+            self.forget_loaded()
         if self.model is not None:
             return
         self.features.check_run(

@@ -3,6 +3,7 @@
 N conversations, K labels
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,11 +11,13 @@ from peft import PeftConfig
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_alignment.checkpoints.saved import Saved
+from lit_alignment.data.asking import Conversation
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.classification import ClassificationDataModule
 from lit_alignment.data.encoding.prompts import PromptItem
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, present
 from lit_alignment.evaluation.samples import Confusion, ScoredSample
 from lit_alignment.hooks import Stage
 from lit_alignment.losses import balanced_class_weights, focal_loss, multi_label_loss, regression_loss
@@ -84,6 +87,16 @@ class ClassificationModule(ScoringModule):
         self.confusion: Tensor | None = None  # of the last validation or test
         self._alpha: Tensor | None
         self.register_buffer("_alpha", None, persistent=False)
+
+    @classmethod
+    def arguments_of(cls, saved: Saved) -> dict[str, Any]:
+        """Also the labels."""
+        head = present(saved.head, "a head of scores")
+        return {**super().arguments_of(saved), "labels": list(head.labels), "problem": head.problem}
+
+    def data_arguments(self) -> dict[str, Any]:
+        """Labels, and what they are of."""
+        return {"labels": self.labels, "problem": self.problem}
 
     def on_fit_start(self) -> None:
         """Count the classes, if their weights are to balance them."""
@@ -175,6 +188,23 @@ class ClassificationModule(ScoringModule):
                 values = logits.tolist()
                 return {"prediction": values[0] if len(values) == 1 else values}
         return {"prediction": prediction, "probabilities": dict(zip(self.labels, probabilities, strict=True))}
+
+    def classify(self, conversations: Sequence[Conversation], batch_size: int = 8) -> list[dict[str, Any]]:
+        """The class of each text or conversation, in order, as `predict` gives it.
+
+        Args:
+            conversations: Texts, lists of messages, or records with `messages`; none of them is shortened.
+            batch_size: Conversations to classify together.
+
+        Returns:
+            `prediction`, a label, a list of labels (`multi_label`) or numbers (`regression`), and but for numbers
+            `probabilities` by label, calibrated where a validation has measured the temperature.
+
+        Raises:
+            ConfigError: If one has more tokens than the model has positions.
+            RecordError: If one is malformed.
+        """
+        return self.predictions(conversations, batch_size)
 
     def scored_sample(self, item: PromptItem, predicted: dict[str, Any]) -> ScoredSample:
         """The predicted classes with their probabilities, or numbers."""

@@ -3,11 +3,14 @@
 N trained tokens
 """
 
+from typing import Any
+
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_alignment.checkpoints.saved import Saved
 from lit_alignment.data.base import AlignmentDataModule, Split, datamodule_as, datamodule_of
 from lit_alignment.data.distillation import DistillationDataModule
 from lit_alignment.data.encoding.tokenizer import tokenizer_difference
@@ -95,6 +98,11 @@ class DistillationModule(RolloutModule):
         self.sampler = TransformersSampler() if engine is None else engine
         self.teacher_model: nn.Module | None = None
         self.train_means = NamedMeans(["length", "truncated"])
+
+    @classmethod
+    def arguments_of(cls, saved: Saved) -> dict[str, Any]:
+        """In the place of the teacher, who teaches no more, the student's own base, which is not loaded again."""
+        return {**super().arguments_of(saved), "teacher": saved.backbone}
 
     @property
     def data(self) -> DistillationDataModule:

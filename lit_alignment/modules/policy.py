@@ -14,6 +14,7 @@ from peft import PeftConfig
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_alignment.checkpoints.saved import Saved
 from lit_alignment.data.base import AlignmentDataModule, Split, datamodule_as
 from lit_alignment.data.batching.items import PromptBatch
 from lit_alignment.data.policy import PolicyDataModule
@@ -42,6 +43,7 @@ from lit_alignment.modules.compared import ComparedModule
 from lit_alignment.modules.rollout import RolloutModule, answer_of
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.planning.memory import RolloutShape
+from lit_alignment.rollout.builtin_rewards import LengthReward
 from lit_alignment.rollout.config import RolloutConfig
 from lit_alignment.rollout.reward_pool import RewardPool
 from lit_alignment.rollout.rewards import RewardFunction
@@ -123,6 +125,11 @@ class PolicyModule(RolloutModule, ComparedModule):
         self.train_means = NamedMeans(names_of_values(self.scorer.names))
         self.charts = (("loss",), tuple(self.reward_names), ("reward_deviation",), *CHARTS)
         self._whole = ExitStack()  # weights that are gathered for a validation
+
+    @classmethod
+    def arguments_of(cls, saved: Saved) -> dict[str, Any]:
+        """In the place of the rewards, which score what training samples, any one."""
+        return {**super().arguments_of(saved), "rewards": [LengthReward(minimum=1)]}
 
     @property
     def data(self) -> PolicyDataModule:

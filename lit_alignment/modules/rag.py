@@ -3,8 +3,8 @@
 B questions, K passages of a question, T answer tokens, D width
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from torchmetrics import Metric
 from lit_alignment.checkpoints.export import ExportParts
 from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.saved import Saved
-from lit_alignment.data.base import datamodule_as
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.rag import RAGBatch, RAGDataModule, RAGItem
 from lit_alignment.errors import ConfigError
+from lit_alignment.files import config_from
 from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request, Response
 from lit_alignment.generation.marginal import (
     answer_token_logps,
@@ -46,6 +46,16 @@ from lit_alignment.retrieval.passage_retriever import PassageRetriever, TrainedT
 
 Decoding = Literal["concatenate", "rag_sequence", "rag_sequence_fast", "rag_token"]
 RECALL_AT = (1, 5, 20)
+
+
+@dataclass(frozen=True)
+class RAGAnswers:
+    """What decides answers besides weights and passages; arguments of RAGModule."""
+
+    objective: Objective
+    num_passages: int
+    decoding: Decoding
+    train_retriever: TrainedTowers
 
 
 class RAGModule(GenerativeModule):
@@ -80,6 +90,7 @@ class RAGModule(GenerativeModule):
             answers (`rag_sequence`, `rag_sequence_fast`) or by tokens (`rag_token`). By default as in training.
     """
 
+    family = "passages"
     data_classes = (RAGDataModule,)
     beside, keeps_precision = "retriever and index", ("dual",)  # the index was made with its weights as they are
     progress_bar = ("loss", *(f"recall@{k}" for k in RECALL_AT))
@@ -122,7 +133,7 @@ class RAGModule(GenerativeModule):
     @property
     def data(self) -> RAGDataModule:
         """The data module, which puts passages into conversations."""
-        return datamodule_as(RAGDataModule, self.trainer)
+        return self.data_as(RAGDataModule)
 
     # Retriever.
 
@@ -155,15 +166,19 @@ class RAGModule(GenerativeModule):
     def checkpoint_metadata(self) -> dict[str, Any]:
         """Also the retriever's settings, and whether the generator stays as it is."""
         retriever = asdict(self.passage_retriever.config)
-        return {**super().checkpoint_metadata(), "retriever": retriever, "frozen": not self.train_generator}
+        method = asdict(RAGAnswers(self.objective, self.num_passages, self.decoding, self.train_retriever))
+        about = {"retriever": retriever, "frozen": not self.train_generator, "method": method}
+        return {**super().checkpoint_metadata(), **about}
 
     def retrieve(self, queries: Sequence[str]) -> tuple[list[list[Passage]], Tensor]:
         """The K best passages of each query, and their scores with the gradient that trains the retriever, [B, K].
 
         Every process searches its part of a sharded index, but in predict, where some have more batches.
         """
-        sharded = self.passage_retriever.index_config.sharded and self.trainer.world_size > 1
-        return self.passage_retriever.retrieve(queries, together=sharded and self.trainer.state.fn != "predict")
+        several = self._trainer is not None and self.trainer.world_size > 1 and self.trainer.state.fn != "predict"
+        return self.passage_retriever.retrieve(
+            queries, together=several and self.passage_retriever.index_config.sharded
+        )
 
     def on_fit_start(self) -> None:
         """Refuse a stale index, and passages that learn while nobody encodes them anew."""
@@ -181,6 +196,16 @@ class RAGModule(GenerativeModule):
         """Refuse a stale index."""
         super().on_predict_start()
         self.passage_retriever.check_index()
+
+    @classmethod
+    def arguments_of(cls, saved: Saved) -> dict[str, Any]:
+        """Also the retriever, and what decides answers; the index is not a part of a checkpoint."""
+        own = vars(config_from(RAGAnswers, saved.method, "the checkpoint")) if saved.method else {}
+        return {**super().arguments_of(saved), **own, "retriever": saved.retriever, "train_generator": not saved.frozen}
+
+    def _within_positions(self, items: Sequence[Any], decoding: DecodingConfig) -> DecodingConfig:
+        """As it is: passages are cut so that a prompt is no longer than in training."""
+        return decoding
 
     # Loss.
 
@@ -284,10 +309,12 @@ class RAGModule(GenerativeModule):
         return marginal_requests(each, passages, scores, score if self.decoding == "rag_sequence" else None)
 
     @torch.no_grad()
-    def respond(self, items: Sequence[RAGItem], decoding: DecodingConfig) -> list[Response]:
-        """Responses, with the passages behind them and their scores."""
+    def respond(
+        self, items: Sequence[RAGItem], decoding: DecodingConfig, on_text: Callable[[str], None] | None = None
+    ) -> list[Response]:
+        """Responses, with the passages behind them and their scores; only one from a single prompt comes in pieces."""
         if self.decoding != "rag_token" or not items:
-            return super().respond(items, decoding)
+            return super().respond(items, decoding, on_text if self.decoding == "concatenate" else None)
         passages, scores = self.retrieve([item.query for item in items])
         requests = [
             [self._request(item, [each], decoding) for each in own] for item, own in zip(items, passages, strict=True)

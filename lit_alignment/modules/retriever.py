@@ -3,13 +3,15 @@
 B questions, N passages in a batch, D width
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lit_alignment.checkpoints.saved import Saved
 from lit_alignment.data.passages import format_passage
 from lit_alignment.data.retriever import PassageBatch, PassageDataModule, QuestionBatch, RetrieverDataModule
 from lit_alignment.errors import ConfigError
@@ -35,6 +37,7 @@ class RetrieverModule(AlignmentModule):
         optimizer: Optimizer and schedule.
     """
 
+    family = "vectors"
     is_causal = False
     data_classes = (RetrieverDataModule, PassageDataModule)
     progress_bar = ("loss", "in_batch_accuracy")
@@ -50,8 +53,15 @@ class RetrieverModule(AlignmentModule):
         super().__init__(backbone, None, None, TokensConfig(), optimizer)
         self.retriever, self.index_config = retriever, index
 
+    @classmethod
+    def arguments_of(cls, saved: Saved) -> dict[str, Any]:
+        """The encoder."""
+        return {"retriever": saved.retriever}
+
     def configure_model(self) -> None:
         """Load the weights, once."""
+        if self.trainer.state.fn == "fit":
+            self.forget_loaded()
         if self.model is None:
             self.load_model()
 
@@ -109,6 +119,19 @@ class RetrieverModule(AlignmentModule):
     def prediction_settings(self) -> dict[str, dict[str, Any]]:
         """Embeddings go into an index, not into files of predictions."""
         return {}
+
+    def embed(self, texts: Sequence[str | Mapping[str, str]], kind: Literal["query", "passage"] = "passage") -> Tensor:
+        """Vectors of texts, whose inner products are scores, fp32, [B, D].
+
+        Args:
+            texts: Queries; or passages, each a text or `{title, text}`.
+            kind: Which of the two they are.
+        """
+        pairs = [("", text) if isinstance(text, str) else (text.get("title", ""), text["text"]) for text in texts]
+        with self.answering():
+            if kind == "query":
+                return self.encoder.queries([text for _, text in pairs])
+            return self.encoder.passages([self._written(*each) for each in pairs])
 
     def predict_step(self, batch: PassageBatch, batch_idx: int) -> Any:
         """Embeddings of the passages, [B, D]."""

@@ -3,6 +3,7 @@
 N scores, R records, P pairs
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torchmetrics import Metric
 
-from lit_alignment.data.base import datamodule_as
+from lit_alignment.checkpoints.saved import Saved
+from lit_alignment.data.asking import Conversation
 from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.reward import ResponsesItem, RewardDataModule
 from lit_alignment.errors import ConfigError, present
@@ -70,10 +72,21 @@ class RewardModule(ScoringModule):
         check_positive("center", center)
         self.use_margin, self.center, self.normalize = use_margin, center, normalize
 
+    @classmethod
+    def arguments_of(cls, saved: Saved) -> dict[str, Any]:
+        """Nothing more.
+
+        Raises:
+            ConfigError: If the model has several scores.
+        """
+        if saved.head is not None and len(saved.head.labels) != 1:
+            raise ConfigError(f"this model has scores of {len(saved.head.labels)} labels: use ClassificationModule.")
+        return super().arguments_of(saved)
+
     @property
     def data(self) -> RewardDataModule:
         """The data module, which says what is known of the responses."""
-        return datamodule_as(RewardDataModule, self.trainer)
+        return self.data_as(RewardDataModule)
 
     def losses(self, scores: Tensor, batch: ScoreBatch) -> Tensor:
         """Loss of each record, or of each step, [R].
@@ -185,6 +198,25 @@ class RewardModule(ScoringModule):
         if self.data.kind == "steps" and len(item.answers) == 1:
             line["step_rewards"] = found.tolist()
         return line
+
+    def score(self, conversations: Sequence[Conversation], batch_size: int = 8) -> list[float]:
+        """The reward of each conversation's last response, in order; higher is better.
+
+        Raw scores, or normalised ones, as `normalize` says; those of a model of steps are log-probabilities.
+
+        Args:
+            conversations: Messages that end with the response, or records of a prompt with one response.
+            batch_size: Conversations to score together.
+
+        Raises:
+            ConfigError: If one has several responses, or more tokens than the model has positions.
+            RecordError: If one is malformed, or ends without a response.
+        """
+        rewards = [list(line["rewards"].values()) for line in self.predictions(conversations, batch_size)]
+        wrong = next((number for number, own in enumerate(rewards) if len(own) != 1), None)
+        if wrong is not None:
+            raise ConfigError(f"conversation {wrong + 1}: it has {len(rewards[wrong])} responses. Give one in each.")
+        return [own[0] for own in rewards]
 
     def scored_sample(self, item: ResponsesItem, predicted: dict[str, Any]) -> ScoredSample:
         """The rewards, and whether the best response has the highest one."""

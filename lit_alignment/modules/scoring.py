@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.checkpoints.restore import restore
 from lit_alignment.checkpoints.saved import CHECKPOINT_KEY, Saved, head_of, read_head
+from lit_alignment.data.asking import Conversation
 from lit_alignment.data.batching.collate import ScoreBatch, local_positions
 from lit_alignment.data.batching.items import ItemBatch
-from lit_alignment.data.conversation import conversations_of
+from lit_alignment.data.conversation import ConversationDataModule, conversations_of
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.generation.engine import EngineNeeds, ItemRequests, Request
 from lit_alignment.hooks import Stage
@@ -47,6 +48,7 @@ class ScoringModule(AlignmentModule):
         head: What the scores are of.
     """
 
+    family = "scores"
     head: HeadConfig
     shares_batches = True
     progress_bar = ("loss", "accuracy")
@@ -121,6 +123,28 @@ class ScoringModule(AlignmentModule):
         scores = torch.split(self.scores(batch.scores), batch.scores.groups)
         return {name: [self.predicted(item, own) for item, own in zip(batch.items, scores, strict=True)]}
 
+    def predictions(self, conversations: Sequence[Conversation], batch_size: int) -> list[dict[str, Any]]:
+        """What `predict` says of each conversation, in order, without a Trainer.
+
+        Args:
+            conversations: What is scored.
+            batch_size: Conversations to score together.
+        """
+        data, found = self.data_as(ConversationDataModule).whole(), list[dict[str, Any]]()  # type: ignore[type-abstract]
+        with self.answering():
+            items = self.asked(conversations)
+            for start in range(0, len(items), batch_size):
+                batch: Any = data.predict_collate(items[start : start + batch_size])
+                (lines,) = self.predict_step(self.transfer_batch_to_device(batch, self.device, 0), 0).values()
+                found += lines
+        return found
+
+    def load_trained(self, saved: Saved, path: str | Path) -> None:
+        """Also take over what was measured."""
+        super().load_trained(saved, path)
+        if saved.head is not None:
+            self.take_over(saved.head)
+
     @abstractmethod
     def predicted(self, item: Any, scores: Tensor) -> dict[str, Any]:
         """What the scores of one item, [N, K], say."""
@@ -154,10 +178,6 @@ class ScoringModule(AlignmentModule):
     def measure(self, values: dict[str, float]) -> None:
         """Keep what was measured with the model beside it."""
         self.head = replace(self.head, measured={**self.head.measured, **values})
-
-    def data_arguments(self) -> dict[str, Any]:
-        """Labels, and what they are of."""
-        return {"labels": list(self.head.labels), "problem": self.head.problem}
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """The head: its labels, and what was measured."""

@@ -17,7 +17,7 @@ from lit_alignment.checkpoints.export import ExportParts, media_parts
 from lit_alignment.checkpoints.hf_folder import Form
 from lit_alignment.checkpoints.restore import restore, restore_towers
 from lit_alignment.checkpoints.saved import Saved
-from lit_alignment.data.base import datamodule_as, datamodule_of
+from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import TargetBatch
 from lit_alignment.data.multimodal.media import MediaTokens
 from lit_alignment.data.vlm import MediaBatch, MediaItem, VLMDataModule
@@ -60,6 +60,7 @@ class VLMModule(SFTModule):
     Source: Liu et al. 2023, LLaVA (arXiv:2304.08485).
     """
 
+    family = "media"
     data_classes = (VLMDataModule,)
     shares_batches = False
     beside = "encoders and projectors"
@@ -109,6 +110,15 @@ class VLMModule(SFTModule):
                 "position. Use LoRA."
             )
 
+    @classmethod
+    def arguments_of(cls, saved: Saved) -> dict[str, Any]:
+        """Also how media enter; files are read and encoded, whatever cache training has used."""
+        trained = saved.networks.get(TOWERS, {})
+        media: dict[str, Any] = {name: replace(each, cache=None) for name, each in saved.modalities.items()}
+        encoder = any(f"{name}.encoders." in weight for name in media for weight in trained)
+        own = {"train_language_model": not saved.frozen, "train_encoder": encoder}
+        return {**super().arguments_of(saved), **own, **media}
+
     @property
     def media(self) -> dict[str, MediaTokens]:
         """Placeholder and reader by modality, for the data module."""
@@ -119,7 +129,7 @@ class VLMModule(SFTModule):
     @property
     def data(self) -> VLMDataModule:
         """The data module, which reads files."""
-        return datamodule_as(VLMDataModule, self.trainer)
+        return self.data_as(VLMDataModule)
 
     def data_arguments(self) -> dict[str, Any]:
         """Placeholders and readers of the media."""
@@ -195,7 +205,7 @@ class VLMModule(SFTModule):
             token_id = self.media[name].token_id
             if name in media:
                 found.append(Placement(token_id, tower(media[name]), positions=positions.get(name)))
-            elif self.trainer.world_size > 1:
+            elif self._trainer is not None and self.trainer.world_size > 1:
                 # Other ranks may have images: this one takes part in the exchange of gradients and of shards.
                 nothing = [part.to(self.device) for part in self.shapes[name].nothing()]
                 found.append(Placement(token_id, tower(nothing), absent=True))

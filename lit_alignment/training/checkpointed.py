@@ -195,6 +195,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             "adapter": None if self.adapter is None else asdict(self.adapter),
             "tokens": asdict(self.tokens_config),
             "chat_template": datamodule_of(self.trainer).chat_template(),
+            "asking": _plain(datamodule_of(self.trainer).asking_settings()),
             "adalora": None if self._ranks is None else self._ranks.state_dict(),
             "optimizer": self.algorithm,
             "validated": None if self._validated is None else [*self._validated],
