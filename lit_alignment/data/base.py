@@ -243,7 +243,7 @@ class AlignmentDataModule(PlannedDataModule):
         if prompts:
             decides = [] if self.whole_prompts else self.decides_encoding()
             features = datasets.Features({**self.predict_features, "fingerprint": datasets.Value("string")})
-            rows = RowEncoder(lambda source: self.read_prompt, partial(self._asked_row, decides), features)
+            rows = RowEncoder(lambda source: self.read_prompt, partial(self._asked_row, decides), features, asks=True)
         else:
             rows = RowEncoder(self.reader, self.encode_record, self.features, self.split_record)
         written_in = tuple(kind.__module__ for kind in type(self).__mro__ if issubclass(kind, AlignmentDataModule))

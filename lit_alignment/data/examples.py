@@ -104,10 +104,10 @@ class ExampleMaker:
 
     def fresh_rows(self, source: SourceConfig) -> Iterator[dict[str, Any]]:
         """The rows of a source's chosen records, without the cache; the other records are not looked at."""
-        wanted, read = record_filter(source, self.seed), self.rows.reader(source)
+        wanted = record_filter(source, self.seed)
         for position, (where, raw) in enumerate(source.read()):
             if wanted(position):
-                yield from self.rows.rows(read(raw, where, position), source)
+                yield from self.rows.rows(self.rows.read(raw, where, position, source), source)
 
     def _validated_rows(self, source: SourceConfig) -> Iterator[dict[str, Any]]:
         """The same; all records of the source are validated, and their ids are all different.
@@ -115,11 +115,11 @@ class ExampleMaker:
         Raises:
             RecordError: If a record cannot be used, or has another one's id.
         """
-        wanted, read = record_filter(source, self.seed), self.rows.reader(source)
+        wanted = record_filter(source, self.seed)
 
         def encode(numbered: tuple[int, tuple[str, Any]]) -> tuple[str, str, list[dict[str, Any]]]:
             position, (where, raw) = numbered
-            record = read(raw, where, position)
+            record = self.rows.read(raw, where, position, source)
             return record.id, where, self.rows.rows(record, source) if wanted(position) else []
 
         positions: dict[str, int] = {}

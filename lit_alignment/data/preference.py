@@ -19,7 +19,7 @@ from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.example import Dropped, Example
 from lit_alignment.data.encoding.feedback import RESPONSES, Feedback
-from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record, without_answer
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, Item, prompt_item, prompt_row
 from lit_alignment.data.examples import column
 from lit_alignment.data.feedback import IDS, FeedbackDataModule
@@ -291,7 +291,7 @@ class PreferenceDataModule(FeedbackDataModule):
     def read_prompt(self, raw: object, where: str, position: int) -> Feedback:
         """A prompt with its responses, or a conversation of which nothing is judged."""
         if isinstance(raw, dict) and not any(name in raw for name in RESPONSES):
-            return Feedback(**vars(read_record(raw, where, position)))
+            return Feedback(**vars(read_record(without_answer(raw), where, position)))
         return self.read(raw, where, position)
 
     @property

@@ -23,7 +23,7 @@ from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.batching.standing import standing
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.example import Example
-from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record, without_answer
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, prompt_item, prompt_row
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
@@ -189,8 +189,7 @@ class RolloutDataModule(ConversationDataModule):
         """One conversation, with all fields of its record."""
         if not isinstance(raw, dict):
             return read_record(raw, where, position)
-        alone: dict[str, Any] = {"completion": []} if "prompt" in raw else {}  # a prompt needs no response here
-        return PromptRecord(**vars(read_record({**alone, **raw}, where, position)), raw=raw)
+        return PromptRecord(**vars(read_record(without_answer(raw), where, position)), raw=raw)
 
     @property
     def features(self) -> datasets.Features:
