@@ -1,7 +1,7 @@
 """What every data module does: load the examples of each split, plan their batches, resume inside an epoch."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.loader import PlannedLoader
@@ -18,12 +19,14 @@ from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.rows import RowEncoder
 from lit_alignment.data.encoding.tokenizer import tokenizer_fingerprint
-from lit_alignment.data.examples import ExampleMaker, code_fingerprint, column
+from lit_alignment.data.examples import ExampleMaker, code_fingerprint, column, record_numbers
 from lit_alignment.data.planned import PlannedDataModule
 from lit_alignment.data.sources.cache import fingerprint
+from lit_alignment.data.sources.choosing import source_generator
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport, write_reports
+from lit_alignment.data.sources.splitting import held_out
 from lit_alignment.errors import ConfigError
 from lit_alignment.paths import cache_dir as default_cache_dir
 
@@ -48,6 +51,8 @@ class AlignmentDataModule(PlannedDataModule):
         val: Sources of the validation split.
         test: Sources of the test split.
         predict: Sources of what predict is asked: prompts, conversations to classify, responses to score.
+        val_fraction: Part of the records of `train` that is held out for validation instead of `val`, at most 0.5: a
+            seeded draw from each source, and from each class.
         encoding: How conversations become examples; `max_length` is of a prompt with one response.
         packing: Train and validate on rows that hold several examples, each attending to itself only.
         tokens_per_batch: Tokens in a packed row; by default `encoding.max_length`, or twice that where a record holds
@@ -76,6 +81,7 @@ class AlignmentDataModule(PlannedDataModule):
         seed: int = 0,
         on_drop: Literal["warn", "error"] = "warn",
         cache_dir: str | None = None,
+        val_fraction: float = 0.0,
     ) -> None:
         """Check the settings; files are read in `prepare_data`."""
         super().__init__()
@@ -86,6 +92,7 @@ class AlignmentDataModule(PlannedDataModule):
             "test": test or [],
             "predict": predict or [],
         }
+        self.val_fraction = val_fraction
         self.encoding, self.packing = encoding, packing
         self.tokens_per_batch = tokens_per_batch or self.lengths_in_row * encoding.max_length
         if num_workers < 0:
@@ -119,6 +126,17 @@ class AlignmentDataModule(PlannedDataModule):
             )
         if self.batch_size < 1:
             raise ConfigError(f"data.batch_size is {self.batch_size}; use 1 or more.")
+        if not 0 <= self.val_fraction <= 0.5:
+            raise ConfigError(f"data.val_fraction is {self.val_fraction}; use a number from 0 to 0.5.")
+        if self.val_fraction and self.sources["val"]:
+            raise ConfigError(f"data.val_fraction is {self.val_fraction}, and data.val has sources. Give one of them.")
+        paths = [source.path for source in self.sources["train"] if source.path is not None]
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if self.val_fraction and twice is not None:
+            raise ConfigError(
+                f"data.val_fraction: data.train has {twice} twice, so a record held out of one could be trained by the "
+                "other. Give it once, with 'repeat' or 'weight'; or give data.val."
+            )
 
     @abstractmethod
     def read(self, raw: object, where: str, position: int) -> Any:
@@ -209,14 +227,15 @@ class AlignmentDataModule(PlannedDataModule):
         """Encode into the cache on one process, so that the others only map the files."""
         running = None if self.trainer is None else self.trainer.state.fn
         for split in self._needed("fit" if running is None else str(running.value)):
-            for source in self.sources[split]:
+            for source in self.sources_of(split):
                 self._maker(split == "predict").encoded(source)
 
     def setup(self, stage: str) -> None:
         """Load the splits of a stage and report what became of their records."""
         self.begin()
         for split in self._needed(stage):
-            dataset, report = self._maker(split == "predict").load(self.sources[split], split)
+            held = self._held_out if self.val_fraction and split in ("train", "val") else None
+            dataset, report = self._maker(split == "predict").load(self.sources_of(split), split, held)
             report.remarks = report.remarks if self.reports else self.remarks()  # said once
             self.examples[split], self.reports[split] = dataset, report
             rank_zero_info(report.line())
@@ -234,9 +253,34 @@ class AlignmentDataModule(PlannedDataModule):
 
     def _needed(self, stage: str) -> list[Split]:
         splits = SPLITS[stage]
-        if not self.sources[splits[0]]:
+        if not self.sources_of(splits[0]):
             raise ConfigError(f"data.{splits[0]} is empty: give at least one source to {stage} on.")
-        return [split for split in splits if self.sources[split]]
+        return [split for split in splits if self.sources_of(split)]
+
+    def sources_of(self, split: Split) -> list[SourceConfig]:
+        """The sources whose records a split has; with `val_fraction` those of training also validate."""
+        if split == "val" and self.val_fraction:
+            return [source for source in self.sources["train"] if self.validates(source)]
+        return self.sources[split]
+
+    def validates(self, source: SourceConfig) -> bool:
+        """Whether records of a source of training may be held out for validation."""
+        return True
+
+    def classes(self, rows: CachedRows) -> NDArray[np.float64]:
+        """The class of each row, of which validation gets its part, [len(rows)]; all alike by default."""
+        return np.zeros(len(rows))
+
+    def _held_out(self, source: SourceConfig, rows: CachedRows) -> NDArray[np.bool_]:
+        """Which rows of a source are held out for validation: those of the records that are drawn."""
+        kept: NDArray[np.bool_] = np.asarray(rows.column("dropped")) == ""
+        if not self.validates(source):
+            return np.zeros(len(rows), dtype=bool)
+        numbers = record_numbers(rows)
+        records, first = np.unique(numbers[kept], return_index=True)
+        generator = source_generator(source, self.seed, "val_fraction")
+        held = held_out(self.classes(rows)[kept][first], self.val_fraction, generator)
+        return np.logical_and(kept, np.isin(numbers, records[held]))
 
     def _maker(self, prompts: bool) -> ExampleMaker:
         """What makes the examples, or the prompts of predict."""
@@ -273,9 +317,20 @@ class AlignmentDataModule(PlannedDataModule):
 
     def predict_items(self, sources: Sequence[SourceConfig]) -> list[Any]:
         """What any sources ask in predict, in order, without a cache: for cherry picks."""
+        return list(self._items(sources, lambda row: True))
+
+    def validation_items(self) -> Iterator[Any]:
+        """What the records that validate ask in predict, in order."""
+        if not self.val_fraction:
+            return self._items(self.sources_of("val"), lambda row: True)
+        held = self.examples["val"]
+        known = {(name, part) for name, own in zip(held["dataset"], held["id"], strict=True) for part in _parts(own)}
+        return self._items(self.sources_of("val"), lambda row: (row["dataset"], row["id"]) in known)
+
+    def _items(self, sources: Sequence[SourceConfig], wanted: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
         maker = self._maker(True)
-        rows = (row for source in sources for row in maker.fresh_rows(source) if not row["dropped"])
-        return [self.predict_item(row, index) for index, row in enumerate(rows)]
+        rows = (row for source in sources for row in maker.fresh_rows(source) if not row["dropped"] and wanted(row))
+        return (self.predict_item(row, index) for index, row in enumerate(rows))
 
     # Loaders.
 
@@ -318,6 +373,11 @@ class AlignmentDataModule(PlannedDataModule):
             seed=self.seed,
             repeats=getattr(self.trainer, "overfit_batches", 0) > 0,
         )
+
+
+def _parts(record_id: str) -> tuple[str, str]:
+    """An id, and that of the record of which it may be a part."""
+    return record_id, record_id.rpartition("#")[0]
 
 
 def datamodule_of(trainer: Trainer) -> AlignmentDataModule:

@@ -3,7 +3,9 @@
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.collate import ScoreBatch, Sequences, pack_sequences, pad_sequences
@@ -15,6 +17,7 @@ from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, finite
 from lit_alignment.data.encoding.prompts import prompt_columns
 from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.examples import column
+from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 
@@ -110,6 +113,13 @@ class ClassificationDataModule(ConversationDataModule):
             groups=[1] * len(items),
             weights=torch.ones(len(items)),
         )
+
+    def classes(self, rows: CachedRows) -> NDArray[np.float64]:
+        """The class of each row, or its set of them."""
+        if self.problem == "regression":
+            return super().classes(rows)
+        own: dict[str, int] = {}
+        return np.array([own.setdefault(str(target), len(own)) for target in rows["target"]], dtype=np.float64)
 
     def class_counts(self) -> torch.Tensor:
         """Training examples of each label, [K].

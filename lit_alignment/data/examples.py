@@ -3,7 +3,7 @@
 import ast
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.utils import tqdm
+from numpy.typing import NDArray
 
 from lit_alignment.data.encoding.rows import FURTHER, ROW_FEATURES, RowEncoder
 from lit_alignment.data.sources.cache import cached_rows, files_fingerprint, fingerprint, source_fingerprint
@@ -36,6 +37,9 @@ PARTS = ("lit_alignment.data.", "lit_alignment.errors")  # what may decide a row
 LATER = "lit_alignment.data.batching."  # decides batches of rows, and no row
 
 
+HeldOut = Callable[[SourceConfig, CachedRows], NDArray[np.bool_]]
+
+
 @dataclass(frozen=True)
 class ExampleMaker:
     """Makes the examples of sources.
@@ -54,8 +58,15 @@ class ExampleMaker:
     seed: int
     num_proc: int | None = None
 
-    def load(self, sources: Sequence[SourceConfig], split: str) -> tuple[CachedRows, DataReport]:
+    def load(
+        self, sources: Sequence[SourceConfig], split: str, held: HeldOut | None = None
+    ) -> tuple[CachedRows, DataReport]:
         """The examples of an epoch over all sources, and what became of their records.
+
+        Args:
+            sources: The sources.
+            split: What they are for: `train` leaves out what is held out of them, `val` takes that alone, once.
+            held: Which rows of a source are held out; None where nothing is.
 
         Raises:
             ConfigError: If a source has no record, or chooses none.
@@ -66,6 +77,8 @@ class ExampleMaker:
             encoded = self.encoded(source)
             if not len(encoded):
                 raise ConfigError(f"data.{split}: {nothing_in(source)}")
+            if held is not None:
+                encoded.positions = np.flatnonzero(held(source, encoded) == (split == "val"))
             columns = {name: encoded.column(name) for name in ("dropped", "detail", "notes")}
             notes = _counts(pc.list_flatten(columns["notes"]))
             records = len(encoded) - notes[FURTHER]
@@ -77,8 +90,10 @@ class ExampleMaker:
                 told = columns["detail"].filter(pc.equal(columns["dropped"], reason))
                 if len(told) and told[0].as_py():
                     report.details.setdefault(reason, told[0].as_py())
-            parts.append((encoded, np.flatnonzero(kept.to_numpy())))
+            parts.append((encoded, encoded.positions[kept.to_numpy()]))
         repeats = mixture_repeats(sources, [len(indices) for _, indices in parts])
+        if held is not None and split == "val":
+            repeats = [1.0] * len(parts)
         mixed = []
         for source, (encoded, indices), repeat in zip(sources, parts, repeats, strict=True):
             encoded.positions = repeat_records(indices, repeat, source_generator(source, self.seed, "repeat"))
@@ -149,6 +164,14 @@ def column(dataset: CachedRows, name: str) -> np.ndarray[Any, Any]:
     if not pa.types.is_list(values.type):
         return np.asarray(values)
     return np.asarray(pc.list_flatten(values)).reshape(len(dataset), -1)
+
+
+def record_numbers(rows: CachedRows) -> NDArray[np.int64]:
+    """The record of each row, counted from 0, [len(rows)]: one that was split has several."""
+    notes = rows.column("notes").combine_chunks()
+    begins = np.ones(len(rows), dtype=np.int64)
+    begins[np.asarray(pc.list_parent_indices(notes))[np.asarray(pc.equal(pc.list_flatten(notes), FURTHER))]] = 0
+    return np.cumsum(begins) - 1
 
 
 def _counts(values: pa.ChunkedArray) -> Counter[str]:

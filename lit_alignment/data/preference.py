@@ -144,6 +144,10 @@ class PreferenceDataModule(FeedbackDataModule):
         """Also how many tokens of chats there are."""
         return replace(super().plan(split), chat_tokens=column(self.examples[split], "chat_tokens"))
 
+    def validates(self, source: SourceConfig) -> bool:
+        """Chats train alone."""
+        return not isinstance(source, ChatSource)
+
     def reader(self, source: SourceConfig) -> Callable[[object, str, int], Any]:
         """Chats are read as in supervised fine-tuning."""
         return read_record if isinstance(source, ChatSource) else self.read

@@ -81,7 +81,7 @@ def hub_rows(path: str, subset: str | None, split: str | None, streaming: bool =
     import datasets
 
     reason = look_for_hub()
-    options: dict[str, Any] = {"split": split or "train", "streaming": streaming}
+    options: dict[str, Any] = {"split": split or "train"} | ({"streaming": True} if streaming else {})
     try:
         try:
             rows = datasets.load_dataset(path, subset, **options)
