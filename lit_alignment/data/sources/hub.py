@@ -56,7 +56,7 @@ def hub_files(folder: Path, subset: str | None, split: str | None) -> list[Path]
             builder = datasets.load_dataset_builder(str(folder), data_dir=subset)
         else:
             builder = datasets.load_dataset_builder(str(folder), subset)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{folder}: {_reason(error)} (subset is {subset or 'not given'}).") from error
     files = builder.config.data_files or {}
     wanted = split or "train"
@@ -83,14 +83,9 @@ def hub_rows(path: str, subset: str | None, split: str | None, streaming: bool =
     reason = look_for_hub()
     options: dict[str, Any] = {"split": split or "train"} | ({"streaming": True} if streaming else {})
     try:
-        try:
-            rows = datasets.load_dataset(path, subset, **options)
-        except ValueError as error:
-            if subset is None or "BuilderConfig" not in str(error):
-                raise
-            rows = datasets.load_dataset(path, data_dir=subset, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        if reason:
+        rows = _load(path, subset, options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if reason and not isinstance(error, ValueError):  # which says what is wrong with a data set that is there
             raise ConfigError(
                 f"{path}: no file or folder (looked from {Path.cwd()}), not in the cache, and {reason}. Check "
                 "data's 'path', or set HF_ENDPOINT to a mirror."
@@ -100,6 +95,21 @@ def hub_rows(path: str, subset: str | None, split: str | None, streaming: bool =
             f"({type(error).__name__}: {_reason(error)}). Check data's 'path', 'subset' and 'split'."
         ) from error
     return HubRows(rows.column_names, rows.with_format("arrow").iter(256))
+
+
+def _load(path: str, subset: str | None, options: dict[str, Any]) -> Any:
+    """A data set; a subset that is none of its configurations may be a folder, as the parts of HH are."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, subset, **options)
+    except ValueError as error:
+        if subset is None or "BuilderConfig" not in str(error):
+            raise
+        try:
+            return datasets.load_dataset(path, data_dir=subset, **options)
+        except (OSError, datasets.exceptions.DatasetsError):
+            raise error from None
 
 
 def _reason(error: Exception) -> str:
