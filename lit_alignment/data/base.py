@@ -15,18 +15,21 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.batching.streaming import StreamPlan
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.rows import RowEncoder
 from lit_alignment.data.encoding.tokenizer import tokenizer_fingerprint
-from lit_alignment.data.examples import ExampleMaker, code_fingerprint, column, record_numbers
+from lit_alignment.data.examples import ExampleMaker, code_fingerprint, column, held_rows
 from lit_alignment.data.planned import PlannedDataModule
 from lit_alignment.data.sources.cache import fingerprint
 from lit_alignment.data.sources.choosing import source_generator
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport, write_reports
-from lit_alignment.data.sources.splitting import held_out
+from lit_alignment.data.sources.splitting import check_fraction
+from lit_alignment.data.sources.stream import RecordStream, check_stream
+from lit_alignment.data.streamed import TrainStream
 from lit_alignment.errors import ConfigError
 from lit_alignment.paths import cache_dir as default_cache_dir
 
@@ -53,6 +56,8 @@ class AlignmentDataModule(PlannedDataModule):
         predict: Sources of what predict is asked: prompts, conversations to classify, responses to score.
         val_fraction: Part of the records of `train` that is held out for validation instead of `val`, at most 0.5: a
             seeded draw from each source, and from each class.
+        streaming: Read and encode the training data as the training goes, without a cache and without an end.
+        shuffle_buffer: Records of each source that streaming holds to draw the next one from.
         encoding: How conversations become examples; `max_length` is of a prompt with one response.
         packing: Train and validate on rows that hold several examples, each attending to itself only.
         tokens_per_batch: Tokens in a packed row; by default `encoding.max_length`, or twice that where a record holds
@@ -82,6 +87,8 @@ class AlignmentDataModule(PlannedDataModule):
         on_drop: Literal["warn", "error"] = "warn",
         cache_dir: str | None = None,
         val_fraction: float = 0.0,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
     ) -> None:
         """Check the settings; files are read in `prepare_data`."""
         super().__init__()
@@ -92,7 +99,7 @@ class AlignmentDataModule(PlannedDataModule):
             "test": test or [],
             "predict": predict or [],
         }
-        self.val_fraction = val_fraction
+        self.val_fraction, self.streaming, self.shuffle_buffer = val_fraction, streaming, shuffle_buffer
         self.encoding, self.packing = encoding, packing
         self.tokens_per_batch = tokens_per_batch or self.lengths_in_row * encoding.max_length
         if num_workers < 0:
@@ -111,6 +118,7 @@ class AlignmentDataModule(PlannedDataModule):
     lengths_in_row = 1  # a packed row is so many times as long as `encoding.max_length` by default
     marked = "trained"  # what the labels of `views` say of a token
     whole_prompts = True  # whether a row of predict holds all tokens of its prompt
+    streams = False  # whether batches of examples can be made without a look at all of them
     share_prompts = False  # whether responses in a packed row continue one copy of their prompt
 
     def check_settings(self) -> None:
@@ -126,17 +134,19 @@ class AlignmentDataModule(PlannedDataModule):
             )
         if self.batch_size < 1:
             raise ConfigError(f"data.batch_size is {self.batch_size}; use 1 or more.")
-        if not 0 <= self.val_fraction <= 0.5:
-            raise ConfigError(f"data.val_fraction is {self.val_fraction}; use a number from 0 to 0.5.")
-        if self.val_fraction and self.sources["val"]:
-            raise ConfigError(f"data.val_fraction is {self.val_fraction}, and data.val has sources. Give one of them.")
-        paths = [source.path for source in self.sources["train"] if source.path is not None]
-        twice = next((path for path in paths if paths.count(path) > 1), None)
-        if self.val_fraction and twice is not None:
+        check_fraction(self.val_fraction, self.sources["train"], self.sources["val"])
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        if not self.streams:
             raise ConfigError(
-                f"data.val_fraction: data.train has {twice} twice, so a record held out of one could be trained by the "
-                "other. Give it once, with 'repeat' or 'weight'; or give data.val."
+                f"data.streaming is true, and {type(self).__name__} has to know all its examples before training. Set "
+                "it to false; SFTDataModule and PreferenceDataModule can stream."
             )
+        if self.val_fraction:
+            raise ConfigError("data.val_fraction is drawn from all records, which streaming never has. Give data.val.")
+        check_stream(self.sources["train"], self.shuffle_buffer)
 
     @abstractmethod
     def read(self, raw: object, where: str, position: int) -> Any:
@@ -227,13 +237,16 @@ class AlignmentDataModule(PlannedDataModule):
         """Encode into the cache on one process, so that the others only map the files."""
         running = None if self.trainer is None else self.trainer.state.fn
         for split in self._needed("fit" if running is None else str(running.value)):
-            for source in self.sources_of(split):
+            for source in [] if self._is_streamed(split) else self.sources_of(split):
                 self._maker(split == "predict").encoded(source)
 
     def setup(self, stage: str) -> None:
         """Load the splits of a stage and report what became of their records."""
         self.begin()
         for split in self._needed(stage):
+            if self._is_streamed(split):
+                self.stream, self.reports[split] = self._new_stream()
+                continue
             held = self._held_out if self.val_fraction and split in ("train", "val") else None
             dataset, report = self._maker(split == "predict").load(self.sources_of(split), split, held)
             report.remarks = report.remarks if self.reports else self.remarks()  # said once
@@ -250,6 +263,20 @@ class AlignmentDataModule(PlannedDataModule):
         directory = self.trainer.log_dir if self.trainer is not None else None
         if directory and self.trainer is not None and self.trainer.is_global_zero:
             write_reports(self.reports, Path(directory))
+
+    def _is_streamed(self, split: Split) -> bool:
+        return self.streaming and split == "train"
+
+    def _new_stream(self) -> tuple[TrainStream, DataReport]:
+        """The training data, of which nothing is read yet, and their report, which grows as they are."""
+        records = RecordStream(self.sources["train"], self.seed, self.shuffle_buffer)
+        plan = StreamPlan(self.tokens_per_batch if self.packing else None, self.batch_size, self.seed)
+        stream = TrainStream(records, self._maker(False).rows, plan, stops_at_drop=self.on_drop == "error")
+        stream.report.remarks = self.remarks()
+        remarks = "".join(f"\n  note: {remark}" for remark in stream.report.remarks)
+        names = ", ".join(source.title for source in records.sources)
+        rank_zero_info(f"train: {names}, read and encoded as the training goes{remarks}")
+        return stream, stream.report
 
     def _needed(self, stage: str) -> list[Split]:
         splits = SPLITS[stage]
@@ -272,15 +299,9 @@ class AlignmentDataModule(PlannedDataModule):
         return np.zeros(len(rows))
 
     def _held_out(self, source: SourceConfig, rows: CachedRows) -> NDArray[np.bool_]:
-        """Which rows of a source are held out for validation: those of the records that are drawn."""
-        kept: NDArray[np.bool_] = np.asarray(rows.column("dropped")) == ""
-        if not self.validates(source):
-            return np.zeros(len(rows), dtype=bool)
-        numbers = record_numbers(rows)
-        records, first = np.unique(numbers[kept], return_index=True)
-        generator = source_generator(source, self.seed, "val_fraction")
-        held = held_out(self.classes(rows)[kept][first], self.val_fraction, generator)
-        return np.logical_and(kept, np.isin(numbers, records[held]))
+        """Which rows of a source are held out for validation."""
+        fraction = self.val_fraction if self.validates(source) else 0.0
+        return held_rows(rows, self.classes(rows), fraction, source_generator(source, self.seed, "val_fraction"))
 
     def _maker(self, prompts: bool) -> ExampleMaker:
         """What makes the examples, or the prompts of predict."""

@@ -30,6 +30,7 @@ from lit_alignment.data.sources.parallel import ordered_map
 from lit_alignment.data.sources.record_batches import CachedRows, joined
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport
+from lit_alignment.data.sources.splitting import held_out
 from lit_alignment.errors import ConfigError, RecordError
 
 ROOT = Path(__file__).parent.parent.parent  # where the package is
@@ -166,7 +167,25 @@ def column(dataset: CachedRows, name: str) -> np.ndarray[Any, Any]:
     return np.asarray(pc.list_flatten(values)).reshape(len(dataset), -1)
 
 
-def record_numbers(rows: CachedRows) -> NDArray[np.int64]:
+def held_rows(
+    rows: CachedRows, classes: NDArray[np.float64], fraction: float, generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Which rows of a source are held out, [len(rows)]: all those of the records that are drawn.
+
+    Args:
+        rows: Of all records, dropped ones too.
+        classes: Of each row.
+        fraction: Part of the records to draw.
+        generator: Draws.
+    """
+    kept: NDArray[np.bool_] = np.asarray(rows.column("dropped")) == ""
+    numbers = _record_numbers(rows)
+    records, first = np.unique(numbers[kept], return_index=True)
+    held = held_out(classes[kept][first], fraction, generator)
+    return np.logical_and(kept, np.isin(numbers, records[held]))
+
+
+def _record_numbers(rows: CachedRows) -> NDArray[np.int64]:
     """The record of each row, counted from 0, [len(rows)]: one that was split has several."""
     notes = rows.column("notes").combine_chunks()
     begins = np.ones(len(rows), dtype=np.int64)

@@ -24,7 +24,7 @@ from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, Item, prompt_it
 from lit_alignment.data.examples import column
 from lit_alignment.data.feedback import IDS, FeedbackDataModule
 from lit_alignment.data.sft import SFTDataModule
-from lit_alignment.data.sources.record_batches import CachedRows
+from lit_alignment.data.sources.record_batches import CachedRows, IndexedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
 
@@ -104,6 +104,7 @@ class PreferenceDataModule(FeedbackDataModule):
         compute_reference: Gives log-probabilities of a split's targets under the reference, row by row; the module's.
     """
 
+    streams = True
     baseline: Literal["mismatched", "other_side"] | None = None
     compute_reference: Callable[[Split], CachedRows] | None = None
 
@@ -119,6 +120,11 @@ class PreferenceDataModule(FeedbackDataModule):
         """Check the settings; files are read in `prepare_data`."""
         super().__init__(tokenizer, kind, share_prompts, **settings)
         self.compared, self.chats = compared, [ChatSource(**vars(source)) for source in chats or []]
+        if self.chats and self.streaming:
+            raise ConfigError(
+                "data.chats are mixed with pairs by the number of both, which streaming does not know. Remove them, or "
+                "set data.streaming to false."
+            )
         if self.sources["train"]:
             self.sources["train"] = [*self.sources["train"], *self.chats]
         self.references: dict[str, CachedRows] = {}
@@ -137,7 +143,7 @@ class PreferenceDataModule(FeedbackDataModule):
     def setup(self, stage: str) -> None:
         """Also refuse to train on chats alone."""
         super().setup(stage)
-        if stage == "fit" and not column(self.examples["train"], "weight").any():
+        if stage == "fit" and self.stream is None and not column(self.examples["train"], "weight").any():
             raise ConfigError("data.train: only chats are left. Change what drops the records, or use SFTModule.")
 
     def plan(self, split: Split) -> BatchPlan:
@@ -236,9 +242,9 @@ class PreferenceDataModule(FeedbackDataModule):
             self.references[split] = self.compute_reference(split)
         return super()._loader(split)
 
-    def _batch(self, rows: CachedRows, planned: PlannedBatch) -> PreferenceBatch:
+    def _batch(self, rows: IndexedRows, planned: PlannedBatch) -> PreferenceBatch:
         batch: PreferenceBatch = super()._batch(rows, planned)
-        references = next((found for split, found in self.references.items() if self.examples[split] is rows), None)
+        references = next((found for split, found in self.references.items() if self.examples.get(split) is rows), None)
         batch.reference = _reference(references, planned.indices)
         if self.baseline is None:
             return batch
@@ -250,7 +256,7 @@ class PreferenceDataModule(FeedbackDataModule):
             batch.baseline.append(own)
         return batch
 
-    def _compared_rows(self, rows: CachedRows, group: list[int], window: list[int] | None) -> list[dict[str, Any]]:
+    def _compared_rows(self, rows: IndexedRows, group: list[int], window: list[int] | None) -> list[dict[str, Any]]:
         """What of a micro-batch the KL estimate is taken over.
 
         Args:

@@ -141,8 +141,11 @@ class SourceConfig:
             )
         return folder / str(self.split)
 
-    def read(self) -> Iterator[tuple[str, Any]]:
+    def read(self, streaming: bool = False) -> Iterator[tuple[str, Any]]:
         """Yield (where, raw record) for each record in order; in the place of one that lacks cells an UnusableRecord.
+
+        Args:
+            streaming: Keep nothing of a hub data set on the disk.
 
         Raises:
             RecordError: If a file cannot be read, or a record is beyond the limits.
@@ -152,7 +155,7 @@ class SourceConfig:
             return
         files = self.files()
         if not files:
-            rows = hub_rows(str(self.path), self.subset, self.split)
+            rows = hub_rows(str(self.path), self.subset, self.split, streaming)
             records = plain_records(table_rows(str(self.path), rows.batches), self.limits, table=True)
             yield from records if self.columns is None else self._fields(records, rows.header, str(self.path))
         for file in files:
