@@ -54,7 +54,7 @@ def damaged(draw, value):
     return value
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".csv.gz", ".parquet"])
 def test_damaged_file_is_read_or_refused_with_its_name(suffix, tmp_path):
     whole = "".join(json.dumps(CHAT) + "\n" for _ in range(3)).encode()
 

@@ -1,7 +1,7 @@
 """What every data module does: load the examples of each split, plan their batches, resume inside an epoch."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,20 +10,26 @@ import datasets
 import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
+from lit_alignment.data.batching.streaming import StreamPlan
 from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.rows import RowEncoder
 from lit_alignment.data.encoding.tokenizer import tokenizer_fingerprint
-from lit_alignment.data.examples import ExampleMaker, code_fingerprint, column
+from lit_alignment.data.examples import ExampleMaker, code_fingerprint, column, held_rows
 from lit_alignment.data.planned import PlannedDataModule
 from lit_alignment.data.sources.cache import fingerprint
+from lit_alignment.data.sources.choosing import source_generator
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport, write_reports
+from lit_alignment.data.sources.splitting import check_fraction
+from lit_alignment.data.sources.stream import RecordStream, check_stream
+from lit_alignment.data.streamed import TrainStream
 from lit_alignment.errors import ConfigError
 from lit_alignment.paths import cache_dir as default_cache_dir
 
@@ -48,6 +54,10 @@ class AlignmentDataModule(PlannedDataModule):
         val: Sources of the validation split.
         test: Sources of the test split.
         predict: Sources of what predict is asked: prompts, conversations to classify, responses to score.
+        val_fraction: Part of the records of `train` that is held out for validation instead of `val`, at most 0.5: a
+            seeded draw from each source, and from each class.
+        streaming: Read and encode the training data as the training goes, without a cache and without an end.
+        shuffle_buffer: Records of each source that streaming holds to draw the next one from.
         encoding: How conversations become examples; `max_length` is of a prompt with one response.
         packing: Train and validate on rows that hold several examples, each attending to itself only.
         tokens_per_batch: Tokens in a packed row; by default `encoding.max_length`, or twice that where a record holds
@@ -76,6 +86,9 @@ class AlignmentDataModule(PlannedDataModule):
         seed: int = 0,
         on_drop: Literal["warn", "error"] = "warn",
         cache_dir: str | None = None,
+        val_fraction: float = 0.0,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
     ) -> None:
         """Check the settings; files are read in `prepare_data`."""
         super().__init__()
@@ -86,6 +99,7 @@ class AlignmentDataModule(PlannedDataModule):
             "test": test or [],
             "predict": predict or [],
         }
+        self.val_fraction, self.streaming, self.shuffle_buffer = val_fraction, streaming, shuffle_buffer
         self.encoding, self.packing = encoding, packing
         self.tokens_per_batch = tokens_per_batch or self.lengths_in_row * encoding.max_length
         if num_workers < 0:
@@ -104,6 +118,7 @@ class AlignmentDataModule(PlannedDataModule):
     lengths_in_row = 1  # a packed row is so many times as long as `encoding.max_length` by default
     marked = "trained"  # what the labels of `views` say of a token
     whole_prompts = True  # whether a row of predict holds all tokens of its prompt
+    streams = False  # whether batches of examples can be made without a look at all of them
     share_prompts = False  # whether responses in a packed row continue one copy of their prompt
 
     def check_settings(self) -> None:
@@ -119,6 +134,19 @@ class AlignmentDataModule(PlannedDataModule):
             )
         if self.batch_size < 1:
             raise ConfigError(f"data.batch_size is {self.batch_size}; use 1 or more.")
+        check_fraction(self.val_fraction, self.sources["train"], self.sources["val"])
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        if not self.streams:
+            raise ConfigError(
+                f"data.streaming is true, and {type(self).__name__} has to know all its examples before training. Set "
+                "it to false; SFTDataModule and PreferenceDataModule can stream."
+            )
+        if self.val_fraction:
+            raise ConfigError("data.val_fraction is drawn from all records, which streaming never has. Give data.val.")
+        check_stream(self.sources["train"], self.shuffle_buffer)
 
     @abstractmethod
     def read(self, raw: object, where: str, position: int) -> Any:
@@ -226,14 +254,18 @@ class AlignmentDataModule(PlannedDataModule):
         """Encode into the cache on one process, so that the others only map the files."""
         running = None if self.trainer is None else self.trainer.state.fn
         for split in self._needed("fit" if running is None else str(running.value)):
-            for source in self.sources[split]:
+            for source in [] if self._is_streamed(split) else self.sources_of(split):
                 self._maker(split == "predict").encoded(source)
 
     def setup(self, stage: str) -> None:
         """Load the splits of a stage and report what became of their records."""
         self.begin()
         for split in self._needed(stage):
-            dataset, report = self._maker(split == "predict").load(self.sources[split], split)
+            if self._is_streamed(split):
+                self.stream, self.reports[split] = self._new_stream()
+                continue
+            held = self._held_out if self.val_fraction and split in ("train", "val") else None
+            dataset, report = self._maker(split == "predict").load(self.sources_of(split), split, held)
             report.remarks = report.remarks if self.reports else self.remarks()  # said once
             self.examples[split], self.reports[split] = dataset, report
             rank_zero_info(report.line())
@@ -249,18 +281,51 @@ class AlignmentDataModule(PlannedDataModule):
         if directory and self.trainer is not None and self.trainer.is_global_zero:
             write_reports(self.reports, Path(directory))
 
+    def _is_streamed(self, split: Split) -> bool:
+        return self.streaming and split == "train"
+
+    def _new_stream(self) -> tuple[TrainStream, DataReport]:
+        """The training data, of which nothing is read yet, and their report, which grows as they are."""
+        records = RecordStream(self.sources["train"], self.seed, self.shuffle_buffer)
+        plan = StreamPlan(self.tokens_per_batch if self.packing else None, self.batch_size, self.seed)
+        stream = TrainStream(records, self._maker(False).rows, plan, stops_at_drop=self.on_drop == "error")
+        stream.report.remarks = self.remarks()
+        remarks = "".join(f"\n  note: {remark}" for remark in stream.report.remarks)
+        names = ", ".join(source.title for source in records.sources)
+        rank_zero_info(f"train: {names}, read and encoded as the training goes{remarks}")
+        return stream, stream.report
+
     def _needed(self, stage: str) -> list[Split]:
         splits = SPLITS[stage]
-        if not self.sources[splits[0]]:
+        if not self.sources_of(splits[0]):
             raise ConfigError(f"data.{splits[0]} is empty: give at least one source to {stage} on.")
-        return [split for split in splits if self.sources[split]]
+        return [split for split in splits if self.sources_of(split)]
+
+    def sources_of(self, split: Split) -> list[SourceConfig]:
+        """The sources whose records a split has; with `val_fraction` those of training also validate."""
+        if split == "val" and self.val_fraction:
+            return [source for source in self.sources["train"] if self.validates(source)]
+        return self.sources[split]
+
+    def validates(self, source: SourceConfig) -> bool:
+        """Whether records of a source of training may be held out for validation."""
+        return True
+
+    def classes(self, rows: CachedRows) -> NDArray[np.float64]:
+        """The class of each row, of which validation gets its part, [len(rows)]; all alike by default."""
+        return np.zeros(len(rows))
+
+    def _held_out(self, source: SourceConfig, rows: CachedRows) -> NDArray[np.bool_]:
+        """Which rows of a source are held out for validation."""
+        fraction = self.val_fraction if self.validates(source) else 0.0
+        return held_rows(rows, self.classes(rows), fraction, source_generator(source, self.seed, "val_fraction"))
 
     def _maker(self, prompts: bool) -> ExampleMaker:
         """What makes the examples, or the prompts of predict."""
         if prompts:
             decides = [] if self.whole_prompts else self.decides_encoding()
             features = datasets.Features({**self.predict_features, "fingerprint": datasets.Value("string")})
-            rows = RowEncoder(lambda source: self.read_prompt, partial(self._asked_row, decides), features)
+            rows = RowEncoder(lambda source: self.read_prompt, partial(self._asked_row, decides), features, asks=True)
         else:
             rows = RowEncoder(self.reader, self.encode_record, self.features, self.split_record)
         written_in = tuple(kind.__module__ for kind in type(self).__mro__ if issubclass(kind, AlignmentDataModule))
@@ -290,9 +355,20 @@ class AlignmentDataModule(PlannedDataModule):
 
     def predict_items(self, sources: Sequence[SourceConfig]) -> list[Any]:
         """What any sources ask in predict, in order, without a cache: for cherry picks."""
+        return list(self._items(sources, lambda row: True))
+
+    def validation_items(self) -> Iterator[Any]:
+        """What the records that validate ask in predict, in order."""
+        if not self.val_fraction:
+            return self._items(self.sources_of("val"), lambda row: True)
+        held = self.examples["val"]
+        known = {(name, part) for name, own in zip(held["dataset"], held["id"], strict=True) for part in _parts(own)}
+        return self._items(self.sources_of("val"), lambda row: (row["dataset"], row["id"]) in known)
+
+    def _items(self, sources: Sequence[SourceConfig], wanted: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
         maker = self._maker(True)
-        rows = (row for source in sources for row in maker.fresh_rows(source) if not row["dropped"])
-        return [self.predict_item(row, index) for index, row in enumerate(rows)]
+        rows = (row for source in sources for row in maker.fresh_rows(source) if not row["dropped"] and wanted(row))
+        return (self.predict_item(row, index) for index, row in enumerate(rows))
 
     # Loaders.
 
@@ -335,6 +411,11 @@ class AlignmentDataModule(PlannedDataModule):
             seed=self.seed,
             repeats=getattr(self.trainer, "overfit_batches", 0) > 0,
         )
+
+
+def _parts(record_id: str) -> tuple[str, str]:
+    """An id, and that of the record of which it may be a part."""
+    return record_id, record_id.rpartition("#")[0]
 
 
 def datamodule_of(trainer: Trainer) -> AlignmentDataModule:

@@ -3,7 +3,9 @@
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.collate import ScoreBatch, Sequences, pack_sequences, pad_sequences
@@ -15,6 +17,7 @@ from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, finite
 from lit_alignment.data.encoding.prompts import prompt_columns
 from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.examples import column
+from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 
@@ -24,9 +27,9 @@ Problem = Literal["single_label", "multi_label", "regression"]
 class ClassificationDataModule(ConversationDataModule):
     """Conversations with their labels, as batches whose last tokens are classified.
 
-    Records are `{id?, messages, label, meta?}`: one message of a user is enough. A label is a name of the model's
-    labels or its number; a list of them with `multi_label`; a number, or a list of as many as there are labels, with
-    `regression`.
+    Records are `{id?, messages, label, meta?}`, or `{text, label}` for one message of a user. A label is a name of the
+    model's labels, also where that is a number, or else its index; a list of them with `multi_label`; a number, or a
+    list of as many as there are labels, with `regression`.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -49,6 +52,12 @@ class ClassificationDataModule(ConversationDataModule):
         if not labels:
             raise ConfigError("ClassificationDataModule needs the model's labels.")
         self.labels, self.problem = labels, problem
+
+    def read(self, raw: object, where: str, position: int) -> Record:
+        """One conversation, or a text of a user's."""
+        if isinstance(raw, dict) and "text" in raw and "messages" not in raw:
+            raw = {**raw, "messages": [{"role": "user", "content": raw["text"]}]}
+        return super().read(raw, where, position)
 
     def decides_encoding(self) -> list[Any]:
         """Also the labels."""
@@ -105,6 +114,13 @@ class ClassificationDataModule(ConversationDataModule):
             weights=torch.ones(len(items)),
         )
 
+    def classes(self, rows: CachedRows) -> NDArray[np.float64]:
+        """The class of each row, or its set of them."""
+        if self.problem == "regression":
+            return super().classes(rows)
+        own: dict[str, int] = {}
+        return np.array([own.setdefault(str(target), len(own)) for target in rows["target"]], dtype=np.float64)
+
     def class_counts(self) -> torch.Tensor:
         """Training examples of each label, [K].
 
@@ -145,10 +161,12 @@ class ClassificationDataModule(ConversationDataModule):
                 return numbers
 
     def _index(self, label: object, field: str, where: str) -> int:
-        if isinstance(label, str) and label in self.labels:
-            return self.labels.index(label)
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.labels):
-            return label
+        for name in _names_of(label):
+            if name in self.labels:
+                return self.labels.index(name)
+        whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
+        if whole and not isinstance(label, bool) and 0 <= label < len(self.labels):  # type: ignore[operator]
+            return int(label)  # type: ignore[call-overload,no-any-return]
         raise RecordError(where, field, f"is {label!r}", f"Give one of {self._known()}.")
 
     def _known(self) -> str:
@@ -173,3 +191,17 @@ class ClassificationDataModule(ConversationDataModule):
                 return ", ".join(f"{value:g}" for value in target or [])
             case _:
                 return ""
+
+
+def _names_of(label: object) -> list[str]:
+    """How a label may be named: a number as it is written, also as a whole one, and a truth value in either case."""
+    match label:
+        case str():
+            return [label]
+        case bool():
+            return [str(label), str(label).lower()]
+        case int():
+            return [str(label)]
+        case float():
+            return [str(label), *([f"{label:.0f}"] if label.is_integer() else [])]
+    return []

@@ -38,6 +38,12 @@ class ConversationDataModule(AlignmentDataModule):
         """One conversation."""
         return read_record(raw, where, position)
 
+    def read_prompt(self, raw: object, where: str, position: int) -> Record:
+        """One conversation, or a prompt without an answer."""
+        return self.read(
+            {"completion": [], **raw} if isinstance(raw, dict) and "prompt" in raw else raw, where, position
+        )
+
     @property
     def predict_features(self) -> datasets.Features:
         """Columns of a prompt."""

@@ -14,7 +14,7 @@ from lit_alignment.data.encoding.example import Dropped, Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record
 from lit_alignment.data.examples import column
 from lit_alignment.data.rollout import Answer, Group, PromptRecord, RolloutBatch, RolloutDataModule
-from lit_alignment.data.sources.record_batches import CachedRows
+from lit_alignment.data.sources.record_batches import IndexedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
 
@@ -90,7 +90,7 @@ class DistillationDataModule(RolloutDataModule):
         """The records' own responses, in order."""
         return self._loader("test")
 
-    def groups_of(self, indices: list[int], rows: CachedRows, steps: Sequence[PlannedBatch]) -> list[Group]:
+    def groups_of(self, indices: list[int], rows: IndexedRows, steps: Sequence[PlannedBatch]) -> list[Group]:
         """Responses of the source to its share of the prompts, and the records' own to the others."""
         chosen = {index for step in steps for index in self.on_policy(step)}
         sampled = [index for index in indices if index in chosen]

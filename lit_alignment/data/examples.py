@@ -3,7 +3,7 @@
 import ast
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.utils import tqdm
+from numpy.typing import NDArray
 
 from lit_alignment.data.encoding.rows import FURTHER, ROW_FEATURES, RowEncoder
 from lit_alignment.data.sources.cache import cached_rows, files_fingerprint, fingerprint, source_fingerprint
@@ -29,11 +30,15 @@ from lit_alignment.data.sources.parallel import ordered_map
 from lit_alignment.data.sources.record_batches import CachedRows, joined
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.data.sources.report import DataReport
+from lit_alignment.data.sources.splitting import held_out
 from lit_alignment.errors import ConfigError, RecordError
 
 ROOT = Path(__file__).parent.parent.parent  # where the package is
 PARTS = ("lit_alignment.data.", "lit_alignment.errors")  # what may decide a row
 LATER = "lit_alignment.data.batching."  # decides batches of rows, and no row
+
+
+HeldOut = Callable[[SourceConfig, CachedRows], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,15 @@ class ExampleMaker:
     seed: int
     num_proc: int | None = None
 
-    def load(self, sources: Sequence[SourceConfig], split: str) -> tuple[CachedRows, DataReport]:
+    def load(
+        self, sources: Sequence[SourceConfig], split: str, held: HeldOut | None = None
+    ) -> tuple[CachedRows, DataReport]:
         """The examples of an epoch over all sources, and what became of their records.
+
+        Args:
+            sources: The sources.
+            split: What they are for: `train` leaves out what is held out of them, `val` takes that alone, once.
+            held: Which rows of a source are held out; None where nothing is.
 
         Raises:
             ConfigError: If a source has no record, or chooses none.
@@ -66,6 +78,8 @@ class ExampleMaker:
             encoded = self.encoded(source)
             if not len(encoded):
                 raise ConfigError(f"data.{split}: {nothing_in(source)}")
+            if held is not None:
+                encoded.positions = np.flatnonzero(held(source, encoded) == (split == "val"))
             columns = {name: encoded.column(name) for name in ("dropped", "detail", "notes")}
             notes = _counts(pc.list_flatten(columns["notes"]))
             records = len(encoded) - notes[FURTHER]
@@ -77,8 +91,10 @@ class ExampleMaker:
                 told = columns["detail"].filter(pc.equal(columns["dropped"], reason))
                 if len(told) and told[0].as_py():
                     report.details.setdefault(reason, told[0].as_py())
-            parts.append((encoded, np.flatnonzero(kept.to_numpy())))
+            parts.append((encoded, encoded.positions[kept.to_numpy()]))
         repeats = mixture_repeats(sources, [len(indices) for _, indices in parts])
+        if held is not None and split == "val":
+            repeats = [1.0] * len(parts)
         mixed = []
         for source, (encoded, indices), repeat in zip(sources, parts, repeats, strict=True):
             encoded.positions = repeat_records(indices, repeat, source_generator(source, self.seed, "repeat"))
@@ -104,10 +120,10 @@ class ExampleMaker:
 
     def fresh_rows(self, source: SourceConfig) -> Iterator[dict[str, Any]]:
         """The rows of a source's chosen records, without the cache; the other records are not looked at."""
-        wanted, read = record_filter(source, self.seed), self.rows.reader(source)
+        wanted = record_filter(source, self.seed)
         for position, (where, raw) in enumerate(source.read()):
             if wanted(position):
-                yield from self.rows.rows(read(raw, where, position), source)
+                yield from self.rows.rows(self.rows.read(raw, where, position, source), source)
 
     def _validated_rows(self, source: SourceConfig) -> Iterator[dict[str, Any]]:
         """The same; all records of the source are validated, and their ids are all different.
@@ -115,11 +131,11 @@ class ExampleMaker:
         Raises:
             RecordError: If a record cannot be used, or has another one's id.
         """
-        wanted, read = record_filter(source, self.seed), self.rows.reader(source)
+        wanted = record_filter(source, self.seed)
 
         def encode(numbered: tuple[int, tuple[str, Any]]) -> tuple[str, str, list[dict[str, Any]]]:
             position, (where, raw) = numbered
-            record = read(raw, where, position)
+            record = self.rows.read(raw, where, position, source)
             return record.id, where, self.rows.rows(record, source) if wanted(position) else []
 
         positions: dict[str, int] = {}
@@ -149,6 +165,32 @@ def column(dataset: CachedRows, name: str) -> np.ndarray[Any, Any]:
     if not pa.types.is_list(values.type):
         return np.asarray(values)
     return np.asarray(pc.list_flatten(values)).reshape(len(dataset), -1)
+
+
+def held_rows(
+    rows: CachedRows, classes: NDArray[np.float64], fraction: float, generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Which rows of a source are held out, [len(rows)]: all those of the records that are drawn.
+
+    Args:
+        rows: Of all records, dropped ones too.
+        classes: Of each row.
+        fraction: Part of the records to draw.
+        generator: Draws.
+    """
+    kept: NDArray[np.bool_] = np.asarray(rows.column("dropped")) == ""
+    numbers = _record_numbers(rows)
+    records, first = np.unique(numbers[kept], return_index=True)
+    held = held_out(classes[kept][first], fraction, generator)
+    return np.logical_and(kept, np.isin(numbers, records[held]))
+
+
+def _record_numbers(rows: CachedRows) -> NDArray[np.int64]:
+    """The record of each row, counted from 0, [len(rows)]: one that was split has several."""
+    notes = rows.column("notes").combine_chunks()
+    begins = np.ones(len(rows), dtype=np.int64)
+    begins[np.asarray(pc.list_parent_indices(notes))[np.asarray(pc.equal(pc.list_flatten(notes), FURTHER))]] = 0
+    return np.cumsum(begins) - 1
 
 
 def _counts(values: pa.ChunkedArray) -> Counter[str]:

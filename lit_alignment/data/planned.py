@@ -1,17 +1,21 @@
 """The batches of a training, and where in them it stands."""
 
+import math
 from abc import abstractmethod
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lit_alignment.data.batching.collate import Rows, filled
 from lit_alignment.data.batching.loader import PlannedLoader
 from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.batching.position import (
+    FROM_WEIGHTS,
     Begun,
     Window,
     epoch_length,
@@ -22,9 +26,13 @@ from lit_alignment.data.batching.position import (
     write_position,
 )
 from lit_alignment.data.batching.standing import accumulation, standing
+from lit_alignment.data.batching.streaming import StreamedLoader
 from lit_alignment.data.examples import column
-from lit_alignment.data.sources.record_batches import CachedRows
-from lit_alignment.errors import ConfigError
+from lit_alignment.data.sources.record_batches import CachedRows, IndexedRows
+from lit_alignment.data.sources.report import DataReport, write_reports
+from lit_alignment.data.streamed import TrainStream
+from lit_alignment.errors import CheckpointError, ConfigError
+from lit_alignment.files import conformed
 
 
 def data_rank(trainer: Trainer | None) -> tuple[int, int]:
@@ -38,30 +46,34 @@ class PlannedDataModule(LightningDataModule):
 
     Attributes:
         examples: Encoded examples of each split.
+        reports: What became of the records of each split.
         num_workers: Processes that build batches ahead.
         seed: Seed of every order.
         tokenizer: The model's.
         tokens_per_batch: Tokens of a packed row.
         fills_rows: Whether packed rows are filled up to that length, as a compiled model asks.
+        stream: The training data, where they are read as the training goes.
     """
 
     examples: dict[str, CachedRows]
+    reports: dict[str, DataReport]
     num_workers: int
     seed: int
     tokenizer: PreTrainedTokenizerBase
     tokens_per_batch: int
     fills_rows = False
+    stream: TrainStream | None = None
 
     def __init__(self) -> None:
         """Nothing has been trained."""
         super().__init__()
-        self._train_loader: PlannedLoader[Any] | None = None
+        self._train_loader: PlannedLoader[Any] | StreamedLoader[Any] | None = None
         self._train_plan: BatchPlan | None = None
         self.begun = Begun(0)  # the epoch in which a resumed training stands
 
     def begin(self) -> None:
         """Forget where an earlier run stood, and what its data were."""
-        self._train_plan, self.begun = None, Begun(0)
+        self._train_plan, self.begun, self.stream = None, Begun(0), None
         self.__dict__.pop("_identity", None)
 
     @abstractmethod
@@ -72,16 +84,33 @@ class PlannedDataModule(LightningDataModule):
     def collate(self, rows: list[dict[str, Any]], planned: PlannedBatch) -> Any:
         """Tensors of one batch."""
 
-    def train_dataloader(self) -> PlannedLoader[Any]:
+    def train_dataloader(self) -> PlannedLoader[Any] | StreamedLoader[Any]:
         """Shuffled batches that know the trained weight of their optimizer step."""
-        self._train_loader = self._loader("train")
+        self._train_loader = self._loader("train") if self.stream is None else self._streamed_loader(self.stream)
         return self._train_loader
+
+    def _streamed_loader(self, stream: TrainStream) -> StreamedLoader[Any]:
+        ranks, accumulate = data_rank(self.trainer), self._window(0).accumulate
+        return StreamedLoader(partial(stream.batches, accumulate, ranks, self.num_workers, self._batch))
+
+    def teardown(self, stage: str) -> None:
+        """Say what became of the records that were streamed."""
+        if stage == "fit" and self.stream is not None and self.trainer is not None:
+            ranks = data_rank(self.trainer)[1]
+            rank_zero_info(self.stream.report.line() + (f"\n  note: of 1 rank of {ranks}" if ranks > 1 else ""))
+            if self.trainer.log_dir and self.trainer.is_global_zero:
+                write_reports(self.reports, Path(self.trainer.log_dir))
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, for a checkpoint: what stands behind the last optimizer step."""
         if self._train_loader is None or self.trainer is None:
             return {}
         at = standing(self.trainer)
+        if self.stream is not None:
+            counts = {"batches": at.batches, "global_step": self.trainer.global_step}
+            positions = self.stream.state_dict(at.batches, data_rank(self.trainer)[0])
+            train = {"epoch": 0, **counts, "accumulate": self._window(0).accumulate, "streams": positions}
+            return {"train": train, "data": self._identity}
         position = write_position(
             self._training_plan(), at, self._begun(at.epoch), self._window(at.epoch), self.trainer.global_step
         )
@@ -97,6 +126,9 @@ class PlannedDataModule(LightningDataModule):
             return
         if "data" in state_dict:  # earlier versions did not write it
             refuse_other_data(state_dict["data"], self._identity)
+        if self.stream is not None:
+            self._resume_stream(self.stream, state_dict["train"])
+            return
         self.begun = read_position(
             self._training_plan(), state_dict["train"], self._window(state_dict["train"]["epoch"])
         )
@@ -110,11 +142,32 @@ class PlannedDataModule(LightningDataModule):
 
     def update_checkpoint(self, checkpoint: dict[str, Any], stored: dict[str, Any]) -> None:
         """Bring a checkpoint of an earlier version into today's form; `stored` is the data module's part of it."""
+        was_streamed = "streams" in stored["train"]
+        if was_streamed != (self.stream is not None):
+            wanted = str(was_streamed).lower()
+            raise CheckpointError(
+                f"the checkpoint was trained with data.streaming: {wanted}. Resume with that; or {FROM_WEIGHTS}."
+            )
+        if was_streamed:
+            form = {"epoch": 0, "batches": 0, "global_step": 0, "accumulate": 0, "streams": []}
+            stored["train"] = conformed(stored["train"], form, "train", counts=True)
+            return
         epoch = stored["train"]["epoch"]
         update_position(checkpoint, stored, self._training_plan(), self._window(epoch))
 
-    def epoch_length(self, epoch: int) -> int:
-        """Micro-batches of each rank in an epoch, within `limit_train_batches`."""
+    def _resume_stream(self, stream: TrainStream, train: dict[str, Any]) -> None:
+        """Go on behind a checkpoint's last optimizer step; another accumulation takes as many records from there on."""
+        batches, then, now = train["batches"], train["accumulate"], self._window(0).accumulate
+        changed = [] if then == now else [f"accumulate_grad_batches {then} -> {now}"]
+        if changed:  # Lightning steps where its count is a multiple of the window's length
+            batches = -(-batches // now) * now
+        stream.load_state_dict(batches, train["streams"], data_rank(self.trainer)[0])
+        self.begun = Begun(0, train["global_step"], batches, changed=changed)
+
+    def epoch_length(self, epoch: int) -> float:
+        """Micro-batches of each rank in an epoch, within `limit_train_batches`; infinite where they are streamed."""
+        if self.stream is not None:
+            return math.inf
         length = epoch_length(self._training_plan(), self._begun(epoch), data_rank(self.trainer)[1])
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         return min(length, limit) if isinstance(limit, int) else int(length * limit)
@@ -133,6 +186,8 @@ class PlannedDataModule(LightningDataModule):
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
+        if self.stream is not None:
+            return self.stream.identity(data_rank(self.trainer)[1])
         dataset = self.examples["train"]
         ids = dataset.column("id")
         return identity(column(dataset, "length"), column(dataset, "weight"), ids, self.seed)
@@ -146,7 +201,7 @@ class PlannedDataModule(LightningDataModule):
                 return plan.batches(plan.groups(0), rank, ranks)
             begun = self._begun(epoch)
             # A limit cuts the last window short, so the plan has to know it.
-            groups = plan.left(epoch, begun.stretches)[: (self.epoch_length(epoch) - begun.batches) * ranks]
+            groups = plan.left(epoch, begun.stretches)[: (int(self.epoch_length(epoch)) - begun.batches) * ranks]
             return plan.batches(groups, rank, ranks, self._window(epoch).accumulate)
 
         build = partial(self._batch, dataset)
@@ -156,7 +211,7 @@ class PlannedDataModule(LightningDataModule):
             begun = self._begun(max(self.begun.epoch, self.trainer.current_epoch))
         return PlannedLoader(batches, build, epoch_length(plan, begun, ranks), self.num_workers, pin_memory)
 
-    def _batch(self, rows: CachedRows, planned: PlannedBatch) -> Any:
+    def _batch(self, rows: IndexedRows, planned: PlannedBatch) -> Any:
         batch = self.collate(rows.rows(planned.indices), planned)
         if not isinstance(batch, Rows):
             return batch
@@ -165,5 +220,6 @@ class PlannedDataModule(LightningDataModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """What workers need that are not forked: all but the Trainer and what belongs to it."""
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("_train_loader", "answered")}
+        left_out = ("_train_loader", "answered", "stream")
+        kept = {name: value for name, value in self.__dict__.items() if name not in left_out}
         return kept | {"trainer": None, "_train_loader": None, "answered": set}

@@ -19,12 +19,12 @@ from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.example import Dropped, Example
 from lit_alignment.data.encoding.feedback import RESPONSES, Feedback
-from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record, without_answer
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, Item, prompt_item, prompt_row
 from lit_alignment.data.examples import column
 from lit_alignment.data.feedback import IDS, FeedbackDataModule
 from lit_alignment.data.sft import SFTDataModule
-from lit_alignment.data.sources.record_batches import CachedRows
+from lit_alignment.data.sources.record_batches import CachedRows, IndexedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
 
@@ -104,6 +104,7 @@ class PreferenceDataModule(FeedbackDataModule):
         compute_reference: Gives log-probabilities of a split's targets under the reference, row by row; the module's.
     """
 
+    streams = True
     baseline: Literal["mismatched", "other_side"] | None = None
     compute_reference: Callable[[Split], CachedRows] | None = None
 
@@ -119,6 +120,11 @@ class PreferenceDataModule(FeedbackDataModule):
         """Check the settings; files are read in `prepare_data`."""
         super().__init__(tokenizer, kind, share_prompts, **settings)
         self.compared, self.chats = compared, [ChatSource(**vars(source)) for source in chats or []]
+        if self.chats and self.streaming:
+            raise ConfigError(
+                "data.chats are mixed with pairs by the number of both, which streaming does not know. Remove them, or "
+                "set data.streaming to false."
+            )
         if self.sources["train"]:
             self.sources["train"] = [*self.sources["train"], *self.chats]
         self.references: dict[str, CachedRows] = {}
@@ -137,12 +143,16 @@ class PreferenceDataModule(FeedbackDataModule):
     def setup(self, stage: str) -> None:
         """Also refuse to train on chats alone."""
         super().setup(stage)
-        if stage == "fit" and not column(self.examples["train"], "weight").any():
+        if stage == "fit" and self.stream is None and not column(self.examples["train"], "weight").any():
             raise ConfigError("data.train: only chats are left. Change what drops the records, or use SFTModule.")
 
     def plan(self, split: Split) -> BatchPlan:
         """Also how many tokens of chats there are."""
         return replace(super().plan(split), chat_tokens=column(self.examples[split], "chat_tokens"))
+
+    def validates(self, source: SourceConfig) -> bool:
+        """Chats train alone."""
+        return not isinstance(source, ChatSource)
 
     def reader(self, source: SourceConfig) -> Callable[[object, str, int], Any]:
         """Chats are read as in supervised fine-tuning."""
@@ -232,9 +242,9 @@ class PreferenceDataModule(FeedbackDataModule):
             self.references[split] = self.compute_reference(split)
         return super()._loader(split)
 
-    def _batch(self, rows: CachedRows, planned: PlannedBatch) -> PreferenceBatch:
+    def _batch(self, rows: IndexedRows, planned: PlannedBatch) -> PreferenceBatch:
         batch: PreferenceBatch = super()._batch(rows, planned)
-        references = next((found for split, found in self.references.items() if self.examples[split] is rows), None)
+        references = next((found for split, found in self.references.items() if self.examples.get(split) is rows), None)
         batch.reference = _reference(references, planned.indices)
         if self.baseline is None:
             return batch
@@ -246,7 +256,7 @@ class PreferenceDataModule(FeedbackDataModule):
             batch.baseline.append(own)
         return batch
 
-    def _compared_rows(self, rows: CachedRows, group: list[int], window: list[int] | None) -> list[dict[str, Any]]:
+    def _compared_rows(self, rows: IndexedRows, group: list[int], window: list[int] | None) -> list[dict[str, Any]]:
         """What of a micro-batch the KL estimate is taken over.
 
         Args:
@@ -291,7 +301,7 @@ class PreferenceDataModule(FeedbackDataModule):
     def read_prompt(self, raw: object, where: str, position: int) -> Feedback:
         """A prompt with its responses, or a conversation of which nothing is judged."""
         if isinstance(raw, dict) and not any(name in raw for name in RESPONSES):
-            return Feedback(**vars(read_record(raw, where, position)))
+            return Feedback(**vars(read_record(without_answer(raw), where, position)))
         return self.read(raw, where, position)
 
     @property

@@ -23,9 +23,9 @@ from lit_alignment.data.batching.packing import BatchPlan, PlannedBatch
 from lit_alignment.data.batching.standing import standing
 from lit_alignment.data.conversation import ConversationDataModule
 from lit_alignment.data.encoding.example import Example
-from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record
+from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, read_record, without_answer
 from lit_alignment.data.encoding.prompts import PROMPT_FEATURES, prompt_item, prompt_row
-from lit_alignment.data.sources.record_batches import CachedRows
+from lit_alignment.data.sources.record_batches import IndexedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, present
 
@@ -189,8 +189,7 @@ class RolloutDataModule(ConversationDataModule):
         """One conversation, with all fields of its record."""
         if not isinstance(raw, dict):
             return read_record(raw, where, position)
-        alone: dict[str, Any] = {"completion": []} if "prompt" in raw else {}  # a prompt needs no response here
-        return PromptRecord(**vars(read_record({**alone, **raw}, where, position)), raw=raw)
+        return PromptRecord(**vars(read_record(without_answer(raw), where, position)), raw=raw)
 
     @property
     def features(self) -> datasets.Features:
@@ -226,7 +225,7 @@ class RolloutDataModule(ConversationDataModule):
         loader.build = partial(self._asked, self.examples[split])
         return loader
 
-    def _asked(self, rows: CachedRows, planned: PlannedBatch) -> PromptBatch:
+    def _asked(self, rows: IndexedRows, planned: PlannedBatch) -> PromptBatch:
         own = [] if planned.dummy else planned.indices
         items = [prompt_item(row, index) for row, index in zip(rows.rows(own), own, strict=True)] if own else []
         return PromptBatch(items)
@@ -253,13 +252,13 @@ class RolloutDataModule(ConversationDataModule):
             self._groups, self._epoch = {}, epoch
         return self._planned
 
-    def _batch(self, rows: CachedRows, planned: PlannedBatch) -> RolloutBatch:
+    def _batch(self, rows: IndexedRows, planned: PlannedBatch) -> RolloutBatch:
         if planned.window:
             self._begin_step(rows, planned)
         batch: RolloutBatch = super()._batch(rows, planned)
         return replace(batch, step=self._step)
 
-    def _begin_step(self, rows: CachedRows, planned: PlannedBatch) -> None:
+    def _begin_step(self, rows: IndexedRows, planned: PlannedBatch) -> None:
         """Have a rollout made, unless an earlier one has the responses of this step on all ranks."""
         if self.source is None:
             raise ConfigError("data: nothing samples responses. Train with a module that does, as PolicyModule.")
@@ -274,7 +273,7 @@ class RolloutDataModule(ConversationDataModule):
             self._groups = {group.index: group for group in self.groups_of(coming, rows, steps)}
         self._step = self.source.weigh([self._groups[index] for index in own[0]])
 
-    def groups_of(self, indices: list[int], rows: CachedRows, steps: Sequence[PlannedBatch]) -> list[Group]:
+    def groups_of(self, indices: list[int], rows: IndexedRows, steps: Sequence[PlannedBatch]) -> list[Group]:
         """What coming optimizer steps train on: responses of the source.
 
         Args:

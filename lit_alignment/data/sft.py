@@ -20,6 +20,8 @@ class SFTDataModule(ConversationDataModule):
     chat forms that `read_record` knows. Settings are those of AlignmentDataModule.
     """
 
+    streams = True
+
     @property
     def features(self) -> datasets.Features:
         """Columns of an encoded conversation."""

@@ -10,7 +10,7 @@ from typing import IO, Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_alignment.data.encoding.messages import Record, read_record
-from lit_alignment.data.sources.records import read_file
+from lit_alignment.data.sources.readers import read_file
 from lit_alignment.errors import ConfigError, RecordError, writing
 from lit_alignment.secrets import masked
 

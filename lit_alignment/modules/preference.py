@@ -32,7 +32,13 @@ from lit_alignment.models.reference import ReferenceSyncConfig, quiet_logps
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.modules.compared import ComparedModule
 from lit_alignment.optimization import OptimizerConfig
-from lit_alignment.training.preference_checks import check_balance, check_chats, check_margins, what_to_say
+from lit_alignment.training.preference_checks import (
+    check_balance,
+    check_chats,
+    check_margins,
+    check_streamed_losses,
+    what_to_say,
+)
 from lit_alignment.training.preference_reference import ReferenceKind, reference_of
 from lit_alignment.training.preference_values import (
     SIDES,
@@ -128,7 +134,7 @@ class PreferenceModule(ComparedModule):
         """Say how good and bad responses are balanced."""
         super().on_fit_start()
         self._first, self._said = {}, set()
-        if self.of_responses:
+        if self.of_responses and "train" in self.data.examples:
             check_balance(self.data.examples["train"], self.losses[0])
 
     # Steps and metrics.
@@ -140,6 +146,8 @@ class PreferenceModule(ComparedModule):
             return
         if stage == "fit":
             check_chats(self.chat_weight, self.data.chats)
+        if stage == "fit" and self.data.stream is not None:
+            check_streamed_losses(self.losses, self.reference)
         wanted = "outcomes" if self.of_responses else "preferences"
         if self.data.kind != wanted:
             raise ConfigError(

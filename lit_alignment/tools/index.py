@@ -19,7 +19,7 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.messages import value_kind
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.retriever import PassageBatch, PassageDataModule
-from lit_alignment.data.sources.records import read_file
+from lit_alignment.data.sources.readers import read_file
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.files import replaced
 from lit_alignment.metrics.retrieval import ranking_metrics

@@ -77,8 +77,13 @@ def main(arguments: list[str]) -> None:
     options, rest = parser.split(arguments)
     cli = build_for_tool(rest)
     data = cli.datamodule
-    if not data.sources[options.split]:
+    if not data.sources_of(options.split):
         raise ConfigError(f"data.{options.split} is empty: nothing to inspect. Choose another --split.")
+    if data.streaming and options.split == "train":
+        raise ConfigError(
+            "data.streaming is true, and inspect encodes all records. Set it to false, and num_rows of the sources; or "
+            "choose another --split."
+        )
     if options.rollout and options.split != "train":
         raise ConfigError(f"--rollout is of training prompts: leave --split {options.split} out.")
     groups = sample_rollout(cli, options.rollout) if options.rollout else []

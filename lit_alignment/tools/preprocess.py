@@ -33,6 +33,7 @@ from lit_alignment.data.multimodal.feature_cache import (
     written_names,
 )
 from lit_alignment.data.multimodal.media import MODALITIES, MediaReader, UnreadableMediaError, files_of, list_files
+from lit_alignment.data.sources.columns import UnusableRecord
 from lit_alignment.data.vlm import VLMDataModule
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, ModalityConfig
@@ -266,6 +267,8 @@ def _data_files(cli: ToolCLI, modality: str) -> Iterator[Path]:
     for sources in data.sources.values():
         for source in sources:
             for position, (where, raw) in enumerate(source.read()):
+                if isinstance(raw, UnusableRecord):
+                    continue
                 record = data.resolved(data.read(raw, where, position), source)
                 yield from (Path(path) for path in files_of(record.messages, modality) if not path.startswith("data:"))
 

@@ -59,6 +59,30 @@ def check_chats(weight: float, chats: Sequence[SourceConfig]) -> None:
         raise ConfigError(f"model.chat_weight is {weight}; use more than 0.")
 
 
+def check_streamed_losses(losses: Sequence[LossConfig], reference: str) -> None:
+    """Refuse what looks at all records before training, or at those of other ranks, where records are streamed.
+
+    Args:
+        losses: What is computed.
+        reference: How the reference is held.
+
+    Raises:
+        ConfigError: Naming the setting.
+    """
+    if reference == "cached":
+        raise ConfigError(
+            "model.reference: cached is computed of all records before training, and data.streaming is true. Choose "
+            "another reference, or set data.streaming to false."
+        )
+    for loss in losses:
+        if loss.form.baseline == "mismatched" or loss.form.margin:
+            what = "margins of all records" if loss.form.margin else "responses of all ranks to compare"
+            raise ConfigError(
+                f"model.losses: {loss.name} needs {what}, which data.streaming does not have. Set that to false, or "
+                "choose another loss."
+            )
+
+
 def check_balance(examples: CachedRows, loss: LossConfig) -> None:
     """Say how many responses are good and how many bad, and which weights would balance them if these do not.
 

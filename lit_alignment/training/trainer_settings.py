@@ -28,6 +28,8 @@ def check_trainer(trainer: Trainer, data: AlignmentDataModule, averages_itself: 
         raise ConfigError(f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; use 0 for none, or more.")
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
+    if data.stream is not None:
+        check_streaming(trainer, "val" in data.examples)
     batches = data.epoch_length(data.begun.epoch)
     if batches < 1:
         raise ConfigError(
@@ -55,4 +57,27 @@ def check_trainer(trainer: Trainer, data: AlignmentDataModule, averages_itself: 
         raise ConfigError(
             "StochasticWeightAveraging averages copies of a whole module, frozen weights included, under a schedule of "
             "its own. Use lightning.pytorch.callbacks.EMAWeightAveraging."
+        )
+
+
+def check_streaming(trainer: Trainer, validates: bool) -> None:
+    """Refuse what needs the end of an epoch, where the training data are streamed.
+
+    Args:
+        trainer: About to fit.
+        validates: Whether there is something to validate on.
+
+    Raises:
+        ConfigError: Naming the setting, and what it may be.
+    """
+    why = "data.streaming is true, and an epoch of streamed data has no end"
+    if trainer.max_steps < 0:
+        raise ConfigError(f"{why}: set trainer.max_steps.")
+    if trainer.max_epochs not in (None, -1):
+        raise ConfigError(f"{why}: leave trainer.max_epochs (it is {trainer.max_epochs}) out; max_steps ends the run.")
+    if trainer.limit_train_batches != 1.0 or trainer.overfit_batches:  # type: ignore[attr-defined]
+        raise ConfigError(f"{why}: leave trainer.limit_train_batches and overfit_batches out; set trainer.max_steps.")
+    if validates and not isinstance(trainer.val_check_interval, int):
+        raise ConfigError(
+            f"{why}: set trainer.val_check_interval to a number of batches (it is {trainer.val_check_interval})."
         )

@@ -2,6 +2,7 @@
 
 import json
 from abc import abstractmethod
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,10 @@ class PickReport(Callback):
             return
         self.check(pl_module)
         datamodule = datamodule_of(trainer)
-        sources = self.sources or datamodule.sources["val"]
-        if not sources:
+        if not (self.sources or datamodule.sources_of("val")):
             raise ConfigError(f"{type(self).__name__} has no prompts: give it sources, or give data.val.")
-        self.items = datamodule.predict_items(sources)[: self.num_samples]
+        items = datamodule.predict_items(self.sources) if self.sources else datamodule.validation_items()
+        self.items = list(islice(items, self.num_samples))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the records before the first step."""

@@ -95,6 +95,11 @@ def read_record(
     )
 
 
+def without_answer(raw: object) -> object:
+    """A raw record whose prompt needs no completion beside it."""
+    return {"completion": [], **raw} if isinstance(raw, dict) and "prompt" in raw else raw
+
+
 def read_id(value: object, name: str, where: str, position: int) -> str:
     """An id as text; the position if there is none.
 
@@ -140,7 +145,8 @@ def _raw_messages(raw: dict[str, Any], where: str) -> list[Any]:
             where,
             "messages",
             f"is missing (found: {found})",
-            "Give 'messages', or 'conversations', 'instruction' and 'output', or 'prompt' and 'completion'.",
+            "Give 'messages', or 'conversations', 'instruction' and 'output', or 'prompt' and 'completion'; or say by "
+            "the source's 'columns' what holds them.",
         )
     if not isinstance(messages, list):
         raise RecordError(where, name, f"is {value_kind(messages)}", "Make it a list of {role, content} objects.")

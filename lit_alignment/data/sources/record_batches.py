@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 import pyarrow as pa
@@ -121,6 +121,16 @@ class CachedFile:
             column = batch.schema.get_field_index(name)
             if _checksum(batch.column(column)) != self._sums[number, column]:
                 raise _damaged(self.path, f"the column '{name}' has another checksum")
+
+
+class IndexedRows(Protocol):
+    """Rows that are asked for by index."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at some indices."""
 
 
 @dataclass

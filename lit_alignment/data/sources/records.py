@@ -1,16 +1,33 @@
 """Read records from files, the hub, or the config itself, with the place of each."""
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
-from lit_alignment.data.sources.values import LIMITS, Misfit, RecordLimitsConfig, parse_json, plain
-from lit_alignment.errors import AlignmentError, ConfigError, RecordError
-from lit_alignment.paths import look_for_hub
+from lit_alignment.data.sources.columns import (
+    Columns,
+    UnusableRecord,
+    as_fields,
+    check_columns,
+    check_header,
+    own_columns,
+    texts_as_values,
+)
+from lit_alignment.data.sources.hub import hub_files, hub_rows, is_hub_layout
+from lit_alignment.data.sources.readers import (
+    READERS,
+    enumerate_as,
+    header_of,
+    kind_of,
+    plain_records,
+    read_file,
+    table_rows,
+)
+from lit_alignment.data.sources.values import RecordLimitsConfig
+from lit_alignment.errors import ConfigError
 
 MOST_REPEATS = 1_000_000
 
@@ -20,12 +37,16 @@ class SourceConfig:
     """Where records come from, and which of them to take.
 
     Args:
-        path: A file (.jsonl, .json, .parquet, .arrow), a folder of such files, one that `save_to_disk` of Hugging Face
-            datasets has written, or the name of a data set on the hub.
+        path: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; .jsonl, .csv and .tsv also compressed, as
+            .jsonl.gz or .jsonl.zst), a folder of such files, a folder in the layout of the hub, one that `save_to_disk`
+            of Hugging Face datasets has written, or the name of a data set on the hub.
         records: The records themselves, instead of a path.
         name: The name in reports and predictions; the file's stem by default.
         split: Split of a hub data set (`train` by default), or of a folder with several.
-        subset: Configuration name of a hub data set.
+        subset: Configuration of a hub data set, or a folder in it.
+        columns: Which column holds each field, as `{prompt: question, completion: answer}`; a text with columns in
+            braces makes the field of them, as `{text: "Classify: {review}"}`. Other columns are left out. Or the name
+            of a form: `alpaca`, `hh` (Anthropic's), `sharegpt`, `ultrafeedback` (binarized).
         offset: First record to take.
         num_rows: Number of records to take from `offset` on.
         num_samples: Draw this many of them, seeded.
@@ -41,6 +62,7 @@ class SourceConfig:
     name: str | None = None
     split: str | None = None
     subset: str | None = None
+    columns: Columns | None = None
     offset: int = 0
     num_rows: int | None = None
     num_samples: int | None = None
@@ -67,11 +89,12 @@ class SourceConfig:
             )
         if min(self.offset, self.num_rows or 0, self.num_samples or 0) < 0:
             raise ConfigError(f"source {self.title}: 'offset', 'num_rows' and 'num_samples' must be 0 or more.")
+        check_columns(self.columns, self.title)
 
     @property
     def title(self) -> str:
         """The name in reports and predictions."""
-        return self.name or (Path(self.path).stem if self.path else "records")
+        return self.name or (Path(self.path).name.removesuffix(_ends(Path(self.path))) if self.path else "records")
 
     def files(self) -> list[Path]:
         """The local files behind `path`; none for inline records and hub names.
@@ -87,10 +110,14 @@ class SourceConfig:
         if os.path.isfile(path / "dataset_dict.json"):
             path = self._split_of(path)
         if os.path.isdir(path):
+            if is_hub_layout(path, self.subset, self.split):
+                return hub_files(path, self.subset, self.split)
             saved = (path / "state.json").is_file()  # its JSON files describe the data
             kinds = (".arrow",) if saved else tuple(READERS)
-            files = sorted(f for f in path.iterdir() if f.suffix in kinds and not f.name.startswith("cache-"))
+            files = sorted(f for f in path.iterdir() if kind_of(f) in kinds and not f.name.startswith("cache-"))
             files = [file for file in files if file.is_file()]
+            if not files and (path / "data").is_dir():
+                return hub_files(path, self.subset, self.split)
             if not files:
                 raise ConfigError(f"{path}: no {', '.join(READERS)} file in this folder.")
             return files
@@ -114,171 +141,57 @@ class SourceConfig:
             )
         return folder / str(self.split)
 
-    def read(self) -> Iterator[tuple[str, Any]]:
-        """Yield (where, raw record) for each record in order.
+    def read(self, streaming: bool = False) -> Iterator[tuple[str, Any]]:
+        """Yield (where, raw record) for each record in order; in the place of one that lacks cells an UnusableRecord.
+
+        Args:
+            streaming: Keep nothing of a hub data set on the disk.
 
         Raises:
             RecordError: If a file cannot be read, or a record is beyond the limits.
         """
         if self.records is not None:
-            yield from _plain_records(enumerate_as(self.title, self.records), self.limits)
+            yield from self._fields(plain_records(enumerate_as(self.title, self.records), self.limits))
             return
         files = self.files()
         if not files:
-            yield from _plain_records(self._read_hub(), self.limits, table=True)
+            rows = hub_rows(str(self.path), self.subset, self.split, streaming)
+            records = plain_records(table_rows(str(self.path), rows.batches), self.limits, table=True)
+            yield from records if self.columns is None else self._fields(records, rows.header, str(self.path))
         for file in files:
-            yield from read_file(file, self.limits)
+            of_texts = kind_of(file) in (".csv", ".tsv")
+            header = header_of(file, self.limits) if of_texts or self.columns is not None else None
+            records = self._fields(read_file(file, self.limits), header, str(file))
+            if of_texts:
+                records = ((where, _typed(record)) for where, record in records)
+            yield from records
 
-    def _read_hub(self) -> Iterator[tuple[str, Any]]:
-        import datasets
+    def _fields(
+        self, records: Iterator[tuple[str, Any]], header: Collection[str] | None = None, table: str = ""
+    ) -> Iterator[tuple[str, Any]]:
+        """The same records, with the fields that `columns` makes of theirs; those of a table by itself if it is None.
 
-        reason = look_for_hub()
-        try:
-            rows = datasets.load_dataset(self.path, self.subset, split=self.split or "train")
-        except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-            if reason:
-                raise ConfigError(
-                    f"{self.path}: no file or folder (looked from {Path.cwd()}), not in the cache, and {reason}. Check "
-                    "data's 'path', or set HF_ENDPOINT to a mirror."
-                ) from error
-            raise ConfigError(
-                f"{self.path}: neither a local file nor a data set that the hub gives "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}). Check data's 'path'."
-            ) from error
-        return _rows(str(self.path), rows.with_format("arrow").iter(256))
-
-
-def read_file(path: Path, limits: RecordLimitsConfig = LIMITS, suffix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (where, raw record) for each record of a file, in the types of JSON.
-
-    Args:
-        path: A .jsonl, .json, .parquet or .arrow file.
-        limits: What a record may hold at most.
-        suffix: Its kind, if that is known whatever its name.
-
-    Raises:
-        ConfigError: If it is of another kind.
-        RecordError: If it cannot be read, or a record is beyond the limits.
-    """
-    suffix = suffix or path.suffix
-    reader = READERS.get(suffix)
-    if reader is None:
-        packed = " Unpack it first." if suffix in (".gz", ".bz2", ".xz", ".zst", ".zip") else ""
-        raise ConfigError(f"{path}: unknown file type '{suffix}'. Use {', '.join(READERS)}.{packed}")
-    try:
-        records = reader(path, limits)
-        if suffix != ".jsonl":  # whose lines come as plain values
-            records = _plain_records(records, limits, table=suffix != ".json")
-        yield from records
-    except UnicodeDecodeError as error:
-        raise RecordError(_undecodable(path), "", "not UTF-8 text", "Save the file as UTF-8.") from error
-    except OSError as error:
-        raise RecordError(str(path), "", f"cannot be read ({error.strerror or error})", "Check the file.") from error
+        Args:
+            records: As read.
+            header: Names of a table's columns.
+            table: Its name.
+        """
+        columns = own_columns(header) if self.columns is None and header is not None else self.columns
+        if columns is None:
+            yield from records
+            return
+        if header is not None:
+            check_header(columns, header, table)
+        for where, record in records:
+            yield where, as_fields(record, columns, where, header)
 
 
-def _undecodable(path: Path) -> str:
-    """File and line of the first bytes that are no UTF-8 text."""
-    number = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):  # noqa: B007 - a text across lines is none either
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                break
-    return f"{path}:{number}"
+def _ends(path: Path) -> str:
+    """The ends of a file's name that say what it holds."""
+    return path.suffix if kind_of(path) == path.suffix else kind_of(path) + path.suffix
 
 
-def _plain_records(
-    records: Iterable[tuple[str, Any]], limits: RecordLimitsConfig, table: bool = False
-) -> Iterator[tuple[str, Any]]:
-    for where, record in records:
-        try:
-            value = plain(record, limits, table)
-        except Misfit as misfit:
-            raise misfit.at(where) from misfit
-        yield where, value
-
-
-def enumerate_as(name: str, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """(where, record) of records that are not lines."""
-    return ((f"{name}[{index}]", record) for index, record in enumerate(records))
-
-
-def _read_jsonl(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(iter(lambda: file.readline(limits.length + 1), ""), start=1):
-            where = f"{path}:{number}"
-            if len(line) > limits.length:
-                fix = "Write one JSON object a line, or raise limits.length of the source."
-                raise RecordError(where, "", f"the line has more than {limits.length} characters", fix)
-            if not line.strip():
-                continue
-            try:
-                record = parse_json(line.rstrip(), limits)
-            except json.JSONDecodeError as error:
-                problem = f"not valid JSON ({error.msg} at column {error.colno})"
-                raise RecordError(where, "", problem, "Write one JSON object a line.") from error
-            except Misfit as misfit:
-                raise misfit.at(where) from misfit
-            yield where, record
-
-
-def _read_json(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str, Any]]:
-    fix = "Write a list of records, or use .jsonl."
-    try:
-        records = parse_json(path.read_text(encoding="utf-8-sig"), limits, check=False)
-    except json.JSONDecodeError as error:
-        raise RecordError(f"{path}:{error.lineno}", "", f"not valid JSON ({error.msg})", fix) from error
-    except Misfit as misfit:
-        raise misfit.at(str(path)) from misfit
-    if not isinstance(records, list):
-        raise RecordError(str(path), "", "the file does not hold a list", fix)
-    return enumerate_as(str(path), records)
-
-
-def _read_parquet(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RecordError(str(path), "", f"not a Parquet file ({error})", "Check the file.") from error
-    return _rows(str(path), file.iter_batches(256))
-
-
-def _read_arrow(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-
-    try:
-        batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise RecordError(str(path), "", f"not an Arrow file ({error})", "Check the file.") from error
-    return _rows(str(path), batches)
-
-
-def _rows(name: str, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """The rows of Arrow tables, of which a damaged one may show only as it is decoded."""
-    import pyarrow
-
-    index = 0
-    try:
-        for batch in batches:
-            batch.validate(full=True)
-            for row in batch.to_pylist():
-                yield f"{name}[{index}]", row
-                index += 1
-    except AlignmentError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise RecordError(
-            f"{name}[{index}]", "", f"this row or one behind it cannot be decoded ({error})", "Write the file again."
-        ) from error
-
-
-READERS: dict[str, Callable[[Path, RecordLimitsConfig], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
+def _typed(record: Any) -> Any:
+    if isinstance(record, UnusableRecord):
+        return replace(record, rest=texts_as_values(record.rest))
+    return texts_as_values(record)

@@ -54,9 +54,9 @@ def test_other_broken_files_are_named(tmp_path):
     for name, words in (("a.jsonl", "not UTF-8"), ("b.json", "does not hold a list"), ("c.parquet", "not a Parquet")):
         with pytest.raises(RecordError, match=words):
             list(SourceConfig(str(tmp_path / name)).read())
-    (tmp_path / "d.csv").write_text("a,b")
-    with pytest.raises(ConfigError, match="unknown file type '.csv'"):
-        list(SourceConfig(str(tmp_path / "d.csv")).read())
+    (tmp_path / "d.xls").write_text("a,b")
+    with pytest.raises(ConfigError, match="unknown file type '.xls'"):
+        list(SourceConfig(str(tmp_path / "d.xls")).read())
     with pytest.raises(FileNotFoundError, match="no such file"):
         SourceConfig(str(tmp_path / "nowhere.jsonl")).files()
 
@@ -220,14 +220,14 @@ def test_damaged_part_of_a_table_is_named_as_it_is_met(tmp_path):
 def test_paths_that_are_no_files_are_one_message(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     os.symlink(tmp_path / "loop.jsonl", tmp_path / "loop.jsonl")
-    (tmp_path / "x.jsonl.gz").write_bytes(b"")
+    (tmp_path / "x.json.gz").write_bytes(b"")
     (tmp_path / "folder/b.jsonl").mkdir(parents=True)
     os.mkfifo(tmp_path / "folder/c.jsonl")
     assert "neither a file nor a folder" in errors_of(tmp_path / "a.jsonl")
     assert "neither a file nor a folder" in errors_of("/dev/zero")
     assert "no such file" in errors_of(tmp_path / "loop.jsonl")
-    assert "Unpack it first" in errors_of(tmp_path / "x.jsonl.gz")
-    assert "no .jsonl, .json, .parquet, .arrow file in this folder" in errors_of(tmp_path / "folder")
+    assert "Unpack it first" in errors_of(tmp_path / "x.json.gz")
+    assert "no .jsonl, .json, .csv, .tsv, .parquet, .arrow file in this folder" in errors_of(tmp_path / "folder")
     for name in ("x" * 5000 + ".jsonl", "a\0b.jsonl", "~nobody/a.jsonl", "\ud800.jsonl"):
         assert "no such file" in errors_of(name)
 
