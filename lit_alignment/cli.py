@@ -30,6 +30,7 @@ TOOLS = {
     "chat": ("lit_alignment.tools.chat", "talk to a trained model in the terminal"),
     "serve": ("lit_alignment.tools.serve", "a trained model over HTTP, as OpenAI's API, by vLLM"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
+    "completion": ("lit_alignment.tools.completion", "what bash, zsh or fish needs to complete a command line"),
     "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),
 }
 
@@ -57,6 +58,11 @@ def _run(command: str, arguments: list[str]) -> None:
     if command in TRAINER_COMMANDS:
         # --config may also stand before the command in LightningCLI; here the command always comes first.
         importlib.import_module("lit_alignment.trainer_cli").main(arguments)
+        return
+    from lit_alignment.tools.parsers import PARSERS
+
+    if command in PARSERS and {"-h", "--help"} & {*arguments}:
+        PARSERS[command]().print_help()  # without what the tool imports
         return
     tool = importlib.import_module(TOOLS[command][0]).main
     if command != "demo":
@@ -128,9 +134,9 @@ def _nearest(word: str) -> str:
 
 def _help() -> str:
     lines = ["usage: lit-alignment COMMAND [--config FILE ...] [--key value ...]", "", "train and run models:"]
-    lines += [f"  {name:<10} {text}" for name, text in TRAINER_COMMANDS.items()]
+    lines += [f"  {name:<11}{text}" for name, text in TRAINER_COMMANDS.items()]
     lines += ["", "tools:"]
-    lines += [f"  {name:<10} {text}" for name, (_, text) in TOOLS.items()]
+    lines += [f"  {name:<11}{text}" for name, (_, text) in TOOLS.items()]
     lines += [
         "",
         "`lit-alignment COMMAND --help` lists the settings of a command, `--print_config` prints them as YAML.",

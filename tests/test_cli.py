@@ -1,11 +1,14 @@
 """The command line as a user meets it: help, overrides, and one clear message for each mistake."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
 import yaml
 
+from lit_alignment.cli import TOOLS
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.trainer_cli import build
 from tests.helpers import ROOT, chats, write_jsonl
@@ -23,6 +26,21 @@ def test_help_answers_at_once_and_names_every_command():
     assert result.returncode == 0 and best < 0.5
     assert all(f"  {name} " in result.stdout for name in ("fit", "validate", "test", "predict", "fetch", "demo"))
     assert command("--version").stdout.startswith("lit-alignment 0.")
+
+
+def test_help_of_a_tool_waits_for_no_library():
+    ask = """
+import sys
+from lit_alignment.cli import TOOLS, main
+
+for tool in TOOLS:
+    main([tool, "--help"])
+    print("loaded", tool, *({*sys.modules} & {"torch", "transformers", "datasets", "lightning", "numpy"}))
+"""
+    run = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    loaded = [line.split() for line in run.stdout.splitlines() if line.startswith("loaded ")]
+    assert [line[1] for line in loaded] == [*TOOLS] and all(len(line) == 2 for line in loaded), loaded
+    assert run.stdout.count("usage: lit-alignment") == len(TOOLS)
 
 
 def test_unknown_command_names_the_nearest():

@@ -5,7 +5,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from lit_alignment.tools.options import OptionParser, whole
+from lit_alignment.tools import parsers
 
 if TYPE_CHECKING:
     from lit_alignment.modules.base import AlignmentModule
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         ConfigError: If the model cannot be loaded, or answers no prompts.
     """
-    options = _parser().parse_args(arguments)
+    options = parsers.chat().parse_args(arguments)
     begin, talks = time.perf_counter(), options.question is None and sys.stdin.isatty()
     if talks:
         note(f"loading {options.source} ...")
@@ -47,32 +47,6 @@ def main(arguments: list[str]) -> None:
         note(f"{_about(module)}, ready in {time.perf_counter() - begin:.1f} s")
         note("/help lists commands; Ctrl-C stops an answer, Ctrl-D ends")
     _converse(chat, talks)
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lit-alignment chat",
-        description="Talk to a trained model. Without a question, one line of the input is one message; "
-        + "; ".join(f"{name}: {what}" for name, what in COMMANDS.items())
-        + ".",
-    )
-    parser.add_argument("source", help="a checkpoint, an adapter folder, an exported folder, or a model's name")
-    parser.add_argument("question", nargs="?", help="ask this alone, and end")
-    parser.add_argument("--system", help="the system prompt")
-    parser.add_argument("--image", action="append", default=[], help="an image to show with the first message")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=512, help="longest answer (default: 512)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely tokens (default: 0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from this much probability (default: 1)")
-    parser.add_argument("--top-k", type=whole(0), default=0, help="sample from this many tokens (default: 0, all)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of tokens seen before (default: 1)")
-    parser.add_argument("--stop", action="append", default=[], help="an answer ends before this text; may be repeated")
-    parser.add_argument("--seed", type=whole(0), default=0, help="of sampling (default: 0)")
-    parser.add_argument("--base", help="the base model, if it is not where the source says")
-    parser.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: a GPU if there is one"
-    )
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    return parser
 
 
 def _about(module: "AlignmentModule") -> str:

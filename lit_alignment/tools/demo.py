@@ -11,25 +11,21 @@ from rich.table import Table
 
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.throughput import Throughput
+from lit_alignment.tools import parsers
 from lit_alignment.tools.fetch import fetch
 from lit_alignment.tools.init.recipes import copy_recipe
-from lit_alignment.tools.options import OptionParser
 from lit_alignment.trainer_cli import build
 
 RECIPE = "sft/smollm2_lora"
-CONFIG = f"configs/{RECIPE}.yaml"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def main(arguments: list[str]) -> None:
     """Run the demo, in the working folder."""
-    parser = OptionParser(prog="lit-alignment demo", description="Fine-tune SmolLM2 on support requests.")
-    parser.add_argument("--config", default=CONFIG, help=f"recipe to run (default: {CONFIG})")
-    parser.add_argument("--install-seconds", type=float, default=0.0, help="time the installation took, for the total")
-    options = parser.parse_args(arguments)
+    options = parsers.demo().parse_args(arguments)
     console = Console()
     begin = time.perf_counter()
-    if options.config == CONFIG:
+    if options.config == parsers.DEMO:
         copy_recipe(RECIPE)
         console.print(f"model: {fetch(MODEL)}")
     ready = time.perf_counter()

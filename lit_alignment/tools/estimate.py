@@ -29,7 +29,7 @@ from lit_alignment.planning.scaling import (
     sequence_bytes_per_token,
     tensor_bytes_per_token,
 )
-from lit_alignment.tools.options import OptionParser, positive, whole
+from lit_alignment.tools import parsers
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
 CONTEXT = 1.0  # GiB that a CUDA context and the libraries' workspaces take beside tensors
@@ -37,28 +37,7 @@ CONTEXT = 1.0  # GiB that a CUDA context and the libraries' workspaces take besi
 
 def main(arguments: list[str]) -> None:
     """Print parameters, memory by part, and whether it fits."""
-    parser = OptionParser(
-        prog="lit-alignment estimate",
-        description="Memory per device of a training step. The step is simulated with tensors that have shapes and no "
-        "data, so it needs neither the weights nor the device. Takes the options of fit: --config, and any setting.",
-    )
-    parser.add_argument(
-        "--memory",
-        type=positive(),
-        help="GiB of one device: say whether it fits (a GPU has 80 where this is not given)",
-    )
-    parser.add_argument("--trained-share", type=positive(1), default=1.0, help="share of trained tokens (default: all)")
-    parser.add_argument("--scale", help="also FSDP2 on these numbers of devices, such as 8,64,1024")
-    parser.add_argument(
-        "--tflops", type=positive(), default=989, help="of a device in bfloat16 (default: 989, an H100)"
-    )
-    parser.add_argument(
-        "--utilization", type=positive(1), default=0.4, help="share of these that is reached (default: 0.4)"
-    )
-    parser.add_argument("--per-node", type=whole(1), default=8, help="devices of a node (default: 8)")
-    parser.add_argument("--link", type=positive(), default=450, help="GB/s of a device within its node (default: 450)")
-    parser.add_argument("--network", type=positive(), default=50, help="GB/s of a device to other nodes (default: 50)")
-    options, rest = parser.split(arguments)
+    options, rest = parsers.estimate().split(arguments)
     cli = build_for_tool(rest)
     size = USUAL_MEMORY if options.memory is None else options.memory * GIB
     memory, workload = run_memory(cli.model, cli.datamodule, cli.asked, options.trained_share, size)

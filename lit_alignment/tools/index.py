@@ -35,7 +35,7 @@ from lit_alignment.modules.base import alignment_module
 from lit_alignment.retrieval.build import IndexBuilder
 from lit_alignment.retrieval.files import Manifest
 from lit_alignment.retrieval.index import IndexConfig, PassageIndex
-from lit_alignment.tools.options import OptionParser
+from lit_alignment.tools import parsers
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
 QUESTIONS_TOGETHER = 32
@@ -43,18 +43,7 @@ QUESTIONS_TOGETHER = 32
 
 def main(arguments: list[str]) -> None:
     """Run `build` or `eval`."""
-    parser = OptionParser(
-        prog="lit-alignment index",
-        description="Build the index that a configuration names (model.index), or measure what it finds. Any setting "
-        "of the configuration can be given too: --model.index.search=hnsw, --trainer.devices=4.",
-    )
-    parser.add_argument("action", choices=["build", "eval"])
-    parser.add_argument("--ckpt_path", type=Path, help="a checkpoint with trained weights of the retriever")
-    parser.add_argument("--overwrite", action="store_true", help="build: replace an index that is there")
-    parser.add_argument("--queries", type=Path, help="eval: records {query, relevant: [passage ids]}")
-    parser.add_argument("--k", default="1,5,20", help="eval: where to cut the ranking (default: 1,5,20)")
-    parser.add_argument("--json", type=Path, help="eval: write the metrics as JSON")
-    options, rest = parser.split(arguments)
+    options, rest = parsers.index().split(arguments)
     cli = build_for_tool(rest)
     retriever, index = cli.model.retrieval_config()
     if options.action == "build":

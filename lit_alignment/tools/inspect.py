@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
 from lit_alignment.files import replaced
 from lit_alignment.terminal import Terminal, printable
-from lit_alignment.tools.options import OptionParser, whole
+from lit_alignment.tools import parsers
 from lit_alignment.tools.rollout import print_rollout, sample_rollout
 from lit_alignment.trainer_cli import build_for_tool
 
@@ -58,23 +57,7 @@ class Token:
 
 def main(arguments: list[str]) -> None:
     """Print the first examples of a split, and write a page if asked."""
-    parser = OptionParser(
-        prog="lit-alignment inspect",
-        description="Show what the model will see: tokens and labels of the first examples, the trained share, the "
-        "lengths, and why records were dropped. Takes the options of fit: --config, and any setting.",
-        epilog="In the terminal trained tokens are green (and in [brackets] where there is no colour).",
-    )
-    parser.add_argument("--split", choices=list(STAGES), default="train")
-    parser.add_argument("--number", type=whole(1), default=2, help="examples to show of each source (default: 2)")
-    parser.add_argument("--tokens", action="store_true", help="one line a token, with id, label and weight")
-    parser.add_argument(
-        "--rollout",
-        type=whole(1),
-        metavar="N",
-        help="also sample responses to the first N training prompts before training, and show their rewards",
-    )
-    parser.add_argument("--html", type=Path, help="also write the view to this file")
-    options, rest = parser.split(arguments)
+    options, rest = parsers.inspect().split(arguments)
     cli = build_for_tool(rest)
     data = cli.datamodule
     if not data.sources_of(options.split):

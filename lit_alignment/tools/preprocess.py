@@ -39,7 +39,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.models.multimodal.modality import MediaShape, MediaTower, ModalityConfig
 from lit_alignment.models.multimodal.reading import cache_index, file_reader
 from lit_alignment.models.multimodal.vision import EncoderConfig, load_encoder
-from lit_alignment.tools.options import OptionParser
+from lit_alignment.tools import parsers
 from lit_alignment.trainer_cli import ToolCLI, build_for_tool
 
 
@@ -177,25 +177,7 @@ class WithoutCache(ToolCLI):
 
 def main(arguments: list[str]) -> None:
     """Encode all files that have no features yet, and report those that cannot be read."""
-    parser = OptionParser(
-        prog="lit-alignment preprocess",
-        description="Encode the images (or sounds) of a configuration once, with a Trainer on its devices. Set "
-        "model.image.cache to the folder afterwards. A killed run resumes where it stopped. Any setting of the "
-        "configuration can be given too.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
-    parser.add_argument("--files", type=Path, help="folder to read, and those below (default: the data's files)")
-    parser.add_argument("--encoder", help="an encoder, with --files, in place of a configuration")
-    parser.add_argument("--layer", type=int, default=-2, help="its hidden state (default: -2)")
-    parser.add_argument("--keep-cls", action="store_true", help="also its class token's vector")
-    parser.add_argument("--modality", choices=["image", "audio"], default="image")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--batch-size", type=int, default=64, help="files to encode together (default: 64)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read ahead (default: 0)")
-    parser.add_argument("--per-shard", type=int, default=512, help="files in one shard (default: 512)")
-    parser.add_argument("--strict", action="store_true", help="fail if a file cannot be read")
-    parser.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
-    options, rest = parser.split(arguments)
+    options, rest = parsers.preprocess().split(arguments)
     if min(options.batch_size, options.per_shard) < 1:
         raise ConfigError("--batch-size and --per-shard must be 1 or more.")
     if options.encoder is not None:

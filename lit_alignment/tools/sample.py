@@ -14,7 +14,7 @@ from lit_alignment.data.encoding.messages import Message, finite, read_id, value
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.files import replaced
 from lit_alignment.generation.prediction_file import read_predictions
-from lit_alignment.tools.options import OptionParser
+from lit_alignment.tools import parsers
 
 Strategy = Literal["random", "best_of_n", "worst_of_n", "rso"]
 SampleForm = Literal["records", "pairs", "chats"]
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
         ConfigError: If the options contradict each other, or the output exists.
         RecordError: Naming the line and the offending field; an output that is there already is left as it is.
     """
-    given = _parser().parse_args(arguments)
+    given = parsers.sample().parse_args(arguments)
     if given.out.exists() and not given.overwrite:
         raise ConfigError(f"{given.out} exists. Choose another --out, or add --overwrite.")
     options = Options(
@@ -108,26 +108,6 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"{given.files[0]}: no records.")
     print(summary(counts, options))
     print(f"{options.form}: {given.out}")
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lit-alignment sample",
-        description="Choose among the answers of prediction files by their rewards (from a predict of a RewardModule), "
-        "and write the choice as preference pairs, as chats, or as records of the same form.",
-    )
-    parser.add_argument("files", type=Path, nargs="+", help="files with answers and, but for random, rewards")
-    parser.add_argument("--strategy", choices=["random", "best_of_n", "worst_of_n", "rso"], required=True)
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file to write")
-    parser.add_argument("--form", choices=["records", "pairs", "chats"], default="records")
-    parser.add_argument("--number", type=int, help="answers to choose; needed for records, else all (random chats: 1)")
-    parser.add_argument("--beta", type=float, default=0.5, help="of rso, in units of the reward (default: 0.5)")
-    parser.add_argument("--pairs", choices=["best_worst", "random"], default="best_worst", help="of the chosen answers")
-    parser.add_argument("--num-pairs", type=int, default=1, help="random pairs a record (default: 1)")
-    parser.add_argument("--min-margin", type=float, default=0.0, help="leave out pairs with closer rewards")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-    return parser
 
 
 # Choosing.

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from lit_alignment.errors import ConfigError
 from lit_alignment.files import replaced
+from lit_alignment.tools import parsers
 from lit_alignment.tools.convert.document import Document
 from lit_alignment.tools.convert.kinds import CONVERTERS, SHORT, kind_of
 from lit_alignment.tools.convert.settings import Notes, Settings, read_json
-from lit_alignment.tools.options import OptionParser
 
 
 def main(arguments: list[str]) -> None:
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         ConfigError: If the file is no configuration, lacks a setting, or is of a kind that is not converted.
     """
-    options = _parser().parse_args(arguments)
+    options = parsers.convert().parse_args(arguments)
     top = Settings(read_json(options.config), "", Notes())
     documents = convert(top, SHORT.get(options.kind, options.kind) or kind_of(top.values, options.config))
     notes = top.notes
@@ -43,21 +43,6 @@ def main(arguments: list[str]) -> None:
 def convert(top: Settings, kind: str) -> list[Document]:
     """Our documents for an old configuration that the old command `kind` takes; the notes of `top` are filled."""
     return CONVERTERS[kind](top)
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lit-alignment convert",
-        description="Turn a JSON configuration of turbo-alignment into a YAML for lit-alignment, and list each setting "
-        "that works otherwise, has no counterpart, or is not known.",
-    )
-    parser.add_argument("config", type=Path, help="the JSON file")
-    parser.add_argument("--out", type=Path, help="file to write (default: beside the JSON file)")
-    kinds, known = (*SHORT, *CONVERTERS), ", ".join(SHORT)
-    told = f"if its keys do not tell: {known}, or the old command that takes it"
-    parser.add_argument("--kind", choices=kinds, metavar="KIND", help=told)
-    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    return parser
 
 
 def _targets(first: Path, documents: list[Document]) -> list[Path]:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from lit_alignment.errors import ConfigError, writing
 from lit_alignment.paths import fetched_path, shown
+from lit_alignment.tools import parsers
 from lit_alignment.tools.fetch import PACKAGED
 from lit_alignment.tools.init.recipes import copy_files, copy_recipe, listing
 from lit_alignment.tools.init.records import Records, look
 from lit_alignment.tools.init.templates import METHODS, TINY, Method, Values, configuration
-from lit_alignment.tools.options import OptionParser
 
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LARGEST_VALIDATION = 200  # records
 
 
@@ -23,7 +22,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         ConfigError: If a file is in the way, or the data do not fit the method.
     """
-    options = _parser().parse_args(arguments)
+    options = parsers.init().parse_args(arguments)
     if options.list:
         print(listing())
     elif options.recipe is not None:
@@ -32,24 +31,6 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"lit-alignment init: give a method ({', '.join(METHODS)}), --recipe NAME, or --list.")
     else:
         print(init(options))
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lit-alignment init",
-        description="Write a configuration for a method into this folder, with records to try it on.",
-    )
-    parser.add_argument("method", nargs="?", choices=list(METHODS), help="what to train")
-    parser.add_argument("--data", help="records to train on: a file, a folder, or a data set of the hub")
-    parser.add_argument("--val", help="records to validate on; without it the first ones of --data")
-    parser.add_argument("--passages", help="rag: what is retrieved, records {title?, text}")
-    parser.add_argument(
-        "--model", default=MODEL, help=f"a folder, a name on the hub, or {TINY}: random weights, seconds"
-    )
-    parser.add_argument("--out", type=Path, help="file to write (default: METHOD.yaml)")
-    parser.add_argument("--recipe", help="write one of the recipes instead, with the files that it names")
-    parser.add_argument("--list", action="store_true", help="list the recipes")
-    return parser
 
 
 def init(options: Namespace) -> str:
