@@ -29,6 +29,7 @@ TOOLS = {
     "preprocess": ("lit_alignment.tools.preprocess", "images -> a cache of features; training needs no encoder"),
     "serve": ("lit_alignment.tools.serve", "a trained model over HTTP, as OpenAI's API, by vLLM"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
+    "doctor": ("lit_alignment.tools.doctor", "versions, devices and what is installed, to paste into a report"),
     "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),
 }
 
