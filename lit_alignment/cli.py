@@ -31,6 +31,7 @@ TOOLS = {
     "serve": ("lit_alignment.tools.serve", "a trained model over HTTP, as OpenAI's API, by vLLM"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
     "completion": ("lit_alignment.tools.completion", "what bash, zsh or fish needs to complete a command line"),
+    "doctor": ("lit_alignment.tools.doctor", "versions, devices and what is installed, to paste into a report"),
     "demo": ("lit_alignment.tools.demo", "fine-tune a small model on CPU and show what it learned"),
 }
 

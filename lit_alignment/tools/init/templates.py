@@ -61,7 +61,7 @@ PROMPTS = "    batch_size: 4  # prompts\n"
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodTemplate:
     """What a method's configuration adds.
 
     Args:
@@ -153,8 +153,8 @@ ENCODER = "openai/clip-vit-base-patch32"
 RETRIEVER = "sentence-transformers/all-MiniLM-L6-v2"
 TEACHER_MODEL = "HuggingFaceTB/SmolLM2-360M-Instruct"
 METHODS = {
-    "sft": Method("Supervised fine-tuning on chat records", "SFT", "sft/support"),
-    "classification": Method(
+    "sft": MethodTemplate("Supervised fine-tuning on chat records", "SFT", "sft/support"),
+    "classification": MethodTemplate(
         "A classifier of texts and conversations",
         "Classification",
         "classification/support",
@@ -163,7 +163,7 @@ METHODS = {
         task="SEQ_CLS",
         report="ScoredPicks",
     ),
-    "reward": Method(
+    "reward": MethodTemplate(
         "A reward model of compared responses",
         "Reward",
         "reward/support",
@@ -171,13 +171,13 @@ METHODS = {
         task="SEQ_CLS",
         report="ScoredPicks",
     ),
-    "preference": Method(
+    "preference": MethodTemplate(
         "Preference optimisation (DPO; KTO of responses judged alone)",
         "Preference",
         "reward/support",
         model=PREFERENCES + GREEDY,
     ),
-    "policy": Method(
+    "policy": MethodTemplate(
         "Policy optimisation (GRPO) by rewards of sampled responses",
         "Policy",
         "sft/support",
@@ -186,7 +186,7 @@ METHODS = {
         batches=PROMPTS,
         length=512,
     ),
-    "distillation": Method(
+    "distillation": MethodTemplate(
         "Distillation of a teacher into a smaller student",
         "Distillation",
         "sft/support",
@@ -196,7 +196,7 @@ METHODS = {
         length=512,
         models=(TEACHER_MODEL,),
     ),
-    "rag": Method(
+    "rag": MethodTemplate(
         "Retrieval-augmented generation: retriever and generator trained together",
         "RAG",
         "rag/support",
@@ -206,7 +206,9 @@ METHODS = {
         models=(RETRIEVER,),
         before=("index build",),
     ),
-    "vlm": Method("A language model that learns to see", "VLM", "vlm/shapes", model=IMAGES + GREEDY, image=True),
+    "vlm": MethodTemplate(
+        "A language model that learns to see", "VLM", "vlm/shapes", model=IMAGES + GREEDY, image=True
+    ),
 }
 
 

@@ -1,0 +1,65 @@
+"""What is installed works by itself: the wheel, outside of the checkout, with the packages that it needs alone."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+
+def run(folder: Path, *words: object) -> str:
+    """The output of a command in a folder, in an environment that knows nothing of the checkout."""
+    hidden = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    result = subprocess.run(list(map(str, words)), cwd=folder, env=hidden, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The program of a new environment with the wheel in it, which sees this environment's other packages."""
+    pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
+    subprocess.run(build, check=True)  # it may see what is only on this interpreter's path
+    run(folder, sys.executable, "-m", "venv", "--without-pip", "env")
+    python, packages = folder / "env/bin/python", sysconfig.get_path("purelib")
+    own = Path(run(folder, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (own / "packages_of_the_tests.pth").write_text(packages)  # whose own .pth files, as of the checkout, are not read
+    (wheel,) = folder.glob("*.whl")
+    run(folder, *pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    where = run(folder, python, "-c", "import lit_alignment; print(lit_alignment.__file__)")
+    assert Path(where.strip()).is_relative_to(own)
+    return python.with_name("lit-alignment")
+
+
+@pytest.mark.slow
+def test_first_hour_in_an_empty_folder_outside_of_the_checkout(installed, tmp_path):
+    said = run(tmp_path, installed, "init", "sft", "--model", "tiny")
+    assert {path.name for path in tmp_path.iterdir()} == {"sft.yaml", "sample_data", "sample_model"}
+    assert "  lit-alignment fit --config sft.yaml\n" in said
+    assert "400 examples from 400 records" in run(tmp_path, installed, "inspect", "--config", "sft.yaml")
+    said = run(tmp_path, installed, "fit", "--config", "sft.yaml", "--trainer.max_epochs", "1")
+    left = tmp_path / "runs/sft/version_0"
+    names = {path.name for path in left.iterdir()}
+    assert {"report.html", "cherry_picks.html", "config.yaml", "data_report.json", "checkpoints"} <= names
+    assert "To go on: lit-alignment fit --config runs/sft/version_0/config.yaml" in said
+    best = next(line.split()[-1] for line in said.splitlines() if line.startswith("best: "))
+    assert f"lit-alignment predict --config runs/sft/version_0/config.yaml --ckpt_path {best}\n" in said
+    asked = ["--data.predict", "[{path: sample_data/sft/test.jsonl, num_rows: 2}]"]
+    said = run(tmp_path, installed, "predict", "--config", "sft.yaml", "--ckpt_path", best, *asked)
+    assert len((tmp_path / "predictions/greedy.jsonl").read_text().splitlines()) == 2
+    assert [path.name for path in (tmp_path / "runs/sft").iterdir()] == ["version_0"]
+
+
+@pytest.mark.slow
+def test_recipe_of_an_installation_runs_as_in_the_checkout(installed, tmp_path):
+    run(tmp_path, installed, "init", "--recipe", "classification/tiny")
+    steps = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"]
+    said = run(tmp_path, installed, "fit", "--config", "configs/classification/tiny.yaml", *steps)
+    assert "trainer.max_steps: 1 is reached" in said
