@@ -28,7 +28,7 @@ TOOLS = {
     "index": ("lit_alignment.tools.index", "passages -> an index for RAG (build), and what it finds (eval)"),
     "preprocess": ("lit_alignment.tools.preprocess", "images -> a cache of features; training needs no encoder"),
     "chat": ("lit_alignment.tools.chat", "talk to a trained model in the terminal"),
-    "serve": ("lit_alignment.tools.serve", "a trained model over HTTP, as OpenAI's API, by vLLM"),
+    "serve": ("lit_alignment.tools.serve", "a trained model over HTTP, as OpenAI's API; a page to chat on"),
     "fetch": ("lit_alignment.tools.fetch", "put a small model into the cache without a model hub"),
     "completion": ("lit_alignment.tools.completion", "what bash, zsh or fish needs to complete a command line"),
     "doctor": ("lit_alignment.tools.doctor", "versions, devices and what is installed, to paste into a report"),

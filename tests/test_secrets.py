@@ -10,7 +10,8 @@ import yaml
 
 from lit_alignment.cli import main
 from lit_alignment.secrets import MASK, is_secret, mask_text, masked
-from lit_alignment.tools.serve import _api_key, _parser
+from lit_alignment.tools import parsers
+from lit_alignment.tools.serve import _api_key
 from tests.helpers import ROOT
 
 PLANTED = "planted9"
@@ -95,9 +96,9 @@ def test_names_of_secrets_are_told_from_those_of_tokens():
 
 def test_a_server_s_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     (tmp_path / "key").write_text("abc\n")
-    assert _api_key(_parser().parse_args(["x", "--api-key-file", str(tmp_path / "key")])) == "abc"
+    assert _api_key(parsers.serve().parse_args(["x", "--api-key-file", str(tmp_path / "key")])) == "abc"
     monkeypatch.setenv("VLLM_API_KEY", "def")
-    assert _api_key(_parser().parse_args(["x"])) == "def"
+    assert _api_key(parsers.serve().parse_args(["x"])) == "def"
     for wrong in (["--api-key-file", str(tmp_path)], ["--api-key-file", str(tmp_path / "key"), "--api-key", "x"]):
         with pytest.raises(ValueError, match="--api-key"):
-            _api_key(_parser().parse_args(["x", *wrong]))
+            _api_key(parsers.serve().parse_args(["x", *wrong]))

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from lit_alignment.paths import cache_dir, look_for_hub, recipes_dir
 from lit_alignment.secrets import mask_text
-from lit_alignment.tools.options import OptionParser
+from lit_alignment.tools import parsers
 
 NAME = "lit-alignment"
 ADDS = {
@@ -40,8 +40,7 @@ VARIABLES = (
 
 def main(arguments: list[str]) -> None:
     """Print the report; nothing is changed, and no secret is in it."""
-    parser = OptionParser(prog="lit-alignment doctor", description="Versions, devices and what is installed.")
-    parser.parse_args(arguments)
+    parsers.doctor().parse_args(arguments)
     print(mask_text("\n".join([*_machine(), "", *_devices(), "", *_packages(), "", *_extras()])))
 
 

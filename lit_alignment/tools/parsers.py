@@ -272,9 +272,23 @@ def completion() -> OptionParser:
 
 def serve() -> OptionParser:
     """Options of `serve`."""
-    from lit_alignment.tools.serve import _parser
-
-    return _parser()
+    parser = OptionParser(
+        prog="lit-alignment serve",
+        description="Serve a trained model over HTTP, as OpenAI's API, with the template and stop tokens of its "
+        "training, by vLLM; all other options go to `vllm serve` as they stand. `--engine transformers` needs no vLLM, "
+        "answers on a CPU as predict does, and has a page to chat on.",
+    )
+    parser.add_argument("source", help="an exported folder, a checkpoint, an adapter folder, or a model's name")
+    parser.add_argument(
+        "--engine", choices=["vllm", "transformers"], default="vllm", help="what answers (default: vllm)"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of --engine transformers")
+    parser.add_argument("--name", help="what clients call it (default: that of the file or folder)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=whole(0), default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--api-key", help="what clients must send (default: $VLLM_API_KEY, or nothing)")
+    parser.add_argument("--api-key-file", type=Path, help="a file with it, which other users cannot see as an argument")
+    return parser
 
 
 def init() -> OptionParser:
@@ -294,6 +308,15 @@ def init() -> OptionParser:
     parser.add_argument("--recipe", help="write one of the recipes instead, with the files that it names")
     parser.add_argument("--list", action="store_true", help="list the recipes")
     return parser
+
+
+def doctor() -> OptionParser:
+    """Options of `doctor`: none."""
+    return OptionParser(
+        prog="lit-alignment doctor",
+        description="Print versions, devices, what is installed and what each missing extra would add, to paste into a "
+        "report.",
+    )
 
 
 def merge() -> OptionParser:
@@ -319,5 +342,6 @@ PARSERS: dict[str, Callable[[], OptionParser]] = {
         completion,
         serve,
         init,
+        doctor,
     )
 }

@@ -1,17 +1,19 @@
-"""`lit-alignment serve`: a trained model behind vLLM's own OpenAI-compatible server."""
+"""`lit-alignment serve`: a trained model behind vLLM's own OpenAI-compatible server, or behind a small one of ours."""
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from lit_alignment.checkpoints.saved import head_of
-from lit_alignment.errors import ConfigError
+from lit_alignment.errors import ConfigError, require
 from lit_alignment.models.stop_rule import read_generation_config
 from lit_alignment.paths import local_path
-from lit_alignment.tools.options import OptionParser, whole
+from lit_alignment.tools import parsers
 from lit_alignment.vllm.engine import import_vllm, on_cpu
 from lit_alignment.vllm.model import Served, served_model
 
@@ -25,9 +27,17 @@ def main(arguments: list[str]) -> None:
     """Make a folder that vLLM loads, and run its server until it is stopped.
 
     Raises:
-        ConfigError: If vLLM is not installed, or ends with an error.
+        ConfigError: If what serves is not installed, or ends with an error.
     """
-    options, rest = _parser().parse_known_args(arguments)
+    parser = parsers.serve()
+    options, rest = parser.parse_known_args(arguments)
+    if options.engine == "transformers":
+        if rest:
+            parser.error(f"unrecognized arguments: {rest[0]}")
+        _serve_here(options)
+        return
+    if options.device != "auto":
+        parser.error("--device is of --engine transformers; vLLM chooses by itself")
     import_vllm()
     source = Path(options.source).expanduser()
     served = served_model(source) if source.exists() else Served(local_path(options.source))
@@ -36,14 +46,13 @@ def main(arguments: list[str]) -> None:
             f"{options.source}: this composition of encoder and projector is no LLaVA, which vLLM's server could load. "
             "Use lit-alignment predict with engine: vllm."
         )
-    words = command(served, options.name or source.stem, options.host, options.port) + rest
+    words = command(served, _name(options), options.host, options.port) + rest
     if on_cpu():
         words += [word for word, option in CPU.items() if option not in rest]
     say_what_clients_need(served)
     if key := _api_key(options):
         os.environ["VLLM_API_KEY"] = key  # not on a command line, which every user of a machine can read
-    elif options.host not in LOOPBACK:
-        print(f"warning: without an API key anyone who reaches {options.host}:{options.port} may use this model")
+    _warn_without_key(options, key)
     print(f"serving {served.trained_folder} at http://{options.host}:{options.port}/v1", flush=True)
     process = subprocess.Popen([sys.executable, "-m", SERVER, *words])
     try:
@@ -55,19 +64,32 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"vLLM's server ended with status {status}; what it wrote stands above.")
 
 
-def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lit-alignment serve",
-        description="Serve a trained model over HTTP, as OpenAI's API, with the template and stop tokens of its "
-        "training. All other options go to `vllm serve` as they stand.",
-    )
-    parser.add_argument("source", help="an exported folder, a checkpoint, an adapter folder, or a model's name")
-    parser.add_argument("--name", help="what clients call it (default: that of the file or folder)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=whole(1), default=8000)
-    parser.add_argument("--api-key", help="what clients must send (default: $VLLM_API_KEY, or nothing)")
-    parser.add_argument("--api-key-file", type=Path, help="a file with it, which other users cannot see as an argument")
-    return parser
+def _serve_here(options: argparse.Namespace) -> None:
+    """Load the model in this process, and answer until it is stopped."""
+    uvicorn = require("uvicorn", "serve", "--engine vllm")
+    from lit_alignment.modules.answering import load_answering
+    from lit_alignment.tools.chat_server import ChatServer, listen
+
+    name, key = _name(options), _api_key(options)
+    listening = listen(options.host, options.port)
+    module = load_answering(options.source, device=options.device)
+    app = ChatServer(module, name, key=key).app(options.host)
+    where = f"http://{options.host}:{listening.getsockname()[1]}"
+    _warn_without_key(options, key)
+    print(f"serving {name} at {where}/v1; chat at {where}; Ctrl-C ends", flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server raises it again when it has ended
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+
+
+def _name(options: argparse.Namespace) -> str:
+    """What clients call the model."""
+    return options.name or Path(options.source).expanduser().name.removesuffix(".ckpt")
+
+
+def _warn_without_key(options: argparse.Namespace, key: str | None) -> None:
+    if key is None and options.host not in LOOPBACK:
+        print(f"warning: without an API key anyone who reaches {options.host}:{options.port} may use this model")
 
 
 def _api_key(options: argparse.Namespace) -> str | None:
