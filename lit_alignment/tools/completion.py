@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from lit_alignment.tools import parsers
+from lit_alignment.tools import TOOLS, TRAINER_COMMANDS, parsers
 
 OF_TRAINER = ("--config", "--ckpt_path", "--print_config", "--seed_everything", "--help")
 BASH = """\
@@ -47,8 +47,6 @@ def script(shell: str) -> str:
     Args:
         shell: bash, zsh or fish.
     """
-    from lit_alignment.cli import TOOLS, TRAINER_COMMANDS
-
     texts = TRAINER_COMMANDS | {name: text for name, (_, text) in TOOLS.items()}
     options = dict.fromkeys(TRAINER_COMMANDS, OF_TRAINER) | {name: _options(name) for name in TOOLS}
     choices = {(name, option): given for name in TOOLS for option, given in _choices(name).items()}
