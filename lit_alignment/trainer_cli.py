@@ -231,6 +231,7 @@ class AlignmentCLI(LightningCLI):
         """Give predict no folder of a run: it logs nothing, and its report on the data stands where the answers do."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         writer = next(each for each in callbacks if isinstance(each, PredictionWriter))
+        writer.write_for(self._get(self.config_init, "ckpt_path"))
         self.trainer.loggers = []
         self.trainer._default_root_dir = str(writer.output_dir)  # type: ignore[attr-defined]
 

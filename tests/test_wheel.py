@@ -53,8 +53,10 @@ def test_first_hour_in_an_empty_folder_outside_of_the_checkout(installed, tmp_pa
     assert f"lit-alignment predict --config runs/sft/version_0/config.yaml --ckpt_path {best}\n" in said
     asked = ["--data.predict", "[{path: sample_data/sft/test.jsonl, num_rows: 2}]"]
     said = run(tmp_path, installed, "predict", "--config", "sft.yaml", "--ckpt_path", best, *asked)
-    assert len((tmp_path / "predictions/greedy.jsonl").read_text().splitlines()) == 2
+    (answers,) = tmp_path.glob("runs/*/version_0/predictions/*/greedy.jsonl")
+    assert len(answers.read_text().splitlines()) == 2
     assert [path.name for path in (tmp_path / "runs/sft").iterdir()] == ["version_0"]
+    assert run(tmp_path, installed, "chat", best, "the kitchen scale", "--max-new-tokens", "4").strip()
 
 
 @pytest.mark.slow

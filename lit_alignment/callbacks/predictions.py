@@ -8,6 +8,7 @@ from typing import IO, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_alignment.checkpoints.resuming import predictions_folder
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.items import ItemBatch, PromptBatch
 from lit_alignment.data.encoding.prompts import Item
@@ -30,13 +31,14 @@ class PredictionWriter(Callback):
     file lacks it, or has its answer with another fingerprint: of its tokens, media, responses, label and meta.
 
     Args:
-        output_dir: Folder of the files.
+        output_dir: Folder of the files; by default `predictions`, in the run of a checkpoint with a folder for each.
         overwrite: Answer everything again instead of resuming.
     """
 
-    def __init__(self, output_dir: str = "predictions", overwrite: bool = False) -> None:
+    def __init__(self, output_dir: str | None = None, overwrite: bool = False) -> None:
         """Files are opened when the run starts."""
-        self.output_dir, self.overwrite = Path(output_dir), overwrite
+        self._given = None if output_dir is None else Path(output_dir)
+        self.output_dir, self.overwrite = self._given or predictions_folder(None), overwrite
         self.engine: dict[str, Any] = {}  # what decides the predictions besides, where another engine makes them
         self._files: dict[str, PredictionFile] = {}
         self._done: dict[str, set[tuple[str, str]]] = {}
@@ -51,8 +53,13 @@ class PredictionWriter(Callback):
             raise ConfigError(f"PredictionWriter needs a module of lit_alignment, not {type(pl_module).__name__}.")
         datamodule_of(trainer).answered = partial(self._open_files, trainer, pl_module)
 
+    def write_for(self, checkpoint: str | Path | None) -> None:
+        """Write the predictions of a checkpoint, or of a model without one, where they belong."""
+        self.output_dir = self._given or predictions_folder(checkpoint)
+
     def _open_files(self, trainer: Trainer, module: AlignmentModule) -> set[tuple[str, str]]:
         """Check the files that are there, and return what all of them have answered."""
+        self.write_for(trainer.ckpt_path)
         self._asked = datamodule_of(trainer).asked()
         common = _settings(trainer, module) | self.engine
         settings = {name: common | decides for name, decides in module.prediction_settings().items()}

@@ -156,6 +156,20 @@ class CheckpointConnector(_CheckpointConnector):
             ) from error
 
 
+def predictions_folder(checkpoint: str | Path | None) -> Path:
+    """Where predictions go: `predictions/NAME` in the run of the checkpoint NAME, or `predictions` where there is none.
+
+    Args:
+        checkpoint: Its file or folder; None for weights that no run of ours has made.
+    """
+    path = Path("." if checkpoint is None else checkpoint)
+    of_run = (each for each in path.absolute().parents if any((each / name).is_file() for name in OF_A_RUN))
+    if checkpoint is None or (run := next(of_run, None)) is None:
+        return Path("predictions")
+    inside = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
+    return inside / "predictions" / path.name.removesuffix(".ckpt")
+
+
 def write_into_run_of(checkpoint: str, trainer: Trainer) -> None:
     """Have loggers without a version of their own write into the folder of the run that made a checkpoint."""
     loggers: list[Any] = trainer.loggers

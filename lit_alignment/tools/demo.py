@@ -32,16 +32,16 @@ def main(arguments: list[str]) -> None:
 
     cli = build(["--config", options.config])
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    writer = PredictionWriter()
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.append(writer)
     cli.run_folder.take(trainer)
     run = Path(trainer.log_dir or trainer.default_root_dir)
 
     def predictions(name: str, checkpoint: str | None) -> list[dict[str, Any]]:
         console.rule(f"answers to held-out requests, {name} training")
-        writer.output_dir, writer.overwrite = run / name, True
+        writer = PredictionWriter(str(run / name), overwrite=True)
+        callbacks.append(writer)
         trainer.predict(module, data, return_predictions=False, ckpt_path=checkpoint)
+        callbacks.remove(writer)
         path = writer.output_dir / f"{next(iter(module.generation))}.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

@@ -1,6 +1,7 @@
 """A training goes on from any checkpoint as if nothing had happened, whoever saved it and whenever."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationSched
 from lightning.pytorch.loggers.logger import Logger
 from peft import LoraConfig
 
+from lit_alignment.checkpoints.resuming import predictions_folder
 from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.modules.sft import SFTModule
@@ -358,3 +360,17 @@ def test_subclass_with_an_optimizer_of_its_own_trains_and_resumes(tmp_path):
     whole = run()
     again = run(tmp_path / "saved/step=3.ckpt")
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
+
+
+def test_predictions_of_a_checkpoint_go_into_its_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/sft/version_0"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    first, second = (run / "checkpoints" / f"epoch=0-step={step}.ckpt" for step in (4, 8))
+    assert predictions_folder(first) == Path("runs/sft/version_0/predictions/epoch=0-step=4")
+    assert predictions_folder("runs/sft/version_0/checkpoints/epoch=0-step=8.ckpt") != predictions_folder(first)
+    assert predictions_folder(second) == Path("runs/sft/version_0/predictions/epoch=0-step=8")
+    monkeypatch.chdir(run / "checkpoints")
+    assert predictions_folder(first) == run / "predictions/epoch=0-step=4"
+    assert predictions_folder(None) == predictions_folder(tmp_path / "else/x.ckpt") == Path("predictions")
