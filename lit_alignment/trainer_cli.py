@@ -1,8 +1,5 @@
 """LightningCLI in subclass mode: fit, validate, test and predict from YAML or JSON."""
 
-import logging
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import isclass
@@ -11,14 +8,12 @@ from pydoc import locate
 from typing import Any, Literal, TypeVar
 
 import torch
-from datasets import disable_progress_bars
 from jsonargparse import ArgumentError, Namespace, _typehints, namespace_to_dict
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from transformers.utils.logging import disable_progress_bar
 
 from lit_alignment.callbacks.interrupt import Interrupt, slurm_job
 from lit_alignment.callbacks.monitors import Monitors
@@ -47,30 +42,8 @@ from lit_alignment.files import naming
 from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import cache_dir
 from lit_alignment.planning.run import asked_of, out_of_memory
+from lit_alignment.quiet import quiet_libraries
 from lit_alignment.secrets import MASK, masks_in
-
-# Said by libraries about themselves; a user can do nothing about them.
-QUIET = (
-    r".*The dirpath has changed from.*",
-    r".*Be aware that when using `ckpt_path`, callbacks used to create.*",
-    r".*`weights_only` was not set.*",
-    r".*Total length of `.*` across ranks is zero.*",
-    r".*the dataloader .* is not resumable.*",
-    r".*module\(s\) in eval mode at the start of training.*",
-    r".*LightningCLI's args parameter is intended.*",
-    r".*`loftq_config` specified but will be ignored.*",
-    r".*Precision .* is not supported by the model summary.*",
-    r".*does not have many workers.*",
-    r".*is smaller than the logging interval.*",
-    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
-    r".*is_gradient_checkpointing.* is deprecated.*",
-    r".*Checkpoint directory .* exists and is not empty.*",
-    r".*past_key_values.* (is|are) deprecated.*",
-    r".*It is recommended to use `self.log\(.*sync_dist=True\)`.*",  # torchmetrics have been summed over all ranks
-    r".*Trainer was configured with `enable_model_summary.*",
-)
-# Of Lightning's log; why a training stopped EndSummary says, with what was best.
-SAID = ("Tip: ", "`Trainer.fit` stopped", "TPU available: False", "configured with model summary callbacks")
 
 Engine = Literal["transformers", "vllm"]
 COMMANDS: dict[str, tuple[str, ...]] = {  # and which settings each has besides
@@ -320,12 +293,7 @@ def build(arguments: list[str], run: bool = False) -> AlignmentCLI:
 
 
 def _built(kind: type[CLI], arguments: list[str], run: bool = False) -> CLI:
-    for pattern in QUIET:
-        warnings.filterwarnings("ignore", pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-        disable_progress_bar()
+    quiet_libraries()
     arguments, of_items = split_items(arguments)
     layers = read_layers(arguments)
     checker = Checker(_hints())
@@ -410,8 +378,3 @@ def build_for_tool(arguments: list[str], kind: type[ToolCLI] = ToolCLI) -> ToolC
     if not any(argument.startswith("--config") or argument == "-c" for argument in arguments):
         raise ConfigError("no configuration: give --config FILE, as to fit.")
     return _built(kind, arguments)
-
-
-def _no_advertisement(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return not any(said in text for said in SAID)

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms from the ground up. A file may import its own room and those that stand on lower lines.
 STOREYS = [
     ["errors", "moved", "secrets", "terminal"],
-    ["paths"],
+    ["paths", "quiet"],
     ["config_files", "config_types", "files", "optimizers"],
     ["config_errors", "config_help", "config_items", "loggers", "losses", "metrics", "optimization", "data.sources"],
     ["data.encoding"],
