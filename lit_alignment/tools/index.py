@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -66,18 +67,20 @@ def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options:
         module.tokenizer, predict=index.passages, batch_size=index.batch_size, packing=False, cache_dir=_cache(cli)
     )
     asked = cli.asked
-    trainer = Trainer(
-        accelerator=asked["accelerator"],
-        devices=asked["devices"],
-        num_nodes=asked["num_nodes"],
-        precision=asked["precision"],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[progress(), EmbeddingWriter(retriever, index)],
-    )
-    trainer.predict(module, data, return_predictions=False)
+    with TemporaryDirectory() as scratch:  # for the report on the passages, which is printed and belongs to no run
+        trainer = Trainer(
+            accelerator=asked["accelerator"],
+            devices=asked["devices"],
+            num_nodes=asked["num_nodes"],
+            precision=asked["precision"],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=scratch,
+            callbacks=[progress(), EmbeddingWriter(retriever, index)],
+        )
+        trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
         made = PassageIndex.load(index.path)
         size = sum(file.stat().st_size for file in Path(index.path).expanduser().iterdir())

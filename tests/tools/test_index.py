@@ -34,7 +34,9 @@ def config(tmp_path):
 
 
 def test_index_holds_the_passages_in_order_with_their_vectors(config, tmp_path, capsys):
+    before = set(ROOT.iterdir())
     index.main(["build", "--config", str(config), "--model.index.batch_size=2"])
+    assert set(ROOT.iterdir()) == before  # nothing of it stays in the working folder
     assert "9 passages, vectors of 64 numbers in float32, exact search" in capsys.readouterr().out
     made = PassageIndex.load(tmp_path / "index")
     assert [passage.id for passage in made.at(torch.arange(9))] == [passage["id"] for passage in PASSAGES]
