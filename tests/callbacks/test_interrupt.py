@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import re
 import signal
 import subprocess
@@ -263,6 +264,25 @@ def test_a_signal_in_training_ends_with_a_checkpoint_a_message_and_its_exit_code
     steps = torch.load(saved(last), weights_only=True)["global_step"]
     again = tiny(tmp_path, "--ckpt_path=newest", f"--trainer.max_steps={steps + 1}")
     assert main(again) == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_loses_at_most_the_open_step_of_what_init_has_written(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main(["init", "sft", "--model", "tiny"]) == 0
+    sources = {split: f"[{{path: {tmp_path}/sample_data/sft/test.jsonl}}]" for split in ("train", "val", "predict")}
+    words = [f"--data.{split}={source}" for split, source in sources.items()]
+    words += [f"--model.backbone.path={tmp_path}/sample_model/tiny", "--trainer.log_every_n_steps=1"]
+    words += ["--trainer.max_epochs=10000", f"--trainer.logger.init_args.save_dir={tmp_path / 'runs'}"]
+    with ForkedCommand(tmp_path, "fit", "--config", tmp_path / "sft.yaml", *words) as process:
+        wait_for_steps(tmp_path, process)
+        time.sleep(random.uniform(0, 3))
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    last = int(re.findall(r"^step (\d+)/", said, re.M)[-1])
+    assert last <= torch.load(saved(said), weights_only=True)["global_step"] <= last + 1
 
 
 @pytest.mark.slow
