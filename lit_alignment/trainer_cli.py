@@ -186,19 +186,17 @@ class AlignmentCLI(LightningCLI):
         self._fetch_checkpoint(subcommand)
         if subcommand == "predict":
             self._write_beside_predictions()
-        self.run_folder.take(self.trainer)
-        failed = True
         try:
-            with naming(Path(self.trainer.log_dir or self.trainer.default_root_dir)):  # loggers name no file
+            with self.run_folder.taken(self.trainer), naming(self._folder()):  # loggers name no file
                 self._run(subcommand)
-            failed = False
         except torch.OutOfMemoryError as error:
             if subcommand != "fit":
                 raise
             asked = asked_of(self.trainer, self._get(self.config, "trainer.strategy"))
             raise ConfigError(out_of_memory(self.model, self.datamodule, asked, str(error))) from error
-        finally:
-            self.run_folder.leave(failed)
+
+    def _folder(self) -> Path:
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def _write_beside_predictions(self) -> None:
         """Give predict no folder of a run: it logs nothing, and its report on the data stands where the answers do."""

@@ -1,7 +1,8 @@
 """The folder of a run, which belongs to no other one, and the configuration in it."""
 
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ class RunFolder(Callback):
         """Nothing is taken."""
         self._taken: dict[Path, int] = {}  # numbers by the folder of all runs
         self._trained = False
+
+    @contextmanager
+    def taken(self, trainer: Trainer) -> Iterator[None]:
+        """The folders for a run; they are removed if nothing was written in them, or nothing but what a start writes.
+
+        Raises:
+            ConfigError: If the disk is full or cannot be written.
+        """
+        self.take(trainer)
+        try:
+            yield
+        except BaseException:
+            self.leave(failed=True)
+            raise
+        self.leave(failed=False)
 
     def take(self, trainer: Trainer) -> None:
         """Make the folders, on one process; loggers of one name share one.
