@@ -47,13 +47,14 @@ def test_configuration_of_each_method_is_valid_and_names_what_is_there(method, m
     assert savers[1]["init_args"]["monitor"] == stopper["init_args"]["monitor"]
 
 
-def test_first_records_are_held_back_for_validation(tmp_path):
+def test_some_records_are_held_out_for_validation_unless_they_are_given(tmp_path):
     path = write_jsonl(tmp_path / "my chats.jsonl", chats(35))
     data = written("sft", "--data", path)[1]["data"]["init_args"]
-    assert data["train"] == [{"path": path, "offset": 3}] and data["val"] == [{"path": path, "num_rows": 3}]
+    assert data["train"] == [{"path": path}] and data["val_fraction"] == 0.1 and "val" not in data
     (tmp_path / "user/sft.yaml").unlink()
     data = written("sft", "--data", path, "--val", "val.jsonl")[1]["data"]["init_args"]
     assert data["train"] == [{"path": path}] and data["val"] == [{"path": "val.jsonl"}]
+    assert "val_fraction" not in data
 
 
 def test_labels_and_judged_responses_are_found_in_the_data(tmp_path, empty_folder):
@@ -79,7 +80,7 @@ def test_labels_and_judged_responses_are_found_in_the_data(tmp_path, empty_folde
         ("vlm", chats(12), "field 'images' is missing.* it fits lit-alignment init sft or"),
         ("sft", [*chats(3), {"messages": "hello"}], "data.jsonl:4: field 'messages' is a string"),
         ("sft", [{"text": "hello"}] * 20, "data.jsonl:1: field 'messages' is missing"),
-        ("sft", chats(3), "3 records are too few to hold some back for validation. Give --val"),
+        ("sft", chats(3), "3 records are too few to hold some out for validation. Give --val"),
     ],
 )
 def test_records_that_do_not_fit_are_one_message_and_nothing_is_written(method, records, said, tmp_path, empty_folder):

@@ -10,10 +10,10 @@ from lit_alignment.paths import fetched_path, shown
 from lit_alignment.tools import parsers
 from lit_alignment.tools.fetch import PACKAGED
 from lit_alignment.tools.init.recipes import copy_files, copy_recipe, listing
-from lit_alignment.tools.init.records import Records, look
+from lit_alignment.tools.init.records import MOST, Records, look
 from lit_alignment.tools.init.templates import METHODS, TINY, MethodTemplate, Values, configuration
 
-LARGEST_VALIDATION = 200  # records
+LEAST = 10  # records of which some can be held out
 
 
 def main(arguments: list[str]) -> None:
@@ -49,10 +49,10 @@ def init(options: Namespace) -> str:
         samples = copy_files(kind.samples, Path("sample_data") / options.method)
         data, val, passages = (str(samples / f"{name}.jsonl") for name in ("train", "test", "passages"))
     found = look(data, options.method)
-    train, validation = _sources(data, val, found)
+    sources = _sources(data, val, found)
     for folder in ("tiny", "tiny_vision") if options.model == TINY else ():
         copy_files(folder, Path("sample_model") / folder)
-    values = Values(options.method, _word(options.model), shown(out), train, validation, _word(passages or ""), found)
+    values = Values(options.method, _word(options.model), shown(out), sources, _word(passages or ""), found)
     with writing(out, ConfigError, "Choose another folder, or another name with --out"):
         out.write_text(configuration(values), encoding="utf-8")
     tried = f", and records to try it on in {samples}" if samples is not None else ""
@@ -71,19 +71,18 @@ def _check(options: Namespace, out: Path) -> None:
         raise ConfigError(f"--passages is read by rag, not by {options.method}. Remove it.")
 
 
-def _sources(data: str, val: str | None, found: Records) -> tuple[str, str]:
-    """The lists of training and validation sources, as YAML."""
+def _sources(data: str, val: str | None, found: Records) -> str:
+    """Lines of the data module's settings: what is trained, what validates, and what predict answers."""
+    train = f"train: [{{path: {_word(data)}}}]"
     if val is not None:
-        return f"[{{path: {_word(data)}}}]", f"[{{path: {_word(val)}}}]"
-    held = min(LARGEST_VALIDATION, found.number // 10)
-    if not held:
+        return f"{train}\n    val: [{{path: {_word(val)}}}]\n    predict: [{{path: {_word(val)}}}]"
+    if found.number < LEAST:
         raise ConfigError(
-            f"{data}: {found.number} records are too few to hold some back for validation. Give --val FILE."
+            f"{data}: {found.number} records are too few to hold some out for validation. Give --val FILE."
         )
-    return (
-        f"[{{path: {_word(data)}, offset: {held}}}]",
-        f"[{{path: {_word(data)}, num_rows: {held}}}]  # the first ones",
-    )
+    fraction = 0.1 if found.number < MOST else 0.02
+    held = f"val_fraction: {fraction}  # held out for validation, drawn at random; or a file: val: [{{path: ...}}]"
+    return f"{train}\n    {held}\n    predict: [{{path: {_word(data)}, num_rows: 20}}]"
 
 
 def _word(text: str) -> str:

@@ -51,9 +51,7 @@ DATA = """\
 data:
   class_path: lit_alignment.${kind}DataModule
   init_args:
-$form    train: $train
-    val: $val
-    predict: $val
+$form    $sources
     encoding: {max_length: $length}  # tokens
 """
 PACKED = "    tokens_per_batch: $tokens  # of a packed row\n"
@@ -101,8 +99,7 @@ class Values:
         method: One of METHODS.
         model: Folder or name of the model, or TINY.
         out: The file that is written.
-        train: Sources of training, as YAML.
-        val: Sources of validation.
+        sources: What is trained, validates and is predicted, as YAML.
         passages: File of passages, as a YAML value.
         records: What the records hold.
     """
@@ -110,8 +107,7 @@ class Values:
     method: str
     model: str
     out: str
-    train: str
-    val: str
+    sources: str
     passages: str = ""
     records: Records = field(default_factory=Records)
 
