@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_alignment.modules.base import alignment_module
 
 Points = list[tuple[int, float]]
-MOST = 2000  # points of a curve: more than a picture shows, and a checkpoint stays small
+MOST = 1000  # points of a curve: more than a picture shows, and a checkpoint stays small
 
 
 class Curves(dict[str, Points]):

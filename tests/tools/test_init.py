@@ -72,9 +72,34 @@ def test_labels_and_judged_responses_are_found_in_the_data(tmp_path, empty_folde
 
 
 @pytest.mark.parametrize(
+    "method, record, columns",
+    [
+        ("sft", {"question": "why", "answer": "so"}, {"prompt": "question", "completion": "answer"}),
+        ("policy", {"query": "why", "response": "so"}, {"prompt": "query", "label": "response"}),
+        ("classification", {"review": "fine", "stars": 4}, {"text": "review", "label": "stars"}),
+        ("classification", {"text": "fine", "label": "yes"}, None),
+    ],
+)
+def test_columns_of_usual_names_are_found(method, record, columns, tmp_path):
+    config = written(method, "--data", write_jsonl(tmp_path / "data.jsonl", [record] * 12))[1]
+    (source,) = config["data"]["init_args"]["train"]
+    assert source.get("columns") == columns and config["data"]["init_args"]["predict"][0].get("columns") == columns
+
+
+def test_numbers_are_a_regression(tmp_path):
+    records = [{"text": "fine", "label": 0.5 + number} for number in range(12)]
+    model = written("classification", "--data", write_jsonl(tmp_path / "data.jsonl", records))[1]["model"]
+    assert (model["init_args"]["labels"], model["init_args"]["problem"]) == (["score"], "regression")
+
+
+@pytest.mark.parametrize(
     "method, records, said",
     [
-        ("sft", pairs(12), r"data.jsonl:1: field 'messages' is missing .* it fits lit-alignment init reward or"),
+        (
+            "sft",
+            pairs(12),
+            r"data.jsonl:1: field 'messages' is missing .* it fits lit-alignment init reward or preference",
+        ),
         ("reward", judged(12), "has one response alone.* it fits lit-alignment init preference or"),
         ("classification", chats(12), "field 'label' is missing.* it fits lit-alignment init sft or"),
         ("vlm", chats(12), "field 'images' is missing.* it fits lit-alignment init sft or"),
@@ -133,4 +158,5 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
     assert "give a method (sft, " in command("init").stderr
     assert "rag needs both --data FILE and --passages FILE" in command("init", "rag", "--data", path).stderr
     assert "--passages is read by rag" in command("init", "sft", "--passages", path).stderr
+    assert "one of them" in command("init", "sft", "--recipe", "sft/tiny").stderr
     assert "--val needs --data" in command("init", "sft", "--val", path).stderr

@@ -23,6 +23,8 @@ def main(arguments: list[str]) -> None:
         ConfigError: If a file is in the way, or the data do not fit the method.
     """
     options = parsers.init().parse_args(arguments)
+    if sum((options.list, options.recipe is not None, options.method is not None)) > 1:
+        raise ConfigError("lit-alignment init: give a method, --recipe NAME or --list, one of them.")
     if options.list:
         print(listing())
     elif options.recipe is not None:
@@ -73,16 +75,19 @@ def _check(options: Namespace, out: Path) -> None:
 
 def _sources(data: str, val: str | None, found: Records) -> str:
     """Lines of the data module's settings: what is trained, what validates, and what predict answers."""
-    train = f"train: [{{path: {_word(data)}}}]"
+    columns = ", ".join(f"{name}: {_word(column)}" for name, column in (found.columns or {}).items())
+    rest = f", columns: {{{columns}}}" if columns else ""
+    train = f"train: [{{path: {_word(data)}{rest}}}]"
     if val is not None:
-        return f"{train}\n    val: [{{path: {_word(val)}}}]\n    predict: [{{path: {_word(val)}}}]"
+        given = f"[{{path: {_word(val)}{rest}}}]"
+        return f"{train}\n    val: {given}\n    predict: {given}"
     if found.number < LEAST:
         raise ConfigError(
             f"{data}: {found.number} records are too few to hold some out for validation. Give --val FILE."
         )
     fraction = 0.1 if found.number < MOST else 0.02
     held = f"val_fraction: {fraction}  # held out for validation, drawn at random; or a file: val: [{{path: ...}}]"
-    return f"{train}\n    {held}\n    predict: [{{path: {_word(data)}, num_rows: 20}}]"
+    return f"{train}\n    {held}\n    predict: [{{path: {_word(data)}{rest}, num_rows: 20}}]"
 
 
 def _word(text: str) -> str:

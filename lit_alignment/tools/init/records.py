@@ -9,11 +9,26 @@ from typing import Any
 from lit_alignment.data.encoding.feedback import read_feedback
 from lit_alignment.data.encoding.messages import Record, read_record, value_kind
 from lit_alignment.data.multimodal.media import read_media_messages
+from lit_alignment.data.sources.columns import UnusableRecord
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 
 MOST = 2000  # records that are looked at
 MOST_LABELS = 100
+
+
+# Names of columns that say what they hold, by the field that a method reads; the likelier first.
+ASKED = ("prompt", "question", "query", "instruction", "input")
+ANSWERED = ("completion", "answer", "response", "output")
+TEXTS = ("text", "sentence", "review", "comment", "content", "message", *ASKED)
+LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "rating", "stars")
+COLUMNS = {
+    "sft": {"prompt": ASKED, "completion": ANSWERED},
+    "rag": {"prompt": ASKED, "completion": ANSWERED},
+    "distillation": {"prompt": ASKED, "completion": ANSWERED},
+    "policy": {"prompt": ASKED, "label": ANSWERED},
+    "classification": {"text": TEXTS, "label": LABELS},
+}
 
 
 @dataclass
@@ -22,12 +37,14 @@ class Records:
 
     Args:
         number: How many they are, at most MOST.
+        columns: The column of each field, where the records have other names.
         labels: Labels by name, where a record has one or a list of them, in order.
         problem: Of a classifier: `single_label`, `multi_label` or `regression`.
         alone: Whether each holds one response, judged alone.
     """
 
     number: int = 0
+    columns: dict[str, str] | None = None
     labels: list[str] = field(default_factory=list)
     problem: str = "single_label"
     alone: bool = False
@@ -44,26 +61,47 @@ def look(path: str, method: str) -> Records:
         RecordError: At the first record that cannot be used.
         ConfigError: If the first one fits other methods, which are named; or there is none.
     """
+    first = next((raw for _, raw in SourceConfig(path).read() if isinstance(raw, dict)), None)
+    columns = None if first is None or _fits(method, first) else _columns(method, first)
     found, read = [], READERS[method]
-    for position, (where, raw) in enumerate(islice(SourceConfig(path).read(), MOST)):
+    for position, (where, raw) in enumerate(islice(SourceConfig(path, columns=columns).read(), MOST)):
+        if isinstance(raw, UnusableRecord):  # counted when it is trained
+            continue
         try:
             found.append(read(raw, where, position))
         except RecordError as error:
-            others = [name for name in READERS if _fits(name, raw)] if position == 0 else []
+            others = [name for name in READERS if _fits(name, raw)] if not found and columns is None else []
             if not others:
                 raise
-            fitting = " or ".join(f"lit-alignment init {name}" for name in others[:3])
-            raise ConfigError(f"{error} As it is, it fits {fitting}.") from error
+            raise ConfigError(f"{error} As it is, it fits lit-alignment init {' or '.join(others[:3])}.") from error
     if not found:
         raise ConfigError(f"{path}: no record. Give a file of records.")
     labels = [each.label for each in found] if method == "classification" else []
-    names = dict.fromkeys(str(name) for label in labels for name in (label if isinstance(label, list) else [label]))
-    numbers = any(isinstance(label, float) and label != int(label) for label in labels)
-    problem = "regression" if numbers else "multi_label" if labels and isinstance(labels[0], list) else "single_label"
     alone = method == "preference" and found[0].alone
-    if len(names) > MOST_LABELS and problem != "regression":
+    return Records(len(found), columns, *_classes(labels, path), alone)
+
+
+def _columns(method: str, raw: dict[str, Any]) -> dict[str, str] | None:
+    """The column of each field that a method reads, by usual names; None where one is not there, or they do not fit."""
+    names = {
+        wanted: next((name for name in usual if name in raw), "") for wanted, usual in COLUMNS.get(method, {}).items()
+    }
+    fits = bool(names) and all(names.values()) and _fits(method, {wanted: raw[name] for wanted, name in names.items()})
+    return names if fits else None
+
+
+def _classes(labels: list[Any], path: str) -> tuple[list[str], str]:
+    """The classes of labels, and which problem these are.
+
+    Raises:
+        ConfigError: If there are more than a classifier has.
+    """
+    if any(isinstance(label, float) and label != int(label) for label in labels):
+        return ["score"], "regression"
+    names = dict.fromkeys(str(name) for label in labels for name in (label if isinstance(label, list) else [label]))
+    if len(names) > MOST_LABELS:
         raise ConfigError(f"{path}: {len(names)} different labels, more than {MOST_LABELS}. Check the field 'label'.")
-    return Records(len(found), sorted(names), problem, alone)
+    return sorted(names), "multi_label" if labels and isinstance(labels[0], list) else "single_label"
 
 
 def _fits(method: str, raw: Any) -> bool:
@@ -85,6 +123,8 @@ def _answered(raw: Any, where: str, position: int, read: Callable[..., Record] =
 
 
 def _labelled(raw: Any, where: str, position: int) -> Record:
+    if isinstance(raw, dict) and "text" in raw and "messages" not in raw:
+        raw = {**raw, "messages": [{"role": "user", "content": raw["text"]}]}
     record = read_record(raw, where, position)
     if record.label is None:
         raise RecordError(where, "label", "is missing", "Give the name of the class.")
