@@ -36,6 +36,7 @@ class MethodHooks:
         is_causal: Whether the model is a causal one, whose rows are looked at before training.
         shares_batches: Whether ranks can compute one batch together.
         beside: What a method has beside a language model, in words.
+        title: The method, in words.
         progress_bar: What of `stage_values` the progress bar shows.
         charts: What of it reports draw, by chart; of training too, where it is logged there.
     """
@@ -44,6 +45,7 @@ class MethodHooks:
     is_causal = True
     shares_batches = False
     beside = ""
+    title = "training"
     progress_bar: tuple[str, ...] = ("loss",)
     charts: tuple[tuple[str, ...], ...] = (("loss",),)
 
@@ -117,6 +119,10 @@ class MethodHooks:
             form: What was asked for.
         """
         return ExportParts()
+
+    def method_settings(self) -> dict[str, Any]:
+        """What a card tells of the method's own settings, as plain values by name."""
+        return {}
 
     def checkpoint_metadata(self) -> dict[str, Any]:
         """What a checkpoint says of the model besides, as plain values."""

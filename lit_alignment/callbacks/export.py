@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_alignment.checkpoints.background import wait_for_saves
+from lit_alignment.checkpoints.card import model_card
 from lit_alignment.checkpoints.comparing import encode_prompts
 from lit_alignment.checkpoints.export import Check, write_checked
 from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, export_form, write_folder
@@ -142,7 +143,8 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
         base_model(network).config.update(saved.head.measured)
     template = datamodule_of(module.trainer).chat_template()
     stops, beside, full_weights = parts.generation_config, parts.beside, parts.full_weights
-    companions = Companions(module.tokenizer, stops, template, beside, full_weights)
+    card = model_card(saved, chosen, target.name, parts.merges)
+    companions = Companions(module.tokenizer, stops, template, beside, full_weights, card)
     if chosen == "adapter" and saved.backbone.weights == "random":  # nothing can load it: its base is saved nowhere
         return write_folder(network, saved.trained, target, companions, chosen)
     check = Check(encode_prompts(module.tokenizer, None), loaded=base_model(network).dtype)

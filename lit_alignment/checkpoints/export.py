@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lit_alignment.checkpoints.card import model_card
 from lit_alignment.checkpoints.comparing import (
     Difference,
     compare,
@@ -117,7 +118,10 @@ def export(config: ExportConfig) -> None:
     parts = _parts(config, saved, network, tokenizer, composed)
     form = _form(config, saved, network, parts)
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else _dtype(saved, form)
-    companions = Companions(tokenizer, parts.generation_config, saved.chat_template, parts.beside, parts.full_weights)
+    card = model_card(saved, form, target.name, parts.merges)
+    companions = Companions(
+        tokenizer, parts.generation_config, saved.chat_template, parts.beside, parts.full_weights, card
+    )
     check = Check(encode_prompts(tokenizer, config.prompts), config.tolerance, config.max_shard_size, dtype)
     difference = write_checked(network, replace(saved, trained={}), target, companions, parts, form, check)
     what = "logits" if saved.head is None else "scores"

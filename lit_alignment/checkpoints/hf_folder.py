@@ -34,6 +34,7 @@ class Companions:
         chat_template: The Jinja template that training used; None leaves the tokenizer's own.
         beside: Writes what else belongs into the folder.
         full_weights: Writes full or merged weights, given by name, in another form than the model's own.
+        card: README.md; empty for none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ class Companions:
     chat_template: str | dict[str, str] | None = None
     beside: Callable[[Path], None] | None = None
     full_weights: Callable[[Path, dict[str, Tensor]], None] | None = None
+    card: str = ""
 
 
 def export_form(network: nn.Module, form: Form) -> tuple[Written, str]:
@@ -89,6 +91,8 @@ def write_folder(
             companions.generation_config.save_pretrained(partial)
         if companions.beside is not None:
             companions.beside(partial)
+        if companions.card:
+            (partial / "README.md").write_text(companions.card, encoding="utf-8")
         for file in partial.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:

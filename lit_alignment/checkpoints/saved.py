@@ -51,6 +51,7 @@ class Saved:
         retriever: How texts become vectors, where the model retrieves.
         method: What the method's own settings were, as plain values; so far as they decide answers.
         asking: What decides how a question is encoded, as plain values.
+        run: What it says of its training, as plain values.
         whole: Whether the base holds all weights: the folder of an export, or a model of the hub.
     """
 
@@ -68,6 +69,7 @@ class Saved:
     retriever: RetrieverConfig | None = None
     method: dict[str, Any] = field(default_factory=dict)
     asking: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
     whole: bool = False
 
     @property
@@ -180,6 +182,7 @@ def _from_content(source: Path, content: dict[str, Any]) -> Saved:
         retriever=None if retriever is None else config_from(RetrieverConfig, retriever, source),
         method=_dict(source, "method", info.get("method", {})),
         asking=_dict(source, "asking", info.get("asking", {})),
+        run=_dict(source, "run", info.get("run", {})),
     )
 
 

@@ -189,7 +189,10 @@ def load_network(
     if peft is not None:
         network = add_adapters(model, peft, added or {}, train_head=head is not None)
     if isinstance(network, PeftModel):
-        network.active_peft_config.revision = backbone.revision  # for whoever loads a saved adapter
+        # For whoever loads a saved adapter: not where this machine keeps a copy of what the hub has.
+        path = Path(backbone.path).expanduser()
+        own = network.active_peft_config
+        own.revision, own.base_model_name_or_path = backbone.revision, str(path) if path.is_dir() else backbone.path
     if isinstance(network, PeftModel) and is_prompt_learning(network):
         _check_virtual_tokens(network, backbone, packing)
     # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.

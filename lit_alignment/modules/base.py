@@ -263,6 +263,9 @@ class AlignmentModule(StandaloneModule):
 
     def log_values(self, stage: Stage, values: Mapping[str, Tensor | float]) -> None:
         """Log values of a stage, and show those that the method wants seen while it trains."""
+        if stage == "val" and not self.trainer.sanity_checking:
+            self.figures = {f"val/{name}": float(value) for name, value in values.items()}
+            self._figures_step = self.trainer.global_step
         for name, value in values.items():
             self.log(f"{stage}/{name}", float(value), prog_bar=name in self.progress_bar)
 

@@ -56,6 +56,7 @@ class ClassificationModule(ScoringModule):
         label_smoothing: Probability spread evenly over the labels, in training only.
     """
 
+    title = "classification"
     data_classes = (ClassificationDataModule,)
 
     def __init__(

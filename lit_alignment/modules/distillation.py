@@ -30,6 +30,7 @@ from lit_alignment.modules.rollout import RolloutModule
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.rollout.config import RolloutConfig
 from lit_alignment.rollout.samplers import Sampler, TransformersSampler
+from lit_alignment.training.checkpointed import model_name
 
 ROLLOUT = RolloutConfig(num_responses=1)
 KL = DistillationConfig(beta=0.0)
@@ -61,6 +62,7 @@ class DistillationModule(RolloutModule):
     Source: Agarwal et al. 2023 (GKD, arXiv:2306.13649), which draws the kind of response for each batch, not prompt.
     """
 
+    title = "distillation"
     data_classes: tuple[type[AlignmentDataModule], ...] = (DistillationDataModule,)
     beside = "the teacher's weights"
     progress_bar = ("loss", "kl")
@@ -128,6 +130,11 @@ class DistillationModule(RolloutModule):
         for split in needed:
             if split in self.data.examples:
                 self.data.require_responses(split)
+
+    def method_settings(self) -> dict[str, Any]:
+        """The teacher, and what is minimised on which responses."""
+        teacher = model_name(self.teacher.path)
+        return {"teacher": teacher, "beta": self.divergence.beta, "on_policy_share": self.on_policy_share}
 
     # Teacher.
 

@@ -84,6 +84,7 @@ class PolicyModule(RolloutModule, ComparedModule):
         generation: Decoding configurations of `predict`, by name.
     """
 
+    title = "policy optimisation"
     data_classes: tuple[type[AlignmentDataModule], ...] = (PolicyDataModule,)
     progress_bar = ("loss", "reward")
 
@@ -139,6 +140,12 @@ class PolicyModule(RolloutModule, ComparedModule):
             ConfigError: If it is another method's.
         """
         return datamodule_as(PolicyDataModule, self.trainer)
+
+    def method_settings(self) -> dict[str, Any]:
+        """Loss, rewards, and how responses are sampled."""
+        rollout = self.rollout
+        sampled = {"num_responses": rollout.num_responses, "temperature": rollout.temperature}
+        return {"loss": self.loss.name, "rewards": ", ".join(self.scorer.names), **sampled}
 
     def on_fit_start(self) -> None:
         """Also start what scores."""

@@ -74,6 +74,7 @@ class PreferenceModule(ComparedModule):
         generation: Decoding configurations of `predict`, by name.
     """
 
+    title = "preference optimisation"
     data_classes = (PreferenceDataModule,)
     shares_batches = True
     progress_bar = ("loss", "accuracy", "margin")
@@ -113,6 +114,10 @@ class PreferenceModule(ComparedModule):
         self._said: set[str] = set()
         # z of the optimizer step; that of a validation, which may come in the middle of one, is kept apart.
         self._baselines: dict[Stage, Tensor] = {stage: torch.zeros(2) for stage in ("train", "val", "test")}
+
+    def method_settings(self) -> dict[str, Any]:
+        """Losses, and what the policy is compared with."""
+        return {"losses": ", ".join(loss.name for loss in self.losses), "reference": self.reference}
 
     # Model and reference.
 

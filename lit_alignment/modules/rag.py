@@ -91,6 +91,7 @@ class RAGModule(GenerativeModule):
     """
 
     family = "passages"
+    title = "retrieval-augmented generation"
     data_classes = (RAGDataModule,)
     beside, keeps_precision = "retriever and index", ("dual",)  # the index was made with its weights as they are
     progress_bar = ("loss", *(f"recall@{k}" for k in RECALL_AT))
@@ -206,6 +207,10 @@ class RAGModule(GenerativeModule):
     def _within_positions(self, items: Sequence[Any], decoding: DecodingConfig) -> DecodingConfig:
         """As it is: passages are cut so that a prompt is no longer than in training."""
         return decoding
+
+    def method_settings(self) -> dict[str, Any]:
+        """What is trained on, and of how many passages."""
+        return {"objective": self.objective, "num_passages": self.num_passages, "train_retriever": self.train_retriever}
 
     # Loss.
 

@@ -39,6 +39,7 @@ class RetrieverModule(AlignmentModule):
 
     family = "vectors"
     is_causal = False
+    title = "contrastive retrieval training"
     data_classes = (RetrieverDataModule, PassageDataModule)
     progress_bar = ("loss", "in_batch_accuracy")
 

@@ -52,6 +52,7 @@ class RewardModule(ScoringModule):
         normalize: In `predict`, take the mean of the validation data's scores off and divide by their deviation.
     """
 
+    title = "reward modelling"
     data_classes = (RewardDataModule,)
 
     def __init__(

@@ -42,6 +42,7 @@ class SFTModule(GenerativeModule):
     """
 
     shares_batches = True
+    title = "supervised fine-tuning"
     data_classes: tuple[type[AlignmentDataModule], ...] = (SFTDataModule,)
     progress_bar = ("loss", "token_accuracy")
 

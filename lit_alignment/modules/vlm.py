@@ -61,6 +61,7 @@ class VLMModule(SFTModule):
     """
 
     family = "media"
+    title = "vision-language fine-tuning"
     data_classes = (VLMDataModule,)
     shares_batches = False
     beside = "encoders and projectors"

@@ -36,6 +36,7 @@ from lit_alignment.models.adalora import RankSchedule
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.models.tokens import TokensConfig
+from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.optimizers.resuming import apply_settings
 from lit_alignment.training.averaging import (
     EvaluatedAverage,
@@ -44,6 +45,7 @@ from lit_alignment.training.averaging import (
     make_due_updates,
 )
 from lit_alignment.training.precision import PreciseModule
+from lit_alignment.training.run_summary import run_summary
 
 # Of adapters' settings those that say how they train, or where they come from, and not what they compute.
 OF_TRAINING = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
@@ -61,6 +63,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         peft_config: New adapters.
         adapter: An existing adapter.
         tokens_config: Special and new tokens.
+        optimizer_config: Optimizer and schedule.
         settings: Of each group of parameters, as this run's configuration has them.
     """
 
@@ -69,6 +72,7 @@ class CheckpointedModule(MethodHooks, PreciseModule):
     peft_config: PeftConfig | None
     adapter: AdapterConfig | None
     tokens_config: TokensConfig
+    optimizer_config: OptimizerConfig
 
     def __init__(self) -> None:
         """Nothing has been done."""
@@ -79,6 +83,8 @@ class CheckpointedModule(MethodHooks, PreciseModule):
         self._evaluated = EvaluatedAverage()
         self._stepping = False  # whether the optimizer is at work
         self._validated: tuple[int, int] | None = None  # epoch and micro-batch behind which the last validation stood
+        self.figures: dict[str, float] = {}  # of the last validation
+        self._figures_step = 0
         self._measured = False  # whether a validation's metrics are of the weights of now
 
     def setup(self, stage: str) -> None:
@@ -198,11 +204,17 @@ class CheckpointedModule(MethodHooks, PreciseModule):
             "asking": _plain(datamodule_of(self.trainer).asking_settings()),
             "adalora": None if self._ranks is None else self._ranks.state_dict(),
             "optimizer": self.algorithm,
+            "run": _plain(self._run()),
             "validated": None if self._validated is None else [*self._validated],
             **self.checkpoint_metadata(),
         }
         refuse_half_step(self.trainer, self._stepping)
         settle(checkpoint, self.trainer)
+
+    def _run(self) -> dict[str, Any]:
+        """What the training is, and what the last validation has measured."""
+        about = run_summary(self.trainer, self.optimizer_config, self.algorithm, self.method_settings())
+        return {"method": self.title, **about, "figures": self.figures, "measured_at": self._figures_step}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or method; in a fit, also one that does not say where it stood.
