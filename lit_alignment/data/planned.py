@@ -98,8 +98,9 @@ class PlannedDataModule(LightningDataModule):
         if stage == "fit" and self.stream is not None and self.trainer is not None:
             ranks = data_rank(self.trainer)[1]
             rank_zero_info(self.stream.report.line() + (f"\n  note: of 1 rank of {ranks}" if ranks > 1 else ""))
-            if self.trainer.log_dir and self.trainer.is_global_zero:
-                write_reports(self.reports, Path(self.trainer.log_dir))
+            directory = self.trainer.log_dir  # every rank must ask for it, and as often
+            if directory and self.trainer.is_global_zero:
+                write_reports(self.reports, Path(directory))
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, for a checkpoint: what stands behind the last optimizer step."""

@@ -17,7 +17,7 @@ from lit_alignment.data.encoding.rows import RowEncoder
 from lit_alignment.data.sources.cache import fingerprint
 from lit_alignment.data.sources.report import DataReport
 from lit_alignment.data.sources.stream import RecordStream, StreamMark
-from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError
+from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError, TrainingError
 from lit_alignment.files import conformed
 
 CHUNK = 16  # records that travel from a worker together
@@ -99,12 +99,24 @@ class TrainStream:
             ranks: This rank, and the number of ranks with records of their own.
             num_workers: Processes that read and encode; 0 does it here.
             build: Makes tensors of a micro-batch.
+
+        Raises:
+            AlignmentError: If a record cannot be read; on all ranks, so that none waits for another.
         """
         number, position = self.begun or (0, StreamPosition(self.stream.begin))
         self._positions = {number: position}
         examples = self._examples(position.mark, ranks, num_workers)
-        for window in self.plan.windows(examples, position, accumulate):
-            rows, planned = window.planned(self._over_ranks(window.counts, ranks[1]))
+        windows = self.plan.windows(examples, position, accumulate)
+        while True:
+            try:
+                window = next(windows)
+            except AlignmentError:  # the others wait for this rank's counts
+                self._over_ranks((0.0, 0, 0, 1), ranks[1])
+                raise
+            *totals, failed = self._over_ranks((*window.counts, 0), ranks[1])
+            if failed:
+                raise TrainingError("another rank cannot go on with its records; its own message says why.")
+            rows, planned = window.planned(totals)
             number += accumulate
             self._positions[number] = window.behind
             self._positions = dict(list(self._positions.items())[-KEPT:])
