@@ -35,8 +35,12 @@ def shown(path: Path) -> str:
     return shlex.quote(str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else path))
 
 
-def local_path(name: str) -> str:
+def local_path(name: str, setting: str = "backbone.path") -> str:
     """Where a model's files are: a folder as it stands, a fetched copy in the cache, or the hub's own name.
+
+    Args:
+        name: A folder, or a name on the hub.
+        setting: Where the name is given, for messages.
 
     Raises:
         ConfigError: If the name can only be a folder, and there is none.
@@ -47,7 +51,7 @@ def local_path(name: str) -> str:
     if (fetched / "config.json").is_file():
         return str(fetched)
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ConfigError(f"{name}: no such model folder (looked from {Path.cwd()}). Check backbone.path.")
+        raise ConfigError(f"{name}: no such model folder (looked from {Path.cwd()}). Check {setting}.")
     look_for_hub()
     return name
 

@@ -102,7 +102,7 @@ def read_model(source: str | Path, base: str | None = None, trust_remote_code: b
         raise ConfigError(f"{source}: no such checkpoint (looked from {Path.cwd()}). Check the path.")
     if base is not None:
         raise ConfigError(f"{source} is a whole model, which has no base. Remove the base.")
-    folder = Path(local_path(str(source)))
+    folder = Path(local_path(str(source), "the path"))
     if whole and read_json(path / "config.json", "a model's configuration").get("model_type") == "llava":
         raise ConfigError(
             f"{source}: a LLaVA, which transformers' LlavaForConditionalGeneration loads. Give the checkpoint."
