@@ -1,6 +1,6 @@
 """Does policy optimisation make a real model better, when it learns from rewards of what it samples in training?
 
-    python -m benchmarks.policy requests --seed 0     # the time of a seed is not measured yet, nor that of the others
+    python -m benchmarks.policy requests --seed 0     # half an hour on one thread of two busy cores
     python -m benchmarks.policy requests --seed 0 --rates 1e-4 1e-3 --sft-rates 2e-4 2e-3   # others to choose from
     python -m benchmarks.policy chain_sum --seed 0
     python -m benchmarks.policy table                 # of all seeds that were run
@@ -14,8 +14,8 @@ fresh requests whose sentences, products and order numbers are in no training da
 `chain_sum`: the same model learns to add and subtract two to four numbers of one digit, a task of reasoning-gym: first
 by SFT on a few questions, then by GRPO or more SFT on 400 others. Held out are 500 questions that are in neither.
 
-The checkpoint of a run, and the learning rate of a method, is the one with most right answers to 50 other prompts; the
-rates are compared in the runs of the first seed. A seed is that of the order of records and of sampling.
+The checkpoint of a run is the one with most right answers to 50 other prompts, and the learning rate of a method the
+one with most of them over all seeds. A seed is that of the order of records and of sampling.
 
 Every stage is a command of lit-alignment, run in this process. What a stage writes stands under data/policy_proof; a
 stage whose settings and input files are those of the time before is passed over.
@@ -197,8 +197,7 @@ def table(folder: Path) -> None:
     if {"SFT", *CONTINUED} - {result["method"] for result in results}:
         print(f"\n{folder.name}: no seed has been run to its end")
         return
-    first = min(result["seed"] for result in results if result["method"] in CONTINUED)
-    chosen = {"SFT": 0.0} | {method: chosen_rate(results, method, first) for method in CONTINUED}
+    chosen = {"SFT": 0.0} | {method: chosen_rate(results, method) for method in CONTINUED}
     runs = {
         method: {each["seed"]: each for each in results if (each["method"], each["rate"]) == (method, rate)}
         for method, rate in chosen.items()
@@ -219,10 +218,14 @@ def table(folder: Path) -> None:
         print_differences(f"difference on {hits['SFT'].shape[1]} {title}", hits, pairs)
 
 
-def chosen_rate(results: list[Record], method: str, seed: int) -> float:
-    """The learning rate of the run of a seed with most right answers to the prompts to choose on."""
-    own = [each for each in results if (each["method"], each["seed"]) == (method, seed)]
-    return float(max(own, key=on_choose)["rate"])
+def chosen_rate(results: list[Record], method: str) -> float:
+    """The learning rate with most right answers to the prompts to choose on, of those that ran with most seeds."""
+    shares: dict[float, list[float]] = {}
+    for each in results:
+        if each["method"] == method:
+            shares.setdefault(float(each["rate"]), []).append(on_choose(each))
+    most = max(map(len, shares.values()))
+    return max((rate for rate, own in shares.items() if len(own) == most), key=lambda rate: np.mean(shares[rate]))
 
 
 def on_choose(result: Record) -> float:
