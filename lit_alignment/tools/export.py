@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_alignment.checkpoints.export import DTYPES, ExportConfig, export
+from lit_alignment.checkpoints.push import check_push, push
+from lit_alignment.errors import ConfigError
 from lit_alignment.moved import renamed
 from lit_alignment.tools.options import OptionParser, positive
 
@@ -13,11 +15,19 @@ def main(arguments: list[str], merge: bool = False) -> None:
 
     Raises:
         CheckpointError: If the difference is past the tolerance; nothing is written then.
+        ConfigError: If the folder cannot be pushed.
     """
     options = vars(_parser(merge).parse_args(arguments))
+    repo, private = options.pop("push_to_hub"), options.pop("private")
     if merge:
         options |= {"form": "merged", "must_merge": True}
-    export(ExportConfig(**options))
+    if private and repo is None:
+        raise ConfigError("--private is of --push-to-hub ACCOUNT/NAME.")
+    if repo is not None:
+        check_push(repo)
+    export(ExportConfig(name=repo, **options))
+    if repo is not None:
+        print(f"pushed: {push(options['out'], repo, private)}")
 
 
 def _parser(merge: bool) -> OptionParser:
@@ -37,6 +47,8 @@ def _parser(merge: bool) -> OptionParser:
     parser.add_argument("--tolerance", type=positive(), help="largest difference, as a share of the largest logit")
     parser.add_argument("--dequantize", action="store_true", help="merge what was trained over quantised weights")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--push-to-hub", metavar="ACCOUNT/NAME", help="also upload the folder to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="make a new repository of --push-to-hub private")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     return parser
 
