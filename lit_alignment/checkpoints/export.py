@@ -87,6 +87,7 @@ class ExportConfig:
         dequantize: Merge what was trained over quantised weights.
         overwrite: Replace the folder if it exists.
         trust_remote_code: Run code that comes with the base model.
+        name: What its card calls the model; by default the folder.
     """
 
     source: Path
@@ -101,6 +102,7 @@ class ExportConfig:
     dequantize: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    name: str | None = None
 
 
 def export(config: ExportConfig) -> None:
@@ -118,7 +120,7 @@ def export(config: ExportConfig) -> None:
     parts = _parts(config, saved, network, tokenizer, composed)
     form = _form(config, saved, network, parts)
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else _dtype(saved, form)
-    card = model_card(saved, form, target.name, parts.merges)
+    card = model_card(saved, form, config.name or target.name, parts.merges)
     companions = Companions(
         tokenizer, parts.generation_config, saved.chat_template, parts.beside, parts.full_weights, card
     )

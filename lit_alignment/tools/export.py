@@ -3,6 +3,8 @@
 from typing import Any
 
 from lit_alignment.checkpoints.export import ExportConfig, export
+from lit_alignment.checkpoints.push import check_push, push
+from lit_alignment.errors import ConfigError
 from lit_alignment.moved import renamed
 from lit_alignment.tools import parsers
 
@@ -12,11 +14,19 @@ def main(arguments: list[str], merge: bool = False) -> None:
 
     Raises:
         CheckpointError: If the difference is past the tolerance; nothing is written then.
+        ConfigError: If the folder cannot be pushed.
     """
     options = vars(parsers.export(merge).parse_args(arguments))
+    repo, private = options.pop("push_to_hub"), options.pop("private")
     if merge:
         options |= {"form": "merged", "must_merge": True}
-    export(ExportConfig(**options))
+    if private and repo is None:
+        raise ConfigError("--private is of --push-to-hub ACCOUNT/NAME.")
+    if repo is not None:
+        check_push(repo)
+    export(ExportConfig(name=repo, **options))
+    if repo is not None:
+        print(f"pushed: {push(options['out'], repo, private)}")
 
 
 def __getattr__(name: str) -> Any:

@@ -113,6 +113,8 @@ def export(merge: bool = False) -> OptionParser:
     parser.add_argument("--tolerance", type=positive(), help="largest difference, as a share of the largest logit")
     parser.add_argument("--dequantize", action="store_true", help="merge what was trained over quantised weights")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    parser.add_argument("--push-to-hub", metavar="ACCOUNT/NAME", help="also upload the folder to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="make a new repository of --push-to-hub private")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     return parser
 
