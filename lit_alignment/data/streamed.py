@@ -194,7 +194,8 @@ class TrainStream:
             batches: Micro-batches behind which the training stands.
             rank: Whose records this process has.
         """
-        own = asdict(self._positions[batches])
+        _, begin = self.begun or (0, StreamPosition(self.stream.begin))
+        own = asdict(self._positions[batches] if self._positions else begin)  # it may stop before its first batch
         found: list[Any] = [(rank, own)]
         if dist.is_available() and dist.is_initialized():
             found = [None] * dist.get_world_size()

@@ -33,7 +33,8 @@ def built(method, records, **settings):
     if method == "sft":
         module = sft_module()
         return module, sft_data(module, records, **settings)
-    module = preference_module(lora=True)
+    losses = [LossConfig("kto_pair" if method == "kto_pair" else "sigmoid")]
+    module = preference_module(lora=True, losses=losses)
     return module, preference_data(module, records, **settings)
 
 
@@ -51,7 +52,7 @@ def fit(folder, records, steps=6, method="sft", ckpt_path=None, accumulate=2, di
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("method", ["sft", "preferences"])
+@pytest.mark.parametrize("method", ["sft", "preferences", "kto_pair"])
 def test_streamed_accumulation_equals_one_big_batch(method, packing, tmp_path):
     """The weight of a step is counted as it is read: its loss is the mean over just what it trains on."""
     records = {each["id"]: each for each in (chats(40) if method == "sft" else pairs(40))}
@@ -148,6 +149,8 @@ def test_what_an_endless_epoch_cannot_do_is_said(tmp_path):
         module = sft_module()
         with pytest.raises(ConfigError, match=words):
             trainer(tmp_path, **options).fit(module, sft_data(module, chats(5), chats(2, seed=1), **STREAMED))
+    module = sft_module()
+    trainer(tmp_path, fast_dev_run=True).fit(module, sft_data(module, chats(5), chats(2, seed=1), **STREAMED))
     module = sft_module()
     runner = trainer(tmp_path, max_steps=4, val_check_interval=2, **ENDLESS)
     runner.fit(module, sft_data(module, chats(5), chats(2, seed=1), **STREAMED))

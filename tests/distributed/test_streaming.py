@@ -3,9 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 
-from lit_alignment import FSDP2Strategy
 from lit_alignment.errors import AlignmentError
 from tests.helpers import (
     assert_same_gradients,
@@ -18,8 +16,7 @@ from tests.helpers import (
     step_gradients,
     trainer,
 )
-from tests.helpers.deepspeed_on_cpu import DeepSpeedOnCPU
-from tests.helpers.rank_runs import Recorder
+from tests.helpers.rank_runs import Recorder, strategy_of
 from tests.helpers.ranks import run_on_ranks
 
 METHODS = ["sft", "preferences"]
@@ -34,12 +31,6 @@ def records_of(method):
 def built(method, **settings):
     module = sft_module(lora=True) if method == "sft" else preference_module(lora=True)
     return module, (sft_data if method == "sft" else preference_data)(module, records_of(method), **settings)
-
-
-def strategy_of(kind):
-    if kind == "zero2":
-        return DeepSpeedOnCPU(2)
-    return DDPStrategy(process_group_backend="gloo") if kind == "ddp" else FSDP2Strategy(process_group_backend="gloo")
 
 
 def train_all(folder, kind):

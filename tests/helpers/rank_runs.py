@@ -95,6 +95,12 @@ class Late(Callback):
         self.moved.set()
 
 
+def strategy_of(kind: str):
+    if kind == "zero2":
+        return DeepSpeedOnCPU(2)
+    return DDPStrategy(process_group_backend="gloo") if kind == "ddp" else FSDP2Strategy(process_group_backend="gloo")
+
+
 def build(method: str, lora: bool, part: str, folder: Path):
     settings = {"packing": part == "all", "tokens_per_batch": 512, "batch_size": 2}
     match method:

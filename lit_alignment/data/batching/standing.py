@@ -136,7 +136,10 @@ def total_steps(trainer: Trainer) -> float:
     steps, begun = float(data.begun.global_step), data.begun
     for epoch in range(begun.epoch, trainer.max_epochs):
         done = begun.batches if epoch == begun.epoch else 0
-        steps += math.ceil((data.epoch_length(epoch) - done) / accumulation(trainer, epoch))
+        length = data.epoch_length(epoch)
+        if math.isinf(length):
+            return most
+        steps += math.ceil((length - done) / accumulation(trainer, epoch))
         if steps >= most:
             return most
     return steps

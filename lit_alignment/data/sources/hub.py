@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ class HubRows:
     """A data set as Arrow batches.
 
     Args:
-        header: Names of its columns; None where they show only with the rows.
+        header: Names of its columns; none where there are no rows.
         batches: Its rows.
     """
 
-    header: Collection[str] | None
+    header: Collection[str]
     batches: Iterator[Any]
 
 
@@ -94,7 +95,9 @@ def hub_rows(path: str, subset: str | None, split: str | None, streaming: bool =
             f"{path}: neither a local file nor a data set that the hub gives "
             f"({type(error).__name__}: {_reason(error)}). Check data's 'path', 'subset' and 'split'."
         ) from error
-    return HubRows(rows.column_names, rows.with_format("arrow").iter(256))
+    batches = iter(rows.with_format("arrow").iter(256))
+    first = next(batches, None)  # a stream knows its columns by its rows alone
+    return HubRows([], batches) if first is None else HubRows(first.column_names, chain([first], batches))
 
 
 def _load(path: str, subset: str | None, options: dict[str, Any]) -> Any:

@@ -180,7 +180,7 @@ class SourceConfig:
         if columns is None:
             yield from records
             return
-        if header is not None:
+        if header:
             check_header(columns, header, table)
         for where, record in records:
             yield where, as_fields(record, columns, where, header)

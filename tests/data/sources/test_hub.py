@@ -11,7 +11,7 @@ import pytest
 from lit_alignment import PreferenceDataModule, SFTDataModule
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
-from tests.helpers import write_jsonl
+from tests.helpers import ROOT, sft_module, trainer, write_jsonl
 
 ASK = "What is a shard?"
 
@@ -171,6 +171,25 @@ def test_split_of_a_folder_is_its_file_of_that_name(in_folder):
     assert [raw["is"] for _, raw in SourceConfig("mine").read()] == ["test", "train"]  # all that is there
 
 
+def test_stream_of_the_hub_is_trained_and_kept_nowhere(in_folder, monkeypatch):
+    alpaca(in_folder / "kept")
+    load, asked = datasets.load_dataset, []
+
+    def give(path, *arguments, **settings):
+        asked.append(settings["streaming"])
+        return load(str(in_folder / "kept"), *arguments, **settings)
+
+    monkeypatch.setattr(datasets, "load_dataset", give)
+    monkeypatch.chdir(ROOT)
+    module = sft_module()
+    source = SourceConfig("tatsu-lab/alpaca", columns="alpaca")
+    data = SFTDataModule(module.tokenizer, train=[source], streaming=True, cache_dir=str(in_folder / "cache"))
+    trainer(in_folder, max_epochs=-1, max_steps=3).fit(module, data)
+    assert set(asked) == {True} and not (in_folder / "cache").exists()
+    report = data.reports["train"]
+    assert report.sources["alpaca"] == report.examples + report.dropped["empty_cell"] >= 9
+
+
 def test_name_of_the_hub_is_read_with_its_columns(in_folder, monkeypatch):
     """As the library gives a data set that it has kept."""
     alpaca(in_folder / "kept")
@@ -181,11 +200,11 @@ def test_name_of_the_hub_is_read_with_its_columns(in_folder, monkeypatch):
         return load(str(in_folder / "kept"), *arguments, **settings)
 
     monkeypatch.setattr(datasets, "load_dataset", give)
-    found = list(SourceConfig("tatsu-lab/alpaca", columns="alpaca").read())
-    assert found[1] == (
-        "tatsu-lab/alpaca[1]",
-        {"instruction": "Translate.", "input": "Scherbe", "output": "shard"},
-    )
+    for streaming in (False, True):
+        found = list(SourceConfig("tatsu-lab/alpaca", columns="alpaca").read(streaming))
+        expected = {"instruction": "Translate.", "input": "Scherbe", "output": "shard"}
+        assert found[1] == ("tatsu-lab/alpaca[1]", expected)
+        assert found[2][1].detail == "tatsu-lab/alpaca[2]: column 'output' is empty"
     for settings, words in (
         ({"split": "test"}, 'Unknown split "test". Should be one of ['),
         ({"subset": "other"}, "BuilderConfig 'other' not found. Available: ['default']"),
