@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from dataclasses import fields
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_alignment import ClassificationModule, DecodingConfig, SFTModule
 from lit_alignment.tools import export, index
 from lit_alignment.trainer_cli import build
 from tests.helpers import ROOT
@@ -38,6 +40,21 @@ def test_checkpoint_resumes_with_the_losses_of_its_own_version(method, tmp_path)
     assert cli.trainer.global_step == 4
     for name, value in EXPECTED[method].items():
         assert float(cli.trainer.callback_metrics[name]) == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_checkpoints_answer_without_a_trainer_as_they_did():
+    settings = json.loads((OLD / "sft/greedy.settings.json").read_text())
+    decoding = DecodingConfig(**{each.name: settings[each.name] for each in fields(DecodingConfig)})
+    old = lines(OLD / "sft/greedy.jsonl")
+    found = SFTModule.from_checkpoint(OLD / "sft.ckpt", device="cpu").generate([o["messages"] for o in old], decoding)
+    assert found == [line["answers"][0]["content"] for line in old]
+    for source in ("sharded.ckpt", "adapter"):
+        assert isinstance(SFTModule.from_checkpoint(OLD / source, device="cpu").chat("the scale", decoding), str)
+    old = lines(OLD / "classification/classes.jsonl")
+    module = ClassificationModule.from_checkpoint(OLD / "classification.ckpt", device="cpu")
+    for found, line in zip(module.classify([line["messages"] for line in old]), old, strict=True):
+        assert found["prediction"] == line["prediction"]
+        assert found["probabilities"] == pytest.approx(line["probabilities"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from peft import PeftConfig
@@ -197,6 +197,17 @@ class RAGModule(GenerativeModule):
         """Refuse a stale index."""
         super().on_predict_start()
         self.passage_retriever.check_index()
+
+    @classmethod
+    def from_saved(cls, saved: Saved, path: str | Path, device: str | torch.device = "auto", **settings: Any) -> Self:
+        """As of the base.
+
+        Raises:
+            ConfigError: If no index is given.
+        """
+        if saved.family == cls.family and "index" not in settings:
+            raise ConfigError(f"{path}: holds no index. Give it: from_checkpoint(path, index=IndexConfig(FOLDER)).")
+        return super().from_saved(saved, path, device, **settings)
 
     @classmethod
     def arguments_of(cls, saved: Saved) -> dict[str, Any]:

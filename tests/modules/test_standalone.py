@@ -251,6 +251,8 @@ def test_passages_are_retrieved_as_in_predict(tmp_path):
     module = rag_module(index, generation=SHORT, num_passages=2, train_retriever="none", objective="rag_sequence")
     data = rag_data(module, chats(4), ASKED, query="dialogue")
     path, lines = trained(tmp_path, module, data)
+    with pytest.raises(ConfigError, match=r"holds no index. Give it: from_checkpoint\(path, index="):
+        RAGModule.from_checkpoint(path, device="cpu")
     torch.manual_seed(0)
     loaded = RAGModule.from_checkpoint(path, device="cpu", index=index, generation=SHORT)
     assert (loaded.num_passages, loaded.data.query) == (2, "dialogue")
