@@ -108,9 +108,7 @@ def read_model(source: str | Path, base: str | None = None, trust_remote_code: b
             f"{source}: a LLaVA, which transformers' LlavaForConditionalGeneration loads. Give the checkpoint."
         )
     if whole and (path / "media").is_dir():
-        raise ConfigError(
-            f"{source}: a language model with projectors beside it. Give the checkpoint instead."
-        )
+        raise ConfigError(f"{source}: a language model with projectors beside it. Give the checkpoint instead.")
     backbone = BackboneConfig(str(source), trust_remote_code=trust_remote_code)
     return Saved(backbone, None, None, TokensConfig(), {}, None, None, head_of(folder), whole=True)
 

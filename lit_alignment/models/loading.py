@@ -189,14 +189,17 @@ def load_network(
     if peft is not None:
         network = add_adapters(model, peft, added or {}, train_head=head is not None)
     if isinstance(network, PeftModel):
-        # For whoever loads a saved adapter: not where this machine keeps a copy of what the hub has.
-        path = Path(backbone.path).expanduser()
-        own = network.active_peft_config
-        own.revision, own.base_model_name_or_path = backbone.revision, str(path) if path.is_dir() else backbone.path
+        _name_base(network, backbone)
     if isinstance(network, PeftModel) and is_prompt_learning(network):
         _check_virtual_tokens(network, backbone, packing)
     # transformers loads in eval mode, in which dropout and gradient checkpointing silently do nothing.
     return network.train()
+
+
+def _name_base(network: PeftModel, backbone: BackboneConfig) -> None:
+    """Have a saved adapter name its base as the hub does, not where this machine keeps a copy."""
+    path, own = Path(backbone.path).expanduser(), network.active_peft_config
+    own.revision, own.base_model_name_or_path = backbone.revision, str(path) if path.is_dir() else backbone.path
 
 
 def _class_of(config: PretrainedConfig, head: HeadConfig | None) -> type[PreTrainedModel] | None:

@@ -56,7 +56,7 @@ class RequestError(AlignmentError):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChatRequest:
     """What a request asks.
 
     Args:
@@ -72,7 +72,7 @@ class Asked:
     usage: bool
 
 
-def read_request(body: Any, name: str, max_new_tokens: int) -> Asked:
+def read_request(body: Any, name: str, max_new_tokens: int) -> ChatRequest:
     """What the body of a request asks, in the words of this library.
 
     Args:
@@ -110,7 +110,7 @@ def read_request(body: Any, name: str, max_new_tokens: int) -> Asked:
         raise RequestError("n is more than 1, and a stream has one answer. Set stream to false")
     decoding = DecodingConfig(stop_strings=stops, **given)
     record = {"messages": messages, "tools": body.get("tools")}
-    return Asked(record, decoding, stream, isinstance(options, dict) and bool(options.get("include_usage")))
+    return ChatRequest(record, decoding, stream, isinstance(options, dict) and bool(options.get("include_usage")))
 
 
 def _message(message: Any, number: int) -> Any:
@@ -199,7 +199,7 @@ class ChatServer:
         asked = read_request(body, self.name, self.max_new_tokens)
         async with self._turn:
             (item,) = await asyncio.to_thread(self.module.asked, [asked.record])
-        answer = Answer(self, asked, len(item.input_ids))
+        answer = ChatAnswer(self, asked, len(item.input_ids))
         if asked.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
         return JSONResponse(await answer.whole())
@@ -218,7 +218,7 @@ async def _refusal(request: "Request", error: Exception) -> "Response":
     return JSONResponse({"error": about}, status_code=status)
 
 
-class Answer:
+class ChatAnswer:
     """The answer to one request.
 
     Args:
@@ -227,7 +227,7 @@ class Answer:
         num_prompt: Tokens of the prompt.
     """
 
-    def __init__(self, server: ChatServer, asked: Asked, num_prompt: int) -> None:
+    def __init__(self, server: ChatServer, asked: ChatRequest, num_prompt: int) -> None:
         """Nothing is generated."""
         self.server, self.asked, self.num_prompt = server, asked, num_prompt
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
