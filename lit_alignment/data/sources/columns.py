@@ -89,7 +89,7 @@ def check_header(columns: Columns, header: Collection[str], where: str) -> None:
     Raises:
         RecordError: Naming the column, those that there are, and the nearest.
     """
-    for name in _wanted(columns).values():
+    for name in _wanted(columns, header).values():
         _refuse_unknown(name, header, where)
 
 
@@ -113,7 +113,7 @@ def as_fields(raw: Any, columns: Columns, where: str, header: Collection[str] | 
     known = raw.keys() if header is None else header
     record: dict[str, Any] = {}
     empty: dict[str, str] = {}
-    for name, wanted in _wanted(columns).items():
+    for name, wanted in _wanted(columns, known).items():
         _refuse_unknown(wanted, known, where)
         parts = [wanted] if wanted in known else _named_in(wanted)
         missing = next((part for part in parts if _is_empty(raw.get(part))), None)
@@ -128,7 +128,7 @@ def as_fields(raw: Any, columns: Columns, where: str, header: Collection[str] | 
         shown = json.dumps(record[wrong], ensure_ascii=False)[:40]
         detail = f"{where}: field '{wrong}' is {shown}, and should be a text"
         if isinstance(record[wrong], int | float):
-            detail += f"; write {wrong}: '{{{_wanted(columns)[wrong]}}}' for numbers as texts"
+            detail += f"; write {wrong}: '{{{_wanted(columns, known)[wrong]}}}' for numbers as texts"
         return UnusableRecord("wrong_type", detail, {wrong}, record)
     match columns:
         case "hh":
@@ -165,8 +165,11 @@ def _may_be_empty(name: str, wanted: str) -> bool:
     return name in OPTIONAL or (name == wanted and name not in QUESTIONS | ANSWERS)
 
 
-def _wanted(columns: Columns) -> dict[str, str]:
-    return FORMS[columns] if isinstance(columns, str) else columns
+def _wanted(columns: Columns, known: Collection[str]) -> dict[str, str]:
+    """The column of each field; of a form those that may be empty need not be there."""
+    if isinstance(columns, dict):
+        return columns
+    return {name: wanted for name, wanted in FORMS[columns].items() if wanted in known or name not in OPTIONAL}
 
 
 def _named_in(text: str) -> list[str]:

@@ -136,6 +136,11 @@ def test_alpaca_joins_instruction_and_input(in_folder, tokenizer):
     assert "Translate.\n\nScherbe<|im_end|>" in texts(data, tokenizer)[1]
 
 
+def test_alpaca_needs_no_input():
+    record = {"instruction": ASK, "output": "A part."}
+    assert [raw for _, raw in SourceConfig(records=[record], columns="alpaca").read()] == [record]
+
+
 def test_sharegpt_knows_its_assistants(in_folder, tokenizer):
     sharegpt(in_folder / "ShareGPT_Vicuna_unfiltered")
     data = loaded(SFTDataModule, tokenizer, path="ShareGPT_Vicuna_unfiltered", columns="sharegpt")
