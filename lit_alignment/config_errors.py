@@ -334,9 +334,10 @@ def _prefix(key: str, kind: Any) -> str:
 
 @cache
 def _public() -> dict[Any, str]:
-    """The classes that can be named as `lit_alignment.X`."""
+    """Our classes that can be named as `lit_alignment.X`; another library's has a name of its own."""
     package = importlib.import_module("lit_alignment")
-    return {getattr(package, name): f"lit_alignment.{name}" for name in package.__all__}
+    named = ((getattr(package, name), f"lit_alignment.{name}") for name in package.__all__)
+    return {kind: name for kind, name in named if getattr(kind, "__module__", "lit_alignment").startswith("lit_")}
 
 
 def _name(kind: Any) -> str:

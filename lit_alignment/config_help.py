@@ -71,19 +71,19 @@ def settings_of(kind: Any, above: Sequence[Any] = ()) -> tuple[Setting, ...]:
         above: Classes whose settings these are a part of.
     """
     found = []
-    made = (
-        {each.name: each.default_factory for each in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-    )
+    fields = {each.name: each for each in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
     for each in get_signature_parameters(kind, None):
         if each.name in LINKED and not dataclasses.is_dataclass(kind):
             continue
         inner = _inner(each.annotation)
         nested = settings_of(inner, [*above, kind]) if inner is not None and inner not in [*above, kind] else ()
         value = each.default
-        if (factory := made.get(each.name, dataclasses.MISSING)) is not dataclasses.MISSING:
-            value = factory()
+        own = fields.get(each.name)
+        if own is not None and own.default_factory is not dataclasses.MISSING:
+            value = own.default_factory()
         default = None if value is REQUIRED else _default(value)
-        found.append(Setting(each.name, type_name(each.annotation), default, _sentence(each.doc), nested))
+        text = each.doc or (own and own.metadata.get("help"))  # the latter is peft's way
+        found.append(Setting(each.name, type_name(each.annotation), default, _sentence(text), nested))
     return tuple(found)
 
 
@@ -222,9 +222,9 @@ def class_help(name: str) -> str:
         hint = f"Did you mean '{by_case[close[0]]}'?" if close else f"Known: trainer, {', '.join(sorted(known)[:20])}."
         raise ConfigError(f"--help {name}: no such class. {hint}")
     width = min(shutil.get_terminal_size().columns, 120)
-    path = (
-        f"lit_alignment.{kind.__name__}" if kind in public_classes().values() else f"{kind.__module__}.{kind.__name__}"
-    )
+    root = kind.__module__.partition(".")[0]
+    short = getattr(importlib.import_module(root), kind.__name__, None) is kind
+    path = f"{root if short else kind.__module__}.{kind.__name__}"
     lines = [f"{path}: {first_line(kind)}", *lines_of(settings_of(kind), "", width)]
     if not is_subclasses_disabled(kind) and (below := [each for each in known.values() if kind in each.__mro__[1:]]):
         names = sorted(each.__name__ for each in below)
