@@ -123,6 +123,11 @@ def _help() -> str:
 def entry() -> None:
     """The console script."""
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
     except KeyboardInterrupt:  # while the package itself is imported
-        sys.exit(130)
+        code = 130
+    except BrokenPipeError:  # whoever reads has seen enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # as of a command that SIGPIPE ends
+    sys.exit(code)

@@ -82,7 +82,7 @@ def settings_of(kind: Any, above: Sequence[Any] = ()) -> tuple[Setting, ...]:
         if own is not None and own.default_factory is not dataclasses.MISSING:
             value = own.default_factory()
         default = None if value is REQUIRED else _default(value)
-        text = each.doc or (own and own.metadata.get("help"))  # the latter is peft's way
+        text = each.doc or (own.metadata.get("help") if own is not None else None)  # the latter is peft's way
         found.append(Setting(each.name, type_name(each.annotation), default, _sentence(text), nested))
     return tuple(found)
 

@@ -43,6 +43,15 @@ for tool in TOOLS:
     assert run.stdout.count("usage: lit-alignment") == len(TOOLS)
 
 
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
+    for arguments in (["--help"], ["doctor"], ["fit", "--help", "SFTModule"]):
+        ask = [sys.executable, "-m", "lit_alignment", *arguments]
+        with subprocess.Popen(ask, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as run:
+            run.stdout.close()
+            said = run.stderr.read()
+        assert run.returncode == 141 and said == b""
+
+
 def test_unknown_command_names_the_nearest():
     result = command("predct")
     assert result.returncode == 2 and "did you mean 'predict'?" in result.stderr
