@@ -133,10 +133,17 @@ def read_saved(source: Path, base: str | None = None, trust_remote_code: bool = 
     else:
         raise CheckpointError(
             f"{source}: no checkpoint file, sharded checkpoint (with .metadata), folder of DeepSpeed (with latest) or "
-            "adapter folder (with adapter_config.json)."
+            f"adapter folder (with adapter_config.json).{_nearest(source)}"
         )
     path = base or saved.backbone.path
     return replace(saved, backbone=replace(saved.backbone, path=path, trust_remote_code=trust_remote_code))
+
+
+def _nearest(folder: Path) -> str:
+    """The newest checkpoint of a run, for who has given the run's folder."""
+    patterns = ("*.ckpt", "checkpoints/*.ckpt", "version_*/checkpoints/*.ckpt")
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    return f" Did you mean {max(found, key=lambda path: path.stat().st_mtime)}?" if found else ""
 
 
 def _read_content(source: Path, content: dict[str, Any]) -> Saved:

@@ -285,8 +285,10 @@ def test_model_of_another_kind_is_refused_with_the_class_that_reads_it(tmp_path)
     with pytest.raises(ConfigError, match="no such checkpoint"):
         SFTModule.from_checkpoint(tmp_path / "none.ckpt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint file"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint file.*adapter_config.json\).$"):
         SFTModule.from_checkpoint(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match=r"Did you mean .*trained.ckpt\?"):
+        SFTModule.from_checkpoint(tmp_path)
 
 
 def test_checkpoint_names_no_file_of_a_template_and_no_limit(tmp_path):
