@@ -55,7 +55,8 @@ def find_checkpoint(word: str | None, trainer: Trainer, resumes: bool) -> str | 
         )
     if found is None and not resumes:
         raise ConfigError("--ckpt_path newest: there is no checkpoint that can be read.")
-    print(f"resuming from {found}" if found else "no checkpoint yet: starting", flush=True)
+    what = "resuming from" if resumes else "checkpoint:"
+    print(f"{what} {shown(found)}" if found else "no checkpoint yet: starting", flush=True)
     return None if found is None else str(found)
 
 
