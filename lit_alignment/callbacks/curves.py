@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from lit_alignment.modules.base import alignment_module
 
@@ -17,10 +20,15 @@ class Curves(dict[str, Points]):
     A curve that grows past MOST points keeps every other one, so that it spans the whole run at any length.
     """
 
+    def __init__(self) -> None:
+        """No points."""
+        super().__init__()
+        self._pending: list[tuple[str, int, Tensor]] = []
+
     def note_step(self, trainer: Trainer, module: LightningModule, others: Sequence[str] = ()) -> None:
         """Remember what was logged of training: the loss of about a hundred steps of each order, the rest when logged.
 
-        Reading a value waits for the device, so that not every step is read.
+        Values stay on their device until `settle`: reading one waits for all that is queued there.
 
         Args:
             trainer: At the end of a micro-batch.
@@ -31,17 +39,27 @@ class Curves(dict[str, Points]):
         logged, early = step % max(1, every) == 0, step % 10 ** max(0, len(str(step)) - 2) == 0
         if not logged and not early:
             return
-        values = trainer.callback_metrics
+        values = logged_in_step(trainer)
         for name in (*drawn(module), *others):
-            if (logged or name == "loss") and f"train/{name}" in values:
-                self.add(f"train/{name}", step, float(values[f"train/{name}"]))
+            if (logged or name == "loss") and (value := values.get(f"train/{name}")) is not None:
+                self._pending.append((f"train/{name}", step, value.detach().clone()))
+        if len(self._pending) >= MOST:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read all values at once; call it before the curves are looked at."""
+        pending, self._pending = self._pending, []
+        numbers = read_all([value for _, _, value in pending])
+        for (name, step, _), number in zip(pending, numbers, strict=True):
+            self.add(name, step, number)
 
     def note_validation(self, trainer: Trainer, names: Sequence[str]) -> None:
         """Remember what a validation has logged, by names without `val/`."""
-        values = trainer.callback_metrics
-        for name in names:
-            if f"val/{name}" in values:
-                self.add(f"val/{name}", trainer.global_step, float(values[f"val/{name}"]))
+        self.settle()
+        values = {f"val/{name}": trainer.callback_metrics.get(f"val/{name}") for name in names}
+        measured = {name: value for name, value in values.items() if value is not None}
+        for name, number in zip(measured, read_all([*measured.values()]), strict=True):
+            self.add(name, trainer.global_step, number)
 
     def add(self, name: str, step: int, value: float) -> None:
         """Add a point, unless it is non-finite, or the curve has one of this step or a later one."""
@@ -58,14 +76,27 @@ class Curves(dict[str, Points]):
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """Plain values for a checkpoint."""
+        self.settle()
         return {name: [list(point) for point in points] for name, points in self.items()}
 
     def load_state_dict(self, state: dict[str, list[list[float]]]) -> None:
         """Take up the curves of an earlier run."""
         self.clear()
+        self._pending.clear()
         self.update({name: [(int(step), float(value)) for step, value in points] for name, points in state.items()})
 
 
 def drawn(module: LightningModule) -> list[str]:
     """Names of what the reports of a method draw, without their stage."""
     return [name for chart in alignment_module(module).charts for name in chart]
+
+
+def read_all(values: Sequence[Tensor]) -> list[float]:
+    """The numbers of scalars, for which their device is waited for once."""
+    return torch.stack([value.double() for value in values]).tolist() if values else []
+
+
+def logged_in_step(trainer: Trainer) -> dict[str, Tensor]:
+    """What was logged in this step, by name, on its device; `callback_metrics` would read what the bar shows."""
+    results: Any = trainer._results or {}
+    return {each.meta.name: each._forward_cache for each in results.values() if each._forward_cache is not None}

@@ -51,12 +51,14 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same, if something was trained."""
+        self.curves.settle()
         if trainer.state.fn == "fit" and self.curves and trainer.world_size == 1:  # else ranks may have parted
             self.write(trainer, pl_module)
 
     def write(self, trainer: Trainer, module: LightningModule) -> None:
         """Write the page, on one process."""
         directory = Path(trainer.log_dir or trainer.default_root_dir)  # every rank must ask for it
+        self.curves.settle()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             groups = [*alignment_module(module).charts, *([name] for name in OTHERS)]
             known = {*drawn(module), *OTHERS}

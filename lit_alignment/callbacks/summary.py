@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_alignment.callbacks.curves import read_all
 from lit_alignment.callbacks.report import PAGE, PICKS, RunReport
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
@@ -134,8 +135,9 @@ def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
 def _final(trainer: Trainer) -> str:
     """The last loss of training, and the first things that the last validation measured; the report has all."""
     values = trainer.callback_metrics
-    names = [name for name in values if name == "train/loss" or name.startswith("val/")]
-    return ", ".join(f"{name} {float(values[name]):.4g}" for name in names[:MOST_FIGURES])
+    names = [name for name in values if name == "train/loss" or name.startswith("val/")][:MOST_FIGURES]
+    numbers = read_all([values[name] for name in names])
+    return ", ".join(f"{name} {number:.4g}" for name, number in zip(names, numbers, strict=True))
 
 
 def _lowest(trainer: Trainer) -> str:
