@@ -1,6 +1,7 @@
 """What a checkpoint says of the training that made it, for the card of an export."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -52,5 +53,7 @@ def _data(data: AlignmentDataModule) -> dict[str, list[dict[str, Any]]]:
 
 
 def _name(source: SourceConfig) -> str:
-    on_hub = source.path is not None and HUB_NAME.fullmatch(source.path) is not None and not source.files()
-    return str(source.path) if on_hub else source.title
+    if source.path is None or HUB_NAME.fullmatch(source.path) is None:
+        return source.title
+    path = Path(source.path)  # the file of a run may be gone when it saves
+    return source.title if path.suffix or path.exists() else source.path

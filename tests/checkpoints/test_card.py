@@ -93,4 +93,5 @@ def test_data_sets_of_the_hub_keep_their_names_and_files_lose_their_folders(tmp_
     (tmp_path / "mine.jsonl").write_text("{}\n")
     assert _name(SourceConfig("someone/chats")) == "someone/chats"
     assert _name(SourceConfig(str(tmp_path / "mine.jsonl"))) == "mine"
+    assert _name(SourceConfig("mine/gone.jsonl")) == "gone"
     assert _name(SourceConfig(records=[{}], name="own")) == "own"
