@@ -1,5 +1,8 @@
 """Training data that are read and encoded as the training goes, and never as a whole."""
 
+import ctypes
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -21,6 +24,7 @@ from lit_alignment.errors import AlignmentError, CheckpointError, ConfigError, T
 from lit_alignment.files import conformed
 
 CHUNK = 16  # records that travel from a worker together
+AHEAD = 32  # chunks that each worker has ready: while a block is trained, the next one is encoded
 KEPT = 8  # optimizer steps of which positions are known: the loader is ahead of the last one
 
 Encoded = tuple[StreamMark, str, list[dict[str, Any]]]  # the mark behind a record, its source, and its rows
@@ -61,6 +65,13 @@ class EncodedStream(IterableDataset[list[Encoded] | AlignmentError]):
         source = self.stream.sources[record.source]
         validated = self.rows.read(record.raw, record.where, record.position, source)
         return record.behind, source.title, self.rows.rows(validated, source)
+
+
+def _begin_worker(number: int) -> None:
+    """Leave signals to the process that trains, and end with it: rows that nobody takes would hold a worker back."""
+    ignore_signals(number)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @dataclass
@@ -129,7 +140,8 @@ class TrainStream:
         dataset = EncodedStream(self.stream, self.rows, mark, *ranks)
         chunks: Any = dataset
         if num_workers:
-            chunks = DataLoader(dataset, batch_size=None, num_workers=num_workers, worker_init_fn=ignore_signals)
+            workers: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": AHEAD}
+            chunks = DataLoader(dataset, batch_size=None, worker_init_fn=_begin_worker, **workers)
         last_kept = mark.passes
         for chunk in chunks:
             if isinstance(chunk, AlignmentError):
