@@ -18,7 +18,6 @@ MODULES = {
     "callbacks.features": "tools.preprocess",
     "callbacks.picks": "callbacks.samples.base",
     "callbacks.remote": "checkpoints.remote",
-    "callbacks.report": "callbacks.samples.html",
     "callbacks.scored_picks": "callbacks.samples.scores",
     "callbacks.tables": "callbacks.samples.loggers",
     "data.cache": "data.sources.cache",
