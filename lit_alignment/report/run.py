@@ -114,6 +114,12 @@ class TrainingRun:
         choose = min if self.judge.mode == "min" else max
         return choose(points, key=lambda point: point[1])
 
+    @property
+    def met(self) -> tuple[int, int] | None:
+        """How many records were met at the newest step, and of how many; None where they say nothing."""
+        right = [pick.right[step] for step in self.steps[-1:] for pick in self.picks if step in pick.right]
+        return (sum(right), len(right)) if right else None
+
 
 def to_json(run: TrainingRun) -> str:
     """The run as one JSON object."""

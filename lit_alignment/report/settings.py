@@ -66,8 +66,12 @@ def asked_first(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def differing(runs: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Settings that are not the same in all runs, by name, with a value for each run; "" where it is not set."""
-    names = dict.fromkeys(name for settings in runs for name in settings)
+    """Settings that are not the same in all runs, by name, with a value for each run; "" where it is not set.
+
+    Those of the model and the data come before those of the trainer; the logger's say only where a run is.
+    """
+    names = dict.fromkeys(name for settings in runs for name in settings if not name.startswith("trainer.logger"))
+    names = dict.fromkeys(sorted(names, key=lambda name: name.startswith("trainer.")))
     table = {name: [as_text(settings.get(name)) for settings in runs] for name in names}
     return {name: row for name, row in table.items() if len(set(row)) > 1}
 
