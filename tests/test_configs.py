@@ -71,7 +71,7 @@ def test_tiny_config_runs_every_stage(path, tmp_path):
         assert float(cli.trainer.callback_metrics["val/recall@1"]) == 1
     checkpoint = cli.trainer.checkpoint_callback.best_model_path
     run = Path(cli.trainer.log_dir)
-    assert (run / "cherry_picks.html").is_file() and (run / "checkpoints/export/model.safetensors").is_file()
+    assert (run / "report.html").is_file() and (run / "checkpoints/export/model.safetensors").is_file()
     for stage in ("validate", "test"):
         build([stage, "--config", str(changed), f"--ckpt_path={checkpoint}"], run=True)
     writer = [{"class_path": "lit_alignment.PredictionWriter", "init_args": {"output_dir": str(tmp_path / "out")}}]

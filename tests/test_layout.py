@@ -22,7 +22,7 @@ STOREYS = [
     ["data"],
     ["models"],
     ["checkpoints", "planning", "retrieval", "evaluation"],
-    ["generation", "distributed"],
+    ["generation", "distributed", "report"],
     ["rollout", "hooks"],
     ["training"],
     ["modules"],

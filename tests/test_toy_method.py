@@ -42,7 +42,7 @@ def test_method_fits_with_every_callback(trained):
     run_folder = Path(cli.trainer.log_dir)
     losses = [float(line["val/loss"]) for line in rows(run_folder / "metrics.csv") if line.get("val/loss")]
     assert losses[-1] < losses[0]
-    assert (run_folder / "cherry_picks.html").is_file() and (run_folder / "checkpoints/export/config.json").is_file()
+    assert (run_folder / "report.html").is_file() and (run_folder / "checkpoints/export/config.json").is_file()
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_first_hour_in_an_empty_folder_outside_of_the_checkout(installed, tmp_pa
     said = run(tmp_path, installed, "fit", "--config", "sft.yaml", "--trainer.max_epochs", "1")
     left = tmp_path / "runs/sft/version_0"
     names = {path.name for path in left.iterdir()}
-    assert {"report.html", "cherry_picks.html", "config.yaml", "data_report.json", "checkpoints"} <= names
+    assert {"report.html", "report.json", "config.yaml", "data_report.json", "checkpoints"} <= names
     assert "To go on: lit-alignment fit --config runs/sft/version_0/config.yaml" in said
     best = next(line.split()[-1] for line in said.splitlines() if line.startswith("best: "))
     assert f"lit-alignment predict --config runs/sft/version_0/config.yaml --ckpt_path {best}\n" in said

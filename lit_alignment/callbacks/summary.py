@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_alignment.callbacks.curves import read_all
-from lit_alignment.callbacks.report import PAGE, PICKS, RunReport
+from lit_alignment.callbacks.page import PAGE
+from lit_alignment.callbacks.report import RunReport
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.generation.settings import DecodingConfig
@@ -17,7 +18,7 @@ from lit_alignment.modules.base import AlignmentModule
 from lit_alignment.paths import shown
 
 MOST_FIGURES = 6
-FILES = (PAGE, PICKS, "config.yaml", "data_report.json")
+FILES = (PAGE, "cherry_picks.jsonl", "config.yaml", "data_report.json")
 
 
 class EndSummary(Callback):

@@ -29,7 +29,7 @@ from lit_alignment.errors import CheckpointError, ConfigError
 from lit_alignment.files import relative
 from lit_alignment.secrets import mask_text
 
-REPORTS = ("config.yaml", "data_report.json", "cherry_picks.html")
+REPORTS = ("config.yaml", "data_report.json", "report.html", "report.json")
 SNAPSHOTS = ".upload-snapshots"
 NOTED = ".files"  # beside a downloaded checkpoint: what it consists of
 

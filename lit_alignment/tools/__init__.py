@@ -13,6 +13,7 @@ TOOLS = {
     "export": ("lit_alignment.tools.export", "checkpoint or adapter -> a Hugging Face folder, logits compared"),
     "merge": ("lit_alignment.tools.merge", "the same, with the adapters merged into the weights"),
     "evaluate": ("lit_alignment.tools.evaluate", "metrics of predictions: answers, classes or rewards"),
+    "report": ("lit_alignment.tools.report", "compare runs on one page: settings, figures, curves, answers"),
     "sample": (
         "lit_alignment.tools.sample",
         "choose among scored answers: best of n, rejection sampling; as pairs or chats",

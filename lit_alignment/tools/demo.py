@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     end = time.perf_counter()
     console.print(f"exact match on {len(after)} held-out requests: {_score(before)} before, {_score(after)} after")
     console.print(f"training speed: {speed.total_tokens / speed.total_seconds:.0f} tokens/s")
-    console.print(f"report: {run / 'cherry_picks.html'}")
+    console.print(f"report: {run / 'report.html'}")
     console.print(f"export: {run / 'checkpoints' / 'export'}  (loads with from_pretrained)", soft_wrap=True)
     total = options.install_seconds + end - begin
     console.print(

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from lit_alignment.callbacks.samples.html import STYLE
 from lit_alignment.data.base import AlignmentDataModule, Split
 from lit_alignment.data.encoding.example import Example
 from lit_alignment.data.encoding.messages import IGNORE_INDEX
 from lit_alignment.errors import ConfigError
 from lit_alignment.files import replaced
+from lit_alignment.report.page import style
 from lit_alignment.terminal import Terminal, printable
 from lit_alignment.tools import parsers
 from lit_alignment.tools.rollout import print_rollout, sample_rollout
@@ -243,7 +243,7 @@ def render_page(
     report = escape(data.reports[split].line())
     packed = f"<p>{_packing_line(data, split)}</p>" if split != "predict" and data.packing else ""
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{split}</title><style>{STYLE}{VIEW_STYLE}</style>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{split}</title><style>{style()}{VIEW_STYLE}</style>"
         f"<h1>What the model sees: {split}</h1><p style='white-space:pre-wrap'>{report}</p>{packed}"
         f"<h2>Lengths in tokens</h2>{histogram_svg(lengths)}"
         f"<p class=key><span class=trained>{data.marked}</span><span class=special>special token</span>"

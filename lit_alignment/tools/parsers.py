@@ -321,6 +321,20 @@ def doctor() -> OptionParser:
     )
 
 
+def report() -> OptionParser:
+    """Options of `report`."""
+    parser = OptionParser(
+        prog="lit-alignment report",
+        description="Compare runs on one page: settings that differ, figures, curves on one axis, and answers side by "
+        "side. Of one run its own page is written anew. The page needs no other file and no network.",
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, as runs/sft/version_0")
+    parser.add_argument(
+        "--out", type=Path, help="file to write (default: comparison.html; of one run report.html in its folder)"
+    )
+    return parser
+
+
 def merge() -> OptionParser:
     """Options of `merge`."""
     return export(merge=True)
@@ -345,5 +359,6 @@ PARSERS: dict[str, Callable[[], OptionParser]] = {
         serve,
         init,
         doctor,
+        report,
     )
 }

@@ -1,6 +1,8 @@
 """The page of a run, and the curves in it."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -8,6 +10,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_alignment.callbacks.curves import MOST, Curves
 from lit_alignment.callbacks.report import RunReport
+from lit_alignment.report.page import render_run
+from lit_alignment.report.run import Judge, read_run
 from tests.helpers import chats, sft_data, sft_module, trainer
 
 
@@ -31,11 +35,24 @@ def test_page_has_curves_figures_and_data_and_goes_on_after_a_resume(tmp_path):
     assert [step for step, _ in again.curves["val/loss"]] == [8, 16]
     page = open(f"{runner.log_dir}/report.html").read()
     assert page.count("<svg") == 5  # loss, gradient norm, learning rate, accuracy, perplexity
-    lowest = min(value for _, value in again.curves["train/loss"])
-    assert f"<td class=score>{lowest:.4g} (step " in page
+    rows = [re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row) for row in page.split("<tr>")]
+    step, lowest = min(again.curves["train/loss"], key=lambda point: point[1])
+    (losses,) = (row for row in rows if row[:1] == ["train/loss"])
+    assert losses[3:5] == [f"{lowest:.4g}", str(step)]
     shares = runner.datamodule.reports["train"]
-    assert f"<td class=score>{shares.tokens}</td><td class=score>{shares.trained_tokens / shares.tokens:.1%}" in page
-    assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
+    (counts,) = (row for row in rows if row[:1] == ["train"])
+    assert counts[3:5] == [f"{shares.tokens:,}", f"{shares.trained_tokens / shares.tokens:.1%}"]
+
+
+def test_page_and_data_beside_it_say_the_same(tmp_path):
+    report = RunReport()
+    saver = ModelCheckpoint(tmp_path / "kept", monitor="val/token_accuracy", mode="max")
+    runner = fit(tmp_path, report, callbacks=[report, saver], max_epochs=2)
+    run = read_run(Path(runner.log_dir))
+    assert run.curves == report.curves and run.title == "SFT of tiny with random weights on train"
+    assert run.judge == Judge("val/token_accuracy", "max") and run.best[0] in (8, 16)
+    assert run.splits[0]["tokens"] == runner.datamodule.reports["train"].tokens
+    assert render_run(run) == Path(runner.log_dir, "report.html").read_text()
 
 
 def test_page_is_there_without_validation_and_after_an_error(tmp_path):

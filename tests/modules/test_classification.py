@@ -1,6 +1,7 @@
 """Classification: what is read, weighed, measured, saved and predicted."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -288,8 +289,8 @@ def test_report_shows_predictions_and_the_confusion_matrix(tmp_path):
     callbacks = [saver, ScoredPicks(num_samples=2), Export()]
     runner = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True)
     runner.fit(model, class_data(model, labelled(9), labelled(6, seed=1)))
-    page = (tmp_path / "cherry_picks.html").read_text()
-    assert 'aria-label="confusion matrix"' in page and page.count("<rect") == 9
+    page = (tmp_path / "report.html").read_text()
+    assert len(re.findall('title="[a-z]+ taken for', page.partition('aria-label="confusion matrix"')[2])) == 9
     lines = [json.loads(line) for line in (tmp_path / "cherry_picks.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 0, 1, 1] and lines[0]["label"] == "bad"
     assert "%" in lines[0]["answer"]

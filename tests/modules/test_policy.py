@@ -287,7 +287,7 @@ def test_validation_rewards_greedy_answers_and_ranks_checkpoints(tmp_path):
     ]
     expected = VowelReward()([answer.text for answer in answers], {})
     assert again["val/reward"] == pytest.approx(sum(expected) / 3, abs=1e-6)
-    page = (tmp_path / "cherry_picks.html").read_text()
+    page = (tmp_path / "report.html").read_text()
     assert "train/reward" in page and "val/reward" in page
 
 
@@ -307,8 +307,8 @@ def test_report_has_the_best_and_the_worst_response_of_the_last_rollout(tmp_path
         assert shown.scores == {"reward": 1.5 * vowels, "reward_vowel": vowels, "reward_again": vowels}
         prompt = data.examples["train"][record]["input_ids"]
         assert shown.messages[-1]["content"] in data.tokenizer.decode(prompt)
-    page = (tmp_path / "cherry_picks.html").read_text().partition("Of the last rollout")[2].partition("</table>")[0]
-    assert f"{best.scores['reward']:.3g}" in page and f"{worst.scores['reward']:.3g}" in page
+    page = (tmp_path / "report.html").read_text().partition("Of the last rollout")[2].partition("<h2")[0]
+    assert f"reward {best.scores['reward']:.4g}" in page and f"reward {worst.scores['reward']:.4g}" in page
 
 
 def test_equal_rewards_make_one_notable_response_and_missing_ones_none():

@@ -682,9 +682,12 @@ def test_report_draws_what_is_logged(tmp_path):
     module = preference_module(generation={"greedy": DecodingConfig(max_new_tokens=2)})
     picks = CherryPicks(num_samples=1, generation=DecodingConfig(max_new_tokens=2))
     fitted(tmp_path, module, preference_data(module, pairs(4), pairs(4)), [picks], max_epochs=2)
-    drawn = re.findall('aria-label="([^"]*)"', (tmp_path / "cherry_picks.html").read_text())
-    assert "train/accuracy, val/accuracy" in drawn and "train/kl, val/kl" in drawn and len(drawn) == 7
-    assert "train/chosen_reward, train/rejected_reward, val/chosen_reward, val/rejected_reward" in drawn
+    page = (tmp_path / "report.html").read_text()
+    drawn = dict(re.findall('<svg [^>]*aria-label="([^:]*): ([^"]*)"', page))
+    assert {"accuracy", "kl", "margin"} < drawn.keys() and re.fullmatch("train from .*, val from .*", drawn["loss"])
+    assert re.findall("(train|val) ([a-z_]+) from", drawn["chosen_reward, rejected_reward"]) == [
+        (stage, f"{answer}_reward") for stage in ("train", "val") for answer in ("chosen", "rejected")
+    ]
 
 
 def test_validation_inside_of_a_step_leaves_its_estimate_alone(tmp_path):

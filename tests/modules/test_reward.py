@@ -401,7 +401,7 @@ def test_report_shows_both_responses_and_their_scores(tmp_path):
     model = reward_model()
     runner = trainer(tmp_path, callbacks=[ScoredPicks(num_samples=2)])
     runner.fit(model, reward_data(model, pairs(4), [pairs(1)[0], RANKING]))
-    page = (tmp_path / "cherry_picks.html").read_text()
+    page = (tmp_path / "report.html").read_text()
     assert "right" in page and "0: yes please" in page
     lines = [json.loads(line) for line in (tmp_path / "cherry_picks.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and {"chosen", "rejected"} <= lines[0]["scores"].keys()

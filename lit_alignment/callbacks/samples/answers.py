@@ -19,8 +19,8 @@ from lit_alignment.modules.base import alignment_module
 class CherryPicks(PickReport):
     """Answer the same prompts before training and at each validation.
 
-    Writes `cherry_picks.html` (self-contained; curves, and prompt, reference and the answers of each validation
-    side by side) and `cherry_picks.jsonl` into the run's folder, and a table to the loggers that take one.
+    Writes `report.html` (self-contained; curves, and prompt, reference and the answers of each validation side by
+    side) and `cherry_picks.jsonl` into the run's folder, and a table to the loggers that take one.
 
     Args:
         sources: Where the prompts come from; the validation sources by default.

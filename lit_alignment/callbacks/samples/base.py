@@ -1,4 +1,4 @@
-"""What reports over fixed records share: when they are made, their curves and files, and what a resume restores."""
+"""What callbacks over fixed records share: when they look, their curves and files, and what a resume restores."""
 
 import json
 from abc import abstractmethod
@@ -6,23 +6,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lit_alignment.callbacks.curves import Curves, drawn
-from lit_alignment.callbacks.samples.html import CherryPick, render_report
+from lit_alignment.callbacks.page import ReportPart, write_page
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.prompts import Item
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
-from lit_alignment.files import naming, replaced
-from lit_alignment.modules.base import alignment_module
+from lit_alignment.files import naming
+from lit_alignment.report.run import CherryPick
 
 
-class PickReport(Callback):
-    """Show the same records to the model before training and at each validation, side by side in one report.
+class PickReport(ReportPart):
+    """Show the same records to the model before training and at each validation, side by side in the run's page.
 
-    Writes `cherry_picks.html` (self-contained) and `cherry_picks.jsonl` into the run's folder, and a table to the
-    loggers that take one.
+    Writes `report.html` (self-contained) and `cherry_picks.jsonl` into the run's folder, and a table to the loggers
+    that take one.
 
     Args:
         sources: Where the records come from; the validation sources by default.
@@ -31,8 +31,6 @@ class PickReport(Callback):
         every_n_validations: At every n-th validation only.
         before_training: Also before the first step.
     """
-
-    right = "exact matches"  # what is counted where a record has been met
 
     def __init__(
         self,
@@ -45,8 +43,7 @@ class PickReport(Callback):
         """Records are read when the fit starts."""
         self.sources, self.num_samples, self.batch_size = sources, num_samples, batch_size
         self.every_n_validations, self.before_training = every_n_validations, before_training
-        self.picks: list[CherryPick] = []
-        self.curves = Curves()
+        self.picks, self.curves = [], Curves()
         self.items: list[Any] = []
         self._validations = 0
 
@@ -68,10 +65,6 @@ class PickReport(Callback):
 
         Every rank shows all records: sharded models hang if ranks make different numbers of calls.
         """
-
-    def pictures(self, module: LightningModule) -> dict[str, str]:
-        """Inline pictures for the report, by heading."""
-        return {}
 
     def means(self) -> dict[str, float]:
         """Values for the loggers, by name."""
@@ -117,7 +110,8 @@ class PickReport(Callback):
         columns, rows = self.show(trainer, module, step)
         directory = trainer.log_dir or trainer.default_root_dir
         if trainer.is_global_zero:
-            self._write(Path(directory), step, module)
+            self._write(Path(directory), step)
+            write_page(Path(directory), trainer, module)
             log_table(trainer.loggers, "cherry_picks", columns, rows, step)
             # Every rank has all values, so nothing is gathered, and the other ranks are not waited for.
             for logger in trainer.loggers:
@@ -126,7 +120,7 @@ class PickReport(Callback):
     def _pick(self, item: Item) -> CherryPick:
         return CherryPick(item.dataset, item.id, item.messages, self.known(item))
 
-    def _write(self, directory: Path, step: int, module: LightningModule) -> None:
+    def _write(self, directory: Path, step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         lines = directory / "cherry_picks.jsonl"
         with naming(lines), lines.open("a", encoding="utf-8") as file:
@@ -143,10 +137,6 @@ class PickReport(Callback):
                 if step in pick.documents:
                     line["documents"] = pick.documents[step]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        with replaced(directory / "cherry_picks.html") as file:
-            method = alignment_module(module)
-            charts, pictures, notable = self.curves.charts(method.charts), self.pictures(module), method.notable()
-            file.write(render_report(directory.name, charts, self.picks, self.right, pictures, notable))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue the same report."""

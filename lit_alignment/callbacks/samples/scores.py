@@ -6,7 +6,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lit_alignment.callbacks.samples.base import PickReport
-from lit_alignment.callbacks.samples.html import confusion_svg
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.reward import ResponsesItem
 from lit_alignment.data.sources.records import SourceConfig
@@ -18,7 +17,7 @@ class ScoredPicks(PickReport):
     """Classify or score the same records before training and at each validation.
 
     A classifier's report has messages, label and predictions, and the confusion matrix of the last validation; a
-    reward model's has the prompt, its responses and their rewards. Writes `cherry_picks.html` (self-contained) and
+    reward model's has the prompt, its responses and their rewards. Writes `report.html` (self-contained) and
     `cherry_picks.jsonl` into the run's folder, and a table to the loggers that take one.
 
     Args:
@@ -75,10 +74,3 @@ class ScoredPicks(PickReport):
         if not samples:
             return [], []
         return ["prompt", *self.picks[0].known, *samples[0].columns], rows
-
-    def pictures(self, module: LightningModule) -> dict[str, str]:
-        """The confusion matrix of a classifier's last validation."""
-        confusion = alignment_module(module).last_confusion()
-        if confusion is None:
-            return {}
-        return {"Confusion matrix of the validation data": confusion_svg(confusion.counts, confusion.labels)}

@@ -22,7 +22,7 @@ METRIC_FAULTS = {
     "perplexity": FIRST_TOKEN,
     "kl": FIRST_TOKEN,
 }
-TABLES = "each evaluation logged a table of another name there; here all are in one report, cherry_picks.html"
+TABLES = "each evaluation logged a table of another name there; here all are in one report, report.html"
 EVERY_RECORD = "all records are answered at each validation, as there; lower num_samples to answer fewer"
 PIECES = """under vLLM a stop string was split into tokens there, and each of them alone ended an answer; here the \
 whole string does"""

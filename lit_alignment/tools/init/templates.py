@@ -31,7 +31,7 @@ trainer:
     # Ends the training when three validations in a row were no better.
     - class_path: lightning.pytorch.callbacks.EarlyStopping
       init_args: {$monitor, patience: 3}
-    # The same records at each validation, side by side: cherry_picks.html.
+    # The same records at each validation, side by side: report.html.
     - class_path: lit_alignment.$report
     # The best checkpoint as a folder that from_pretrained and servers load: checkpoints/export.
     - class_path: lit_alignment.Export

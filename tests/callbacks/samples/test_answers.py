@@ -2,8 +2,6 @@ import csv
 import json
 import math
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -13,12 +11,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from lit_alignment import CherryPicks, FSDP2Strategy, Throughput
-from lit_alignment.callbacks.samples.html import CherryPick, curve_svg, render_report
 from lit_alignment.callbacks.samples.loggers import log_table, markdown_table
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.evaluation.answers import Answered, Perplexity
-from lit_alignment.evaluation.samples import NotableResponse
 from lit_alignment.generation.settings import DecodingConfig
 from tests.helpers import chats, sft_data, sft_module, trainer
 from tests.helpers.ranks import run_on_ranks
@@ -43,9 +39,8 @@ def test_same_prompts_are_answered_before_and_at_each_validation(tmp_path):
     for step in steps:
         assert [line["id"] for line in lines if line["step"] == step] == ["r0", "r1"]
     assert lines[0]["reference"] == chats(5, seed=1)[0]["messages"][-1]["content"]
-    page = open(f"{runner.log_dir}/cherry_picks.html").read()
-    assert all(f"step {step}" in page for step in steps) and "val/loss" in page
-    assert "http" not in page.replace("http-equiv", "")  # nothing is loaded from elsewhere
+    page = open(f"{runner.log_dir}/report.html").read()
+    assert all(f"<b>step {step}</b>" in page for step in steps) and "val/loss" in page
 
 
 def test_table_reaches_tensorboard(tmp_path):
@@ -97,40 +92,6 @@ def test_own_prompts_and_missing_prompts(tmp_path):
         trainer(tmp_path, callbacks=[CherryPicks()]).fit(module, sft_data(module, chats(2)))
 
 
-def test_report_escapes_and_counts_exact_matches():
-    pick = CherryPick(
-        "d",
-        "1",
-        [{"role": "user", "content": "<b>&"}],
-        {"reference": "yes"},
-        {0: "no", 5: " yes "},
-        {0: False, 5: True},
-    )
-    page = render_report("run", [{"train/loss": [(1, 2.0), (5, 0.5)]}], [pick])
-    assert "&lt;b&gt;&amp;" in page and "<b>" not in page
-    assert "<th>0 of 1</th><th>1 of 1</th>" in page and page.count("class=match") == 1
-
-
-def test_notable_responses_stand_under_the_curves():
-    asked = [{"role": "user", "content": "2 + 2?"}]
-    best = NotableResponse("best", asked, "4 <b>", {"reward": 1.5, "reward_right": 1.0, "reward_short": 0.5}, False)
-    worst = NotableResponse("worst", asked, "5 or", {"reward": 0.125, "reward_short": 0.125}, True)
-    page = render_report("run", [{"train/loss": [(1, 1.0)]}], [], notable=[best, worst])
-    curves, _, rest = page.partition("<h2>Of the last rollout</h2>")
-    assert "<svg" in curves and "At each validation" in rest
-    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in rest.partition("</table>")[0].split("<tr>")]
-    assert rows[1] == ["", "prompt", "response", "reward", "reward_right", "reward_short"]
-    assert rows[2][2:] == ["4 &lt;b&gt;", "1.5", "1", "0.5"] and "2 + 2?" in rows[2][1]
-    assert rows[3][2:] == ["5 or<small>cut at the limit of tokens</small>", "0.125", "", "0.125"]
-    assert "last rollout" not in render_report("run", [], [])
-
-
-def test_curve_picture_spans_its_points():
-    picture = curve_svg({"a": [(0, 4.0), (10, 1.0)]}, width=640, height=240)
-    assert 'points="56.0,12.0 628.0,' in picture
-    assert curve_svg({}) == ""
-
-
 def test_markdown_cells_keep_to_one_line():
     assert markdown_table(["a"], [["x|y\nz"]]).splitlines()[-1] == "| x\\|y<br>z |"
 
@@ -151,19 +112,6 @@ def test_throughput_counts_tokens_and_padding(tmp_path):
     assert float(packed.callback_metrics["train/padding_share"]) == 0
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser on this machine")
-def test_report_opens_in_a_browser(tmp_path):
-    page = tmp_path / "report.html"
-    page.write_text(
-        render_report(
-            "run", [{"val/loss": [(1, 1.0)]}], [CherryPick("d", "1", [], {"reference": "r"}, {1: "r"}, {1: True})]
-        )
-    )
-    arguments = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
-    shown = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False).stdout
-    assert 'class="match"' in shown
-
-
 def test_metrics_of_the_answers_reach_loggers_table_and_report(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -178,7 +126,7 @@ def test_metrics_of_the_answers_reach_loggers_table_and_report(tmp_path):
     assert events.Scalars("cherry_picks/perplexity")[0].value > 100  # a random model over 768 tokens
     lines = [json.loads(line) for line in open(f"{runner.log_dir}/cherry_picks.jsonl")]
     assert {"exact_match", "length_words", "self_bleu"} <= set(lines[0]["scores"])
-    page = open(f"{runner.log_dir}/cherry_picks.html").read()
+    page = open(f"{runner.log_dir}/report.html").read()
     assert "self_bleu, mean" in page and "perplexity, mean" in page
 
 
@@ -250,5 +198,5 @@ def test_means_are_those_of_each_validation_alone(tmp_path):
     assert [float(value) for value in logged if value] == [0.0, 0.5, 1.0]
     lines = [json.loads(line) for line in open(f"{logger.log_dir}/cherry_picks.jsonl")]
     assert [line["scores"]["exact_match"] for line in lines] == [0, 0, 1, 0, 1, 1]
-    page = open(f"{logger.log_dir}/cherry_picks.html").read()
-    assert "<th>0 of 2</th><th>1 of 2</th><th>2 of 2</th>" in page and page.count("class=match") == 3
+    page = open(f"{logger.log_dir}/report.html").read()
+    assert re.findall("([0-9]) of 2<", page) == ["0", "1", "2"]
