@@ -223,8 +223,8 @@ def class_help(name: str) -> str:
         raise ConfigError(f"--help {name}: no such class. {hint}")
     width = min(shutil.get_terminal_size().columns, 120)
     root = kind.__module__.partition(".")[0]
-    short = getattr(importlib.import_module(root), kind.__name__, None) is kind
-    path = f"{root if short else kind.__module__}.{kind.__name__}"
+    short = f"{root}.{kind.__name__}"
+    path = short if locate(short) is kind else f"{kind.__module__}.{kind.__name__}"
     lines = [f"{path}: {first_line(kind)}", *lines_of(settings_of(kind), "", width)]
     if not is_subclasses_disabled(kind) and (below := [each for each in known.values() if kind in each.__mro__[1:]]):
         names = sorted(each.__name__ for each in below)
