@@ -138,7 +138,10 @@ def draw(title: str, series: Sequence[Series], best: int | None = None) -> Chart
         title,
         lines,
         [Tick(x_of(step), short(step)) for step in nice_ticks(first, last, whole=True) if first <= step <= last],
-        [Tick(y_of(value), label) for value, label in zip(marks, labels(marks), strict=True)],
+        [
+            Tick(y_of(mark), label)
+            for mark, label in zip(marks, map(short, marks) if log else labels(marks), strict=True)
+        ],
         x_of(best) if best is not None and first <= best <= last and last > first else None,
         log,
     )

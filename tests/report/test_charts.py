@@ -46,7 +46,7 @@ def test_points_stand_at_their_steps_and_values():
 
 def test_early_spike_makes_the_axis_logarithmic():
     spiked = draw("perplexity", [Series("val", [(1, 1000.0), (2, 10.0), (3, 10.0)])])
-    assert spiked.log and [tick.label for tick in spiked.y_ticks] == ["10", "100", "1000"]
+    assert spiked.log and [tick.label for tick in spiked.y_ticks] == ["10", "100", "1k"]
     assert not draw("loss", [Series("val", [(1, 4.0), (2, 1.0), (3, 0.9)])]).log
 
 
