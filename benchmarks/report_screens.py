@@ -119,14 +119,14 @@ def look(browser: Any, path: Path, width: int, scheme: str, out: Path) -> list[s
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
     problems: list[str] = []
-    own = path.absolute().as_uri()
+    own = path.resolve().as_uri()
     page.on("request", lambda asked: asked.url.startswith((own, "data:")) or problems.append(f"asks for {asked.url}"))
     page.on("console", lambda said: said.type == "error" and problems.append(f"console: {said.text}"))
     page.on("pageerror", lambda error: problems.append(f"script: {error}"))
     page.goto(own)
     problems += [f"too wide: {each}" for each in page.evaluate(TOO_WIDE)]
     problems += [f"contrast {each}" for each in page.evaluate(LOW_CONTRAST, LEAST_CONTRAST)]
-    name = "-".join(path.absolute().with_suffix("").parts[-3:])
+    name = "-".join(path.resolve().with_suffix("").parts[-3:])
     page.screenshot(path=out / f"{name}-{width}-{scheme}.png", full_page=True)
     context.close()
     return problems

@@ -182,7 +182,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 def labels(marks: Sequence[float]) -> list[str]:
     """The values of ticks with as many digits as tell them apart."""
     largest, gap = max(map(abs, marks)), min((b - a for a, b in pairwise(marks)), default=1.0)
-    if largest >= 1e4 or gap < 1e-3:
+    if largest >= 1e4 or gap < 0.9e-4:
         return [short(mark) for mark in marks]
     digits = max(0, -math.floor(math.log10(gap) + 1e-9))
     return [f"{mark:.{digits}f}" for mark in marks]
