@@ -1,17 +1,22 @@
 """Pictures of reports in a browser, at three widths, dark and light; fails on what a reader would trip over.
 
 A page fails if it is wider than the window, if a text has a contrast below 4.5 to 1 to what is behind it, if it asks
-for anything beyond itself, or if its script reports an error. Needs Chromium, and playwright beside this package:
+for anything beyond itself, or if its script reports an error. Needs Chromium on the path, and playwright:
 
-    python -m venv .venv-browser && .venv-browser/bin/pip install playwright
-    .venv-browser/bin/python benchmarks/report_screens.py runs/*/version_0/report.html --out screens
+    pip install playwright
+    python benchmarks/report_screens.py                                   # trains each method on a tiny model first
+    python benchmarks/report_screens.py runs/*/version_0/report.html      # of the demo, of comparisons
 """
 
 import argparse
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from lit_alignment.tools.parsers import METHODS
 
 WIDTHS = (360, 1280, 2560)
 SCHEMES = ("light", "dark")
@@ -56,7 +61,9 @@ TOO_WIDE = """() => {
 def main() -> int:
     """Take the pictures, print what is wrong, and return 1 if anything is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", type=Path, nargs="+", help="report.html of runs, or comparisons")
+    parser.add_argument(
+        "pages", type=Path, nargs="*", help="report.html of runs, or comparisons (default: each method)"
+    )
     parser.add_argument("--out", type=Path, default=Path("screens"), help="folder of the pictures (default: screens)")
     parser.add_argument("--chromium", default=shutil.which("chromium"), help="the browser (default: that of the path)")
     options = parser.parse_args()
@@ -67,10 +74,11 @@ def main() -> int:
     if options.chromium is None:
         sys.exit("chromium is not on the path. Install it, or give --chromium.")
     options.out.mkdir(parents=True, exist_ok=True)
+    pages = options.pages or [*trained(options.out / "runs")]
     wrong = 0
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=options.chromium, args=["--no-sandbox"])
-        for page in options.pages:
+        for page in pages:
             for width in WIDTHS:
                 for scheme in SCHEMES:
                     problems = look(browser, page, width, scheme, options.out)
@@ -78,8 +86,24 @@ def main() -> int:
                     for problem in problems:
                         print(f"{page} at {width} px, {scheme}: {problem}")
         browser.close()
-    print(f"{len(options.pages)} pages, {len(WIDTHS) * len(SCHEMES)} pictures each in {options.out}; problems: {wrong}")
+    print(f"{len(pages)} pages, {len(WIDTHS) * len(SCHEMES)} pictures each in {options.out}; problems: {wrong}")
     return int(wrong > 0)
+
+
+def trained(folder: Path) -> Iterator[Path]:
+    """Pages of one training by each method, as a new user would have them, and of a comparison of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    program = [sys.executable, "-m", "lit_alignment"]
+    for method in METHODS:
+        config, quiet = f"{method}.yaml", ["--trainer.enable_progress_bar", "false"]
+        subprocess.run([*program, "init", method, "--model", "tiny"], cwd=folder, check=True)
+        if method == "rag":
+            subprocess.run([*program, "index", "build", "--config", config], cwd=folder, check=True)
+        subprocess.run([*program, "fit", "--config", config, *quiet], cwd=folder, check=True)
+        yield folder / f"runs/{method}/version_0/report.html"
+    runs = [f"runs/{method}" for method in METHODS]
+    subprocess.run([*program, "report", *runs], cwd=folder, check=True)
+    yield folder / "comparison.html"
 
 
 def look(browser: Any, path: Path, width: int, scheme: str, out: Path) -> list[str]:
@@ -95,14 +119,14 @@ def look(browser: Any, path: Path, width: int, scheme: str, out: Path) -> list[s
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
     problems: list[str] = []
-    own = path.absolute().as_uri()
+    own = path.resolve().as_uri()
     page.on("request", lambda asked: asked.url.startswith((own, "data:")) or problems.append(f"asks for {asked.url}"))
     page.on("console", lambda said: said.type == "error" and problems.append(f"console: {said.text}"))
     page.on("pageerror", lambda error: problems.append(f"script: {error}"))
     page.goto(own)
     problems += [f"too wide: {each}" for each in page.evaluate(TOO_WIDE)]
     problems += [f"contrast {each}" for each in page.evaluate(LOW_CONTRAST, LEAST_CONTRAST)]
-    name = "-".join(path.absolute().with_suffix("").parts[-3:])
+    name = "-".join(path.resolve().with_suffix("").parts[-3:])
     page.screenshot(path=out / f"{name}-{width}-{scheme}.png", full_page=True)
     context.close()
     return problems

@@ -138,7 +138,10 @@ def draw(title: str, series: Sequence[Series], best: int | None = None) -> Chart
         title,
         lines,
         [Tick(x_of(step), short(step)) for step in nice_ticks(first, last, whole=True) if first <= step <= last],
-        [Tick(y_of(value), label) for value, label in zip(marks, labels(marks), strict=True)],
+        [
+            Tick(y_of(mark), label)
+            for mark, label in zip(marks, map(short, marks) if log else labels(marks), strict=True)
+        ],
         x_of(best) if best is not None and first <= best <= last and last > first else None,
         log,
     )
@@ -179,7 +182,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 def labels(marks: Sequence[float]) -> list[str]:
     """The values of ticks with as many digits as tell them apart."""
     largest, gap = max(map(abs, marks)), min((b - a for a, b in pairwise(marks)), default=1.0)
-    if largest >= 1e4 or gap < 1e-3:
+    if largest >= 1e4 or gap < 0.9e-4:
         return [short(mark) for mark in marks]
     digits = max(0, -math.floor(math.log10(gap) + 1e-9))
     return [f"{mark:.{digits}f}" for mark in marks]

@@ -32,10 +32,12 @@ class SideBySide:
 
     Args:
         pick: The record.
+        told: Whether the line that folds the record is all of its last message.
         panes: Answers by the name of their run.
     """
 
     pick: CherryPick
+    told: bool
     panes: dict[str, Pane]
 
 
@@ -110,7 +112,7 @@ def side_by_side(runs: Mapping[str, TrainingRun]) -> list[SideBySide]:
     for name, run in runs.items():
         for each in answers_of(run):
             if each.shown:
-                record = found.setdefault(_key(each), SideBySide(each.pick, {}))
+                record = found.setdefault(_key(each), SideBySide(each.pick, each.told, {}))
                 record.panes[name] = each.shown[-1]
     return list(found.values())
 

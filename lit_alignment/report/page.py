@@ -43,7 +43,7 @@ class Pane:
 
     step: int
     marks: list[str]
-    pieces: list[tuple[Change, str]]
+    pieces: Sequence[tuple[Change, str]]
     right: bool | None
     scores: dict[str, float]
     documents: list[str]
@@ -227,7 +227,7 @@ def _pane(pick: CherryPick, step: int, steps: Sequence[int], best: int | None) -
     marks += ["newest"] if step == steps[-1] and len(steps) > 1 else []
     marks += ["best step"] if step == best else []
     reference, answer = pick.known.get("reference"), pick.answers[step]
-    pieces: list[tuple[Change, str]] = word_changes(reference, answer) if reference else [("same", answer)]
+    pieces: Sequence[tuple[Change, str]] = word_changes(reference, answer) if reference else [("same", answer)]
     values = {name: value for name, value in pick.scores.get(step, {}).items() if name != "exact_match"}
     scores = {} if all(name in answer for name in values) else values  # rewards are the answer itself
     return Pane(step, marks, pieces, pick.right.get(step), scores, pick.documents.get(step, []))

@@ -123,7 +123,7 @@ class TrainingRun:
 
 def to_json(run: TrainingRun) -> str:
     """The run as one JSON object."""
-    return json.dumps({"version": VERSION, **asdict(run)}, ensure_ascii=False) + "\n"
+    return json.dumps({"version": VERSION, **asdict(run)}) + "\n"  # halves of surrogate pairs cannot be written plain
 
 
 def read_run(folder: Path) -> TrainingRun:

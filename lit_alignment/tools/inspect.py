@@ -27,9 +27,11 @@ STAGES: dict[Split, str] = {"train": "fit", "val": "validate", "test": "test", "
 BINS = 12
 
 VIEW_STYLE = """
+svg { max-width: 44rem; }
 .tokens { font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; padding: .8rem; }
 .tokens span { padding: 2px 0; border-radius: 3px; box-shadow: inset 0 0 0 .5px var(--line); }
-.trained { background: #16a34a55; } .special { opacity: .55; } .zero { text-decoration: line-through; }
+.trained { background: #16a34a40; color: var(--ink); } .special { color: var(--dim); }
+.zero { text-decoration: line-through; }
 .key span { margin-right: 1rem; padding: 2px 6px; border-radius: 3px; }
 """
 
@@ -205,9 +207,7 @@ def histogram_svg(lengths: np.ndarray[Any, Any], width: int = 640, height: int =
     marks = []
     for place, (start, end, count) in enumerate(bins):
         tall, x = (bottom - 20) * count / most, place * step
-        marks.append(
-            f'<rect x={x + 1:.1f} y={bottom - tall:.1f} width={step - 2:.1f} height={tall:.1f} fill="#2563eb"/>'
-        )
+        marks.append(f"<rect x={x + 1:.1f} y={bottom - tall:.1f} width={step - 2:.1f} height={tall:.1f} class=bar />")
         marks.append(f"<text x={x + step / 2:.1f} y={bottom - tall - 4:.1f} text-anchor=middle>{count}</text>")
         marks.append(f"<text x={x + step / 2:.1f} y={height - 8} text-anchor=middle>{start}-{end}</text>")
     picture = "".join(marks)

@@ -25,6 +25,7 @@ from lit_alignment.report.charts import (
         (1.93, 6.6, ["1", "2", "3", "4", "5", "6", "7"]),
         (-0.31, 0.12, ["-0.4", "-0.3", "-0.2", "-0.1", "0.0", "0.1", "0.2"]),
         (0.0, 1e-4, ["0", "2e-5", "4e-5", "6e-5", "8e-5", "1e-4"]),
+        (0.0026, 0.005, ["0.0025", "0.0030", "0.0035", "0.0040", "0.0045", "0.0050"]),
         (3.0, 3.0, ["1", "2", "3", "4", "5"]),
         (9000.0, 41000.0, ["0", "10k", "20k", "30k", "40k", "50k"]),
     ],
@@ -46,7 +47,7 @@ def test_points_stand_at_their_steps_and_values():
 
 def test_early_spike_makes_the_axis_logarithmic():
     spiked = draw("perplexity", [Series("val", [(1, 1000.0), (2, 10.0), (3, 10.0)])])
-    assert spiked.log and [tick.label for tick in spiked.y_ticks] == ["10", "100", "1000"]
+    assert spiked.log and [tick.label for tick in spiked.y_ticks] == ["10", "100", "1k"]
     assert not draw("loss", [Series("val", [(1, 4.0), (2, 1.0), (3, 0.9)])]).log
 
 

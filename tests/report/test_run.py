@@ -1,6 +1,6 @@
 """The data of a page, in a file and back, and settings from a configuration."""
 
-import json
+import time
 
 import pytest
 
@@ -10,7 +10,9 @@ from lit_alignment.report.run import CherryPick, Judge, TrainingRun, read_run, t
 from lit_alignment.report.settings import asked_first, differing, flat
 from lit_alignment.report.words import word_changes
 
-PICK = CherryPick("d", "1", [{"role": "user", "content": "?"}], {"label": None}, {0: "a"}, {0: True}, {0: {"x": 1.0}})
+PICK = CherryPick(
+    "d", "1", [{"role": "user", "content": "? \ud800"}], {"label": None}, {0: "a"}, {0: True}, {0: {"x": 1.0}}
+)
 CONFIG = """
 seed_everything: 7
 trainer: {max_epochs: 2, max_steps: -1, precision: null}
@@ -58,15 +60,15 @@ def test_settings_that_differ_are_those_of_no_other_value():
 
 
 def test_words_that_differ():
-    assert word_changes("a b c", "a x c d ") == [
-        ("same", "a"),
-        ("del", " b"),
-        ("ins", " x"),
-        ("same", " c"),
-        ("ins", " d "),
-    ]
-    assert word_changes("all of this", "is not that") == [("same", "is not that")]
-    assert word_changes("", "a") == [("same", "a")] and word_changes("a", "  ") == [("same", "  ")]
+    changes = word_changes("a b c", "a x c d ")
+    assert changes == (("same", "a"), ("del", " b"), ("ins", " x"), ("same", " c"), ("ins", " d "))
+    assert word_changes("all of this", "is not that") == (("same", "is not that"),)
+    assert word_changes("", "a") == (("same", "a"),) and word_changes("a", "  ") == (("same", "  "),)
     for text in ('{"queue": "billing",\n "urgent": true}', " leads, and ends ", "a b"):
         assert "".join(piece for kind, piece in word_changes('{"queue": "a b leads"}', text) if kind != "del") == text
-    assert json.dumps(word_changes("x " * 5000, "x " * 5000)).count("same") == 1
+
+
+def test_text_that_repeats_itself_is_compared_at_once():
+    begin = time.perf_counter()
+    word_changes("the cat " * 500, "the dog " * 500)
+    assert time.perf_counter() - begin < 2
