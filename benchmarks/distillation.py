@@ -1,6 +1,6 @@
 """Does a student learn more from a teacher's distributions than from the right answers alone?
 
-    python -m benchmarks.distillation run --seed 0            # the time of a seed is not measured yet
+    python -m benchmarks.distillation run --seed 0            # half an hour on one thread of two busy cores
     python -m benchmarks.distillation run --seed 0 --rates 2e-4 5e-4 1e-3     # others to choose from
     python -m benchmarks.distillation table                   # of all seeds that were run
     python -m benchmarks.distillation run --tiny              # every stage on a handful of records, in a minute
@@ -196,6 +196,9 @@ def table(folder: Path) -> None:
         folder: Of the proof.
     """
     results = [result for path in sorted((folder / "results").glob("*.json")) for result in read(path)]
+    if {*METHODS} - {result["method"] for result in results}:
+        print(f"\n{folder.name}: no seed has been run to its end")
+        return
     first = min(result["seed"] for result in results)
     chosen = {method: chosen_rate(results, method, first) for method in METHODS}
     runs = {
