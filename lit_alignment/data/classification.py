@@ -17,6 +17,7 @@ from lit_alignment.data.encoding.messages import IGNORE_INDEX, Record, finite
 from lit_alignment.data.encoding.prompts import prompt_columns
 from lit_alignment.data.encoding.rows import ROW_FEATURES
 from lit_alignment.data.examples import column
+from lit_alignment.data.labels import class_index
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
@@ -161,13 +162,10 @@ class ClassificationDataModule(ConversationDataModule):
                 return numbers
 
     def _index(self, label: object, field: str, where: str) -> int:
-        for name in _names_of(label):
-            if name in self.labels:
-                return self.labels.index(name)
-        whole = isinstance(label, int) or (isinstance(label, float) and label.is_integer())
-        if whole and not isinstance(label, bool) and 0 <= label < len(self.labels):  # type: ignore[operator]
-            return int(label)  # type: ignore[call-overload,no-any-return]
-        raise RecordError(where, field, f"is {label!r}", f"Give one of {self._known()}.")
+        index = class_index(label, self.labels)
+        if index is None:
+            raise RecordError(where, field, f"is {label!r}", f"Give one of {self._known()}.")
+        return index
 
     def _known(self) -> str:
         if self.problem == "regression":
@@ -191,17 +189,3 @@ class ClassificationDataModule(ConversationDataModule):
                 return ", ".join(f"{value:g}" for value in target or [])
             case _:
                 return ""
-
-
-def _names_of(label: object) -> list[str]:
-    """How a label may be named: a number as it is written, also as a whole one, and a truth value in either case."""
-    match label:
-        case str():
-            return [label]
-        case bool():
-            return [str(label), str(label).lower()]
-        case int():
-            return [str(label)]
-        case float():
-            return [str(label), *([f"{label:.0f}"] if label.is_integer() else [])]
-    return []

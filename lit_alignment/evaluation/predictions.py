@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_alignment.data.labels import class_index
 from lit_alignment.errors import RecordError
 from lit_alignment.metrics.classification import (
     confusion_matrix,
@@ -139,13 +140,11 @@ def _probabilities(line: Line, classes: tuple[str, ...], where: str) -> list[flo
 def _indices(line: Line, classes: tuple[str, ...], where: str) -> list[int]:
     """A label, a name or number or a list of these, as positions of the classes."""
     given = line["label"] if isinstance(line["label"], list) else [line["label"]]
-    found = [classes.index(str(each)) if str(each) in classes else each for each in given]
-    for each in found:
-        if not isinstance(each, int) or not 0 <= each < len(classes):
-            raise RecordError(
-                where, "label", f"is {each!r}, none of {', '.join(classes)}", "Correct the record's label."
-            )
-    return found
+    found = [class_index(each, classes) for each in given]
+    if None in found:
+        problem = f"is {given[found.index(None)]!r}, none of {', '.join(classes)}"
+        raise RecordError(where, "label", problem, "Correct the record's label.")
+    return [index for index in found if index is not None]
 
 
 def _one(indices: list[int], where: str) -> int:

@@ -17,6 +17,7 @@ from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.batching.collate import ScoreBatch
 from lit_alignment.data.classification import ClassificationDataModule
 from lit_alignment.data.encoding.prompts import PromptItem
+from lit_alignment.data.labels import class_index
 from lit_alignment.errors import ConfigError, present
 from lit_alignment.evaluation.samples import Confusion, ScoredSample
 from lit_alignment.hooks import Stage
@@ -217,7 +218,8 @@ class ClassificationModule(ScoringModule):
         if item.label is None or self.problem == "regression":
             return ScoredSample(text, {"prediction": text})
         names = self.names(item.label)
-        scores = {"probability of the label": probabilities[names[0]]} if self.problem == "single_label" else {}
+        one = names[0] if names and self.problem == "single_label" else None
+        scores = {} if one is None else {"probability of the label": probabilities[one]}
         return ScoredSample(text, {"prediction": text}, scores, names == prediction)
 
     def last_confusion(self) -> Confusion | None:
@@ -226,9 +228,8 @@ class ClassificationModule(ScoringModule):
 
     def names(self, label: Any) -> list[str]:
         """A record's label, a name or number or a list of these, as names in the order of the labels."""
-        given = label if isinstance(label, list) else [label]
-        found = {self.labels[each] if isinstance(each, int) else each for each in given}
-        return [name for name in self.labels if name in found]
+        found = {class_index(each, self.labels) for each in (label if isinstance(label, list) else [label])}
+        return [name for index, name in enumerate(self.labels) if index in found]
 
 
 def classification_head(

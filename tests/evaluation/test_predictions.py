@@ -32,6 +32,12 @@ def test_classes_by_hand():
     assert set(found.counts.values()) == {"3 labels"}
 
 
+@pytest.mark.parametrize(("label", "classes"), [(True, ("true", "false")), (0.0, ("0", "1")), (2, ("2", "3"))])
+def test_label_names_the_class_that_training_reads(label, classes):
+    line = chosen_class(classes[0], dict(zip(classes, (0.9, 0.1), strict=True)), label)
+    assert measure_classes(placed([line])).values["accuracy"] == 1
+
+
 def test_several_labels_and_numbers_by_hand():
     many = [
         chosen_class(["a", "b"], {"a": 0.9, "b": 0.7}, ["a"]),

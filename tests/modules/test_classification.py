@@ -15,6 +15,7 @@ from lit_alignment.callbacks.export import export_checkpoint
 from lit_alignment.checkpoints.restore import restore
 from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.data.encoding.encoder import EncodingConfig
+from lit_alignment.data.encoding.messages import read_record
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import CheckpointError, ConfigError, RecordError
 from lit_alignment.losses import focal_loss
@@ -319,6 +320,22 @@ def test_sample_is_right_where_the_predicted_class_is_the_label():
     for name, row in scores.items():
         sample = model.scored_sample(item, model.predicted(item, torch.tensor([row])))
         assert sample.columns["prediction"].startswith(name) and sample.right is (name == item.label == "bad")
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "named"),
+    [(["1", "2", "3"], 1, "1"), (["1", "2", "3"], 3.0, "3"), (["true", "false"], True, "true"), (["a", "b"], 1, "b")],
+)
+def test_number_or_truth_value_is_shown_as_the_class_that_is_trained(labels, given, named):
+    """A star of 1 was shown, and judged, as the class at index 1, and 3 ended the run with an IndexError."""
+    model = classifier(labels=labels)
+    data = class_data(model)
+    record = {**labelled(1)[0], "label": given}
+    item = data.predict_items([SourceConfig(records=[record])])[0]
+    row = torch.tensor([[9.0 if name == named else 0.0 for name in labels]])
+    sample = model.scored_sample(item, model.predicted(item, row))
+    assert data.target(read_record(record, "", 0)) == [labels.index(named)] and sample.right is True
+    assert sample.scores["probability of the label"] > 0.99
 
 
 @pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression"])
