@@ -148,6 +148,10 @@ def test_recipes_are_listed_and_found_by_their_last_name():
     assert "of this name there is none" in command("init", "--recipe", "sft/tinny").stderr
 
 
+def test_purpose_of_a_recipe_is_a_whole_sentence():
+    assert re.search(r"adamw_8bit .*\(Dettmers et al\. \d{4}.*\)", command("init", "--list").stdout)
+
+
 def test_recipe_that_is_not_here_is_offered():
     result = command("fit", "--config", "configs/sft/tiny.yaml")
     assert result.returncode == 2 and "lit-alignment init --recipe sft/tiny writes it" in result.stderr

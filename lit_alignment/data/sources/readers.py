@@ -163,7 +163,7 @@ def _read_jsonl(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str, A
             try:
                 record = parse_json(line.rstrip(), limits)
             except json.JSONDecodeError as error:
-                problem = f"not valid JSON ({error.msg} at column {error.colno})"
+                problem = f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
                 raise RecordError(where, "", problem, "Write one JSON object a line.") from error
             except Misfit as misfit:
                 raise misfit.at(where) from misfit
@@ -175,7 +175,8 @@ def _read_json(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str, An
     try:
         records = parse_json(path.read_text(encoding="utf-8-sig"), limits, check=False)
     except json.JSONDecodeError as error:
-        raise RecordError(f"{path}:{error.lineno}", "", f"not valid JSON ({error.msg})", fix) from error
+        problem = f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
+        raise RecordError(f"{path}:{error.lineno}", "", problem, fix) from error
     except Misfit as misfit:
         raise misfit.at(str(path)) from misfit
     if not isinstance(records, list):

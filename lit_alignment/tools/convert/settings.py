@@ -201,7 +201,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ConfigError(f"{path}: no such file.") from error
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}).") from error
+        problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON ({problem}).") from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a configuration ({error}).") from error
     if not isinstance(values, dict):

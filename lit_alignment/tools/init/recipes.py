@@ -98,4 +98,4 @@ def _purpose(name: str) -> str:
     text = (recipes_dir() / f"{name}.yaml").read_text(encoding="utf-8")
     lines = re.match(r"# Purpose:(.*\n(?:#  .*\n)*)", text)
     words = " ".join(line.lstrip("# ").strip() for line in lines[1].splitlines()) if lines else ""
-    return re.split(r"[.:;](?: |$)", words)[0]
+    return re.split(r"(?<! al)[.:;](?: |$)", words)[0]

@@ -47,6 +47,13 @@ def test_malformed_line_names_file_line_and_column(tmp_path):
         list(SourceConfig(str(path)).read())
 
 
+def test_text_that_is_cut_off_names_its_column_once(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "oops\n')
+    with pytest.raises(RecordError, match=r":1: not valid JSON \(Unterminated string starting at column 7\)"):
+        list(SourceConfig(str(path)).read())
+
+
 def test_other_broken_files_are_named(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"a": "\xff"}\n')
     (tmp_path / "b.json").write_text("{}")
