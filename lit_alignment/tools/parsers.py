@@ -302,6 +302,13 @@ def init() -> OptionParser:
     parser.add_argument("method", nargs="?", choices=METHODS, help="what to train")
     parser.add_argument("--data", help="records to train on: a file, a folder, or a data set of the hub")
     parser.add_argument("--val", help="records to validate on; without it the first ones of --data")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="FIELD=COLUMN",
+        help="what holds a field, where names are unusual, as text=Review label=Stars; or a text made of columns, as "
+        "'prompt=Answer briefly: {Question}'",
+    )
     parser.add_argument("--passages", help="rag: what is retrieved, records {title?, text}")
     parser.add_argument(
         "--model", default=SMALL, help=f"a folder, a name on the hub, or {TINY}: random weights, seconds"

@@ -86,6 +86,26 @@ def test_columns_of_usual_names_are_found(method, record, columns, tmp_path):
     assert source.get("columns") == columns and config["data"]["init_args"]["predict"][0].get("columns") == columns
 
 
+def test_columns_of_other_names_are_asked_for_and_may_be_given(tmp_path):
+    """Of a spreadsheet's export: a BOM, semicolons, Windows line ends, an umlaut in a name and a column without one."""
+    path = tmp_path / "reviews.csv"
+    rows = [f'{number};"Käse ""gut""\r\nund günstig";{number % 5 + 1};' for number in range(30)]
+    path.write_bytes("\r\n".join(["ID;Bewertung für uns;Sterne;", *rows]).encode("utf-8-sig"))
+    refused = command("init", "classification", "--data", str(path))
+    assert refused.returncode == 2 and re.search(
+        r"csv:2: no columns of usual names for 'text' and 'label' \(there are: 'ID', 'Bewertung für uns', 'Sterne'\)\. "
+        r"Say which hold them: --columns text=COLUMN label=COLUMN",
+        refused.stderr,
+    )
+    columns = {"text": "Bewertung für uns", "label": "Sterne"}
+    given = [f"{name}={column}" for name, column in columns.items()]
+    config = written("classification", "--data", str(path), "--columns", *given)[1]
+    assert config["data"]["init_args"]["train"] == [{"path": str(path), "columns": columns}]
+    assert config["model"]["init_args"]["labels"] == ["1", "2", "3", "4", "5"]
+    said = command("init", "sft", "--data", str(path), "--columns", "prompt=Bewertung", "completion=Sterne").stderr
+    assert "no column is named 'Bewertung'" in said and "Did you mean 'Bewertung für uns'?" in said
+
+
 def test_numbers_are_a_regression(tmp_path):
     records = [{"text": "fine", "label": 0.5 + number} for number in range(12)]
     model = written("classification", "--data", write_jsonl(tmp_path / "data.jsonl", records))[1]["model"]
@@ -164,3 +184,5 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
     assert "--passages is read by rag" in command("init", "sft", "--passages", path).stderr
     assert "one of them" in command("init", "sft", "--recipe", "sft/tiny").stderr
     assert "--val needs --data" in command("init", "sft", "--val", path).stderr
+    assert "--columns needs --data" in command("init", "sft", "--columns", "prompt=a").stderr
+    assert "write FIELD=COLUMN" in command("init", "sft", "--data", path, "--columns", "prompt").stderr

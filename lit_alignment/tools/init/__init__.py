@@ -50,7 +50,7 @@ def init(options: Namespace) -> str:
     if data is None:
         samples = copy_files(kind.samples, Path("sample_data") / options.method)
         data, val, passages = (str(samples / f"{name}.jsonl") for name in ("train", "test", "passages"))
-    found = look(data, options.method)
+    found = look(data, options.method, _columns(options.columns))
     sources = _sources(data, val, found)
     for folder in ("tiny", "tiny_vision") if options.model == TINY else ():
         copy_files(folder, Path("sample_model") / folder)
@@ -67,10 +67,20 @@ def _check(options: Namespace, out: Path) -> None:
         raise ConfigError(f"{out} is there already. Give another name with --out, or remove it.")
     if options.data is None and options.val is not None:
         raise ConfigError("--val needs --data.")
+    if options.data is None and options.columns is not None:
+        raise ConfigError("--columns needs --data.")
     if (options.data is not None) != (options.passages is not None) and options.method == "rag":
         raise ConfigError("rag needs both --data FILE and --passages FILE: what is retrieved, records {title?, text}.")
     if options.passages is not None and options.method != "rag":
         raise ConfigError(f"--passages is read by rag, not by {options.method}. Remove it.")
+
+
+def _columns(given: list[str] | None) -> dict[str, str] | None:
+    """What `--columns` says, by field."""
+    pairs = [each.partition("=") for each in given or []]
+    if wrong := next((name for name, _, column in pairs if not (name and column)), None):
+        raise ConfigError(f"--columns {wrong}: write FIELD=COLUMN, as prompt=Question.")
+    return {name: column for name, _, column in pairs} or None
 
 
 def _sources(data: str, val: str | None, found: Records) -> str:

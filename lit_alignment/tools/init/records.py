@@ -50,19 +50,22 @@ class Records:
     alone: bool = False
 
 
-def look(path: str, method: str) -> Records:
+def look(path: str, method: str, columns: dict[str, str] | None = None) -> Records:
     """Read the first records of a source as a method would.
 
     Args:
         path: A file, a folder, or the name of a data set on the hub.
         method: One of READERS.
+        columns: The column of each field; None looks for usual names.
 
     Raises:
         RecordError: At the first record that cannot be used.
-        ConfigError: If the first one fits other methods, which are named; or there is none.
+        ConfigError: If the first one fits other methods, which are named; or its columns have no usual names; or there
+            is none.
     """
     first = next((raw for _, raw in SourceConfig(path).read() if isinstance(raw, dict)), None)
-    columns = None if first is None or _fits(method, first) else _columns(method, first)
+    if columns is None and first is not None and not _fits(method, first):
+        columns = _columns(method, first)
     found, read = [], READERS[method]
     for position, (where, raw) in enumerate(islice(SourceConfig(path, columns=columns).read(), MOST)):
         if isinstance(raw, UnusableRecord):  # counted when it is trained
@@ -72,7 +75,9 @@ def look(path: str, method: str) -> Records:
         except RecordError as error:
             others = [name for name in READERS if _fits(name, raw)] if not found and columns is None else []
             if not others:
-                raise
+                if found or columns is not None or not _unnamed(method, raw):
+                    raise
+                raise ConfigError(f"{where}: {_unusual(method, raw)}") from error
             raise ConfigError(f"{error} As it is, it fits lit-alignment init {' or '.join(others[:3])}.") from error
     if not found:
         raise ConfigError(f"{path}: no record. Give a file of records.")
@@ -88,6 +93,20 @@ def _columns(method: str, raw: dict[str, Any]) -> dict[str, str] | None:
     }
     fits = bool(names) and all(names.values()) and _fits(method, {wanted: raw[name] for wanted, name in names.items()})
     return names if fits else None
+
+
+def _unnamed(method: str, raw: Any) -> bool:
+    """Whether a record is a row of a table, in which the method's fields have other names."""
+    flat = isinstance(raw, dict) and not any(isinstance(value, list | dict) for value in raw.values())
+    return flat and method in COLUMNS and len(raw) >= len(COLUMNS[method]) and not COLUMNS[method].keys() <= raw.keys()
+
+
+def _unusual(method: str, raw: dict[str, Any]) -> str:
+    """Which columns there are, and how to say what they hold."""
+    listed = ", ".join(f"'{name}'" for name in raw)
+    asked = " ".join(f"{name}={name if name in raw else 'COLUMN'}" for name in COLUMNS[method])
+    fields = " and ".join(f"'{name}'" for name in COLUMNS[method])
+    return f"no columns of usual names for {fields} (there are: {listed}). Say which hold them: --columns {asked}"
 
 
 def _classes(labels: list[Any], path: str) -> tuple[list[str], str]:
