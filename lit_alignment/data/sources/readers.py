@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any, TextIO
 
 from lit_alignment.data.sources.values import LIMITS, Misfit, RecordLimitsConfig, parse_json, plain
@@ -53,7 +54,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise RecordError(_undecodable(path), "", "not UTF-8 text", "Save the file as UTF-8.") from error
+        raise RecordError(_undecodable(path), "", "not UTF-8 text", _conversion(path)) from error
     except OSError as error:
         raise RecordError(str(path), "", f"cannot be read ({error.strerror or error})", "Check the file.") from error
 
@@ -152,6 +153,16 @@ def _undecodable(path: Path) -> str:
             except UnicodeDecodeError:
                 break
     return f"{path}:{number}"
+
+
+def _conversion(path: Path) -> str:
+    """How to make UTF-8 of a file, which Windows programs write in one of two other encodings."""
+    if path.suffix in CODECS:
+        return "Save the file as UTF-8."
+    with path.open("rb") as file:
+        encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+    command = f"iconv -f {encoding} -t utf-8 {quote(str(path))} > NEW{path.suffix}"
+    return f"Save the file as UTF-8; one from Windows by: {command}"
 
 
 def _read_jsonl(path: Path, limits: RecordLimitsConfig) -> Iterator[tuple[str, Any]]:

@@ -190,3 +190,12 @@ def test_number_is_an_index_where_names_are_words(tmp_path, tokenizer):
 def test_record_of_columns_is_no_record_to_other_readers():
     ((_, found),) = SourceConfig(records=[{"a": ""}], columns={"prompt": "a"}).read()
     assert found == UnusableRecord("empty_cell", "records[0]: column 'a' is empty", {"prompt"}, {})
+
+
+@pytest.mark.parametrize("encoding, line", [("cp1252", 2), ("utf-16", 1)])
+def test_table_in_another_encoding_names_its_line_and_how_to_convert_it(encoding, line, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("text;label\nsch\u00f6n;1\n".encode(encoding))
+    said = rf"a\.csv:{line}: not UTF-8 text\. .* iconv -f {encoding} -t utf-8 \S*/a\.csv > NEW\.csv"
+    with pytest.raises(RecordError, match=said):
+        list(SourceConfig(str(path)).read())
