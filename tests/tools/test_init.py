@@ -186,3 +186,9 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
     assert "--val needs --data" in command("init", "sft", "--val", path).stderr
     assert "--columns needs --data" in command("init", "sft", "--columns", "prompt=a").stderr
     assert "write FIELD=COLUMN" in command("init", "sft", "--data", path, "--columns", "prompt").stderr
+
+
+def test_classes_that_are_numbers_stand_in_their_order(tmp_path, empty_folder):
+    records = [{"messages": [{"role": "user", "content": "q"}], "label": label} for label in (10, 2, 1, 2, 10, 1) * 4]
+    model = written("classification", "--data", write_jsonl(tmp_path / "stars.jsonl", records))[1]["model"]
+    assert model["init_args"]["labels"] == ["1", "2", "10"]

@@ -120,7 +120,7 @@ def _classes(labels: list[Any], path: str) -> tuple[list[str], str]:
     names = dict.fromkeys(str(name) for label in labels for name in (label if isinstance(label, list) else [label]))
     if len(names) > MOST_LABELS:
         raise ConfigError(f"{path}: {len(names)} different labels, more than {MOST_LABELS}. Check the field 'label'.")
-    return sorted(names), "multi_label" if labels and isinstance(labels[0], list) else "single_label"
+    return sorted(names, key=_natural), "multi_label" if labels and isinstance(labels[0], list) else "single_label"
 
 
 def _fits(method: str, raw: Any) -> bool:
@@ -192,3 +192,9 @@ READERS: dict[str, Callable[[Any, str, int], Any]] = {
     "distillation": _asked,
     "policy": _asked,
 }
+
+
+def _natural(name: str) -> tuple[bool, float, str]:
+    """Whole numbers by their size, before all other names."""
+    number = name.removeprefix("-").isdecimal()
+    return not number, float(name) if number else 0.0, name
