@@ -57,7 +57,8 @@ def write_reports(reports: dict[str, DataReport], directory: Path) -> Path:
         ConfigError: If the disk is full or the folder cannot be written.
     """
     path = directory / "data_report.json"
-    with writing(path, ConfigError, "Free its disk, or choose another folder for the run"):
+    fix = "Free its disk, or set the logger's save_dir, or the PredictionWriter's output_dir, to another folder"
+    with writing(path, ConfigError, fix):
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({split: vars(report) for split, report in reports.items()}, indent=2) + "\n")
     return path

@@ -141,7 +141,7 @@ def test_full_training_with_new_tokens_and_picks_then_answers(tmp_path, base):
     export = next((tmp_path / "run").rglob("export"))
     answers = predict(convert(tmp_path, inference(tmp_path, {"model_path": str(export)}), "infer.yaml"))
     assert [line["id"] for line in answers] == [str(number) for number in range(12)]
-    assert (tmp_path / "answers/config.yaml").is_file() and not (ROOT / "config.yaml").exists()
+    assert [*(tmp_path / "answers").glob("*.settings.json")] and not (ROOT / "config.yaml").exists()
     assert answers[3]["meta"] == {"number": 3} and answers[3]["label"] == "urgent"
 
 
