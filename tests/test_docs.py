@@ -5,7 +5,9 @@ import dataclasses
 import inspect
 import re
 import runpy
+import shlex
 from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
@@ -58,12 +60,18 @@ from lit_alignment.rollout import (
 )
 from lit_alignment.rollout.config import RolloutConfig
 from lit_alignment.rollout.samplers import TransformersSampler
+from lit_alignment.tools.parsers import PARSERS
+from lit_alignment.trainer_cli import AlignmentCLI, build
 from lit_alignment.vllm.sampler import VLLMSampler
 from lit_alignment.vllm.server_sampler import ServerSampler
 from tests.helpers import ROOT, base_model_folder
 
 README = (ROOT / "README.md").read_text()
-GUIDE = (ROOT / "configs/README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "configs").rglob("*.md")))
+}
+GUIDE = "\n".join(text for name, text in PAGES.items() if name != "README.md")
 SETTINGS = [
     BackboneConfig,
     AdapterConfig,
@@ -128,14 +136,80 @@ def test_every_setting_is_in_the_guide(owner):
     assert not missing
 
 
-@pytest.mark.parametrize("text", [README, GUIDE], ids=["README", "guide"])
-def test_commands_and_files_in_the_documents_exist(text):
-    commands = re.findall(r"lit-alignment ([a-z]+)", text)
-    assert commands and set(commands) <= {*TRAINER_COMMANDS, *TOOLS}
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_and_files_in_the_documents_exist(name):
+    text = PAGES[name]
+    assert set(re.findall(r"lit-alignment ([a-z]+)", text)) <= {*TRAINER_COMMANDS, *TOOLS}
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets
-    for name in re.findall(r"(?<![\w/])((?:configs|tests|benchmarks)/[\w./-]+\.\w+)", text):
-        assert (ROOT / name).exists(), name
+    for file in re.findall(r"(?<![\w/.])((?:configs|tests|benchmarks)/[\w./-]+\.\w+)", text):
+        assert (ROOT / file).exists() or file in made_by_commands(text), file
+
+
+def made_by_commands(text):
+    """Files that commands of a page write to where the recipes stand in a checkout."""
+    return set(re.findall(r"--out (\S+)", text))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_of_a_page_lead_somewhere(name):
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
+        path, _, anchor = target.partition("#")
+        if not target.startswith("https://"):
+            assert not path or (page.parent / path).exists(), target
+        if anchor and (not path or path.endswith(".md")):
+            headings = re.findall(r"^#+ (.+)$", (page.parent / path if path else page).read_text(), re.M)
+            slugs = {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", each).strip().lower()) for each in headings}
+            assert anchor in slugs, target
+
+
+def written_commands():
+    """Page and arguments of each command of ours that stands in a block of a page, once each."""
+    seen = {}
+    for name, text in PAGES.items():
+        lines = text.replace("\\\n", " ").splitlines()
+        for line in lines:
+            found = re.match(r"(?:    |\$ |    \$ )?(?:\S*/)?lit-alignment (?!.*\.\.\.)(.+)", line)
+            if found:
+                seen.setdefault(tuple(shlex.split(found[1], comments=True)), name)
+    return [(name, arguments) for arguments, name in seen.items()]
+
+
+def shown(value):
+    return value if isinstance(value, str) else " ".join(value)[:80]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, arguments", written_commands(), ids=shown)
+def test_options_of_each_command_are_taken(name, arguments, monkeypatch):
+    command, *options = arguments
+    assert command in {*TRAINER_COMMANDS, *TOOLS}
+    if "--help" in options:
+        return
+    if command not in TRAINER_COMMANDS and command not in ("inspect", "estimate", "preprocess", "index"):
+        known, others = PARSERS[command]().parse_known_args(options)
+        assert command == "serve" or not others  # those of vLLM
+        return
+    if command not in TRAINER_COMMANDS:
+        _, options = PARSERS[command]().parse_known_args(options)
+    monkeypatch.setattr(AlignmentCLI, "instantiate_classes", lambda self: None)
+    given = [ours(each, name) for each in options if each != "--print_config"]
+    assert build(without_checkpoint(given)).config
+
+
+def ours(option, page):
+    """A file of the reader stands for the smallest recipe of the method that it, or the page, is named after."""
+    if not option.endswith((".yaml", ".json")) or option.startswith("configs/"):
+        return option
+    recipes = [Path(f"configs/{method}/tiny.yaml") for method in (Path(option).stem, Path(page).parent.name, "sft")]
+    return str(next(path for path in recipes if (ROOT / path).is_file()))
+
+
+def without_checkpoint(options):
+    """All options but those of other commands than fit."""
+    dropped = [number for number, each in enumerate(options) if each in ("--ckpt_path", "--engine")]
+    return [each for number, each in enumerate(options) if number not in dropped and number - 1 not in dropped]
 
 
 def test_yaml_in_the_guide_is_yaml():

@@ -74,7 +74,7 @@ class PolicyLossConfig:
     """The loss of policy optimisation. What is None is as the name says, or takes its usual value.
 
     Args:
-        name: Which choices are made below; `configs/README.md` has the table.
+        name: Which choices are made below; `configs/policy/README.md` has the table.
         objective: What is minimised for each token.
         ratio: Whether tokens or whole responses are compared with the policy that sampled them.
         aggregate: How the tokens' losses become one.

@@ -115,7 +115,7 @@ class LossConfig:
     """One loss, with its weight among others. A setting that is None takes the loss's usual value.
 
     Args:
-        name: Which one; `configs/README.md` has the table.
+        name: Which one; `configs/preference/README.md` has the table.
         weight: Of its mean over the pairs of an optimizer step.
         beta: Strength of the tie to the reference, or scale of what is compared without one.
         label_smoothing: Share of pairs whose labels are wrong.

@@ -152,7 +152,7 @@ def test_recipe_brings_along_all_that_it_names(name, empty_folder):
     assert (empty_folder / f"configs/{name}.yaml").read_bytes() == (recipes_dir() / f"{name}.yaml").read_bytes()
     for file in empty_folder.rglob("*.yaml"):
         for named in re.findall(r"configs/[\w/-]+(?:\.\w+)?", file.read_text()):
-            assert (empty_folder / named).exists() or named == "configs/README.md", (file, named)
+            assert (empty_folder / named).exists(), (file, named)
     for file in empty_folder.rglob("*.jsonl"):
         for line in file.read_text().splitlines():
             for image in re.findall(r'"image": "(.*?)"', line):
