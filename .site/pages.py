@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+from lit_alignment import __version__
 from lit_alignment.config_help import Setting, first_line, public_classes, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,11 +46,20 @@ OTHERS = {  # pages of the reference that are no method's: what they are, and wh
 OTHERS["callbacks"][1].extend(["MemorySnapshot", "PredictionWriter", "Upload", "ClearMLLogger"])
 OTHERS["devices"][1].extend(["AsyncCheckpointIO", "AtomicCheckpointIO", "MuonWithAdamW", "ScheduleFreeAdamW"])
 OUTSIDE = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+WIDTH = 104  # columns of a configuration
+ASKED = ("from_checkpoint", "chat", "generate", "answers", "classify", "score", "embed", "retrieve")
 LEFT_OUT = {"LoraConfig", "__version__"}  # peft's own, and no name to describe
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Say which version the pages are of."""
+    config.site_name = f"lit_alignment {__version__}"
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made."""
+    """Add the pages that are made, and the style sheet."""
+    files.append(File.generated(config, "site.css", content=(ROOT / ".site/site.css").read_text(encoding="utf-8")))
     for path, text in pages():
         files.append(File.generated(config, path, content=text))
     return files
@@ -100,23 +111,30 @@ def _is_reward(each: Any) -> bool:
 
 
 def _yaml(settings: Sequence[Setting], indent: str, owner: str) -> Iterator[str]:
-    """The settings as lines of YAML, each with its meaning behind it."""
+    """The settings as lines of YAML, each below what it does."""
     for each in settings:
         if not each.text:
             raise PluginError(f"{owner}: setting '{each.key}' has no description. Add it to the class's docstring.")
+        yield from textwrap.wrap(
+            f"{each.text} ({each.kind})", WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# "
+        )
         value = "required" if each.default is None else each.default
-        if each.inner:
-            several = each.kind.startswith("list of") or " by name" in each.kind
-            shown = "" if value in ("its defaults", "null", "required", "[]") or several else f" {value}"
-            yield f"{indent}{each.key}:{shown}  # {each.kind}; {each.text}"
-            first, below = ("- ", "  ") if each.kind.startswith("list of") else ("", "")
-            name = [f"{indent}  NAME:"] if " by name" in each.kind else []
-            deeper = indent + "  " + ("  " if name else "")
-            yield from name
-            for number, line in enumerate(_yaml(each.inner, "", f"{owner}.{each.key}")):
-                yield deeper + (first if number == 0 else below) + line
-        else:
-            yield f"{indent}{each.key}: {value}  # {each.kind}; {each.text}"
+        if not each.inner:
+            yield f"{indent}{each.key}: {value}"
+            continue
+        whole = value if value in ("null", "[]", "{}") else ""
+        yield f"{indent}{each.key}: {whole and f'# {whole}, or:'}".rstrip()
+        below = list(_yaml(each.inner, "", f"{owner}.{each.key}"))
+        if " by name" in each.kind:
+            below = ["NAME:", *(f"  {line}" for line in below)]
+        elif each.kind.startswith("list of"):
+            first = next(number for number, line in enumerate(below) if not line.startswith("#"))
+            below = [
+                *(f"  {line}" for line in below[:first]),
+                f"- {below[first]}",
+                *(f"  {line}" for line in below[first + 1 :]),
+            ]
+        yield from (f"{indent}  {line}" for line in below)
 
 
 def _tables(title: str, classes: Sequence[tuple[str, Any]]) -> str:
@@ -163,7 +181,15 @@ def _api_reference() -> Iterator[tuple[str, str]]:
         for path in paths:
             _described(path)
         title = titles.get(name, name.capitalize())
-        yield f"api/{name}.md", "\n".join([f"# {title}", "", *(f"::: {path}\n" for path in dict.fromkeys(paths))])
+        yield f"api/{name}.md", "\n".join([f"# {title}", "", *(_shown(path, name) for path in dict.fromkeys(paths))])
+
+
+def _shown(path: str, group: str) -> str:
+    """A name on its page: of a module with what a user calls, of a callback without what Lightning calls."""
+    members = [name for name in ASKED if group == "modules" and hasattr(_imported(path), name)]
+    if group in ("hooks", "rewards", "generation", "losses"):
+        return f"::: {path}\n"
+    return f"::: {path}\n    options:\n      members: {json.dumps(members)}\n      inherited_members: true\n"
 
 
 def _public_of(module: str) -> list[str]:
