@@ -8,9 +8,10 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 # Two processes for the tests, each with whole files: what a file has prepared once is not prepared twice.
 SPREAD := -n 2 --dist loadfile
+DIST := dist
 HAS_GPU := $(shell command -v nvidia-smi)
 
-.PHONY: demo test test-all test-fast test-vllm lint install vllm-env clean
+.PHONY: demo test test-all test-fast test-vllm lint install vllm-env dist clean
 
 install: $(STAMP)
 
@@ -54,5 +55,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+dist: $(STAMP)  ## the sdist, the wheel that is built from it, and a check of both
+	rm -rf $(DIST)
+	$(BIN)/python -m hatchling build --target sdist --directory $(DIST)
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(DIST) $(DIST)/*.tar.gz
+	$(BIN)/python -m twine check --strict $(DIST)/*
+	@du -h $(DIST)/*
+
 clean:
-	rm -rf $(VENV) $(VLLM) runs predictions .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(DIST) runs predictions .mypy_cache .pytest_cache .ruff_cache

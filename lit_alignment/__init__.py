@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from lit_alignment.retrieval.index import IndexConfig
     from lit_alignment.rollout.config import RolloutConfig
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 moved.install()
 

