@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.modules.base import AlignmentModule
 
 COUNTED = ("epoch", "step")  # what ModelCheckpoint adds itself
 
@@ -30,9 +31,21 @@ class Monitors(Callback):
         self._check_validation(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at what validation logs, unless the sanity check has shown it."""
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._check_validation(trainer, pl_module)
+        """Look at what validation logs, unless the sanity check has shown it, and at what its records do not define.
+
+        Raises:
+            ConfigError: If a watched metric is not there.
+        """
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        undefined = pl_module.undefined if isinstance(pl_module, AlignmentModule) else {}
+        for owner, name in _watched(trainer):
+            if name in undefined:
+                raise ConfigError(
+                    f"{owner}: monitor is '{name}', which needs {undefined[name]} and data.val has none. Validate on "
+                    "such records, or watch val/loss."
+                )
+        self._check_validation(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Look at what the first optimizer step logs; other metrics of training may come later.

@@ -31,6 +31,15 @@ from torchmetrics.functional.classification import (
 from torchmetrics.utilities import dim_zero_cat
 
 NUM_BINS = 15  # of the calibration error, as in Guo et al. 2017
+# What the examples must have for metrics to be defined; without it they are NaN, whatever the scores.
+NEEDS = {
+    "auroc": "records of two classes or more",
+    "average_precision": "records that have a label",
+    "weighted_f1": "records that have a label",
+    "r2": "records with different numbers",
+    "pearson": "records with different numbers",
+    "spearman": "records with different numbers",
+}
 
 
 class ScoresAndTargets(Metric):
@@ -73,7 +82,7 @@ def single_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Metrics of a classifier with one class an example.
 
     Means over classes leave out those that do not occur. The area under the ROC curve and the average precision are
-    of each class against the rest.
+    of each class against the rest; the former is NaN where all examples have the same class, as scikit-learn's.
 
     Args:
         logits: [N, K].
@@ -120,19 +129,21 @@ def log_odds(logits: Tensor) -> Tensor:
 def binary_metrics(scores: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Metrics of yes-or-no decisions; yes is predicted from probability 1/2 on.
 
+    The area under the ROC curve is NaN without a yes and a no, the average precision without a yes.
+
     Args:
         scores: Logits of yes, [N].
         targets: 1 for yes, [N].
     """
     targets, probabilities, ranked = targets.long(), scores.sigmoid(), ranks(scores)
-    predicted = (scores > 0).long()
+    predicted, positives, undefined = (scores > 0).long(), int(targets.sum()), scores.new_tensor(math.nan)
     return {
         "accuracy": (predicted == targets).float().mean(),
         "f1": binary_f1_score(predicted, targets),
         "precision": binary_precision(predicted, targets),
         "recall": binary_recall(predicted, targets),
-        "auroc": binary_auroc(ranked, targets),
-        "average_precision": binary_average_precision(ranked, targets),
+        "auroc": binary_auroc(ranked, targets) if 0 < positives < len(targets) else undefined,
+        "average_precision": binary_average_precision(ranked, targets) if positives else undefined,
         "calibration_error": binary_calibration_error(probabilities, targets, NUM_BINS),
     }
 
@@ -140,7 +151,8 @@ def binary_metrics(scores: Tensor, targets: Tensor) -> dict[str, Tensor]:
 def multi_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Metrics of a classifier with any number of labels an example; a label is predicted from probability 1/2 on.
 
-    Means over labels leave out, of the area under the ROC curve and the average precision, labels that no example has.
+    Means over labels leave out, of the area under the ROC curve and the average precision, labels that no example has,
+    and are NaN where none is left; so is the F1 that labels are weighted in by their number.
 
     Args:
         logits: [N, K].
@@ -168,6 +180,9 @@ def multi_label_metrics(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 def regression_metrics(predictions: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Errors and correlations, means over the K quantities.
 
+    R2 and correlations leave out quantities of which all targets are equal, and are NaN where none is left. Equal
+    predictions of different targets correlate with these by 0.
+
     Args:
         predictions: [N, K].
         targets: [N, K].
@@ -176,10 +191,15 @@ def regression_metrics(predictions: Tensor, targets: Tensor) -> dict[str, Tensor
         "mse": mean_squared_error(predictions, targets),
         "mae": mean_absolute_error(predictions, targets),
     }
-    if len(predictions) > 1:  # one point has no correlation
-        found["r2"] = r2_score(predictions, targets)
-        found["pearson"] = pearson_corrcoef(predictions, targets).mean()
-        found["spearman"] = spearman_corrcoef(predictions, targets).mean()
+    differ = targets.amax(0) > targets.amin(0)
+    if not differ.any():
+        return found | dict.fromkeys(("r2", "pearson", "spearman"), predictions.new_tensor(math.nan))
+    predictions, targets = predictions[:, differ], targets[:, differ]
+    told = predictions.amax(0) != predictions.amin(0)
+    found["r2"] = r2_score(predictions, targets)
+    for name, correlation in (("pearson", pearson_corrcoef), ("spearman", spearman_corrcoef)):
+        each = correlation(predictions[:, told], targets[:, told]) if told.any() else predictions.new_zeros(1)
+        found[name] = each.sum() / len(told)
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from lit_alignment.distributed.features import StrategyFeatures, check_backbone,
 from lit_alignment.distributed.sharding import Cast
 from lit_alignment.errors import ConfigError
 from lit_alignment.hooks import Stage
+from lit_alignment.metrics.classification import NEEDS
 from lit_alignment.models.adapters import AdapterConfig
 from lit_alignment.models.attention import check_sequence_parallel
 from lit_alignment.models.collectives import SequenceGroup
@@ -88,6 +90,7 @@ class AlignmentModule(StandaloneModule):
         self.model: nn.Module | None = None
         self._checked = False
         self.metrics = nn.ModuleDict()  # of each stage but training
+        self.undefined: dict[str, str] = {}  # metrics that a stage's records do not define, and what these lack
         self._window_loss: Tensor | float = 0.0
         self._window_router: Tensor | float = 0.0
         self._window: list[tuple[list[str], Tensor]] = []  # ids and loss of each micro-batch of the step
@@ -263,11 +266,22 @@ class AlignmentModule(StandaloneModule):
 
     def log_values(self, stage: Stage, values: Mapping[str, Tensor | float]) -> None:
         """Log values of a stage, and show those that the method wants seen while it trains."""
+        if not self.trainer.sanity_checking:  # which sees a few records alone
+            values = self._defined(stage, values)
         if stage == "val" and not self.trainer.sanity_checking:
             self.figures = {f"val/{name}": float(value) for name, value in values.items()}
             self._figures_step = self.trainer.global_step
         for name, value in values.items():
             self.log(f"{stage}/{name}", float(value), prog_bar=name in self.progress_bar)
+
+    def _defined(self, stage: Stage, values: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+        """The values but those that the stage's records do not define, each of which is named once."""
+        lacking = [name for name, value in values.items() if name in NEEDS and math.isnan(value)]
+        for name in lacking:
+            if f"{stage}/{name}" not in self.undefined:
+                rank_zero_info(f"{stage}/{name} is left out: it needs {NEEDS[name]}.")
+        self.undefined |= {f"{stage}/{name}": NEEDS[name] for name in lacking}
+        return {name: value for name, value in values.items() if name not in lacking}
 
     # Loss of an optimizer step.
 

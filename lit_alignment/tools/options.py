@@ -2,17 +2,19 @@
 
 import argparse
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
 from lit_alignment.errors import ConfigError
 
+OPTION = re.compile("--?[a-zA-Z]")  # how one begins; a question may begin with a minus
 SETTINGS = ("config", "print_config", "trainer", "model", "data", "seed_everything", "engine", "vllm", "ckpt_path")
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser of a tool's options, whose complaints are ConfigErrors.
+    """A parser of options and positional arguments in any order, whose complaints are ConfigErrors.
 
     Args:
         prog: The command.
@@ -34,6 +36,46 @@ class OptionParser(argparse.ArgumentParser):
         nearest = self._nearest(word) if word != message.partition(" ")[0] else None
         hint = f"Did you mean '{nearest}'?" if nearest else f"`{self.prog} --help` lists the options."
         raise ConfigError(f"{self.prog}: {message}. {hint}")
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str], namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """The tool's options and positional arguments, and all other words in their order.
+
+        argparse alone fills positional arguments at the first of them, and with the values of unknown options.
+        """
+        own, positional, rest = self._sorted(args)
+        options, left = super().parse_known_args([*own, "--", *positional] if positional else own, namespace)
+        return options, left + rest
+
+    def _sorted(self, words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+        """Own options with their values, positional arguments, and what is unknown.
+
+        An unknown option takes the word behind it. What is more than the positional arguments is unknown too.
+        """
+        sizes = [action.nargs for action in self._get_positional_actions()]
+        most = math.inf if "+" in sizes else len(sizes)
+        own: list[str] = []
+        positional: list[str] = []
+        rest: list[str] = []
+        into, missing = rest, 0.0  # values of the last option
+        for number, word in enumerate(words):
+            if word == "--":
+                positional += words[number + 1 :]
+                break
+            name, equals, _ = word.partition("=")
+            if OPTION.match(word):
+                action = self._option_string_actions.get(name)
+                into, size = (rest, None) if action is None else (own, action.nargs)
+                missing = math.inf if size == "+" else int(size is None)
+                if equals or name == "--print_config":
+                    missing = 0
+            elif missing:
+                missing -= 1
+            else:
+                into = positional if len(positional) < most else rest
+            into.append(word)
+        return own, positional, rest
 
     def split(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """The tool's own options, and those that are settings of a configuration.

@@ -305,6 +305,7 @@ def init() -> OptionParser:
     parser.add_argument(
         "--columns",
         nargs="+",
+        action="extend",
         metavar="FIELD=COLUMN",
         help="what holds a field, where names are unusual, as text=Review label=Stars; or a text made of columns, as "
         "'prompt=Answer briefly: {Question}'",

@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lit_alignment.callbacks.monitors import Monitors
 from lit_alignment.errors import ConfigError
-from tests.helpers import chats, sft_data, sft_module, trainer
+from tests.helpers import chats, class_data, classifier, labelled, sft_data, sft_module, trainer
 
 
 class Steps(Callback):
@@ -71,3 +71,21 @@ def test_right_monitors_are_left_alone(tmp_path, name):
 def test_metric_that_a_callback_of_others_logs_later_is_left_alone(tmp_path):
     saver = ModelCheckpoint(tmp_path, monitor="own", save_on_train_epoch_end=True)
     assert fit(tmp_path, saver, Foreign()) == ("", 8)
+
+
+@pytest.mark.parametrize("kind", [ModelCheckpoint, EarlyStopping])
+def test_metric_that_the_validation_does_not_define_is_refused(tmp_path, kind):
+    """The sanity check sees a few records, which may well have one class while all have several."""
+    for number, refused in ((2, "needs records of two classes or more and data.val has none. Validate on"), (6, "")):
+        model, watcher = classifier(), kind(monitor="val/auroc", mode="max")
+        val = sorted(labelled(6, seed=1), key=lambda record: record["label"])[:number]
+        data = class_data(model, labelled(6), val, packing=False, batch_size=1)
+        saves = {"enable_checkpointing": kind is ModelCheckpoint, "num_sanity_val_steps": 1}
+        run = trainer(tmp_path, callbacks=[Monitors(), watcher], **saves)
+        if refused:
+            with pytest.raises(ConfigError, match=f"{kind.__name__}: monitor is 'val/auroc', which {refused}"):
+                run.fit(model, data)
+        else:
+            run.fit(model, data)
+            best = watcher.best_model_score if kind is ModelCheckpoint else watcher.best_score
+            assert 0 <= float(best) <= 1

@@ -96,7 +96,38 @@ def test_regression_by_hand():
     found = regression_metrics(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[1.0], [3.0], [5.0]]))
     assert float(found["mse"]) == pytest.approx(2 / 3) and float(found["mae"]) == pytest.approx(2 / 3)
     assert float(found["spearman"]) == pytest.approx(1.0, abs=1e-4) and float(found["r2"]) == pytest.approx(1 - 2 / 8)
-    assert regression_metrics(torch.tensor([[1.0]]), torch.tensor([[1.0]])).keys() == {"mse", "mae"}
+
+
+def undefined(found):
+    return {name for name, value in found.items() if math.isnan(value)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_metric_that_the_examples_do_not_define_is_nan_and_no_other():
+    logits, one, none = torch.randn(6, 3), torch.ones(6), torch.zeros(6)
+    assert undefined(single_label_metrics(logits, one.long())) == {"auroc"}
+    assert undefined(single_label_metrics(logits, torch.tensor([0, 0, 0, 0, 0, 1]))) == set()
+    assert undefined(binary_metrics(logits[:, 0], one)) == {"auroc"}
+    assert undefined(binary_metrics(logits[:, 0], none)) == {"auroc", "average_precision"}
+    assert undefined(multi_label_metrics(logits, torch.stack([one, one, none], 1))) == {"auroc"}
+    found = multi_label_metrics(logits, torch.zeros(6, 3))
+    assert undefined(found) == {"auroc", "average_precision", "weighted_f1"}
+    for number in (1, 6):
+        same = regression_metrics(logits[:number, :1], torch.ones(number, 1))
+        assert undefined(same) == {"r2", "pearson", "spearman"}
+
+
+@pytest.mark.filterwarnings("error")
+def test_correlations_are_means_over_quantities_whose_targets_differ():
+    predictions, targets = torch.tensor([[1.0, 5.0], [2.0, 1.0], [4.0, 7.0]]), torch.tensor([[1.0], [3.0], [5.0]])
+    alone = regression_metrics(predictions[:, :1].contiguous(), targets)
+    beside = regression_metrics(predictions, torch.cat([targets, torch.ones(3, 1)], 1))
+    for name in ("r2", "pearson", "spearman"):
+        assert float(beside[name]) == float(alone[name]) > 0.7
+    equal = torch.cat([predictions[:, :1], torch.ones(3, 1)], 1)
+    halved = regression_metrics(equal, torch.cat([targets, targets], 1))
+    assert float(halved["pearson"]) == pytest.approx(float(alone["pearson"]) / 2)
+    assert float(halved["spearman"]) == pytest.approx(float(alone["spearman"]) / 2)
 
 
 def test_confusion_matrix_has_true_classes_in_rows():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -347,3 +348,15 @@ def test_validation_on_one_record_is_measured(tmp_path, problem):
     model = classifier(labels=labels, problem=problem)
     (result,) = trainer(tmp_path).validate(model, class_data(model, records[1:], records[:1]), verbose=False)
     assert result["val/loss"] > 0
+
+
+def test_metric_that_the_validation_does_not_define_is_left_out_and_named_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    model, logger = classifier(), CSVLogger(tmp_path, "", "")
+    alike = [{**each, "label": "fine"} for each in labelled(6, seed=1)]
+    runner = trainer(tmp_path, logger=logger, max_epochs=2, num_sanity_val_steps=1)
+    runner.fit(model, class_data(model, labelled(6), alike))
+    said = [each for each in caplog.messages if "left out" in each]
+    assert said == ["val/auroc is left out: it needs records of two classes or more."]
+    assert "val/auroc" not in {*model.figures, *runner.callback_metrics} and "val/average_precision" in model.figures
+    assert "nan" not in (tmp_path / "metrics.csv").read_text()

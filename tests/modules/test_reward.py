@@ -137,6 +137,13 @@ def test_outcomes_train_binary_cross_entropy(tmp_path):
     assert {"val/accuracy", "val/auroc", "val/calibration_error", "val/reward_mean"} <= result.keys()
 
 
+def test_outcomes_of_one_label_have_no_area_under_the_roc_curve(tmp_path):
+    """It was 0, as of a model that is always wrong."""
+    bad = [outcome | {"label": 0} for outcome in OUTCOMES]
+    found = loss_of(reward_model(), tmp_path, bad, kind="outcomes").keys()
+    assert "val/accuracy" in found and not found & {"val/auroc", "val/average_precision"}
+
+
 def test_steps_are_scored_where_their_separators_end(tmp_path):
     model = reward_model()
     model.load_model().eval()

@@ -52,9 +52,46 @@ def test_some_records_are_held_out_for_validation_unless_they_are_given(tmp_path
     data = written("sft", "--data", path)[1]["data"]["init_args"]
     assert data["train"] == [{"path": path}] and data["val_fraction"] == 0.1 and "val" not in data
     (tmp_path / "user/sft.yaml").unlink()
-    data = written("sft", "--data", path, "--val", "val.jsonl")[1]["data"]["init_args"]
-    assert data["train"] == [{"path": path}] and data["val"] == [{"path": "val.jsonl"}]
+    val = write_jsonl(tmp_path / "val.jsonl", [{"question": "why", "answer": "so"}])
+    data = written("sft", "--data", path, "--val", val)[1]["data"]["init_args"]
+    assert data["train"] == [{"path": path}]
+    assert data["val"] == [{"path": val, "columns": {"prompt": "question", "completion": "answer"}}]
     assert "val_fraction" not in data
+
+
+@pytest.mark.parametrize(
+    "method, val, said",
+    [
+        ("sft", pairs(2), r"val.jsonl:1: field 'messages' is missing .* it fits lit-alignment init reward or"),
+        ("sft", [], "val.jsonl: no record. Give a file of records"),
+        ("sft", None, "val.jsonl: no such file"),
+        ("classification", [{"text": "x", "label": 0.5}], "the records hold a score, and those of --data one label"),
+        ("preference", judged(2), "hold one response, judged alone, and those of --data responses to compare. Make"),
+    ],
+)
+def test_records_that_validate_are_looked_at_as_those_that_are_trained(method, val, said, tmp_path, empty_folder):
+    records = {"sft": chats, "classification": labelled, "preference": pairs}[method](12)
+    data, given = write_jsonl(tmp_path / "data.jsonl", records), str(tmp_path / "val.jsonl")
+    if val is not None:
+        write_jsonl(tmp_path / "val.jsonl", val)
+    result = command("init", method, "--data", data, "--val", given)
+    assert result.returncode == 2 and re.search(said, result.stderr), result.stderr
+    assert not list(empty_folder.iterdir())
+
+
+def test_classes_are_those_of_training_and_of_validation(tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", labelled(12))
+    val = write_jsonl(tmp_path / "val.jsonl", [{"text": "x", "label": "rare"}])
+    model = written("classification", "--data", data, "--val", val)[1]["model"]
+    assert model["init_args"]["labels"] == ["bad", "fine", "good", "rare"]
+
+
+def test_passages_are_looked_at(tmp_path, empty_folder):
+    data, passages = write_jsonl(tmp_path / "data.jsonl", chats(12)), str(tmp_path / "passages.jsonl")
+    for records, said in (([{"title": "x"}], "passages.jsonl:1: field 'text' is missing"), ([], "jsonl: no passage")):
+        write_jsonl(tmp_path / "passages.jsonl", records)
+        result = command("init", "rag", "--data", data, "--passages", passages)
+        assert result.returncode == 2 and said in result.stderr and not list(empty_folder.iterdir()), result.stderr
 
 
 def test_labels_and_judged_responses_are_found_in_the_data(tmp_path, empty_folder):
@@ -104,6 +141,17 @@ def test_columns_of_other_names_are_asked_for_and_may_be_given(tmp_path):
     assert config["model"]["init_args"]["labels"] == ["1", "2", "3", "4", "5"]
     said = command("init", "sft", "--data", str(path), "--columns", "prompt=Bewertung", "completion=Sterne").stderr
     assert "no column is named 'Bewertung'" in said and "Did you mean 'Bewertung für uns'?" in said
+
+
+def test_columns_may_stand_before_the_method_and_more_than_once(tmp_path, empty_folder):
+    path = write_jsonl(tmp_path / "data.jsonl", [{"ask": "why", "say": "so"}] * 12)
+    for words in ("--columns prompt=ask completion=say sft", "--columns prompt=ask --columns completion=say sft"):
+        assert command("init", "--data", path, *words.split()).returncode == 0
+        config = yaml.safe_load((empty_folder / "sft.yaml").read_text())
+        assert config["data"]["init_args"]["train"][0]["columns"] == {"prompt": "ask", "completion": "say"}
+        (empty_folder / "sft.yaml").unlink()
+    said = command("init", "sft", "--data", path, "--columns", "a=b", "reward").stderr
+    assert "--columns reward: write FIELD=COLUMN" in said
 
 
 def test_numbers_are_a_regression(tmp_path):

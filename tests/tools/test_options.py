@@ -1,10 +1,12 @@
 """Options of the tools: full names, numbers within bounds, one message."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
 from lit_alignment.errors import ConfigError
+from lit_alignment.tools import parsers
 from lit_alignment.tools.options import OptionParser, positive, whole
 from tests.helpers.commands import command
 
@@ -41,6 +43,23 @@ def test_settings_of_the_configuration_pass():
     assert parser.split([*settings, "--number=2"]) == (argparse.Namespace(number="2"), settings)
     with pytest.raises(ConfigError, match="Did you mean '--number'"):
         parser.split(["--numbers", "1"])
+
+
+def test_options_and_positional_arguments_stand_in_any_order():
+    chat, report, index, serve = parsers.chat(), parsers.report(), parsers.index(), parsers.serve()
+    for words in ("m --seed 1 hi", "m hi --seed 1", "--seed 1 m hi", "--seed=1 m -- hi"):
+        options = chat.parse_args(words.split())
+        assert (options.source, options.question, options.seed) == ("m", "hi", 1), words
+    assert chat.parse_args(["m", "-1 + 1?"]).question == "-1 + 1?"
+    assert chat.parse_args(["m", "--", "--a"]).question == "--a"
+    assert report.parse_args(["a", "--out", "x", "b"]).runs == [Path("a"), Path("b")]
+    for words in ("build --config c --overwrite", "--config c --overwrite build", "--overwrite --config c build"):
+        options, rest = index.split(words.split())
+        assert (options.action, options.overwrite, rest) == ("build", True, ["--config", "c"])
+    assert index.split(["--print_config", "build"])[1] == ["--print_config"]
+    for words in ("m --lora-modules a=b c=d --port 1 --flag", "--port 1 m --lora-modules a=b c=d --flag"):
+        options, rest = serve.parse_known_args(words.split())
+        assert (options.source, options.port) == ("m", 1) and rest == ["--lora-modules", "a=b", "c=d", "--flag"]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "x", "", "1e400"])

@@ -10,7 +10,7 @@ from lit_alignment.paths import fetched_path, shown
 from lit_alignment.tools import parsers
 from lit_alignment.tools.fetch import PACKAGED
 from lit_alignment.tools.init.recipes import copy_files, copy_recipe, listing
-from lit_alignment.tools.init.records import MOST, Records, look
+from lit_alignment.tools.init.records import MOST, Records, check_passages, look, look_alike
 from lit_alignment.tools.init.templates import METHODS, TINY, MethodTemplate, Values, configuration
 
 LEAST = 10  # records of which some can be held out
@@ -23,6 +23,9 @@ def main(arguments: list[str]) -> None:
         ConfigError: If a file is in the way, or the data do not fit the method.
     """
     options = parsers.init().parse_args(arguments)
+    if options.method is None:  # behind --columns the parser takes it for one of them
+        options.method = next((word for word in options.columns or [] if word in METHODS), None)
+        options.columns = [word for word in options.columns or [] if word != options.method] or None
     if sum((options.list, options.recipe is not None, options.method is not None)) > 1:
         raise ConfigError("lit-alignment init: give a method, --recipe NAME or --list, one of them.")
     if options.list:
@@ -50,8 +53,12 @@ def init(options: Namespace) -> str:
     if data is None:
         samples = copy_files(kind.samples, Path("sample_data") / options.method)
         data, val, passages = (str(samples / f"{name}.jsonl") for name in ("train", "test", "passages"))
-    found = look(data, options.method, _columns(options.columns))
-    sources = _sources(data, val, found)
+    columns = _columns(options.columns)
+    found = look(data, options.method, columns)
+    held = None if val is None else look_alike(val, options.method, found, columns)
+    if passages is not None and options.method == "rag":
+        check_passages(passages)
+    found, sources = held or found, _sources(data, found, val, held)
     for folder in ("tiny", "tiny_vision") if options.model == TINY else ():
         copy_files(folder, Path("sample_model") / folder)
     values = Values(options.method, _word(options.model), shown(out), sources, _word(passages or ""), found)
@@ -83,21 +90,24 @@ def _columns(given: list[str] | None) -> dict[str, str] | None:
     return {name: column for name, _, column in pairs} or None
 
 
-def _sources(data: str, val: str | None, found: Records) -> str:
+def _sources(data: str, found: Records, val: str | None, held: Records | None) -> str:
     """Lines of the data module's settings: what is trained, what validates, and what predict answers."""
-    columns = ", ".join(f"{name}: {_word(column)}" for name, column in (found.columns or {}).items())
-    rest = f", columns: {{{columns}}}" if columns else ""
-    train = f"train: [{{path: {_word(data)}{rest}}}]"
-    if val is not None:
-        given = f"[{{path: {_word(val)}{rest}}}]"
+    train = f"train: [{{{_source(data, found)}}}]"
+    if val is not None and held is not None:
+        given = f"[{{{_source(val, held)}}}]"
         return f"{train}\n    val: {given}\n    predict: {given}"
     if found.number < LEAST:
         raise ConfigError(
             f"{data}: {found.number} records are too few to hold some out for validation. Give --val FILE."
         )
     fraction = 0.1 if found.number < MOST else 0.02
-    held = f"val_fraction: {fraction}  # held out for validation, drawn at random; or a file: val: [{{path: ...}}]"
-    return f"{train}\n    {held}\n    predict: [{{path: {_word(data)}{rest}, num_rows: 20}}]"
+    drawn = f"val_fraction: {fraction}  # held out for validation, drawn at random; or a file: val: [{{path: ...}}]"
+    return f"{train}\n    {drawn}\n    predict: [{{{_source(data, found)}, num_rows: 20}}]"
+
+
+def _source(path: str, found: Records) -> str:
+    columns = ", ".join(f"{name}: {_word(column)}" for name, column in (found.columns or {}).items())
+    return f"path: {_word(path)}" + (f", columns: {{{columns}}}" if columns else "")
 
 
 def _word(text: str) -> str:

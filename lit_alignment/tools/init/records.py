@@ -1,7 +1,7 @@
 """What a file of records holds: whether it fits a method, and what of it belongs into a configuration."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from lit_alignment.data.encoding.feedback import read_feedback
 from lit_alignment.data.encoding.messages import Record, read_record, value_kind
 from lit_alignment.data.multimodal.media import read_media_messages
+from lit_alignment.data.passages import read_passage
 from lit_alignment.data.sources.columns import UnusableRecord
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
@@ -49,6 +50,15 @@ class Records:
     problem: str = "single_label"
     alone: bool = False
 
+    @property
+    def kind(self) -> str:
+        """What each record holds, in words."""
+        if self.alone:
+            return "one response, judged alone"
+        if self.problem == "single_label":
+            return "one label each" if self.labels else "responses to compare"
+        return "a list of labels" if self.problem == "multi_label" else "a score"
+
 
 def look(path: str, method: str, columns: dict[str, str] | None = None) -> Records:
     """Read the first records of a source as a method would.
@@ -84,6 +94,44 @@ def look(path: str, method: str, columns: dict[str, str] | None = None) -> Recor
     labels = [each.label for each in found] if method == "classification" else []
     alone = method == "preference" and found[0].alone
     return Records(len(found), columns, *_classes(labels, path), alone)
+
+
+def look_alike(path: str, method: str, trained: Records, columns: dict[str, str] | None = None) -> Records:
+    """Read the first records that validate, which hold the same as those that are trained.
+
+    Args:
+        path: As of `look`.
+        method: One of READERS.
+        trained: What is trained.
+        columns: As of `look`.
+
+    Returns:
+        What was found, with the labels of both.
+
+    Raises:
+        RecordError: As of `look`.
+        ConfigError: As of `look`; or if they hold labels or responses of another kind.
+    """
+    found = look(path, method, columns)
+    if found.kind != trained.kind:
+        raise ConfigError(
+            f"{path}: the records hold {found.kind}, and those of --data {trained.kind}. Make both alike."
+        )
+    return replace(found, labels=sorted({*found.labels, *trained.labels}, key=_natural))
+
+
+def check_passages(path: str) -> None:
+    """Read the first passages.
+
+    Raises:
+        RecordError: At the first one that cannot be used.
+        ConfigError: If there is none.
+    """
+    position = -1
+    for position, (where, raw) in enumerate(islice(SourceConfig(path).read(), MOST)):
+        read_passage(raw, where, position)
+    if position < 0:
+        raise ConfigError(f"{path}: no passage. Give a file of passages.")
 
 
 def _columns(method: str, raw: dict[str, Any]) -> dict[str, str] | None:
