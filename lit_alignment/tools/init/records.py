@@ -9,6 +9,7 @@ from typing import Any
 from lit_alignment.data.encoding.feedback import read_feedback
 from lit_alignment.data.encoding.messages import Record, read_record, value_kind
 from lit_alignment.data.multimodal.media import read_media_messages
+from lit_alignment.data.passages import PassageSourceConfig, read_passage
 from lit_alignment.data.sources.columns import UnusableRecord
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
@@ -84,6 +85,25 @@ def look(path: str, method: str, columns: dict[str, str] | None = None) -> Recor
     labels = [each.label for each in found] if method == "classification" else []
     alone = method == "preference" and found[0].alone
     return Records(len(found), columns, *_classes(labels, path), alone)
+
+
+def look_at_passages(path: str) -> str:
+    """How many files of text a folder holds; "" of records, of which the first is read.
+
+    Args:
+        path: As of a source of passages.
+
+    Raises:
+        RecordError: If the first passage cannot be used, or a file is no text.
+        ConfigError: If there is none.
+    """
+    source = PassageSourceConfig(path)
+    where, first = next(source.read(), ("", None))
+    if first is None:
+        raise ConfigError(f"{path}: no passage. Give a folder of text, or a file of records {{title?, text}}.")
+    read_passage(first, where, 0)
+    found = source.texts()
+    return "" if found is None else found.line()
 
 
 def _columns(method: str, raw: dict[str, Any]) -> dict[str, str] | None:
