@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lit_alignment.data.distillation import DistillationDataModule
     from lit_alignment.data.encoding.encoder import EncodingConfig
     from lit_alignment.data.encoding.templates import TemplateConfig
+    from lit_alignment.data.passages import PassageSourceConfig
     from lit_alignment.data.policy import PolicyDataModule
     from lit_alignment.data.preference import PreferenceDataModule
     from lit_alignment.data.rag import RAGDataModule
@@ -89,6 +90,7 @@ _PLACES = {
     "NewTokenConfig": "lit_alignment.models.tokens",
     "OptimizerConfig": "lit_alignment.optimization",
     "PassageDataModule": "lit_alignment.data.retriever",
+    "PassageSourceConfig": "lit_alignment.data.passages",
     "PolicyDataModule": "lit_alignment.data.policy",
     "PolicyLossConfig": "lit_alignment.losses.policy_config",
     "PolicyModule": "lit_alignment.modules.policy",
@@ -144,6 +146,7 @@ __all__ = [
     "NewTokenConfig",
     "OptimizerConfig",
     "PassageDataModule",
+    "PassageSourceConfig",
     "PolicyDataModule",
     "PolicyLossConfig",
     "PolicyModule",

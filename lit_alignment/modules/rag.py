@@ -203,11 +203,13 @@ class RAGModule(GenerativeModule):
         """As of the base.
 
         Raises:
-            ConfigError: If no index is given.
+            ConfigError: If no index is given, or it was made by another encoder.
         """
         if saved.family == cls.family and "index" not in settings:
             raise ConfigError(f"{path}: holds no index. Give it: from_checkpoint(path, index=IndexConfig(FOLDER)).")
-        return super().from_saved(saved, path, device, **settings)
+        module = super().from_saved(saved, path, device, **settings)
+        module.passage_retriever.check_index()
+        return module
 
     @classmethod
     def arguments_of(cls, saved: Saved) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 import os
 import shutil
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,25 +41,21 @@ class IndexBuilder:
         self.folder = self.target.with_name(f".{self.target.name}.partial")
         self._shards: list[Tensor] | None = None
 
-    def create(self, passages: Sequence[Passage]) -> None:
-        """Write the passages and room for their embeddings: on one process, before any writes.
+    def create(self, passages: Iterable[Passage]) -> None:
+        """Write the passages, read once, and room for their embeddings: on one process, before any writes.
 
         Raises:
             ConfigError: If two have one id.
             CheckpointError: If the disk is full or the folder cannot be written.
         """
-        counted = Counter(passage.id for passage in passages)
-        twice = next((each for each, number in counted.items() if number > 1), None)
-        if twice is not None:
-            raise ConfigError(
-                f"index.passages: the id '{twice}' is that of {counted[twice]} passages, from several sources. Give "
-                "each its own; a passage without one has its line's number."
-            )
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             self.folder.mkdir(parents=True)
-            write_passages(self.folder, passages)
+            write_passages(self.folder, _of_different_ids(passages))
             create_shards(self.folder, self.manifest.shards, self.manifest.dimension, self.manifest.dtype)
+        except ConfigError:
+            shutil.rmtree(self.folder)
+            raise
         except OSError as error:
             raise CheckpointError(f"{self.target}: cannot write the index ({error}).") from error
 
@@ -101,3 +96,16 @@ class IndexBuilder:
         except OSError as error:
             raise CheckpointError(f"{self.target}: cannot write the index ({error}).") from error
         return self.target
+
+
+def _of_different_ids(passages: Iterable[Passage]) -> Iterator[Passage]:
+    """The same passages, as long as no id comes twice."""
+    known: set[str] = set()
+    for passage in passages:
+        if passage.id in known:
+            raise ConfigError(
+                f"index.passages: the id '{passage.id}' is that of two passages, from two sources. Give each passage "
+                "its own (one without has its line's number), or each source of text files a 'name' of its own."
+            )
+        known.add(passage.id)
+        yield passage

@@ -5,7 +5,7 @@ N passages, D width
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +115,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     os.replace(fresh, folder / MANIFEST)
 
 
-def write_passages(folder: Path, passages: Sequence[Passage]) -> None:
+def write_passages(folder: Path, passages: Iterable[Passage]) -> None:
     """Write ids, titles and texts, in the order of the embeddings."""
     with ArrowWriter(path=str(folder / PASSAGES), features=PASSAGE_FEATURES) as writer:
         for passage in passages:

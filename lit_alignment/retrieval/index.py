@@ -15,8 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_alignment.data.passages import Passage
-from lit_alignment.data.sources.records import SourceConfig
+from lit_alignment.data.passages import Passage, PassageSourceConfig
 from lit_alignment.errors import ConfigError, require
 from lit_alignment.retrieval.files import PASSAGE_FEATURES, PASSAGES, FileChecks, Manifest, map_shards, read_manifest
 from lit_alignment.retrieval.search import exact_search, sharded_search
@@ -31,7 +30,7 @@ class IndexConfig:
 
     Args:
         path: Its folder.
-        passages: Where its passages come from; only needed to build it.
+        passages: Where its passages come from, records or folders of text; only needed to build it.
         search: `exact` compares a query with every passage; FAISS's `flat` does too, `ivf` looks into some clusters
             only, and `hnsw` walks a graph (both for many millions).
         dtype: Precision of the stored embeddings.
@@ -45,7 +44,7 @@ class IndexConfig:
     """
 
     path: str
-    passages: list[SourceConfig] | None = None
+    passages: list[PassageSourceConfig] | None = None
     search: SearchKind = "exact"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rows_per_shard: int = 1_000_000

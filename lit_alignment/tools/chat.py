@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str]) -> None:
-    """Answer one question, or one after the other until the input ends.
+    """Answer one question, or one after the other until the input ends; with an index also say from which passages.
 
     Raises:
         ConfigError: If the model cannot be loaded, or answers no prompts.
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
     decoding = DecodingConfig(stop_strings=options.stop, **{name: getattr(options, name) for name in names})
-    module = load_answering(options.source, options.base, options.device, options.trust_remote_code)
+    module = load_answering(options.source, options.base, options.device, options.trust_remote_code, options.index)
     chat = Chat(module, decoding, options.system)
     chat.show(options.image)
     if options.question is not None:

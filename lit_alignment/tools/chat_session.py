@@ -37,7 +37,7 @@ class Chat:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
 
     def answer(self, text: str, alone: bool = False) -> None:
-        """Print the answer to a message while it is generated, and keep both.
+        """Print the answer to a message while it is generated, and what it was retrieved from, and keep both messages.
 
         Args:
             text: The message.
@@ -68,12 +68,16 @@ class Chat:
             print()
             note("stopped; what was said is kept" if said else "stopped")
         else:
-            print(flush=True)
             (completion,) = response.completions
+            if not said:  # one of several prompts, each with a passage, comes as a whole
+                say(completion.text)
+            print(flush=True)
+            for number, passage in enumerate(response.retrieved.get("documents", []), start=1):
+                note(f"  [{number}] {passage['title'] or passage['id']}")
             if completion.finish_reason == "length":
                 note(self._cut(completion.num_tokens))
         self.images = []
-        if said:
+        if any(said):
             self.messages.append({"role": "assistant", "content": "".join(said)})
         else:
             self.messages.pop()  # two messages of a user in a row are refused by many templates

@@ -18,9 +18,11 @@ from lit_alignment.callbacks.progress import progress
 from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.data.encoding.messages import value_kind
+from lit_alignment.data.examples import column
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.retriever import PassageBatch, PassageDataModule
 from lit_alignment.data.sources.readers import read_file
+from lit_alignment.data.sources.record_batches import ROWS
 from lit_alignment.errors import ConfigError, RecordError
 from lit_alignment.files import replaced
 from lit_alignment.metrics.retrieval import ranking_metrics
@@ -59,12 +61,13 @@ def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options:
         raise ConfigError("model.index.passages is not set: give the sources of the passages.")
     if Path(index.path).expanduser().exists() and not options.overwrite:
         raise ConfigError(f"{index.path} exists. Choose another model.index.path, or add --overwrite.")
+    texts = [(source.path, found) for source in index.passages if (found := source.texts()) is not None]
     module = cli.model.passage_encoder()
     module.load_model()
     if options.ckpt_path is not None:
         load_towers(dual_encoder(module), _trained(options.ckpt_path))
     data = PassageDataModule(
-        module.tokenizer, predict=index.passages, batch_size=index.batch_size, packing=False, cache_dir=_cache(cli)
+        module.tokenizer, predict=[*index.passages], batch_size=index.batch_size, packing=False, cache_dir=_cache(cli)
     )
     asked = cli.asked
     with TemporaryDirectory() as scratch:  # for the report on the passages, which is printed and belongs to no run
@@ -82,12 +85,26 @@ def build(cli: ToolCLI, retriever: RetrieverConfig, index: IndexConfig, options:
         )
         trainer.predict(module, data, return_predictions=False)
     if trainer.is_global_zero:
-        made = PassageIndex.load(index.path)
-        size = sum(file.stat().st_size for file in Path(index.path).expanduser().iterdir())
-        print(
-            f"{index.path}: {len(made)} passages, vectors of {made.manifest.dimension} numbers in "
-            f"{made.manifest.dtype}, {made.manifest.search} search  ({size / 1e6:.1f} MB)"
-        )
+        print(_summary(index))
+        for path, found in texts:
+            print(f"  {path}: {found.line()}")
+        most = retriever.passage_max_length
+        if longer := int((column(data.examples["predict"], "length") > most).sum()):
+            fix = "lower max_words of the source" if texts else "cut them into shorter ones"
+            print(
+                f"{longer} passages are longer than retriever.passage_max_length ({most} tokens), and lose their ends. "
+                f"Raise it, or {fix}."
+            )
+
+
+def _summary(index: IndexConfig) -> str:
+    """One line on an index that is built."""
+    made, folder = PassageIndex.load(index.path), Path(index.path).expanduser()
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return (
+        f"{index.path}: {len(made)} passages, vectors of {made.manifest.dimension} numbers in "
+        f"{made.manifest.dtype}, {made.manifest.search} search  ({size / 1e6:.1f} MB)"
+    )
 
 
 class EmbeddingWriter(Callback):
@@ -116,8 +133,8 @@ class EmbeddingWriter(Callback):
         )
         self._builder = IndexBuilder(self.index, manifest)
         if trainer.is_global_zero:
-            columns = zip(rows["id"], rows["title"], rows["text"], strict=True)
-            self._builder.create([Passage(id, title, text) for id, title, text in columns])
+            blocks = (rows.rows(range(i, min(i + ROWS, len(rows)))) for i in range(0, len(rows), ROWS))
+            self._builder.create(Passage(row["id"], row["title"], row["text"]) for block in blocks for row in block)
         trainer.strategy.barrier("index")
 
     def on_predict_batch_end(

@@ -227,6 +227,7 @@ def chat() -> OptionParser:
     )
     parser.add_argument("source", help="a checkpoint, an adapter folder, an exported folder, or a model's name")
     parser.add_argument("question", nargs="?", help="ask this alone, and end")
+    parser.add_argument("--index", help="folder of the index that a RAG model answers from")
     parser.add_argument("--system", help="the system prompt")
     parser.add_argument("--image", action="append", default=[], help="an image to show with the first message")
     parser.add_argument("--max-new-tokens", type=whole(1), default=512, help="longest answer (default: 512)")
@@ -310,7 +311,7 @@ def init() -> OptionParser:
         help="what holds a field, where names are unusual, as text=Review label=Stars; or a text made of columns, as "
         "'prompt=Answer briefly: {Question}'",
     )
-    parser.add_argument("--passages", help="rag: what is retrieved, records {title?, text}")
+    parser.add_argument("--passages", help="rag: what is retrieved: records {title?, text}, or a folder of text files")
     parser.add_argument(
         "--model", default=SMALL, help=f"a folder, a name on the hub, or {TINY}: random weights, seconds"
     )

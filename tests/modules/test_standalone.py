@@ -22,6 +22,7 @@ from lit_alignment.data.encoding.encoder import EncodingConfig
 from lit_alignment.data.encoding.templates import TemplateConfig
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import CheckpointError, ConfigError, RecordError
+from lit_alignment.models.dual_encoder import RetrieverConfig
 from lit_alignment.models.loading import BackboneConfig
 from lit_alignment.optimization import OptimizerConfig
 from lit_alignment.rollout.config import RolloutConfig
@@ -257,6 +258,9 @@ def test_passages_are_retrieved_as_in_predict(tmp_path):
     loaded = RAGModule.from_checkpoint(path, device="cpu", index=index, generation=SHORT)
     assert (loaded.num_passages, loaded.data.query) == (2, "dialogue")
     assert loaded.generate(ASKED, batch_size=2) == answers(lines)
+    other = RetrieverConfig(base_model_folder(tmp_path / "other", initializer_range=0.3))
+    with pytest.raises(ConfigError, match="the index is stale: its passages were encoded with weights"):
+        RAGModule.from_checkpoint(path, device="cpu", index=encoded_index(tmp_path / "x", knowledge(6), other))
 
 
 def test_vectors_of_a_trained_retriever(tmp_path):

@@ -7,16 +7,21 @@ import sys
 
 import pytest
 
-from lit_alignment import DecodingConfig, SFTModule
+from lit_alignment import DecodingConfig, RAGModule, RetrieverConfig, SFTModule
 from lit_alignment.cli import main
 from lit_alignment.terminal import printable
 from lit_alignment.tools import chat_session
 from tests.helpers import (
     base_model_folder,
+    chats,
     class_data,
     classifier,
+    encoded_index,
+    knowledge,
     labelled,
     picture,
+    rag_data,
+    rag_module,
     seen,
     sft_data,
     trainer,
@@ -123,3 +128,24 @@ def test_model_that_sees_is_shown_images(base, talk, tmp_path):
     assert talk(tmp_path / "seeing.ckpt", "what", "--image", image, *TEN)[1] == f"{printable(expected)}\n"
     assert talk(tmp_path / "seeing.ckpt", *TEN, lines=[f"/image {image}", "what"])[1] == f"{printable(expected)}\n"
     assert "no such image" in talk(tmp_path / "seeing.ckpt", "what", "--image", "none.png")[2]
+
+
+def test_model_with_retrieved_passages_takes_an_index_and_says_from_what_it_answers(base, talk, tmp_path):
+    retriever = RetrieverConfig(base, towers="separate", temperature=0.1)
+    index = encoded_index(tmp_path, knowledge(6), retriever)
+    module = rag_module(
+        index, retriever=retriever, num_passages=2, train_retriever="none", decoding="rag_sequence_fast"
+    )
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, rag_data(module, chats(4)))
+    run.save_checkpoint(tmp_path / "rag.ckpt")
+    loaded = RAGModule.from_checkpoint(tmp_path / "rag.ckpt", index=index)
+    (expected,) = loaded.answers(["the scale"], DecodingConfig(max_new_tokens=10))
+    code, out, err = talk(tmp_path / "rag.ckpt", "the scale", *TEN, "--index", index.path)
+    assert (code, out) == (0, f"{printable(expected.completions[0].text)}\n")
+    first, second = (each["title"] for each in expected.retrieved["documents"])
+    assert f"  [1] {first}\n  [2] {second}\n" in err
+    code, _, err = talk(tmp_path / "rag.ckpt", "the scale")
+    assert code == 2 and "the checkpoint does not hold; chat takes --index FOLDER" in err
+    code, _, err = talk(base, "the scale", "--index", index.path)
+    assert code == 2 and "answers without passages. Leave the index" in err

@@ -55,6 +55,39 @@ def test_eval_finds_a_passage_by_its_own_words(config, tmp_path, capsys):
     assert "9 questions, 9 passages" in " ".join(capsys.readouterr().out.split())
 
 
+def test_folder_of_text_is_cut_and_counted(config, tmp_path, capsys):
+    notes = tmp_path / "notes"
+    (notes / ".git").mkdir(parents=True)
+    (notes / "a.md").write_text("# Setup\n\nUnpack it.\n\n## Linux\n\nRun make.\n")
+    (notes / "b.txt").write_text("word " * 500)
+    settings = ["--model.index.passages", json.dumps([{"path": str(notes)}])]
+    index.main(["build", "--config", str(config), *settings, "--model.retriever.passage_max_length=60"])
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'index'}: 7 passages, vectors" in said
+    assert f"\n  {notes}: 2 files of text; skipped: 1 hidden\n" in said
+    assert "5 passages are longer than retriever.passage_max_length (60 tokens), and lose their ends." in said
+    made = PassageIndex.load(tmp_path / "index").at(torch.arange(7))
+    assert [(each.id, each.title) for each in made[:3]] == [
+        ("a.md#1", "a.md: Setup"),
+        ("a.md#2", "a.md: Setup > Linux"),
+        ("b.txt#1", "b.txt"),
+    ]
+    assert made[6].text == " ".join(["word"] * 100)
+
+
+def test_files_of_one_name_in_two_folders_need_names_of_their_folders(config, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.md").write_text(f"text of {name}")
+    sources = [{"path": str(tmp_path / name)} for name in ("one", "two")]
+    build = ["build", "--config", str(config), "--model.index.passages"]
+    with pytest.raises(ConfigError, match="the id 'a.md#1' is that of two passages.* a 'name' of its own"):
+        index.main([*build, json.dumps(sources)])
+    assert not (tmp_path / "index").exists() and not (tmp_path / ".index.partial").exists()
+    index.main([*build, json.dumps([source | {"name": source["path"][-3:]} for source in sources])])
+    assert PassageIndex.load(tmp_path / "index").passages["id"] == ["one/a.md#1", "two/a.md#1"]
+
+
 @pytest.mark.slow
 def test_index_that_is_there_is_not_overwritten_unasked(config, tmp_path):
     index.main(["build", "--config", str(config)])

@@ -94,6 +94,21 @@ def test_passages_are_looked_at(tmp_path, empty_folder):
         assert result.returncode == 2 and said in result.stderr and not list(empty_folder.iterdir()), result.stderr
 
 
+def test_passages_may_be_a_folder_of_text(tmp_path, empty_folder):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    data = write_jsonl(tmp_path / "data.jsonl", chats(12))
+    asked = ("init", "rag", "--data", data, "--passages", str(notes))
+    refused = command(*asked)
+    assert refused.returncode == 2 and f"{notes}: 0 files of text. Give a folder with" in refused.stderr
+    assert not list(empty_folder.iterdir())
+    (notes / "a.md").write_text("# Setup\n\nUnpack it.\n")
+    (notes / "b.pdf").write_text("")
+    said, config = written(*asked[1:])
+    assert "\npassages: 1 file of text; skipped: 1 of other kinds (.pdf 1)\n" in said
+    assert config["model"]["init_args"]["index"]["passages"] == [{"path": str(notes)}]
+
+
 def test_labels_and_judged_responses_are_found_in_the_data(tmp_path, empty_folder):
     model = written("classification", "--data", write_jsonl(tmp_path / "a.jsonl", labelled(12)))[1]["model"]
     assert model["init_args"]["labels"] == ["bad", "fine", "good"]
@@ -228,7 +243,7 @@ def test_recipe_that_is_not_here_is_offered():
 def test_options_that_do_not_go_together_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", chats(20))
     assert "give a method (sft, " in command("init").stderr
-    assert "rag needs both --data FILE and --passages FILE" in command("init", "rag", "--data", path).stderr
+    assert "rag needs both --data FILE and --passages PATH" in command("init", "rag", "--data", path).stderr
     assert "--passages is read by rag" in command("init", "sft", "--passages", path).stderr
     assert "one of them" in command("init", "sft", "--recipe", "sft/tiny").stderr
     assert "--val needs --data" in command("init", "sft", "--val", path).stderr

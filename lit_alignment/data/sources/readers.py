@@ -41,7 +41,7 @@ def read_file(path: Path, limits: RecordLimitsConfig = LIMITS, suffix: str = "")
         if suffix in (*CODECS, ".bz2", ".xz", ".zip"):
             packed = f" Unpack it first; {', '.join(LINES)} may end with {' or '.join(CODECS)}."
         raise ConfigError(f"{path}: unknown file type '{suffix}'. Use {', '.join(READERS)}.{packed}")
-    with _readable(path):
+    with readable(path):
         records = reader(path, limits)
         if suffix != ".jsonl":  # whose lines come as plain values
             records = plain_records(records, limits, table=suffix != ".json")
@@ -49,7 +49,7 @@ def read_file(path: Path, limits: RecordLimitsConfig = LIMITS, suffix: str = "")
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Say in one message that a file is no text, or cannot be read."""
     try:
         yield
@@ -57,6 +57,20 @@ def _readable(path: Path) -> Iterator[None]:
         raise RecordError(_undecodable(path), "", "not UTF-8 text", _conversion(path)) from error
     except OSError as error:
         raise RecordError(str(path), "", f"cannot be read ({error.strerror or error})", "Check the file.") from error
+
+
+def text_lines(path: Path, limits: RecordLimitsConfig = LIMITS) -> Iterator[str]:
+    """The lines of a file of text, with their ends.
+
+    Args:
+        path: Of UTF-8 text.
+        limits: Of which `length` is that of a line.
+
+    Raises:
+        RecordError: If it is no such text, cannot be read, or has a line beyond the limit.
+    """
+    with readable(path), _opened(path) as file:
+        yield from _lines(path, file, limits)
 
 
 def header_of(path: Path, limits: RecordLimitsConfig = LIMITS) -> list[str] | None:
@@ -71,7 +85,7 @@ def header_of(path: Path, limits: RecordLimitsConfig = LIMITS) -> list[str] | No
     """
     match kind_of(path):
         case ".csv" | ".tsv":
-            with _readable(path), _opened(path, newline="") as file:
+            with readable(path), _opened(path, newline="") as file:
                 return next(_csv_rows(path, file, limits), ("", []))[1]
         case ".parquet":
             return list(_parquet(path).schema_arrow.names)

@@ -186,6 +186,18 @@ class SourceConfig:
             yield where, as_fields(record, columns, where, header)
 
 
+def is_data_set(folder: Path, subset: str | None, split: str | None) -> bool:
+    """Whether a folder is a data set of Hugging Face's, as `save_to_disk` or the hub lays one out.
+
+    Args:
+        folder: The folder.
+        subset: A configuration that is asked for.
+        split: A split that is asked for.
+    """
+    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    return saved or is_hub_layout(folder, subset, split)
+
+
 def _ends(path: Path) -> str:
     """The ends of a file's name that say what it holds."""
     return path.suffix if kind_of(path) == path.suffix else kind_of(path) + path.suffix

@@ -10,7 +10,7 @@ from lit_alignment.paths import fetched_path, shown
 from lit_alignment.tools import parsers
 from lit_alignment.tools.fetch import PACKAGED
 from lit_alignment.tools.init.recipes import copy_files, copy_recipe, listing
-from lit_alignment.tools.init.records import MOST, Records, check_passages, look, look_alike
+from lit_alignment.tools.init.records import MOST, Records, look, look_alike, look_at_passages
 from lit_alignment.tools.init.templates import METHODS, TINY, MethodTemplate, Values, configuration
 
 LEAST = 10  # records of which some can be held out
@@ -56,8 +56,7 @@ def init(options: Namespace) -> str:
     columns = _columns(options.columns)
     found = look(data, options.method, columns)
     held = None if val is None else look_alike(val, options.method, found, columns)
-    if passages is not None and options.method == "rag":
-        check_passages(passages)
+    read = "" if passages is None or options.method != "rag" else look_at_passages(passages)
     found, sources = held or found, _sources(data, found, val, held)
     for folder in ("tiny", "tiny_vision") if options.model == TINY else ():
         copy_files(folder, Path("sample_model") / folder)
@@ -66,7 +65,8 @@ def init(options: Namespace) -> str:
         out.write_text(configuration(values), encoding="utf-8")
     tried = f", and records to try it on in {samples}" if samples is not None else ""
     commands = _next(kind, options.model, shown(out))
-    return "\n".join([f"wrote {out}{tried}", "Next:", *(f"  lit-alignment {command}" for command in commands)])
+    said = [f"wrote {out}{tried}", *([f"passages: {read}"] if read else [])]
+    return "\n".join([*said, "Next:", *(f"  lit-alignment {command}" for command in commands)])
 
 
 def _check(options: Namespace, out: Path) -> None:
@@ -77,7 +77,9 @@ def _check(options: Namespace, out: Path) -> None:
     if options.data is None and options.columns is not None:
         raise ConfigError("--columns needs --data.")
     if (options.data is not None) != (options.passages is not None) and options.method == "rag":
-        raise ConfigError("rag needs both --data FILE and --passages FILE: what is retrieved, records {title?, text}.")
+        raise ConfigError(
+            "rag needs both --data FILE and --passages PATH: what is retrieved, text or records {title?, text}."
+        )
     if options.passages is not None and options.method != "rag":
         raise ConfigError(f"--passages is read by rag, not by {options.method}. Remove it.")
 

@@ -9,7 +9,7 @@ from typing import Any
 from lit_alignment.data.encoding.feedback import read_feedback
 from lit_alignment.data.encoding.messages import Record, read_record, value_kind
 from lit_alignment.data.multimodal.media import read_media_messages
-from lit_alignment.data.passages import read_passage
+from lit_alignment.data.passages import PassageSourceConfig, read_passage
 from lit_alignment.data.sources.columns import UnusableRecord
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError, RecordError
@@ -120,18 +120,24 @@ def look_alike(path: str, method: str, trained: Records, columns: dict[str, str]
     return replace(found, labels=sorted({*found.labels, *trained.labels}, key=_natural))
 
 
-def check_passages(path: str) -> None:
-    """Read the first passages.
+def look_at_passages(path: str) -> str:
+    """How many files of text a folder holds; "" of records, of which the first are read.
+
+    Args:
+        path: As of a source of passages.
 
     Raises:
-        RecordError: At the first one that cannot be used.
+        RecordError: At the first passage that cannot be used, or if a file is no text.
         ConfigError: If there is none.
     """
+    source = PassageSourceConfig(path)
     position = -1
-    for position, (where, raw) in enumerate(islice(SourceConfig(path).read(), MOST)):
+    for position, (where, raw) in enumerate(islice(source.read(), MOST)):
         read_passage(raw, where, position)
     if position < 0:
-        raise ConfigError(f"{path}: no passage. Give a file of passages.")
+        raise ConfigError(f"{path}: no passage. Give a folder of text, or a file of records {{title?, text}}.")
+    found = source.texts()
+    return "" if found is None else found.line()
 
 
 def _columns(method: str, raw: dict[str, Any]) -> dict[str, str] | None:

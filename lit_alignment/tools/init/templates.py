@@ -100,7 +100,7 @@ class Values:
         model: Folder or name of the model, or TINY.
         out: The file that is written.
         sources: What is trained, validates and is predicted, as YAML.
-        passages: File of passages, as a YAML value.
+        passages: Passages, a file of records or a folder of text, as a YAML value.
         records: What the records hold.
     """
 
@@ -134,7 +134,7 @@ RETRIEVAL = """\
     retriever: $retriever
     index:
       path: runs/index  # made by `lit-alignment index build --config $out`
-      passages: [{path: $passages}]
+      passages: [{path: $passages}]  # records {title?, text}, or a folder of text, cut at headings and paragraphs
     objective: rag_sequence
     num_passages: 4
 """
