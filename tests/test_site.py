@@ -61,7 +61,7 @@ def test_broken_link_ends_the_build(text, tmp_path):
         "nav": ["index.md"],
         "not_in_nav": "",
     }
-    config = load_config(str(ROOT / "mkdocs.yml"), **given, hooks=[], plugins=[], extra_css=[])
+    config = load_config(str(ROOT / "mkdocs.yml"), **given, nav=["index.md"], not_in_nav="", hooks=[], plugins=[])
     with pytest.raises(Abort, match="1 warnings in strict mode"):
         build(config)
 
