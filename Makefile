@@ -11,7 +11,7 @@ SPREAD := -n 2 --dist loadfile
 DIST := dist
 HAS_GPU := $(shell command -v nvidia-smi)
 
-.PHONY: demo test test-all test-fast test-vllm lint install vllm-env dist clean
+.PHONY: demo test test-all test-fast test-vllm lint install vllm-env docs docs-serve dist clean
 
 install: $(STAMP)
 
@@ -55,6 +55,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## the site in build/site; a broken link, or a public name or setting without a description, ends it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+docs-serve: $(STAMP)  ## the site at http://127.0.0.1:8000, built again as its pages change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 dist: $(STAMP)  ## the sdist, the wheel that is built from it, and a check of both
 	rm -rf $(DIST)
 	$(BIN)/python -m hatchling build --target sdist --directory $(DIST)
@@ -63,4 +69,4 @@ dist: $(STAMP)  ## the sdist, the wheel that is built from it, and a check of bo
 	@du -h $(DIST)/*
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(DIST) runs predictions .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) $(DIST) build runs predictions .mypy_cache .pytest_cache .ruff_cache

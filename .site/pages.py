@@ -48,6 +48,7 @@ OTHERS["devices"][1].extend(["AsyncCheckpointIO", "AtomicCheckpointIO", "MuonWit
 OUTSIDE = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 WIDTH = 104  # columns of a configuration
 ASKED = ("from_checkpoint", "chat", "generate", "answers", "classify", "score", "embed", "retrieve")
+RARELY = "---\nsearch:\n  boost: 0.2\n---\n"  # behind the guide in what a search finds
 LEFT_OUT = {"LoraConfig", "__version__"}  # peft's own, and no name to describe
 
 
@@ -76,10 +77,10 @@ def pages() -> Iterator[tuple[str, str]]:
     yield from _configuration_reference()
     yield from _api_reference()
     for name, path in OUTSIDE.items():
-        yield path, (ROOT / name).read_text(encoding="utf-8")
+        yield path, f"{RARELY}{(ROOT / name).read_text(encoding='utf-8')}"
     yield "benchmarks/index.md", _benchmarks()
     for path in _results():
-        yield f"benchmarks/{path.name}", path.read_text(encoding="utf-8")
+        yield f"benchmarks/{path.name}", f"{RARELY}{path.read_text(encoding='utf-8')}"
     for path in sorted((ROOT / "configs/tutorials").glob("*.ipynb")):
         yield f"tutorials/{path.stem}.md", notebook(json.loads(path.read_text(encoding="utf-8")))
 

@@ -3,6 +3,7 @@
     python -m benchmarks.settings run                 # about two hours on a core that other programs shared
     python -m benchmarks.settings run --only rate     # one group: rate, seed, full, rank, batch, epochs, placement
     python -m benchmarks.settings table               # of all that were run
+    python -m benchmarks.settings picture             # right answers by learning rate: configs/guide/rates.svg
     python -m benchmarks.settings run --tiny          # every training on a handful of records, in minutes
 
 SmolLM2-135M learns the demo's support requests as configs/sft/smollm2_lora.yaml says, but for one setting: 400 records,
@@ -15,9 +16,11 @@ whose settings and input files are those of the time before is passed over.
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.stages import BFLOAT16, LAST, callbacks, fit, read, sources, write
 from benchmarks.support import DEMO, MODEL, SFT, answered, write_requests
@@ -97,7 +100,7 @@ def trained(folder: Path, run: Run, train: Path, held_out: Path) -> None:
     print(row, flush=True)
 
 
-def rows(folder: Path) -> list[dict[str, object]]:
+def rows(folder: Path) -> list[dict[str, Any]]:
     """What came out of the runs that are finished, in their order."""
     paths = [folder / run.name / "row.json" for run in runs()]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
@@ -112,10 +115,55 @@ def table(folder: Path) -> None:
         print(f"| {row['group']} | {row['value']} | {row['steps']} | {figures} |")
 
 
+PICTURE = Path("configs/guide/rates.svg")
+LINES = {"rate": ("LoRA, rank 16", "#00796b"), "full": ("all weights", "#c2410c")}
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 360, 64, 16, 24, 56
+LOWEST, HIGHEST = -5, -2  # powers of ten that the axis begins and ends with
+
+
+def picture(folder: Path) -> None:
+    """Draw the share of right answers by learning rate, of adapters and of all weights."""
+
+    def across(rate: float) -> float:
+        return LEFT + (math.log10(rate) - LOWEST) / (HIGHEST - LOWEST) * (WIDTH - LEFT - RIGHT)
+
+    def down(share: float) -> float:
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="13"'
+        ' font-family="system-ui, sans-serif" aria-label="Share of right answers by learning rate">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#fff"/>',
+    ]
+    for tenth in range(0, 11, 2):
+        y = down(tenth / 10)
+        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#e2e8f0"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#334155">{tenth / 10:g}</text>')
+    for power in range(LOWEST, HIGHEST + 1):
+        x = across(10.0**power)
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 34}" text-anchor="middle" fill="#334155">1e{power}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 12}" text-anchor="middle" fill="#16202c">learning rate</text>')
+    parts.append(f'<text x="{LEFT}" y="{TOP - 8}" fill="#16202c">right of {ASKED} held-out requests</text>')
+    for number, (group, (name, color)) in enumerate(LINES.items()):
+        points = sorted((float(row["value"]), row["right"]) for row in rows(folder) if row["group"] == group)
+        path = " ".join(f"{across(rate):.1f},{down(share):.1f}" for rate, share in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        for rate, share in points:
+            label = f"{name}, {rate:g}: {share:.3f}"
+            place = f'cx="{across(rate):.1f}" cy="{down(share):.1f}"'
+            parts.append(f'<circle {place} r="4" fill="{color}"><title>{label}</title></circle>')
+        y = TOP + 18 + 20 * number
+        parts.append(f'<rect x="{LEFT + 16}" y="{y - 9}" width="18" height="4" fill="{color}"/>')
+        parts.append(f'<text x="{LEFT + 42}" y="{y - 2}" fill="#16202c">{name}</text>')
+    PICTURE.write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+    print(PICTURE)
+
+
 def main() -> None:
-    """Run some groups, or print what was run."""
+    """Run some groups, or show what was run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("command", choices=["run", "table", "picture"])
     parser.add_argument("--only", nargs="+", choices=list(dict.fromkeys(run.group for run in runs())))
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
@@ -128,7 +176,10 @@ def main() -> None:
         for run in runs():
             if options.only is None or run.group in options.only:
                 trained(folder, run, train, held_out)
-    table(folder)
+    if options.command == "picture":
+        picture(folder)
+    else:
+        table(folder)
 
 
 if __name__ == "__main__":
