@@ -56,6 +56,21 @@ def local_path(name: str, setting: str = "backbone.path") -> str:
     return name
 
 
+def suggestion(name: str, otherwise: str) -> str:
+    """What to say of a name that is no model here: whether it is the tiny one of `init`, which has no weights.
+
+    Args:
+        name: As it was given.
+        otherwise: What to say of other names.
+    """
+    written = Path("sample_model", name)
+    if (written / "config.json").is_file():
+        return f"Did you mean {written}? It has no weights yet: train it, and give the checkpoint."
+    if name == "tiny":
+        return "`lit-alignment init METHOD --model tiny` writes a tiny model to train; give its checkpoint."
+    return otherwise
+
+
 @cache
 def look_for_hub(seconds: float = 4.0) -> str:
     """Why the hub, or the mirror in HF_ENDPOINT, cannot be asked; empty if it can. Looked for once.

@@ -20,7 +20,13 @@ from lit_alignment.callbacks.monitors import Monitors
 from lit_alignment.callbacks.predictions import PredictionWriter
 from lit_alignment.callbacks.progress import ModelSize, progress
 from lit_alignment.callbacks.report import RunReport
-from lit_alignment.callbacks.run_folder import MaskedConfig, RunFolder, check_run_folder
+from lit_alignment.callbacks.run_folder import (
+    MaskedConfig,
+    RunFolder,
+    check_run_folder,
+    leave_no_folder,
+    note_figures,
+)
 from lit_alignment.callbacks.summary import EndSummary
 from lit_alignment.callbacks.upload import Upload, fetch_checkpoint
 from lit_alignment.checkpoints.io import AtomicCheckpointIO
@@ -186,6 +192,8 @@ class AlignmentCLI(LightningCLI):
         self._fetch_checkpoint(subcommand)
         if subcommand == "predict":
             self._write_beside_predictions()
+        elif subcommand != "fit":
+            leave_no_folder(self.trainer, self.datamodule)
         try:
             with self.run_folder.taken(self.trainer), naming(self._folder()):  # loggers name no file
                 self._run(subcommand)
@@ -222,6 +230,8 @@ class AlignmentCLI(LightningCLI):
             )
         else:
             super()._run_subcommand(subcommand)
+            if subcommand != "fit":
+                note_figures(subcommand, self.trainer, self.datamodule, self._get(self.config_init, "ckpt_path"))
 
 
 def _ask(trainer: Namespace, settings: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from lit_alignment.errors import ConfigError
 from lit_alignment.models.loading import BackboneConfig, load_tokenizer
 from lit_alignment.models.tokens import TokensConfig
 from lit_alignment.paths import look_for_hub
+from tests.helpers.commands import command
 
 
 @pytest.fixture
@@ -42,6 +43,21 @@ def test_model_without_a_network_is_refused_at_once_and_names_the_setting(nobody
     with pytest.raises(ConfigError, match=f"org/name: no folder .* {nobody} cannot be reached. Check backbone.path"):
         load_tokenizer(BackboneConfig("org/name"), TokensConfig())
     assert time.monotonic() - begin < 4 and constants.HF_HUB_OFFLINE
+
+
+def test_name_of_the_tiny_model_leads_to_the_one_that_init_writes(nobody, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for written, said in (
+        (False, "`lit-alignment init METHOD --model tiny` writes"),
+        (True, "Did you mean sample_mod"),
+    ):
+        if written:
+            assert command("init", "sft", "--model", "tiny").returncode == 0
+        for words in ("chat tiny hi", "serve tiny --engine transformers --port 0", "export tiny --out out"):
+            result = command(*words.split())
+            assert result.returncode == 2 and said in result.stderr, result.stderr
+    said = command("chat", "sample_model/tiny", "hi").stderr
+    assert "sample_model/tiny: this folder has a configuration and no weights. Give the checkpoint of its" in said
 
 
 def test_data_set_without_a_network_is_refused_at_once_and_names_the_setting(nobody):

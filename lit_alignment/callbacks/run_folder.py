@@ -1,8 +1,10 @@
-"""The folder of a run, which belongs to no other one, and the configuration in it."""
+"""The folder of a run, which belongs to no other one, the configuration in it, and what is measured later."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_info
 
+from lit_alignment.checkpoints.resuming import run_of
+from lit_alignment.data.base import AlignmentDataModule
 from lit_alignment.errors import ConfigError, writing
 from lit_alignment.files import naming
+from lit_alignment.paths import shown
 from lit_alignment.secrets import masked
 
 # What a run writes before it has done anything; metrics of steps are in the loggers' files alone.
@@ -24,8 +30,8 @@ class MaskedConfig(SaveConfigCallback):
     """Writes the configuration of a run beside its results, without secrets."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it; what decides predictions stands beside them already."""
-        if stage == "predict":
+        """Write it for a training; what decides predictions stands beside them, and other commands have no folder."""
+        if stage != "fit":
             return
         self.config = masked(self.config)
         with naming(Path(trainer.log_dir or "") / self.config_filename):
@@ -104,6 +110,42 @@ def check_run_folder(trainer: Trainer) -> None:
             f"trainer.logger: {type(first).__name__} gives the run no folder on this disk. "
             "Make it a list, with a TensorBoardLogger or CSVLogger first."
         )
+
+
+def leave_no_folder(trainer: Trainer, data: AlignmentDataModule) -> None:
+    """Take a Trainer that only measures the loggers that would make `version_N`, and with these the report on the data.
+
+    Args:
+        trainer: Of a validation or a test.
+        data: Its data module.
+    """
+    counting = [logger for logger in _counting(trainer) if logger._version is None]
+    trainer.loggers = [logger for logger in trainer.loggers if logger not in counting]
+    data.writes_reports = bool(_counting(trainer))
+
+
+def note_figures(command: str, trainer: Trainer, data: AlignmentDataModule, checkpoint: str | Path | None) -> None:
+    """Add a line with what was measured to `validate.jsonl` or `test.jsonl` in the run of a checkpoint, if it has one.
+
+    Args:
+        command: `validate` or `test`.
+        trainer: That has measured.
+        data: Its data module.
+        checkpoint: What was measured; None for the model as it is configured.
+
+    Raises:
+        ConfigError: If the disk is full or the folder cannot be written.
+    """
+    run = run_of(checkpoint)
+    if run is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    line = {"checkpoint": Path(str(checkpoint)).name, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    reports = {split: vars(report) for split, report in data.reports.items()}
+    path = run / f"{command}.jsonl"
+    with writing(path, ConfigError, "Free its disk, or make it writable"), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "figures": figures, "data": reports}) + "\n")
+    rank_zero_info(f"figures: {shown(path)}")
 
 
 def _is_kept(path: Path) -> bool:

@@ -157,18 +157,27 @@ class CheckpointConnector(_CheckpointConnector):
             ) from error
 
 
-def predictions_folder(checkpoint: str | Path | None) -> Path:
-    """Where predictions go: `predictions/NAME` in the run of the checkpoint NAME, or `predictions` where there is none.
+def run_of(checkpoint: str | Path | None) -> Path | None:
+    """The folder of the run that a checkpoint is of, seen from here; None where it is of none.
 
     Args:
         checkpoint: Its file or folder; None for weights that no run of ours has made.
     """
-    path = Path("." if checkpoint is None else checkpoint)
-    of_run = (each for each in path.absolute().parents if any((each / name).is_file() for name in OF_A_RUN))
-    if checkpoint is None or (run := next(of_run, None)) is None:
-        return Path("predictions")
-    inside = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    return inside / "predictions" / path.name.removesuffix(".ckpt")
+    parents = Path(checkpoint).absolute().parents if checkpoint is not None else ()
+    run = next((each for each in parents if any((each / name).is_file() for name in OF_A_RUN)), None)
+    return run.relative_to(Path.cwd()) if run is not None and run.is_relative_to(Path.cwd()) else run
+
+
+def predictions_folder(checkpoint: str | Path | None) -> Path:
+    """Where predictions go: `predictions/NAME` in the run of the checkpoint NAME, or `predictions` where there is none.
+
+    Args:
+        checkpoint: As of `run_of`.
+    """
+    run = run_of(checkpoint)
+    return (
+        Path("predictions") if run is None else run / "predictions" / Path(str(checkpoint)).name.removesuffix(".ckpt")
+    )
 
 
 def write_into_run_of(checkpoint: str, trainer: Trainer) -> None:

@@ -20,7 +20,7 @@ from lit_alignment.models.loading import BackboneConfig, HeadConfig
 from lit_alignment.models.multimodal.modality import ModalityConfig, read_modality
 from lit_alignment.models.reference import is_reference
 from lit_alignment.models.tokens import NewTokenConfig, TokensConfig
-from lit_alignment.paths import local_path
+from lit_alignment.paths import local_path, suggestion
 
 CHECKPOINT_KEY = "lit_alignment"
 Family = Literal["text", "media", "passages", "scores", "vectors"]
@@ -130,6 +130,9 @@ def read_saved(source: Path, base: str | None = None, trust_remote_code: bool = 
         saved = _read_content(source, read_whole(source, optimizers=False))
     elif source.is_file() or is_deepspeed(source):
         saved = _read_content(source, read_deepspeed(source) if source.is_dir() else read_plain(source))
+    elif not source.exists():
+        fix = suggestion(str(source), "Give a checkpoint of a run, or the folder of an adapter.")
+        raise CheckpointError(f"{source}: no such file or folder (looked from {Path.cwd()}). {fix}")
     else:
         raise CheckpointError(
             f"{source}: no checkpoint file, sharded checkpoint (with .metadata), folder of DeepSpeed (with latest) or "

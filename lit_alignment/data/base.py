@@ -109,6 +109,7 @@ class AlignmentDataModule(PlannedDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir() / "data"
         self.examples: dict[str, CachedRows] = {}
         self.reports: dict[str, DataReport] = {}
+        self.writes_reports = True  # into the run's folder
         # Gives (dataset, id) of prompts that need no answer any more; asked when the loader is made.
         self.answered: Callable[[], set[tuple[str, str]]] = set
         self.check_settings()
@@ -277,7 +278,7 @@ class AlignmentDataModule(PlannedDataModule):
                     "Change the records, what drops them, or the sources' repeat and weight."
                 )
         # Every rank must ask for it: ranks agree on log_dir.
-        directory = self.trainer.log_dir if self.trainer is not None else None
+        directory = self.trainer.log_dir if self.trainer is not None and self.writes_reports else None
         if directory and self.trainer is not None and self.trainer.is_global_zero:
             write_reports(self.reports, Path(directory))
 

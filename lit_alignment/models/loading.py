@@ -30,7 +30,9 @@ from lit_alignment.models.liger import apply_liger
 from lit_alignment.models.quantization import Quantization, keep_differentiable, quantized
 from lit_alignment.models.tokens import TokensConfig, add_tokens, fit_vocabulary
 from lit_alignment.moved import renamed
-from lit_alignment.paths import local_path, look_for_hub
+from lit_alignment.paths import local_path, look_for_hub, suggestion
+
+FETCH = "`lit-alignment fetch --help` lists models that need no hub."
 
 
 @dataclass(frozen=True)
@@ -347,15 +349,19 @@ def from_pretrained(loader: Any, backbone: BackboneConfig, name: str, **options:
             ) from error
         if path == name and not Path(path).is_dir() and (reason := look_for_hub()):
             raise ConfigError(
-                f"{name}: no folder of this name (looked from {Path.cwd()}), not in the cache, and {reason}. Check "
-                "backbone.path, or set HF_ENDPOINT to a mirror; `lit-alignment fetch --help` lists models that need "
-                "no hub."
+                f"{name}: no folder of this name (looked from {Path.cwd()}), not in the cache, and {reason}. "
+                + suggestion(name, f"Check backbone.path, or set HF_ENDPOINT to a mirror; {FETCH}")
             ) from error
         check_descriptions(Path(path))
+        if "no file named model.safetensors" in str(error):
+            raise ConfigError(
+                f"{name}: this folder has a configuration and no weights. Give the checkpoint of its training, or a "
+                "folder with *.safetensors; to train it from the start set backbone.weights: random."
+            ) from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(
             f"{name}: cannot load this model ({reason}). Give a folder with config.json, tokenizer and "
-            "weights, or a hub name that can be reached; `lit-alignment fetch --help` lists models that need no hub."
+            f"weights, or a hub name that can be reached; {FETCH}"
         ) from error
 
 

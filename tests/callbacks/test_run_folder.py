@@ -6,16 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
-from lit_alignment.callbacks.run_folder import RunFolder
+from lit_alignment.callbacks.run_folder import RunFolder, leave_no_folder
 from lit_alignment.cli import main
 from lit_alignment.errors import ConfigError
-from tests.helpers import ROOT, chats, trainer, write_jsonl
+from tests.helpers import ROOT, chats, sft_data, sft_module, trainer, write_jsonl
 from tests.helpers.commands import command
 from tests.helpers.ranks import run_on_ranks
 
@@ -125,6 +127,37 @@ def test_predict_reports_beside_its_answers_and_leaves_no_folder_of_a_run(config
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "runs").exists()
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"data_report.json", "greedy.jsonl"}
+
+
+def test_validation_and_test_note_figures_in_the_run_of_the_checkpoint_and_leave_no_folder(config, tmp_path):
+    records = json.dumps([{"path": str(tmp_path / "train.jsonl")}])
+    asked = ["--config", config, f"--data.val={records}", f"--data.test={records}", "--trainer.limit_val_batches=1"]
+    model = command("test", *asked)
+    assert model.returncode == 0 and "figures" not in model.stderr and not (tmp_path / "runs").exists()
+    assert command("fit", *asked).returncode == 0
+    run = tmp_path / "runs/lightning_logs/version_0"
+    (run / "test.jsonl").write_text("of an earlier test\n")
+    before = {path: path.read_text() for path in run.iterdir() if path.is_file()}
+    for name in ("test", "validate"):
+        result = command(name, *asked, "--ckpt_path=newest")
+        assert result.returncode == 0 and f"figures: {run / name}.jsonl" in result.stderr, result.stderr
+    assert versions(tmp_path) == ["version_0"] and not Path("data_report.json").exists()
+    assert before.pop(run / "test.jsonl") == (run / "test.jsonl").read_text().splitlines(keepends=True)[0]
+    assert {path: path.read_text() for path in before} == before
+    line = json.loads((run / "test.jsonl").read_text().splitlines()[1])
+    assert line["checkpoint"] == "epoch=0-step=2.ckpt" and line["data"]["test"]["examples"] == 8
+    assert line["figures"]["test/loss"] > 0
+    assert json.loads((run / "validate.jsonl").read_text())["figures"]["val/loss"] > 0
+
+
+def test_logger_with_a_version_of_its_own_and_others_keep_what_is_measured(tmp_path):
+    loggers = [CSVLogger(tmp_path, name="run"), CSVLogger(tmp_path, version="mine"), DummyLogger()]
+    runner, data = trainer(tmp_path, logger=loggers), sft_data(sft_module(), chats(2))
+    leave_no_folder(runner, data)
+    assert runner.loggers == loggers[1:] and data.writes_reports
+    runner.loggers = [loggers[0], loggers[2]]
+    leave_no_folder(runner, data)
+    assert runner.loggers == loggers[2:] and not data.writes_reports
 
 
 def test_second_run_says_that_the_first_is_there_and_how_to_go_on_with_it(config, tmp_path):
