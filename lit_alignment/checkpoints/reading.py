@@ -46,7 +46,8 @@ DESCRIPTION: dict[tuple[str, str], Any] = {
     },
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _get_layout,
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),  # where it was written, which nobody asks
+    # Where it was written, which nobody asks; the second is its name in Python 3.13.
+    **{(module, "PosixPath"): lambda *parts: "/".join(parts) for module in ("pathlib", "pathlib._local")},
     **{("torch", name): kind for name, kind in vars(torch).items() if isinstance(kind, torch.dtype)},
 }
 

@@ -1,6 +1,8 @@
 """`--ckpt_path newest`: continue where a run stopped, past checkpoints that are damaged."""
 
 import os
+import pathlib
+import sys
 
 import pytest
 import torch
@@ -94,6 +96,16 @@ def test_checkpoint_in_shards_that_lacks_one_is_passed_over(tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-100])
     assert newest_checkpoint(runner(tmp_path)) == tmp_path / "old.ckpt"
     assert "are needed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_checkpoint_in_shards_is_read_whichever_python_wrote_it(tmp_path, module, monkeypatch):
+    with monkeypatch.context() as other:  # Python 3.13 keeps the classes of pathlib in a module below it
+        other.setattr(pathlib.PosixPath, "__module__", module)
+        other.setitem(sys.modules, module, pathlib)
+        write_sharded(tmp_path / "last.ckpt")
+    assert module.encode() in (tmp_path / "last.ckpt/.metadata").read_bytes()
+    assert read_whole(tmp_path / "last.ckpt")["global_step"] == 3
 
 
 def test_checkpoint_in_shards_is_replaced_as_a_whole(tmp_path):
