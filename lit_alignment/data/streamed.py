@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from lit_alignment.data.batching.loader import ignore_signals
+from lit_alignment.data.batching.loader import handled_signals, ignore_signals
 from lit_alignment.data.batching.packing import PlannedBatch
 from lit_alignment.data.batching.position import FROM_WEIGHTS
 from lit_alignment.data.batching.streaming import StreamedRows, StreamPlan, StreamPosition
@@ -67,9 +68,9 @@ class EncodedStream(IterableDataset[list[Encoded] | AlignmentError]):
         return record.behind, source.title, self.rows.rows(validated, source)
 
 
-def _begin_worker(number: int) -> None:
+def _begin_worker(signals: list[int], number: int) -> None:
     """Leave signals to the process that trains, and end with it: rows that nobody takes would hold a worker back."""
-    ignore_signals(number)
+    ignore_signals(signals, number)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -141,7 +142,8 @@ class TrainStream:
         chunks: Any = dataset
         if num_workers:
             workers: dict[str, Any] = {"num_workers": num_workers, "prefetch_factor": AHEAD}
-            chunks = DataLoader(dataset, batch_size=None, worker_init_fn=_begin_worker, **workers)
+            begin = partial(_begin_worker, handled_signals())
+            chunks = DataLoader(dataset, batch_size=None, worker_init_fn=begin, **workers)
         last_kept = mark.passes
         for chunk in chunks:
             if isinstance(chunk, AlignmentError):

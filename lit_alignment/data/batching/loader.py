@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
 
@@ -29,12 +30,26 @@ class _PlannedDataset(Dataset[Batch | AlignmentError]):
         return len(self.plan)
 
 
-def ignore_signals(number: int) -> None:
+def handled_signals() -> list[int]:
+    """Signals that end a process, and that this one handles; Ctrl-C is always its own."""
+    return [
+        each
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        if each == signal.SIGINT or callable(signal.getsignal(each))
+    ]
+
+
+def ignore_signals(numbers: Iterable[int], worker: int) -> None:
     """Leave signals to the process that trains, which a terminal and a supervisor send to its workers, too.
 
-    A worker that one ends, ends the training before it is saved; one whose training is gone ends by itself.
+    A worker that one ends, ends the training before it is saved; one whose training is gone ends by itself. What that
+    process does not handle ends a worker as it does others: its DataLoader could not stop one that hangs.
+
+    Args:
+        numbers: Those that the process that trains handles.
+        worker: The worker's.
     """
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for each in numbers:
         signal.signal(each, signal.SIG_IGN)
 
 
@@ -96,7 +111,8 @@ class PlannedLoader(Generic[Batch]):
         options: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
         batches: Iterable[Batch | AlignmentError] = map(dataset.__getitem__, range(len(dataset)))
         if self.num_workers or self.pin_memory:
-            batches = DataLoader(dataset, batch_size=None, worker_init_fn=ignore_signals, **options)
+            begin = partial(ignore_signals, handled_signals())
+            batches = DataLoader(dataset, batch_size=None, worker_init_fn=begin, **options)
         for batch in batches:
             if isinstance(batch, AlignmentError):
                 raise batch
