@@ -51,6 +51,7 @@ from lit_alignment.training.run_summary import run_summary
 OF_TRAINING = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version"}
 OF_TRAINING |= {"lora_dropout", "init_lora_weights", "total_step", "tinit", "tfinal", "deltaT", "orth_reg_weight"}
 OF_TRAINING |= {"beta1", "beta2", "target_r", "runtime_config", "loftq_config", "eva_config", "corda_config"}
+AS_TRAINED = "Give the config.yaml of its run with --config, or set model.peft to what was trained"
 LIVE = "current_model_state"  # the trained weights, where those of the checkpoint are averages; Lightning's name
 
 
@@ -301,13 +302,13 @@ def refuse_other_adapters(then: dict[str, Any] | None, config: PeftConfig | None
     if then is None or now is None:
         if (then is None) != (now is None):
             have = "has no adapters, and this run has" if then is None else "has adapters, and this run has none"
-            raise CheckpointError(f"the checkpoint {have}. Set model.peft to what was trained; or {FROM_WEIGHTS}.")
+            raise CheckpointError(f"the checkpoint {have}. {AS_TRAINED}; or {FROM_WEIGHTS}.")
         return
     for key in sorted((then.keys() & now.keys()) - OF_TRAINING):
         if then[key] != now[key]:
             raise CheckpointError(
-                f"the checkpoint's adapters have {key}: {then[key]}, this run's {now[key]}. Set model.peft to what was "
-                f"trained; or {FROM_WEIGHTS}."
+                f"the checkpoint's adapters have {key}: {then[key]}, this run's {now[key]}. {AS_TRAINED}; or "
+                f"{FROM_WEIGHTS}."
             )
 
 

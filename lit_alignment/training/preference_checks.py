@@ -12,7 +12,7 @@ from lit_alignment.data.examples import column
 from lit_alignment.data.sources.record_batches import CachedRows
 from lit_alignment.data.sources.records import SourceConfig
 from lit_alignment.errors import ConfigError
-from lit_alignment.losses.preference_config import LossConfig
+from lit_alignment.losses.preference_config import FORMS, LossConfig
 
 BALANCED = (1.0, 4 / 3)  # weighted good over weighted bad responses, as KTO's authors advise
 FOLLOWS = 0.5  # correlation of margins with lengths that is worth a line
@@ -43,8 +43,11 @@ def check_margins(examples: Mapping[str, CachedRows], losses: Sequence[LossConfi
                 f"{first['dataset']}/{first['id']}. Give each a 'margin', or choose another loss."
             )
         if not reading and known.any() and split == "train":
-            name = losses[0].name
-            rank_zero_info(f"{np.sum(known)} of {len(known)} records have a margin, which {name} does not read")
+            readers = ", ".join(name for name, form in FORMS.items() if form.margin)
+            rank_zero_info(
+                f"{np.sum(known)} of {len(known)} records have a margin, which {losses[0].name} does not read: the "
+                f"order alone counts (losses that read it: {readers})"
+            )
 
 
 def check_chats(weight: float, chats: Sequence[SourceConfig]) -> None:

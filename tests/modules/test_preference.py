@@ -665,7 +665,8 @@ def test_margins_that_no_loss_reads_are_said(tmp_path, caplog):
     records = [{**record, "margin": None} if i == 2 else record for i, record in enumerate(pairs(4))]
     module = preference_module()
     fitted(tmp_path, module, preference_data(module, records), max_steps=1)
-    assert "3 of 4 records have a margin, which sigmoid does not read" in caplog.text
+    assert "3 of 4 records have a margin, which sigmoid does not read: the order alone counts" in caplog.text
+    assert "(losses that read it: sigmoid_margin, ddpo)" in caplog.text
 
 
 def test_what_loss_and_accuracy_hide_is_said_once():

@@ -54,6 +54,7 @@ def test_question_as_an_argument_is_answered_alone(base, talk):
     code, out, err = talk(base, "the scale", *TEN)
     assert (code, out) == (0, f"{printable(expected)}\n")
     assert err in ("", "cut after 10 tokens; --max-new-tokens is the limit\n")
+    assert talk(base, *TEN, "the scale")[:2] == (code, out)  # behind options too
 
 
 def test_messages_of_a_pipe_are_one_conversation_until_a_reset(base, talk, tmp_path):
