@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         ConfigError: If the model cannot be loaded, or answers no prompts.
     """
-    options = parsers.chat().parse_args(arguments)
+    options = parsers.chat().parse_intermixed_args(arguments)  # the question may stand behind options
     begin, talks = time.perf_counter(), options.question is None and sys.stdin.isatty()
     if talks:
         note(f"loading {options.source} ...")
