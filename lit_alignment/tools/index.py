@@ -196,9 +196,10 @@ def evaluate(retriever: RetrieverConfig, index: IndexConfig, options: argparse.N
         for row, (_, relevant) in zip(positions, group, strict=True):
             metrics.append(ranking_metrics([passage.id for passage in found.at(row)], relevant, ks))
     means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
-    table = Table("metric", "value", title=f"{len(questions)} questions, {len(found)} passages", title_justify="left")
+    table = Table("metric", "value")
     for name, value in means.items():
         table.add_row(name, f"{value:.4f}")
+    print(f"{len(questions)} questions, {len(found)} passages")  # as a title it would be broken at the table's width
     Console().print(table)
     if options.json:
         with replaced(options.json) as file:
