@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_alignment.callbacks.progress import progress
 from lit_alignment.checkpoints.saved import read_saved
 from lit_alignment.data.base import datamodule_of
-from lit_alignment.data.encoding.messages import value_kind
+from lit_alignment.data.encoding.messages import read_record, value_kind
 from lit_alignment.data.examples import column
 from lit_alignment.data.passages import Passage
 from lit_alignment.data.retriever import PassageBatch, PassageDataModule
@@ -177,7 +177,9 @@ def _cache(cli: ToolCLI) -> str | None:
 def evaluate(retriever: RetrieverConfig, index: IndexConfig, options: argparse.Namespace) -> None:
     """Recall, reciprocal rank and nDCG over questions whose relevant passages are known."""
     if options.queries is None:
-        raise ConfigError("index eval needs --queries FILE with records {query, relevant: [passage ids]}.")
+        raise ConfigError(
+            "index eval needs --queries FILE with records {query, relevant: [passage ids]}, or RAG's own."
+        )
     ks = _cuts(options.k)
     found = PassageIndex.load(index.path)
     questions = read_questions(options.queries, set(found.passages["id"]))
@@ -194,9 +196,10 @@ def evaluate(retriever: RetrieverConfig, index: IndexConfig, options: argparse.N
         for row, (_, relevant) in zip(positions, group, strict=True):
             metrics.append(ranking_metrics([passage.id for passage in found.at(row)], relevant, ks))
     means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
-    table = Table("metric", "value", title=f"{len(questions)} questions, {len(found)} passages", title_justify="left")
+    table = Table("metric", "value")
     for name, value in means.items():
         table.add_row(name, f"{value:.4f}")
+    print(f"{len(questions)} questions, {len(found)} passages")  # as a title it would be broken at the table's width
     Console().print(table)
     if options.json:
         with replaced(options.json) as file:
@@ -217,7 +220,7 @@ def read_questions(path: Path, known: set[str]) -> list[tuple[str, list[str]]]:
     """Questions and the ids of their relevant passages.
 
     Args:
-        path: Records {query, relevant}.
+        path: Records {query, relevant}, or records of RAGDataModule with `relevant`, whose last user message asks.
         known: Ids of the passages in the index.
 
     Raises:
@@ -230,6 +233,9 @@ def read_questions(path: Path, known: set[str]) -> list[tuple[str, list[str]]]:
     for where, raw in read_file(path):
         values: dict[str, Any] = raw if isinstance(raw, dict) else {}
         query, relevant = values.get("query"), values.get("relevant")
+        if query is None and ("prompt" in values or "messages" in values):  # a record that RAG trains on
+            messages = read_record(raw, where, 0).messages
+            query = next((message["content"] for message in reversed(messages) if message["role"] == "user"), None)
         if not isinstance(query, str) or not query:
             raise RecordError(where, "query", f"is {value_kind(query)}", "Give the question as a string.")
         if not isinstance(relevant, list) or not relevant:

@@ -186,7 +186,7 @@ def index() -> OptionParser:
     parser.add_argument("action", choices=["build", "eval"])
     parser.add_argument("--ckpt_path", type=Path, help="a checkpoint with trained weights of the retriever")
     parser.add_argument("--overwrite", action="store_true", help="build: replace an index that is there")
-    parser.add_argument("--queries", type=Path, help="eval: records {query, relevant: [passage ids]}")
+    parser.add_argument("--queries", type=Path, help="eval: records {query, relevant: [passage ids]}, or RAG's own")
     parser.add_argument("--k", default="1,5,20", help="eval: where to cut the ranking (default: 1,5,20)")
     parser.add_argument("--json", type=Path, help="eval: write the metrics as JSON")
     return parser

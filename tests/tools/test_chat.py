@@ -51,8 +51,9 @@ def talk(monkeypatch, capsys):
 
 def test_question_as_an_argument_is_answered_alone(base, talk):
     expected = SFTModule.from_checkpoint(base).chat("the scale", DecodingConfig(max_new_tokens=10))
-    code, out, err = talk(base, "the scale", *TEN)
-    assert (code, out) == (0, f"{printable(expected)}\n")
+    for arguments in ((base, "the scale", *TEN), (base, *TEN, "the scale")):
+        code, out, err = talk(*arguments)
+        assert (code, out) == (0, f"{printable(expected)}\n")
     assert err in ("", "cut after 10 tokens; --max-new-tokens is the limit\n")
     assert talk(base, *TEN, "the scale")[:2] == (code, out)  # behind options too
 

@@ -52,7 +52,11 @@ def test_eval_finds_a_passage_by_its_own_words(config, tmp_path, capsys):
     out = tmp_path / "metrics.json"
     index.main(["eval", "--config", str(config), "--queries", asked, "--k", "1,3", "--json", str(out)])
     assert json.loads(out.read_text()) == pytest.approx({"recall@1": 1, "recall@3": 1, "mrr": 1, "ndcg@3": 1})
-    assert "9 questions, 9 passages" in " ".join(capsys.readouterr().out.split())
+    assert "9 questions, 9 passages\n" in capsys.readouterr().out
+    records = [{"prompt": p["query"], "completion": "so", "relevant": p["relevant"]} for p in queries]
+    asked = write_jsonl(tmp_path / "records.jsonl", records)  # those that a RAG module trains on
+    index.main(["eval", "--config", str(config), "--queries", asked, "--k", "1", "--json", str(out)])
+    assert json.loads(out.read_text())["recall@1"] == 1
 
 
 def test_folder_of_text_is_cut_and_counted(config, tmp_path, capsys):
