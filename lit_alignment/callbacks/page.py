@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -16,7 +17,7 @@ from lit_alignment.files import replaced
 from lit_alignment.modules.base import AlignmentModule, alignment_module
 from lit_alignment.report.page import render_run
 from lit_alignment.report.run import FILE, CherryPick, Judge, TrainingRun, to_json
-from lit_alignment.secrets import mask_text
+from lit_alignment.secrets import masked
 
 PAGE = "report.html"
 
@@ -70,7 +71,7 @@ def training_run(directory: Path, trainer: Trainer, module: AlignmentModule) -> 
         data=list(reports["train"].sources) if "train" in reports else [],
         folder="/".join(directory.absolute().parts[-2:]),
         machine=_machine(trainer, module),
-        config=mask_text(config.read_text(encoding="utf-8")) if config.is_file() else "",
+        config=shown_config(config.read_text(encoding="utf-8")) if config.is_file() else "",
         curves=dict(curves),
         charts=[list(group) for group in module.charts],
         judge=_judge(trainer, curves.keys()),
@@ -80,6 +81,17 @@ def training_run(directory: Path, trainer: Trainer, module: AlignmentModule) -> 
         notable=list(module.notable()),
         splits=[asdict(report) for report in reports.values()],
     )
+
+
+def shown_config(text: str) -> str:
+    """A configuration without secrets, which still is YAML.
+
+    Args:
+        text: Of `config.yaml`; where it hides what it has to, it stays to the letter.
+    """
+    values = yaml.safe_load(text)
+    hidden = masked(values)
+    return text if hidden == values else yaml.safe_dump(hidden, sort_keys=False, allow_unicode=True)
 
 
 def _judge(trainer: Trainer, logged: Collection[str]) -> Judge | None:

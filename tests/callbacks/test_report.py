@@ -9,9 +9,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_alignment.callbacks.curves import MOST, Curves
+from lit_alignment.callbacks.page import shown_config
 from lit_alignment.callbacks.report import RunReport
 from lit_alignment.report.page import render_run
 from lit_alignment.report.run import Judge, read_run
+from lit_alignment.report.settings import asked_first, flat
 from tests.helpers import chats, sft_data, sft_module, trainer
 
 
@@ -83,3 +85,11 @@ def test_value_that_is_not_finite_or_of_an_earlier_step_is_no_point():
     for step, value in ((0, 1.0), (2, math.nan), (3, 5.0), (3, 6.0), (2, 7.0)):
         curves.add("val/loss", step, value)
     assert curves == {"val/loss": [(3, 5.0)]}
+
+
+def test_settings_of_a_page_are_read_where_something_is_masked():
+    plain = "# lightning\nmodel:\n  image: {token: null}\n  optimizer: {learning_rate: 0.01}\n"
+    assert shown_config(plain) == plain  # the placeholder of images is no secret
+    shown = shown_config(plain + "trainer:\n  logger: {api_key: abc123}\n")
+    assert "abc123" not in shown
+    assert flat(shown)["trainer.logger.api_key"] == "***" and asked_first(flat(shown)) == {"learning rate": "0.01"}
