@@ -8,8 +8,8 @@ import pytest
 from tests.helpers import ROOT, base_model_folder
 from tests.helpers.pages import Follower, read_steps
 
-CHATS = ROOT / "configs/tutorials/chats-to-server.md"
-ANSWERS = ("lit-alignment chat", "curl", "python ask.py")  # what the model says
+CHATS, REWARDS = (ROOT / f"configs/tutorials/{name}.md" for name in ("chats-to-server", "reward-to-dpo"))
+ANSWERS = ("lit-alignment chat", "curl", "python ask.py", "python look.py")  # what the model says
 TOKENS = ("lit-alignment inspect", "lit-alignment estimate")  # what its tokenizer and its size decide
 # Of the real model: what is small enough for a test.
 MODEL, ADAPTED = "HuggingFaceTB/SmolLM2-135M-Instruct", "[15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29]"
@@ -20,7 +20,7 @@ def tiny(tmp_path, monkeypatch):
     """Follows a page with a tiny random model, and trains on two batches."""
     monkeypatch.setenv("COLUMNS", "80")
     (folder := tmp_path / "new").mkdir()
-    steps = {name: "step=2" for name in re.findall(r"step=\d+", CHATS.read_text())}
+    steps = {name: "step=2" for page in (CHATS, REWARDS) for name in re.findall(r"step=\d+", page.read_text())}
     model = base_model_folder(tmp_path / "SmolLM2-135M-Instruct")
     few = [f"--trainer.limit_{stage}_batches={number}" for stage, number in (("train", 2), ("val", 1))]
     return Follower(
@@ -69,6 +69,14 @@ def test_chats_become_a_server_that_answers(tiny):
 
 
 @pytest.mark.slow
+def test_judged_pairs_become_a_judge_better_answers_and_dpo(tiny):
+    with tiny.follow(REWARDS) as steps:
+        check_words(steps, *ANSWERS)
+    pairs = [json.loads(line) for line in (tiny.folder / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) > 20 and all(pair["margin"] >= 0 and pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+@pytest.mark.slow
 @pytest.mark.network
 @pytest.mark.timeout(3600)
 def test_chats_become_a_server_that_answers_as_the_page_says(real):
@@ -81,7 +89,21 @@ def test_chats_become_a_server_that_answers_as_the_page_says(real):
     assert routed.keys() == {"queue", "product", "order", "urgent"} and routed["order"] == "A1205"
 
 
-@pytest.mark.parametrize("page", [CHATS], ids=lambda page: page.stem)
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.timeout(3600)
+def test_judged_pairs_have_the_figures_of_the_page(real):
+    with real.follow(REWARDS) as steps:
+        check_words(steps, *ANSWERS)
+    ((claimed, measured),) = claimed_and_measured(steps, "accuracy")
+    assert abs(measured - claimed) <= 0.06
+    (_, any_answer), (_, best_answer), *_ = claimed_and_measured(steps, "exact_match")
+    assert best_answer > any_answer
+    (claimed_before, before), (claimed_after, after) = claimed_and_measured(steps, "reward")
+    assert (after > before) == (claimed_after > claimed_before)
+
+
+@pytest.mark.parametrize("page", [CHATS, REWARDS], ids=lambda page: page.stem)
 def test_links_of_a_tutorial_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     assert links and all((page.parent / link).exists() for link in links if "://" not in link)

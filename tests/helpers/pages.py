@@ -24,7 +24,7 @@ from unittest import mock
 from tests.helpers.commands import ForkedCommand, command
 
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
-NUMBER = re.compile(r"(?<![A-Za-z_])\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?: [kMG]\b)?")
+NUMBER = re.compile(r"(?<![A-Za-z_])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?: [kMG]\b)?")
 DRAWN = re.compile(r"[\u2500-\u259f]+")  # lines and bars
 PORT = "8000"  # of a server, on the pages
 
