@@ -232,7 +232,7 @@ def _benchmarks() -> str:
     (section,) = re.findall(r"^## (Benchmarks\n.*?)(?=^## )", text, re.S | re.M)
     titles = [(path, path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")) for path in _results()]
     links = [f"- [{title}]({path.name})" for path, title in titles]
-    return "\n".join([f"# {section.rstrip()}", "", "## Results", "", *links, ""])
+    return "\n".join([f"# {section.rstrip()}".replace("](configs/", "](../"), "", "## Results", "", *links, ""])
 
 
 def notebook(content: dict[str, Any]) -> str:
