@@ -161,11 +161,19 @@ def _next_commands(trainer: Trainer, module: LightningModule) -> list[str]:
     asked = "" if datamodule_of(trainer).sources["predict"] else " --data.predict '[{path: FILE.jsonl}]'"
     lines = [f"{_command('predict', trainer, checkpoint)}{asked}"]
     if _answers(module):
-        lines.append(f"lit-alignment chat {shown(checkpoint)}")
+        lines.append(f"lit-alignment chat {shown(checkpoint)}{_index_of(module)}")
     merges = module.peft_config is not None and not module.peft_config.is_prompt_learning
     if merges or not (checkpoint.parent / "export").exists():
         lines.append(f"lit-alignment {'merge' if merges else 'export'} {shown(checkpoint)} --out FOLDER")
     return ["Next:", *(f"  {line}" for line in lines)]
+
+
+def _index_of(module: AlignmentModule) -> str:
+    """The index that a module with retrieved passages answers from, as an option; a refreshed one has several."""
+    retriever = module.passage_retriever
+    if retriever is None:
+        return ""
+    return f" --index {'FOLDER' if retriever.refreshed else shown(Path(retriever.index_config.path))}"
 
 
 def _answers(module: AlignmentModule) -> bool:
