@@ -11,7 +11,7 @@ SPREAD := -n 2 --dist loadfile
 DIST := dist
 HAS_GPU := $(shell command -v nvidia-smi)
 
-.PHONY: demo test test-all test-fast test-vllm lint install vllm-env docs docs-serve dist clean
+.PHONY: demo test test-all test-fast test-tutorials test-vllm lint install vllm-env docs docs-serve dist clean
 
 install: $(STAMP)
 
@@ -41,11 +41,14 @@ demo: $(STAMP)  ## fine-tune a real model on CPU and show what it learned
 test: lint  ## lint, types, and all tests but those that fetch something or repeat a property on more input
 	$(BIN)/python -m pytest $(SPREAD)
 
-test-all: lint  ## those too; only what needs a GPU or vLLM is left out
-	$(BIN)/python -m pytest $(SPREAD) -m 'not gpu and not vllm'
+test-all: lint  ## those too; what needs a GPU, vLLM or many minutes is left out
+	$(BIN)/python -m pytest $(SPREAD) -m 'not gpu and not vllm and not tutorial'
 
 test-fast: $(STAMP)  ## tests that take seconds
-	$(BIN)/python -m pytest $(SPREAD) -m 'not slow and not gpu and not vllm and not network and not exhaustive'
+	$(BIN)/python -m pytest $(SPREAD) -m 'not slow and not gpu and not vllm and not network and not exhaustive and not tutorial'
+
+test-tutorials: $(STAMP)  ## each tutorial with the real model that it names, as its pages say
+	$(BIN)/python -m pytest -m tutorial tests/test_tutorials.py tests/test_rag_tutorial.py
 
 test-vllm: $(VLLM_STAMP)  ## tests of the vLLM engine and server
 	$(VLLM)/bin/python -m pytest -m vllm tests/vllm

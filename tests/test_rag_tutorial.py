@@ -69,7 +69,7 @@ def test_every_cell_runs_with_tiny_models(tmp_path, monkeypatch, capsys):
     assert any(f"  lit-alignment chat {names['checkpoint']} --index runs/index\n" in each for each in said)
 
 
-@pytest.mark.network
+@pytest.mark.tutorial
 def test_real_models_find_no_less_after_training(tmp_path, monkeypatch):
     monkeypatch.delenv("LIT_ALIGNMENT_CACHE")
     monkeypatch.chdir(tmp_path)
