@@ -194,16 +194,26 @@ def test_options_of_each_command_are_taken(name, arguments, monkeypatch):
     if command not in TRAINER_COMMANDS:
         _, options = PARSERS[command]().parse_known_args(options)
     monkeypatch.setattr(AlignmentCLI, "instantiate_classes", lambda self: None)
-    given = [ours(each, name) for each in options if each != "--print_config"]
+    given = [ours(each, name) for each in without_overlays(options) if each != "--print_config"]
     assert build(without_checkpoint(given)).config
 
 
 def ours(option, page):
     """A file of the reader stands for the smallest recipe of the method that it, or the page, is named after."""
-    if not option.endswith((".yaml", ".json")) or option.startswith("configs/"):
+    if not is_of_the_reader(option):
         return option
     recipes = [Path(f"configs/{method}/tiny.yaml") for method in (Path(option).stem, Path(page).parent.name, "sft")]
     return str(next(path for path in recipes if (ROOT / path).is_file()))
+
+
+def is_of_the_reader(option):
+    return option.endswith((".yaml", ".json")) and not option.startswith("configs/")
+
+
+def without_overlays(options):
+    """All options but files of the reader behind the first one, which change it."""
+    own = [number for number, each in enumerate(options) if is_of_the_reader(each)][1:]
+    return [each for number, each in enumerate(options) if number not in own and number + 1 not in own]
 
 
 def without_checkpoint(options):

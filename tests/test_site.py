@@ -55,13 +55,8 @@ def test_pages_ask_no_other_server_for_anything(site):
 def test_broken_link_ends_the_build(text, tmp_path):
     (tmp_path / "pages").mkdir()
     (tmp_path / "pages/index.md").write_text(f"# Page\n\n{text}\n")
-    given = {
-        "docs_dir": str(tmp_path / "pages"),
-        "site_dir": str(tmp_path / "site"),
-        "nav": ["index.md"],
-        "not_in_nav": "",
-    }
-    config = load_config(str(ROOT / "mkdocs.yml"), **given, nav=["index.md"], not_in_nav="", hooks=[], plugins=[])
+    places = {"docs_dir": str(tmp_path / "pages"), "site_dir": str(tmp_path / "site")}
+    config = load_config(str(ROOT / "mkdocs.yml"), **places, nav=["index.md"], not_in_nav="", hooks=[], plugins=[])
     with pytest.raises(Abort, match="1 warnings in strict mode"):
         build(config)
 

@@ -23,6 +23,7 @@ def tiny(tmp_path, monkeypatch):
     steps = {name: "step=2" for page in (CHATS, REWARDS) for name in re.findall(r"step=\d+", page.read_text())}
     model = base_model_folder(tmp_path / "SmolLM2-135M-Instruct")
     few = [f"--trainer.limit_{stage}_batches={number}" for stage, number in (("train", 2), ("val", 1))]
+    few += ["--trainer.max_epochs=1"]
     return Follower(
         folder,
         {MODEL: model, ADAPTED: "[0]", **steps},
