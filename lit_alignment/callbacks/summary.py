@@ -134,9 +134,14 @@ def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
 
 
 def _final(trainer: Trainer) -> str:
-    """The last loss of training, and the first things that the last validation measured; the report has all."""
+    """The last loss of training, and what the last validation measured, in the order of the method's charts."""
     values = trainer.callback_metrics
-    names = [name for name in values if name == "train/loss" or name.startswith("val/")][:MOST_FIGURES]
+    logged = [name for name in values if name == "train/loss" or name.startswith("val/")]
+    module = trainer.lightning_module
+    charts = module.charts if isinstance(module, AlignmentModule) else ()
+    drawn = [f"val/{name}" for group in charts for name in group]
+    first = [name for name in ("train/loss", *drawn) if name in logged]
+    names = list(dict.fromkeys([*first, *logged]))[:MOST_FIGURES]
     numbers = read_all([values[name] for name in names])
     return ", ".join(f"{name} {number:.4g}" for name, number in zip(names, numbers, strict=True))
 

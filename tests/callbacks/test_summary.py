@@ -1,9 +1,13 @@
 """The end of a training saves its last step, and says why it ended, its figures, and what comes next."""
 
+from types import SimpleNamespace
+
+import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lit_alignment.callbacks.summary import EndSummary, ending, why_ended
+from lit_alignment.callbacks.summary import EndSummary, _final, ending, why_ended
+from lit_alignment.modules.preference import PreferenceModule
 from tests.helpers import chats, pairs, reward_data, reward_model, sft_data, sft_module, trainer
 
 
@@ -34,6 +38,14 @@ def test_early_stopping_is_named_with_the_best_step_and_the_command(tmp_path):
         f"run: '{config.parent}'  (config.yaml, data_report.json)",
         f"To go on: lit-alignment fit --config '{config}' --ckpt_path '{saver.best_model_path}'",
     ]
+
+
+def test_figures_stand_in_the_order_of_the_methods_charts():
+    module = sft_module()
+    module.charts = PreferenceModule.charts
+    logged = ("val/chosen_logp", "val/margin", "val/loss", "val/kl", "train/loss", "val/accuracy", "val/z", "train/kl")
+    run = SimpleNamespace(callback_metrics={name: torch.tensor(2.0) for name in logged}, lightning_module=module)
+    assert _final(run) == "train/loss 2, val/loss 2, val/accuracy 2, val/margin 2, val/chosen_logp 2, val/kl 2"
 
 
 def test_a_limit_that_is_reached_is_raised_in_the_command(tmp_path):
