@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichProgressB
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_summary.model_summary import get_human_readable_count
 
+FEW_STEPS = 20
 EVALUATION_SECONDS = 30.0  # between two lines of validate, test and predict
 
 
@@ -30,6 +31,15 @@ class ModelSize(ModelSummary):
             f"parameters: {get_human_readable_count(found.total_parameters)} ({', '.join(parts)}), "
             f"{get_human_readable_count(int(found.trainable_parameters))} of them trained"
         )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where a training ends before it can have learned much, unless its steps were asked for."""
+        steps = trainer.estimated_stepping_batches
+        if steps < FEW_STEPS and trainer.max_steps < 0:
+            rank_zero_info(
+                f"{steps:.0f} optimizer steps in all, which teach little. Raise trainer.max_epochs, or lower "
+                "trainer.accumulate_grad_batches or data.tokens_per_batch (data.batch_size without packing)."
+            )
 
 
 class Bar(RichProgressBar):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lit_alignment import Throughput
-from lit_alignment.callbacks.progress import Bar, ProgressLines
+from lit_alignment.callbacks.progress import Bar, ModelSize, ProgressLines
 from tests.helpers import chats, sft_data, sft_module, trainer
 from tests.helpers.commands import command
 
@@ -23,6 +23,15 @@ def test_lines_tell_step_epoch_loss_speed_and_time_left(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [line.split(",")[0] for line in lines] == ["step 2/4", "step 4/4"]
     assert re.fullmatch(r"step 2/4, epoch 1, loss [\d.]+, \d+ tokens/s, 0:0\d left", lines[0])
+
+
+@pytest.mark.parametrize(("settings", "said"), [({}, "8 optimizer steps in all"), ({"max_steps": 2}, None)])
+def test_training_of_few_steps_is_told_unless_they_were_asked_for(tmp_path, settings, said, monkeypatch):
+    lines = []
+    monkeypatch.setattr("lit_alignment.callbacks.progress.rank_zero_info", lines.append)
+    fit(tmp_path, [ModelSize()], **settings)
+    assert lines[0].startswith("parameters: ")
+    assert [line.partition(",")[0] for line in lines[1:]] == ([said] if said else [])
 
 
 def test_only_one_rank_speaks(tmp_path, capsys):
