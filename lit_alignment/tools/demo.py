@@ -59,10 +59,9 @@ def main(arguments: list[str]) -> None:
     console.print(f"report: {run / 'report.html'}")
     console.print(f"export: {run / 'checkpoints' / 'export'}  (loads with from_pretrained)", soft_wrap=True)
     total = options.install_seconds + end - begin
-    console.print(
-        f"time: {end - ready:.0f} s for the demo, {total:.0f} s with installing and fetching the model",
-        soft_wrap=True,
-    )
+    more = "installing and fetching" if options.install_seconds else "fetching"
+    console.print(f"time: {end - ready:.0f} s for the demo, {total:.0f} s with {more} the model", soft_wrap=True)
+    console.print(f"talk to it: lit-alignment chat {run / 'checkpoints' / 'export'}", soft_wrap=True)
 
 
 def exact_match(line: dict[str, Any]) -> bool:
