@@ -5,11 +5,13 @@ import re
 import pytest
 import yaml
 
+from lit_alignment.models.adapters import save_adapter
 from lit_alignment.paths import recipes_dir
 from lit_alignment.tools.init.recipes import recipe_names
 from lit_alignment.tools.init.templates import METHODS
 from lit_alignment.trainer_cli import AlignmentCLI, build
-from tests.helpers import chats, judged, labelled, pairs, write_jsonl
+from tests.helpers import base_model_folder, chats, classifier, judged, labelled, pairs, reward_model, write_jsonl
+from tests.helpers.adapters import PROMPTS, WEIGHTS, module_with
 from tests.helpers.commands import command
 
 
@@ -249,6 +251,62 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
     assert "--val needs --data" in command("init", "sft", "--val", path).stderr
     assert "--columns needs --data" in command("init", "sft", "--columns", "prompt=a").stderr
     assert "write FIELD=COLUMN" in command("init", "sft", "--data", path, "--columns", "prompt").stderr
+
+
+def exported_adapter(module, folder):
+    """What a run leaves as its export: an adapter with its tokenizer, and a classifier's with its labels."""
+    network = module.load_model()
+    save_adapter(network, folder)
+    module.tokenizer.save_pretrained(folder)
+    base = network.get_base_model()
+    if base.get_output_embeddings() is None:
+        base.config.architectures = [type(base).__name__]
+        base.config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["sft", "preference", "policy", "distillation"])
+def test_adapter_is_trained_further_over_its_base(method, tmp_path, monkeypatch):
+    base = base_model_folder(tmp_path / "base")
+    adapter = exported_adapter(module_with(base, WEIGHTS["lora"]), tmp_path / "export")
+    model = written(method, "--model", adapter)[1]["model"]["init_args"]
+    assert model["backbone"] == {"path": base, "tokenizer": adapter} and "peft" not in model
+    assert model["adapter"] == {"path": adapter, "trainable": True}
+    if method == "distillation":  # its teacher is a model of the hub
+        return
+    network = build(["--config", f"{method}.yaml"]).model.load_model()
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_adapter_of_a_classifier_is_trained_further_on_the_same_classes(tmp_path, empty_folder):
+    base = base_model_folder(tmp_path / "base")
+    data = write_jsonl(tmp_path / "data.jsonl", labelled(12))
+    module = classifier(base, lora=True, labels=["bad", "fine", "good"])
+    adapter = exported_adapter(module, tmp_path / "classifier")
+    model = written("classification", "--data", data, "--model", adapter)[1]["model"]["init_args"]
+    assert model["adapter"] == {"path": adapter, "trainable": True}
+    network = build(["--config", "classification.yaml"]).model.load_model()
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert any("score" in name for name in trained) and any("lora_" in name for name in trained)
+
+
+def test_adapter_that_a_method_cannot_train_further_is_refused(tmp_path, empty_folder):
+    base = base_model_folder(tmp_path / "base")
+    data = write_jsonl(tmp_path / "data.jsonl", labelled(12))
+    text = exported_adapter(module_with(base, WEIGHTS["lora"]), tmp_path / "text")
+    virtual = exported_adapter(module_with(base, PROMPTS["prompt"]), tmp_path / "virtual")
+    reward = exported_adapter(reward_model(base, lora=True), tmp_path / "reward")
+    start = f"Start from its base: --model {base}."
+    for words, said in (
+        (("classification", "--data", data, "--model", text), f"lit-alignment merge {text} --out FOLDER, then --model"),
+        (("classification", "--data", data, "--model", reward), f"that scores reward, and classification .* {start}"),
+        (("preference", "--model", reward), f"that scores reward, and preference needs one that writes text. {start}"),
+        (("sft", "--model", virtual), "an adapter of virtual tokens"),
+    ):
+        result = command("init", *words)
+        assert result.returncode == 2 and re.search(said, result.stderr), result.stderr
+        assert not list(empty_folder.glob("*.yaml"))
 
 
 def test_classes_that_are_numbers_stand_in_their_order(tmp_path, empty_folder):
