@@ -53,6 +53,9 @@ def test_some_records_are_held_out_for_validation_unless_they_are_given(tmp_path
     path = write_jsonl(tmp_path / "my chats.jsonl", chats(35))
     data = written("sft", "--data", path)[1]["data"]["init_args"]
     assert data["train"] == [{"path": path}] and data["val_fraction"] == 0.1 and "val" not in data
+    text = (tmp_path / "user/sft.yaml").read_text()
+    assert re.search(r"predict: .*num_rows: 20}\]  # most of these are trained on too; to measure, name a file", text)
+    assert "without it some of --data, drawn at random" in " ".join(command("init", "--help").stdout.split())
     (tmp_path / "user/sft.yaml").unlink()
     val = write_jsonl(tmp_path / "val.jsonl", [{"question": "why", "answer": "so"}])
     data = written("sft", "--data", path, "--val", val)[1]["data"]["init_args"]
