@@ -134,6 +134,11 @@ def test_labels_and_judged_responses_are_found_in_the_data(tmp_path, empty_folde
         ("sft", {"question": "why", "answer": "so"}, {"prompt": "question", "completion": "answer"}),
         ("policy", {"query": "why", "response": "so"}, {"prompt": "query", "label": "response"}),
         ("classification", {"review": "fine", "stars": 4}, {"text": "review", "label": "stars"}),
+        (
+            "preference",
+            {"question": "why", "better": "so", "worse": "no"},
+            {"prompt": "question", "chosen": "better", "rejected": "worse"},
+        ),
         ("classification", {"text": "fine", "label": "yes"}, None),
     ],
 )
@@ -161,6 +166,46 @@ def test_columns_of_other_names_are_asked_for_and_may_be_given(tmp_path):
     assert config["model"]["init_args"]["labels"] == ["1", "2", "3", "4", "5"]
     said = command("init", "sft", "--data", str(path), "--columns", "prompt=Bewertung", "completion=Sterne").stderr
     assert "no column is named 'Bewertung'" in said and "Did you mean 'Bewertung für uns'?" in said
+
+
+@pytest.mark.parametrize(
+    "method, record, columns, said",
+    [
+        (
+            "preference",
+            {"Frage": "why", "gut": "so", "schlecht": "no"},
+            [],
+            r":1: no columns of usual names for 'prompt', 'chosen' and 'rejected' \(there are: 'Frage', 'gut', "
+            r"'schlecht'\)\. .*: --columns prompt=COLUMN chosen=COLUMN rejected=COLUMN; of responses judged",
+        ),
+        (
+            "reward",
+            {"question": "why", "gut": "so", "rejected": "no"},
+            [],
+            r"--columns prompt=COLUMN chosen=COLUMN rejected=rejected$",
+        ),
+        (
+            "sft",
+            {"Frage": "why", "Die Antwort": "so"},
+            ["question=Frage", "answer=Die Antwort"],
+            r":1: --columns names 'question' and 'answer', and sft reads 'prompt' and 'completion'\. "
+            r"Write --columns prompt=Frage 'completion=Die Antwort'$",
+        ),
+        ("sft", {"Frage": "why", "b": "so"}, ["prompt=Frage", "reply=b"], r"--columns prompt=Frage completion=COLUMN$"),
+        (
+            "preference",
+            {"Frage": "why", "b": "so"},
+            ["prompt=Frage", "completion=b"],
+            r"field 'label' is missing\. Give 'chosen' and 'rejected'",
+        ),
+        ("sft", {"Frage": "why"}, ["messages=Frage"], r"field 'messages' is a string"),
+    ],
+)
+def test_fields_that_columns_may_name_are_said(method, record, columns, said, tmp_path, empty_folder):
+    data = write_jsonl(tmp_path / "data.jsonl", [record] * 12)
+    result = command("init", method, "--data", data, *(["--columns", *columns] if columns else []))
+    assert result.returncode == 2 and re.search(said, result.stderr.strip()), result.stderr
+    assert not list(empty_folder.iterdir())
 
 
 def test_columns_may_stand_before_the_method_and_more_than_once(tmp_path, empty_folder):
