@@ -54,7 +54,9 @@ def test_some_records_are_held_out_for_validation_unless_they_are_given(tmp_path
     data = written("sft", "--data", path)[1]["data"]["init_args"]
     assert data["train"] == [{"path": path}] and data["val_fraction"] == 0.1 and "val" not in data
     text = (tmp_path / "user/sft.yaml").read_text()
-    assert re.search(r"predict: .*num_rows: 20}\]  # most of these are trained on too; to measure, name a file", text)
+    assert re.search(
+        r"most of these records are trained on too\. To measure, .*\n    predict: .*num_rows: 20}\]\n", text
+    )
     assert "without it some of --data, drawn at random" in " ".join(command("init", "--help").stdout.split())
     (tmp_path / "user/sft.yaml").unlink()
     val = write_jsonl(tmp_path / "val.jsonl", [{"question": "why", "answer": "so"}])
@@ -178,6 +180,7 @@ def test_columns_of_other_names_are_asked_for_and_may_be_given(tmp_path):
             r":1: no columns of usual names for 'prompt', 'chosen' and 'rejected' \(there are: 'Frage', 'gut', "
             r"'schlecht'\)\. .*: --columns prompt=COLUMN chosen=COLUMN rejected=COLUMN; of responses judged",
         ),
+        ("preference", {"Frage": "why", "b": "so"}, [], r"'chosen' and 'rejected' \(there are: 'Frage', 'b'\)"),
         (
             "reward",
             {"question": "why", "gut": "so", "rejected": "no"},

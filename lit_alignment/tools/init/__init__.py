@@ -104,8 +104,8 @@ def _sources(data: str, found: Records, val: str | None, held: Records | None) -
         )
     fraction = 0.1 if found.number < MOST else 0.02
     drawn = f"val_fraction: {fraction}  # held out for validation, drawn at random; or a file: val: [{{path: ...}}]"
-    seen = "# most of these are trained on too; to measure, name a file that is held out"
-    return f"{train}\n    {drawn}\n    predict: [{{{_source(data, found)}, num_rows: 20}}]  {seen}"
+    seen = "# To look at answers; most of these records are trained on too. To measure, name a file that is held out."
+    return f"{train}\n    {drawn}\n    {seen}\n    predict: [{{{_source(data, found)}, num_rows: 20}}]"
 
 
 def _source(path: str, found: Records) -> str:

@@ -161,7 +161,8 @@ def _columns(method: str, raw: dict[str, Any]) -> dict[str, str] | None:
 def _unnamed(method: str, raw: Any) -> bool:
     """Whether a record is a row of a table, in which the method's fields have other names."""
     flat = isinstance(raw, dict) and not any(isinstance(value, list | dict) for value in raw.values())
-    return flat and method in COLUMNS and len(raw) >= len(COLUMNS[method]) and not COLUMNS[method].keys() <= raw.keys()
+    # A row of one column is no table; of two it may be one where a pair holds its prompt, or lacks a column.
+    return flat and method in COLUMNS and len(raw) >= 2 and not COLUMNS[method].keys() <= raw.keys()
 
 
 def _unusual(method: str, raw: dict[str, Any]) -> str:
