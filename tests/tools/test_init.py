@@ -1,5 +1,6 @@
 """Configurations that `init` writes are valid, fit the data they are given, and bring along what they name."""
 
+import json
 import re
 
 import pytest
@@ -348,12 +349,16 @@ def test_adapter_that_a_method_cannot_train_further_is_refused(tmp_path, empty_f
     text = exported_adapter(module_with(base, WEIGHTS["lora"]), tmp_path / "text")
     virtual = exported_adapter(module_with(base, PROMPTS["prompt"]), tmp_path / "virtual")
     reward = exported_adapter(reward_model(base, lora=True), tmp_path / "reward")
+    baseless = exported_adapter(module_with(base, WEIGHTS["lora"]), tmp_path / "baseless")
+    config = tmp_path / "baseless/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
     start = f"Start from its base: --model {base}."
     for words, said in (
         (("classification", "--data", data, "--model", text), f"lit-alignment merge {text} --out FOLDER, then --model"),
         (("classification", "--data", data, "--model", reward), f"that scores reward, and classification .* {start}"),
         (("preference", "--model", reward), f"that scores reward, and preference needs one that writes text. {start}"),
         (("sft", "--model", virtual), "an adapter of virtual tokens"),
+        (("sft", "--model", baseless), "baseless/adapter_config.json: base_model_name_or_path is missing"),
     ):
         result = command("init", *words)
         assert result.returncode == 2 and re.search(said, result.stderr), result.stderr

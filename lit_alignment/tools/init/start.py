@@ -47,29 +47,32 @@ def starting(model: str, method: str, labels: list[str]) -> Start:
 
     Raises:
         ConfigError: If it is an adapter that the method cannot train further.
-        CheckpointError: If it is an adapter that does not name its base.
+        CheckpointError: If its description is none.
     """
-    if not (Path(model).expanduser() / "adapter_config.json").is_file():
+    folder = Path(model).expanduser()
+    if not (folder / "adapter_config.json").is_file():
         return Start(model)
     # Heavy imports, which only an adapter needs.
     from lit_alignment.checkpoints.saved import read_saved
     from lit_alignment.models.adapters import AdapterConfig
 
-    saved, peft = read_saved(Path(model)), AdapterConfig(model).peft()
-    base = saved.backbone
-    scored = None if saved.head is None else list(saved.head.labels)
-    if scored is None and peft.task_type == "SEQ_CLS":
-        scored = []
-    merged = f"lit-alignment merge {model} --out FOLDER, then --model FOLDER"
+    peft = AdapterConfig(str(folder)).peft()
+    if not peft.base_model_name_or_path:
+        raise ConfigError(f"{folder / 'adapter_config.json'}: base_model_name_or_path is missing. Name its base there.")
     if peft.is_prompt_learning:
         raise ConfigError(
             f"--model {model}: an adapter of virtual tokens without the encoder that made them, which cannot train on. "
-            f"Start from its base (--model {base.path}), or resume its run: fit with --ckpt_path."
+            f"Start from its base (--model {peft.base_model_name_or_path}), or resume its run: fit with --ckpt_path."
         )
+    saved = read_saved(folder)
+    scored: list[str] | None = None if saved.head is None else list(saved.head.labels)
+    if scored is None and peft.task_type == "SEQ_CLS":
+        scored = []  # a head, of which the folder does not say the labels
+    base = saved.backbone
     if scored is None and method in SCORING:
         raise ConfigError(
-            f"--model {model}: an adapter of a model that writes text, without the head that {method} needs. "
-            f"Merge it into its base: {merged}."
+            f"--model {model}: an adapter of a model that writes text, without the head that {method} needs. Merge it "
+            f"into its base: lit-alignment merge {model} --out FOLDER, then --model FOLDER."
         )
     wanted = {"classification": labels, "reward": ["reward"]}.get(method)
     if scored is not None and scored != wanted:
@@ -79,7 +82,7 @@ def starting(model: str, method: str, labels: list[str]) -> Start:
             f"--model {model}: an adapter of a model that {scores}, and {method} needs one that {needed}. "
             f"Start from its base: --model {base.path}."
         )
-    return Start(base.path, base.revision, None if base.tokenizer is None else model, model)
+    return Start(base.path, base.revision, base.tokenizer, str(folder))
 
 
 def word(text: str) -> str:
