@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lit_alignment.errors import AlignmentError, ConfigError, require
-from lit_alignment.files import check_descriptions, check_folder
+from lit_alignment.files import check_descriptions, check_folder, read_json
 from lit_alignment.models.adapters import AdapterConfig, add_adapters, is_prompt_learning, load_adapter
 from lit_alignment.models.attention import Attention, choose_attention, known_attentions, lacks_ours
 from lit_alignment.models.head import SCORE, output_head
@@ -277,10 +277,12 @@ def _load_under_head(kind: Any, backbone: BackboneConfig, options: dict[str, Any
 
 def _check_backbone(backbone: BackboneConfig, wrapped: bool, device_type: str) -> None:
     """Refuse a folder that is no base, and what only a GPU can do, before anything is loaded."""
-    if (Path(local_path(backbone.path)) / "adapter_config.json").is_file():
+    described = Path(local_path(backbone.path)) / "adapter_config.json"
+    if described.is_file():
+        base = read_json(described, "an adapter's configuration").get("base_model_name_or_path") or "its base"
         raise ConfigError(
-            f"{backbone.path}: holds an adapter, which transformers would load unseen. Give its base as backbone.path, "
-            "and this folder as model.adapter."
+            f"{backbone.path}: holds an adapter, which transformers would load unseen. Set backbone.path: {base}, "
+            f"model.adapter: {{path: {backbone.path}, trainable: true}} (or false), and model.peft: null."
         )
     if backbone.quantization != "none":
         if not wrapped:

@@ -1,11 +1,14 @@
 """The module that answers for a trained model, whatever it was trained by."""
 
+from pathlib import Path
+
 from lit_alignment.checkpoints.saved import read_model
 from lit_alignment.errors import ConfigError
 from lit_alignment.modules.generative import GenerativeModule
 from lit_alignment.modules.rag import RAGModule
 from lit_alignment.modules.sft import SFTModule
 from lit_alignment.modules.vlm import VLMModule
+from lit_alignment.paths import shown
 from lit_alignment.retrieval.index import IndexConfig
 
 
@@ -30,7 +33,8 @@ def load_answering(
     """
     saved = read_model(source, base, trust_remote_code)
     if index is not None and saved.family != "passages":
-        raise ConfigError(f"{source}: this model answers without passages. Leave the index ({index}) out.")
+        why = generator_alone(source) or f"this model answers without passages. Leave the index ({index}) out."
+        raise ConfigError(f"{source}: {why}")
     match saved.family:
         case "text":
             return SFTModule.from_saved(saved, source, device)
@@ -51,3 +55,20 @@ def load_answering(
         case "vectors":
             how, problem = "RetrieverModule.from_checkpoint(PATH).embed([...])", "it makes vectors and writes no text"
     raise ConfigError(f"{source}: {problem}. Use lit-alignment predict, or in Python lit_alignment.{how}.")
+
+
+def generator_alone(source: str) -> str:
+    """What to say of an export that lies beside its retriever, as it answers without passages; "" of any other model.
+
+    Args:
+        source: The model, as it was given.
+    """
+    folder = Path(source).expanduser().resolve()  # `export` is a link to the folder of the best checkpoint
+    if not (folder / "retriever").is_dir():
+        return ""
+    checkpoint = folder.with_name(f"{folder.name}.ckpt")
+    named = f" ({shown(checkpoint)})" if checkpoint.exists() else ""
+    return (
+        "the generator of a RAG model alone, which answers without passages. From passages its checkpoint answers"
+        f"{named}, with --index FOLDER."
+    )

@@ -32,11 +32,14 @@ def main(arguments: list[str]) -> None:
         note(f"loading {options.source} ...")
     # From here on heavy imports: a terminal is told first.
     from lit_alignment.generation.settings import DecodingConfig
-    from lit_alignment.modules.answering import load_answering
+    from lit_alignment.modules.answering import generator_alone, load_answering
     from lit_alignment.tools.chat_session import Chat
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
     decoding = DecodingConfig(stop_strings=options.stop, **{name: getattr(options, name) for name in names})
+    alone = generator_alone(options.source)
+    if alone and options.index is None:
+        note(f"{options.source}: {alone}")
     module = load_answering(options.source, options.base, options.device, options.trust_remote_code, options.index)
     chat = Chat(module, decoding, options.system)
     chat.show(options.image)

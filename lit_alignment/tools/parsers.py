@@ -302,7 +302,7 @@ def init() -> OptionParser:
     )
     parser.add_argument("method", nargs="?", choices=METHODS, help="what to train")
     parser.add_argument("--data", help="records to train on: a file, a folder, or a data set of the hub")
-    parser.add_argument("--val", help="records to validate on; without it the first ones of --data")
+    parser.add_argument("--val", help="records to validate on; without it some of --data, drawn at random")
     parser.add_argument(
         "--columns",
         nargs="+",

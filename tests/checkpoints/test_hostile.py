@@ -383,8 +383,12 @@ def test_a_list_of_weights_that_names_files_elsewhere_is_refused(tmp_path):
 
 def test_a_model_s_folder_with_an_adapter_in_it_is_refused(tmp_path):
     folder = base_model_folder(tmp_path / "base")
-    (tmp_path / "base/adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds an adapter, which transformers would load unseen"):
+    (tmp_path / "base/adapter_config.json").write_text('{"base_model_name_or_path": "some/model"}')
+    said = (
+        r"holds an adapter, which transformers would load unseen\. Set backbone\.path: some/model, "
+        r"model\.adapter: {path: .*/base, trainable: true} \(or false\), and model\.peft: null\."
+    )
+    with pytest.raises(ConfigError, match=said):
         module_with(folder).load_model()
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import sys
 
@@ -151,3 +152,10 @@ def test_model_with_retrieved_passages_takes_an_index_and_says_from_what_it_answ
     assert code == 2 and "the checkpoint does not hold; chat takes --index FOLDER" in err
     code, _, err = talk(base, "the scale", "--index", index.path)
     assert code == 2 and "answers without passages. Leave the index" in err
+    (tmp_path / "base/retriever").mkdir()  # as an export of the callback has it
+    (tmp_path / "rag.ckpt").rename(tmp_path / "base.ckpt")
+    said = rf"base: the generator of a RAG model alone.* its checkpoint answers \({tmp_path}/base.ckpt\), with --index"
+    code, out, err = talk(base, "the scale", *TEN)
+    assert code == 0 and out and re.search(said, err), err
+    code, _, err = talk(base, "the scale", "--index", index.path)
+    assert code == 2 and re.search(said, err), err

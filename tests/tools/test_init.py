@@ -1,15 +1,18 @@
 """Configurations that `init` writes are valid, fit the data they are given, and bring along what they name."""
 
+import json
 import re
 
 import pytest
 import yaml
 
+from lit_alignment.models.adapters import save_adapter
 from lit_alignment.paths import recipes_dir
 from lit_alignment.tools.init.recipes import recipe_names
 from lit_alignment.tools.init.templates import METHODS
 from lit_alignment.trainer_cli import AlignmentCLI, build
-from tests.helpers import chats, judged, labelled, pairs, write_jsonl
+from tests.helpers import base_model_folder, chats, classifier, judged, labelled, pairs, reward_model, write_jsonl
+from tests.helpers.adapters import PROMPTS, WEIGHTS, module_with
 from tests.helpers.commands import command
 
 
@@ -51,6 +54,11 @@ def test_some_records_are_held_out_for_validation_unless_they_are_given(tmp_path
     path = write_jsonl(tmp_path / "my chats.jsonl", chats(35))
     data = written("sft", "--data", path)[1]["data"]["init_args"]
     assert data["train"] == [{"path": path}] and data["val_fraction"] == 0.1 and "val" not in data
+    text = (tmp_path / "user/sft.yaml").read_text()
+    assert re.search(
+        r"most of these records are trained on too\. To measure, .*\n    predict: .*num_rows: 20}\]\n", text
+    )
+    assert "without it some of --data, drawn at random" in " ".join(command("init", "--help").stdout.split())
     (tmp_path / "user/sft.yaml").unlink()
     val = write_jsonl(tmp_path / "val.jsonl", [{"question": "why", "answer": "so"}])
     data = written("sft", "--data", path, "--val", val)[1]["data"]["init_args"]
@@ -129,6 +137,11 @@ def test_labels_and_judged_responses_are_found_in_the_data(tmp_path, empty_folde
         ("sft", {"question": "why", "answer": "so"}, {"prompt": "question", "completion": "answer"}),
         ("policy", {"query": "why", "response": "so"}, {"prompt": "query", "label": "response"}),
         ("classification", {"review": "fine", "stars": 4}, {"text": "review", "label": "stars"}),
+        (
+            "preference",
+            {"question": "why", "better": "so", "worse": "no"},
+            {"prompt": "question", "chosen": "better", "rejected": "worse"},
+        ),
         ("classification", {"text": "fine", "label": "yes"}, None),
     ],
 )
@@ -156,6 +169,47 @@ def test_columns_of_other_names_are_asked_for_and_may_be_given(tmp_path):
     assert config["model"]["init_args"]["labels"] == ["1", "2", "3", "4", "5"]
     said = command("init", "sft", "--data", str(path), "--columns", "prompt=Bewertung", "completion=Sterne").stderr
     assert "no column is named 'Bewertung'" in said and "Did you mean 'Bewertung für uns'?" in said
+
+
+@pytest.mark.parametrize(
+    "method, record, columns, said",
+    [
+        (
+            "preference",
+            {"Frage": "why", "gut": "so", "schlecht": "no"},
+            [],
+            r":1: no columns of usual names for 'prompt', 'chosen' and 'rejected' \(there are: 'Frage', 'gut', "
+            r"'schlecht'\)\. .*: --columns prompt=COLUMN chosen=COLUMN rejected=COLUMN; of responses judged",
+        ),
+        ("preference", {"Frage": "why", "b": "so"}, [], r"'chosen' and 'rejected' \(there are: 'Frage', 'b'\)"),
+        (
+            "reward",
+            {"question": "why", "gut": "so", "rejected": "no"},
+            [],
+            r"--columns prompt=COLUMN chosen=COLUMN rejected=rejected$",
+        ),
+        (
+            "sft",
+            {"Frage": "why", "Die Antwort": "so"},
+            ["question=Frage", "answer=Die Antwort"],
+            r":1: --columns names 'question' and 'answer', and sft reads 'prompt' and 'completion'\. "
+            r"Write --columns prompt=Frage 'completion=Die Antwort'$",
+        ),
+        ("sft", {"Frage": "why", "b": "so"}, ["prompt=Frage", "reply=b"], r"--columns prompt=Frage completion=COLUMN$"),
+        (
+            "preference",
+            {"Frage": "why", "b": "so"},
+            ["prompt=Frage", "completion=b"],
+            r"field 'label' is missing\. Give 'chosen' and 'rejected'",
+        ),
+        ("sft", {"Frage": "why"}, ["messages=Frage"], r"field 'messages' is a string"),
+    ],
+)
+def test_fields_that_columns_may_name_are_said(method, record, columns, said, tmp_path, empty_folder):
+    data = write_jsonl(tmp_path / "data.jsonl", [record] * 12)
+    result = command("init", method, "--data", data, *(["--columns", *columns] if columns else []))
+    assert result.returncode == 2 and re.search(said, result.stderr.strip()), result.stderr
+    assert not list(empty_folder.iterdir())
 
 
 def test_columns_may_stand_before_the_method_and_more_than_once(tmp_path, empty_folder):
@@ -249,6 +303,66 @@ def test_options_that_do_not_go_together_are_refused(tmp_path):
     assert "--val needs --data" in command("init", "sft", "--val", path).stderr
     assert "--columns needs --data" in command("init", "sft", "--columns", "prompt=a").stderr
     assert "write FIELD=COLUMN" in command("init", "sft", "--data", path, "--columns", "prompt").stderr
+
+
+def exported_adapter(module, folder):
+    """What a run leaves as its export: an adapter with its tokenizer, and a classifier's with its labels."""
+    network = module.load_model()
+    save_adapter(network, folder)
+    module.tokenizer.save_pretrained(folder)
+    base = network.get_base_model()
+    if base.get_output_embeddings() is None:
+        base.config.architectures = [type(base).__name__]
+        base.config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["sft", "preference", "policy", "distillation"])
+def test_adapter_is_trained_further_over_its_base(method, tmp_path, monkeypatch):
+    base = base_model_folder(tmp_path / "base")
+    adapter = exported_adapter(module_with(base, WEIGHTS["lora"]), tmp_path / "export")
+    model = written(method, "--model", adapter)[1]["model"]["init_args"]
+    assert model["backbone"] == {"path": base, "tokenizer": adapter} and "peft" not in model
+    assert model["adapter"] == {"path": adapter, "trainable": True}
+    if method == "distillation":  # its teacher is a model of the hub
+        return
+    network = build(["--config", f"{method}.yaml"]).model.load_model()
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_adapter_of_a_classifier_is_trained_further_on_the_same_classes(tmp_path, empty_folder):
+    base = base_model_folder(tmp_path / "base")
+    data = write_jsonl(tmp_path / "data.jsonl", labelled(12))
+    module = classifier(base, lora=True, labels=["bad", "fine", "good"])
+    adapter = exported_adapter(module, tmp_path / "classifier")
+    model = written("classification", "--data", data, "--model", adapter)[1]["model"]["init_args"]
+    assert model["adapter"] == {"path": adapter, "trainable": True}
+    network = build(["--config", "classification.yaml"]).model.load_model()
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert any("score" in name for name in trained) and any("lora_" in name for name in trained)
+
+
+def test_adapter_that_a_method_cannot_train_further_is_refused(tmp_path, empty_folder):
+    base = base_model_folder(tmp_path / "base")
+    data = write_jsonl(tmp_path / "data.jsonl", labelled(12))
+    text = exported_adapter(module_with(base, WEIGHTS["lora"]), tmp_path / "text")
+    virtual = exported_adapter(module_with(base, PROMPTS["prompt"]), tmp_path / "virtual")
+    reward = exported_adapter(reward_model(base, lora=True), tmp_path / "reward")
+    baseless = exported_adapter(module_with(base, WEIGHTS["lora"]), tmp_path / "baseless")
+    config = tmp_path / "baseless/adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    start = f"Start from its base: --model {base}."
+    for words, said in (
+        (("classification", "--data", data, "--model", text), f"lit-alignment merge {text} --out FOLDER, then --model"),
+        (("classification", "--data", data, "--model", reward), f"that scores reward, and classification .* {start}"),
+        (("preference", "--model", reward), f"that scores reward, and preference needs one that writes text. {start}"),
+        (("sft", "--model", virtual), "an adapter of virtual tokens"),
+        (("sft", "--model", baseless), "baseless/adapter_config.json: base_model_name_or_path is missing"),
+    ):
+        result = command("init", *words)
+        assert result.returncode == 2 and re.search(said, result.stderr), result.stderr
+        assert not list(empty_folder.glob("*.yaml"))
 
 
 def test_classes_that_are_numbers_stand_in_their_order(tmp_path, empty_folder):

@@ -3,7 +3,7 @@
 from lit_alignment.checkpoints.export import DTYPES
 from lit_alignment.tools import parsers
 from lit_alignment.tools.convert.kinds import CONVERTERS, SHORT
-from lit_alignment.tools.init.templates import METHODS, TINY
+from lit_alignment.tools.init.templates import METHODS
 from lit_alignment.tools.inspect import STAGES
 
 
@@ -14,5 +14,5 @@ def choices(parser, option):
 def test_choices_are_those_of_the_tools():
     assert choices(parsers.inspect(), "--split") == [*STAGES]
     assert choices(parsers.export(), "--dtype") == ["auto", *DTYPES]
-    assert parsers.METHODS == [*METHODS] and parsers.TINY == TINY
+    assert parsers.METHODS == [*METHODS]
     assert choices(parsers.convert(), "--kind") == [*SHORT, *CONVERTERS]

@@ -1,7 +1,5 @@
 """`lit-alignment init`: a short commented configuration for a method, or one of the recipes, in the working folder."""
 
-import json
-import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,7 +9,8 @@ from lit_alignment.tools import parsers
 from lit_alignment.tools.fetch import PACKAGED
 from lit_alignment.tools.init.recipes import copy_files, copy_recipe, listing
 from lit_alignment.tools.init.records import MOST, Records, look, look_alike, look_at_passages
-from lit_alignment.tools.init.templates import METHODS, TINY, MethodTemplate, Values, configuration
+from lit_alignment.tools.init.start import starting, word
+from lit_alignment.tools.init.templates import METHODS, MethodTemplate, Values, configuration
 
 LEAST = 10  # records of which some can be held out
 
@@ -57,14 +56,15 @@ def init(options: Namespace) -> str:
     found = look(data, options.method, columns)
     held = None if val is None else look_alike(val, options.method, found, columns)
     read = "" if passages is None or options.method != "rag" else look_at_passages(passages)
+    start = starting(options.model, options.method, (held or found).labels)
     found, sources = held or found, _sources(data, found, val, held)
-    for folder in ("tiny", "tiny_vision") if options.model == TINY else ():
+    for folder in ("tiny", "tiny_vision") if options.model == parsers.TINY else ():
         copy_files(folder, Path("sample_model") / folder)
-    values = Values(options.method, _word(options.model), shown(out), sources, _word(passages or ""), found)
+    values = Values(options.method, start, shown(out), sources, word(passages or ""), found)
     with writing(out, ConfigError, "Choose another folder, or another name with --out"):
         out.write_text(configuration(values), encoding="utf-8")
     tried = f", and records to try it on in {samples}" if samples is not None else ""
-    commands = _next(kind, options.model, shown(out))
+    commands = _next(kind, start.path, shown(out))
     said = [f"wrote {out}{tried}", *([f"passages: {read}"] if read else [])]
     return "\n".join([*said, "Next:", *(f"  lit-alignment {command}" for command in commands)])
 
@@ -104,23 +104,18 @@ def _sources(data: str, found: Records, val: str | None, held: Records | None) -
         )
     fraction = 0.1 if found.number < MOST else 0.02
     drawn = f"val_fraction: {fraction}  # held out for validation, drawn at random; or a file: val: [{{path: ...}}]"
-    return f"{train}\n    {drawn}\n    predict: [{{{_source(data, found)}, num_rows: 20}}]"
+    seen = "# To look at answers; most of these records are trained on too. To measure, name a file that is held out."
+    return f"{train}\n    {drawn}\n    {seen}\n    predict: [{{{_source(data, found)}, num_rows: 20}}]"
 
 
 def _source(path: str, found: Records) -> str:
-    columns = ", ".join(f"{name}: {_word(column)}" for name, column in (found.columns or {}).items())
-    return f"path: {_word(path)}" + (f", columns: {{{columns}}}" if columns else "")
-
-
-def _word(text: str) -> str:
-    """A text as a value in YAML."""
-    plain = re.fullmatch(r"[\w./-]+", text) and re.search(r"[./]", text) and re.search("[a-zA-Z]", text)
-    return text if plain or text == TINY else json.dumps(text, ensure_ascii=False)
+    columns = ", ".join(f"{name}: {word(column)}" for name, column in (found.columns or {}).items())
+    return f"path: {word(path)}" + (f", columns: {{{columns}}}" if columns else "")
 
 
 def _next(kind: MethodTemplate, model: str, out: str) -> list[str]:
     """The commands from here to predictions."""
-    names = [name for name in (model, *kind.models) if name in PACKAGED and model != TINY]
+    names = [name for name in (model, *kind.models) if name in PACKAGED and model != parsers.TINY]
     missing = [name for name in names if not (fetched_path(name) / "config.json").is_file()]
     commands = [*(f"fetch {name}" for name in missing), f"inspect --config {out}"]
     commands += [*(f"{each} --config {out}" for each in kind.before), f"fit --config {out}"]

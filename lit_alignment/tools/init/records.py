@@ -1,12 +1,13 @@
 """What a file of records holds: whether it fits a method, and what of it belongs into a configuration."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
-from lit_alignment.data.encoding.feedback import read_feedback
+from lit_alignment.data.encoding.feedback import RESPONSES, read_feedback
 from lit_alignment.data.encoding.messages import Record, read_record, value_kind
 from lit_alignment.data.multimodal.media import read_media_messages
 from lit_alignment.data.passages import PassageSourceConfig, read_passage
@@ -16,18 +17,24 @@ from lit_alignment.errors import ConfigError, RecordError
 
 MOST = 2000  # records that are looked at
 MOST_LABELS = 100
-
+# Fields of the forms of records, which `--columns` may name beside those that are asked for.
+FORMS = ("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "system", "label", "id")
 
 # Names of columns that say what they hold, by the field that a method reads; the likelier first.
 ASKED = ("prompt", "question", "query", "instruction", "input")
 ANSWERED = ("completion", "answer", "response", "output")
 TEXTS = ("text", "sentence", "review", "comment", "content", "message", *ASKED)
 LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "rating", "stars")
+PREFERRED = ("chosen", "preferred", "better")
+REFUSED = ("rejected", "dispreferred", "worse")
+PAIR = {"prompt": ASKED, "chosen": PREFERRED, "rejected": REFUSED}
 COLUMNS = {
     "sft": {"prompt": ASKED, "completion": ANSWERED},
     "rag": {"prompt": ASKED, "completion": ANSWERED},
     "distillation": {"prompt": ASKED, "completion": ANSWERED},
     "policy": {"prompt": ASKED, "label": ANSWERED},
+    "reward": PAIR,
+    "preference": PAIR,
     "classification": {"text": TEXTS, "label": LABELS},
 }
 
@@ -84,6 +91,8 @@ def look(path: str, method: str, columns: dict[str, str] | None = None) -> Recor
             found.append(read(raw, where, position))
         except RecordError as error:
             others = [name for name in READERS if _fits(name, raw)] if not found and columns is None else []
+            if not others and not found and columns is not None and (named := _misnamed(method, columns)):
+                raise ConfigError(f"{where}: {named}") from error
             if not others:
                 if found or columns is not None or not _unnamed(method, raw):
                     raise
@@ -152,15 +161,42 @@ def _columns(method: str, raw: dict[str, Any]) -> dict[str, str] | None:
 def _unnamed(method: str, raw: Any) -> bool:
     """Whether a record is a row of a table, in which the method's fields have other names."""
     flat = isinstance(raw, dict) and not any(isinstance(value, list | dict) for value in raw.values())
-    return flat and method in COLUMNS and len(raw) >= len(COLUMNS[method]) and not COLUMNS[method].keys() <= raw.keys()
+    # A row of one column is no table; of two it may be one where a pair holds its prompt, or lacks a column.
+    return flat and method in COLUMNS and len(raw) >= 2 and not COLUMNS[method].keys() <= raw.keys()
 
 
 def _unusual(method: str, raw: dict[str, Any]) -> str:
     """Which columns there are, and how to say what they hold."""
     listed = ", ".join(f"'{name}'" for name in raw)
     asked = " ".join(f"{name}={name if name in raw else 'COLUMN'}" for name in COLUMNS[method])
-    fields = " and ".join(f"'{name}'" for name in COLUMNS[method])
-    return f"no columns of usual names for {fields} (there are: {listed}). Say which hold them: --columns {asked}"
+    alone = (
+        "; of responses judged alone: prompt=COLUMN completion=COLUMN label=COLUMN" if method == "preference" else ""
+    )
+    fields = _quoted(COLUMNS[method])
+    return (
+        f"no columns of usual names for {fields} (there are: {listed}). Say which hold them: --columns {asked}{alone}"
+    )
+
+
+def _misnamed(method: str, columns: dict[str, str]) -> str:
+    """What to say of `--columns` with other names than those of a method's fields; "" where they are not the matter."""
+    usual = COLUMNS.get(method, {})
+    compared = ("context", *RESPONSES) if usual is PAIR else ()
+    unknown = [name for name in columns if name not in (*usual, *FORMS, *compared)]
+    if not unknown or usual.keys() <= columns.keys():
+        return ""
+    meant = {
+        field: next((columns[name] for name in (field, *names) if name in columns), "COLUMN")
+        for field, names in usual.items()
+    }
+    asked = " ".join(shlex.quote(f"{field}={column}") for field, column in meant.items())
+    return f"--columns names {_quoted(unknown)}, and {method} reads {_quoted(usual)}. Write --columns {asked}"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    """Names in a sentence."""
+    *first, last = (f"'{name}'" for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _classes(labels: list[Any], path: str) -> tuple[list[str], str]:

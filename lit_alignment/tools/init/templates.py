@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from string import Template
 
 from lit_alignment.tools.init.records import Records
+from lit_alignment.tools.init.start import Start, word
+from lit_alignment.tools.parsers import TINY
 
-TINY = "tiny"  # in place of a model: a tiny one with random weights, to see a method work
 HEAD = """\
 # $title, written by `lit-alignment init $method`. From this folder:
 #   lit-alignment inspect --config $out    # what the model will see, and which records are dropped
@@ -44,6 +45,10 @@ LORA = """\
     peft:  # LoRA; without it all weights train
       class_path: peft.LoraConfig
       init_args: {r: 16, lora_alpha: 32, target_modules: all-linear, task_type: $task}
+"""
+ADAPTER = """\
+    # The adapter of an earlier run, trained further over its base, which is the backbone above.
+    adapter: {path: $adapter, trainable: true}
 """
 RATE = "    optimizer: {learning_rate: $rate}\n"
 GREEDY = "    generation:  # what predict writes: one file for each name\n      greedy: {max_new_tokens: 64}\n"
@@ -97,7 +102,7 @@ class Values:
 
     Args:
         method: One of METHODS.
-        model: Folder or name of the model, or TINY.
+        start: What it starts from; its path may be TINY.
         out: The file that is written.
         sources: What is trained, validates and is predicted, as YAML.
         passages: Passages, a file of records or a folder of text, as a YAML value.
@@ -105,7 +110,7 @@ class Values:
     """
 
     method: str
-    model: str
+    start: Start
     out: str
     sources: str
     passages: str = ""
@@ -214,16 +219,17 @@ def configuration(values: Values) -> str:
     Args:
         values: What stands in it.
     """
-    kind, tiny, records = METHODS[values.method], values.model == TINY, values.records
+    kind, tiny, records = METHODS[values.method], values.start.path == TINY, values.records
     small = "{path: sample_model/tiny, weights: random}"  # the folder holds a configuration and a tokenizer, no weights
-    lora = "" if tiny else LORA
+    added = "" if tiny else LORA if values.start.adapter is None else ADAPTER
     tower = "{path: sample_model/tiny, weights: random, towers: separate}"
     encoder = "{path: sample_model/tiny_vision, weights: random, layer: -1}"
-    text = HEAD + lora + kind.model + RATE + DATA + kind.batches
+    text = HEAD + added + kind.model + RATE + DATA + kind.batches
     return Template(text).substitute(
         vars(kind) | vars(values),
         epochs=4 if tiny else 3,
-        backbone=small if tiny else f"{{path: {values.model}}}",
+        backbone=small if tiny else values.start.backbone(),
+        adapter=word(values.start.adapter or ""),
         teacher=small if tiny else f"{{path: {TEACHER_MODEL}}}",
         retriever=tower if tiny else f"{{path: {RETRIEVER}, towers: separate, temperature: 0.05}}",
         encoder=encoder if tiny else f"{{path: {ENCODER}}}",
