@@ -17,12 +17,13 @@ from lit_alignment.checkpoints.export import Check, write_checked
 from lit_alignment.checkpoints.hf_folder import PARTIAL, Companions, Form, export_form, write_folder
 from lit_alignment.checkpoints.restore import restore
 from lit_alignment.checkpoints.saved import read_saved
-from lit_alignment.checkpoints.states import is_inside
+from lit_alignment.checkpoints.states import folders_of, is_inside
 from lit_alignment.data.base import datamodule_of
 from lit_alignment.errors import ConfigError
 from lit_alignment.models.head import base_model
 from lit_alignment.models.loading import stored_dtype
 from lit_alignment.modules.base import AlignmentModule
+from lit_alignment.paths import shown
 
 
 class Export(Callback):
@@ -42,7 +43,7 @@ class Export(Callback):
     def __init__(self, which: Literal["best", "kept"] = "best", form: Form = "auto") -> None:
         """Nothing is written before the first checkpoint."""
         self.which, self.form = which, form
-        self._exported: set[str] = set()  # checkpoints
+        self._exported: set[str] = set()  # checkpoints, as absolute paths: Lightning's are so after a resume alone
         self._best = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -77,20 +78,19 @@ class Export(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what an earlier part of this run exported."""
-        self._exported = set(state_dict["exported"])
+        self._exported = set(map(os.path.abspath, state_dict["exported"]))
 
     def _update(self, trainer: Trainer, module: LightningModule) -> None:
         """Export what is new, and remove the folders of checkpoints of this run that are kept no more."""
-        kept, places = set(), set()
+        places = folders_of(trainer)
         savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath is not None]
-        for saver in savers:
-            # A resumed run that writes elsewhere knows the best one of the run before, and leaves it alone.
-            paths = (*saver.best_k_models, saver.best_model_path)
-            kept |= {path for path in paths if path and Path(str(saver.dirpath)) in Path(path).parents}
-            places.add(str(saver.dirpath))
+        paths = {path for saver in savers for path in (*saver.best_k_models, saver.best_model_path) if path}
+        # A resumed run that writes elsewhere knows the best one of the run before, and leaves it alone.
+        kept = {path for path in map(os.path.abspath, paths) if _place_of(path, places)}
         # Without a metric, the "best" of a saver is its newest.
         judges = [saver for saver in savers if saver.monitor is not None] or savers
-        best = next((judge.best_model_path for judge in judges if judge.best_model_path in kept), "")
+        bests = [os.path.abspath(judge.best_model_path) for judge in judges if judge.best_model_path]
+        best = next((path for path in bests if path in kept), "")
         wanted = {path for path in ([best] if self.which == "best" else kept) if path}
         if wanted == self._exported and best == self._best:
             return
@@ -99,12 +99,16 @@ class Export(Callback):
             for path in sorted(wanted - self._exported):
                 export_checkpoint(module, Path(path), folder_of(path), self.form)
             if best:
-                place = next(place for place in places if Path(place) in Path(best).parents)
-                point_to(Path(place) / "export", folder_of(best))
+                point_to(Path(_place_of(best, places)) / "export", folder_of(best))
             for path in self._exported - wanted:
                 if is_inside(path, places):
                     shutil.rmtree(folder_of(path), ignore_errors=True)
         self._exported, self._best = wanted, best
+
+
+def _place_of(checkpoint: str, places: list[str]) -> str:
+    """Which of some folders holds a checkpoint; empty where none does."""
+    return next((place for place in places if Path(place) in Path(checkpoint).parents), "")
 
 
 def folder_of(checkpoint: str) -> Path:
@@ -149,7 +153,7 @@ def export_checkpoint(module: AlignmentModule, checkpoint: Path, target: Path, f
         return write_folder(network, saved.trained, target, companions, chosen)
     check = Check(encode_prompts(module.tokenizer, None), loaded=base_model(network).dtype)
     difference = write_checked(network, saved, target, companions, parts, chosen, check)
-    rank_zero_info(f"export: {target}: {difference}")
+    rank_zero_info(f"export: {shown(target)}: {difference}")
     return target
 
 

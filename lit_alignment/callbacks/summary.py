@@ -4,8 +4,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_alignment.callbacks.curves import read_all
@@ -22,17 +24,29 @@ FILES = (PAGE, "cherry_picks.jsonl", "config.yaml", "data_report.json")
 
 
 class EndSummary(Callback):
-    """Saves what ModelCheckpoint left out at the end of a training, and says how it ended and what comes next."""
+    """Saves what ModelCheckpoint left out at the end of a training, and says how it ended and what comes next.
+
+    A resumed training takes the patience of EarlyStopping from its settings; Lightning takes the checkpoint's, with
+    which a training that has stopped early would stop again at its next validation, whatever is set.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the settings, before a checkpoint is read."""
+        self._patience = [(stopper, stopper.patience) for stopper in _stoppers(trainer)]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing has stopped this training yet."""
+        for stopper, patience in self._patience:
+            stopper.patience, stopper.stopping_reason = patience, EarlyStoppingReason.NOT_STOPPED
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step, where checkpoints are of the newest and the last of them is older."""
-        if trainer.fast_dev_run or not _is_last_epoch(trainer):  # type: ignore[attr-defined]
-            return
-        for saver in _savers(trainer):  # here, as behind this hook the epoch counts as whole, wherever it has ended
-            if saver.monitor is None and saver._last_global_step_saved != trainer.global_step:
-                candidates = saver._monitor_candidates(trainer)
-                saver._save_topk_checkpoint(trainer, candidates)
-                saver._save_last_checkpoint(trainer, candidates)
+        """Save the last step of an epoch that was cut short: behind this hook it counts as whole."""
+        if _is_last_epoch(trainer):
+            _save_last_step(trainer, trainer.current_epoch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step where only the end of a whole epoch has stopped the training, as EarlyStopping may."""
+        _save_last_step(trainer, trainer.current_epoch - 1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it, when all checkpoints are written."""
@@ -98,7 +112,7 @@ def ending(trainer: Trainer, why: str, saved: Path | None = None) -> str:
     if files := [name for name in FILES if (folder / name).is_file()]:
         lines.append(f"run: {shown(folder)}  ({', '.join(files)})")
     if kept.newest is not None:
-        lines.append(f"To go on: {_command('fit', trainer, kept.newest)}{_raised(trainer)}")
+        lines.append(f"To go on: {_to_go_on(trainer, kept.newest)}")
     elif _savers(trainer):
         lines.append("No checkpoint was saved.")
     return "\n".join(lines)
@@ -106,9 +120,7 @@ def ending(trainer: Trainer, why: str, saved: Path | None = None) -> str:
 
 def why_ended(trainer: Trainer) -> str:
     """Why a training that was not interrupted is over."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    stopper = next((each for each in callbacks if isinstance(each, EarlyStopping) and each.stopped_epoch > 0), None)
-    if stopper is not None:
+    if (stopper := _stopped_by(trainer)) is not None:
         return f"early stopping: {stopper.stopping_reason_message or stopper.monitor}".rstrip(". ")
     if _timer(trainer) is not None:
         return "trainer.max_time is reached"
@@ -122,6 +134,17 @@ def why_ended(trainer: Trainer) -> str:
     return "training was stopped"
 
 
+def _save_last_step(trainer: Trainer, epoch: int) -> None:
+    """Save the last step, of the epoch with this index, where a saver keeps the newest and its newest is older."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    for saver in _savers(trainer):
+        if saver.monitor is None and saver._last_global_step_saved != trainer.global_step:
+            candidates = saver._monitor_candidates(trainer) | {"epoch": torch.tensor(epoch)}
+            saver._save_topk_checkpoint(trainer, candidates)
+            saver._save_last_checkpoint(trainer, candidates)
+
+
 def _is_last_epoch(trainer: Trainer) -> bool:
     epochs = trainer.max_epochs or -1
     return (
@@ -131,6 +154,17 @@ def _is_last_epoch(trainer: Trainer) -> bool:
 
 def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
     return [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+
+
+def _stoppers(trainer: Trainer) -> list[EarlyStopping]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in callbacks if isinstance(each, EarlyStopping)]
+
+
+def _stopped_by(trainer: Trainer) -> EarlyStopping | None:
+    return next(
+        (each for each in _stoppers(trainer) if each.stopping_reason is not EarlyStoppingReason.NOT_STOPPED), None
+    )
 
 
 def _final(trainer: Trainer) -> str:
@@ -189,10 +223,30 @@ def _answers(module: AlignmentModule) -> bool:
     return True
 
 
-def _command(name: str, trainer: Trainer, checkpoint: Path) -> str:
+def _to_go_on(trainer: Trainer, newest: Path) -> str:
+    """The command that resumes from the newest checkpoint, behind what EarlyStopping needs for it to be of use."""
+    command, stopper = f"{_command('fit', trainer, newest)}{_raised(trainer)}", _stopped_by(trainer)
+    if stopper is None:
+        return command
+    match stopper.stopping_reason:
+        case EarlyStoppingReason.PATIENCE_EXHAUSTED:
+            needed = f"raise EarlyStopping's patience ({stopper.patience})"
+        case EarlyStoppingReason.STOPPING_THRESHOLD:
+            needed = f"change or remove EarlyStopping's stopping_threshold ({stopper.stopping_threshold})"
+        case _:
+            return "start anew, or from an earlier checkpoint, with a lower learning rate or other data"
+    return f"{needed} in {_config(trainer) or 'the configuration'}, then {command}"
+
+
+def _config(trainer: Trainer) -> str:
+    """The run's configuration as a word of a command; empty where it has none."""
     config = Path(trainer.log_dir or trainer.default_root_dir) / "config.yaml"
-    file = shown(config) if config.is_file() else "..."
-    return f"lit-alignment {name} --config {file} --ckpt_path {shown(checkpoint)}"  # `newest` could be another run's
+    return shown(config) if config.is_file() else ""
+
+
+def _command(name: str, trainer: Trainer, checkpoint: Path) -> str:
+    # `newest` could be another run's
+    return f"lit-alignment {name} --config {_config(trainer) or '...'} --ckpt_path {shown(checkpoint)}"
 
 
 def _timer(trainer: Trainer) -> Timer | None:

@@ -152,9 +152,9 @@ class Upload(Callback):
         for saver in (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)):
             scores: dict[str, Tensor | None] = {saver.last_model_path: None}
             scores |= {saver.best_model_path: saver.best_model_score, **saver.best_k_models}
-            own = [name for name in scores if is_inside(name, [str(saver.dirpath)])]  # not an earlier run's best
-            for name in own:
-                path, score = Path(name), scores[name]
+            place = [str(saver.dirpath)]  # which an earlier run's best is not in
+            own = {os.path.abspath(name): score for name, score in scores.items() if is_inside(name, place)}
+            for path, score in ((Path(name), score) for name, score in own.items()):
                 number = re.search(r"step=(\d+)", path.stem)
                 step = int(number[1]) if number else trainer.global_step
                 value = None if score is None or not math.isfinite(score) else float(score)

@@ -31,7 +31,8 @@ def is_inside(path: str, folders: Iterable[str]) -> bool:
     if "://" in path or not path:
         return False
     own, real = Path(os.path.abspath(path)), Path(path).resolve()
-    return any(Path(each) in own.parents and Path(each).resolve() in real.parents for each in folders)
+    wholes = map(Path, map(os.path.abspath, folders))
+    return any(whole in own.parents and whole.resolve() in real.parents for whole in wholes)
 
 
 def keep_own_paths(states: Any, trainer: Trainer) -> None:

@@ -1,12 +1,14 @@
 """Folders that plain transformers and peft load."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
@@ -295,3 +297,26 @@ def test_link_stands_beside_the_checkpoints_where_their_names_make_folders(tmp_p
     assert (link / "adapter_config.json").is_file() and link.is_symlink()
     assert str(link.resolve()) + ".ckpt" == saver.best_model_path
     assert [path for path in (tmp_path / "ckpt").rglob("*") if path.is_symlink()] == [link]
+
+
+def test_exports_of_removed_checkpoints_go_where_their_folder_is_relative(tmp_path):
+    """As the logger of a command gives it; a resumed run has the best one's path as a whole."""
+    runs = os.path.relpath(tmp_path)
+    folder = Path(runs, "n/version_0/checkpoints")
+    (folder / "mine").mkdir(parents=True)
+    saver, export, module = ModelCheckpoint(filename="{step}", monitor="val/loss"), Export(), sft_module()
+    logger = CSVLogger(runs, name="n", version=0)
+    runner = trainer(tmp_path, callbacks=[export, saver], enable_checkpointing=True, max_epochs=3, logger=logger)
+    runner.fit(module, sft_data(module, chats(8), chats(4), packing=False))
+    best = Path(saver.best_model_path)
+    assert saver.dirpath == str(folder) and best == folder / "step=3.ckpt"
+
+    def exports():
+        return {path.name for path in folder.iterdir() if path.is_dir() and not path.is_symlink()}
+
+    assert exports() == {"mine", best.stem} and (folder / "export").resolve() == best.resolve().with_suffix("")
+    resumed = Export()
+    resumed.load_state_dict(export.state_dict())
+    saver.best_model_path, saver.best_k_models = os.path.abspath(best), {}
+    resumed.on_fit_end(runner, module)
+    assert exports() == {"mine", best.stem} and (folder / "export").resolve() == best.resolve().with_suffix("")

@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_alignment.callbacks.summary import EndSummary, _final, ending, why_ended
@@ -11,11 +13,11 @@ from lit_alignment.modules.preference import PreferenceModule
 from tests.helpers import chats, pairs, reward_data, reward_model, sft_data, sft_module, trainer
 
 
-def fit(folder, *callbacks, **settings):
+def fit(folder, *callbacks, resume=None, **settings):
     module = sft_module()
     data = sft_data(module, chats(8), chats(4, seed=1), packing=False, batch_size=1)
     run = trainer(folder, callbacks=[*callbacks], enable_checkpointing=bool(callbacks), **settings)
-    run.fit(module, data)
+    run.fit(module, data, ckpt_path=resume)
     return run
 
 
@@ -36,7 +38,8 @@ def test_early_stopping_is_named_with_the_best_step_and_the_command(tmp_path):
     assert lines[1:] == [
         best,
         f"run: '{config.parent}'  (config.yaml, data_report.json)",
-        f"To go on: lit-alignment fit --config '{config}' --ckpt_path '{saver.best_model_path}'",
+        f"To go on: raise EarlyStopping's patience (1) in '{config}', then lit-alignment fit --config '{config}' "
+        f"--ckpt_path '{saver.best_model_path}'",
     ]
 
 
@@ -82,6 +85,49 @@ def test_last_step_is_saved_whatever_the_interval_of_saving(tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
     fit(tmp_path, saver, EndSummary(), max_steps=5, max_epochs=-1, limit_val_batches=0)
     assert {path.name for path in tmp_path.glob("*.ckpt")} == {"epoch=0-step=3.ckpt", "epoch=0-step=5.ckpt"}
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(1.0, 16), (0.25, 4)])
+def test_last_step_is_saved_where_early_stopping_ends_the_training(tmp_path, interval, steps):
+    """Of a whole epoch Lightning looks at its very end, else at each validation: here every 8 and every 2 steps."""
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=100, save_last=True)
+    stopper = EarlyStopping("val/loss", min_delta=1e6, patience=1)
+    run = fit(tmp_path, saver, stopper, EndSummary(), max_epochs=9, val_check_interval=interval)
+    assert why_ended(run).startswith("early stopping: ") and run.global_step == steps
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {
+        f"epoch={(steps - 1) // 8}-step={steps}.ckpt",
+        "last.ckpt",
+    }
+    assert torch.load(saver.last_model_path, weights_only=False)["global_step"] == steps
+
+
+def test_training_that_stopped_early_goes_on_with_a_higher_patience(tmp_path):
+    """Step and weights as of a training that was not stopped."""
+
+    def stopper(patience):
+        return EarlyStopping("val/loss", min_delta=1e6, patience=patience)
+
+    whole = fit(tmp_path, stopper(3), EndSummary(), max_epochs=4, enable_model_summary=False)
+    saver = ModelCheckpoint(tmp_path, filename="x", every_n_train_steps=100)
+    fit(tmp_path, saver, stopper(1), EndSummary(), max_epochs=4)
+    resumed = fit(tmp_path, stopper(3), EndSummary(), max_epochs=4, resume=tmp_path / "x.ckpt")
+    assert (resumed.global_step, resumed.current_epoch) == (whole.global_step, whole.current_epoch) == (32, 4)
+    torch.testing.assert_close(resumed.callback_metrics["val/loss"], whole.callback_metrics["val/loss"])
+    done = fit(tmp_path, stopper(9), EndSummary(), max_epochs=3, resume=tmp_path / "x.ckpt")
+    assert why_ended(done) == "trainer.max_epochs: 3 is reached"
+
+
+def test_other_reasons_to_stop_early_name_what_has_to_change(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="x", enable_version_counter=False)
+    stopper = EarlyStopping("val/loss", stopping_threshold=99.0)
+    run = fit(tmp_path, saver, stopper, EndSummary(), max_epochs=9)
+    asked = (
+        "To go on: change or remove EarlyStopping's stopping_threshold (99.0) in the configuration, then lit-alignment"
+    )
+    assert why_ended(run).startswith("early stopping: ") and run.current_epoch == 1
+    assert f"{asked} fit --config ... --ckpt_path {tmp_path}/x.ckpt" in ending(run, "")
+    stopper.stopping_reason = EarlyStoppingReason.NON_FINITE_METRIC
+    assert ending(run, "").endswith("earlier checkpoint, with a lower learning rate or other data")
 
 
 def test_commands_that_come_next_are_those_that_the_model_can_take(tmp_path, caplog):

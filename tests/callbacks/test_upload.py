@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lit_alignment import Export
 from lit_alignment.callbacks.upload import SNAPSHOTS, Upload, fetch_checkpoint
@@ -100,6 +101,19 @@ def test_manifest_lists_every_file_with_its_hash(tmp_path, scheme):
     best = os.path.basename(saver.best_model_path)
     assert {name for name, item in items.items() if item["best"]} == {best, best.removesuffix(".ckpt")}
     assert not list(tmp_path.rglob(SNAPSHOTS))
+
+
+def test_checkpoints_are_uploaded_where_their_folder_is_relative(tmp_path):
+    """As the logger of a command gives it."""
+    module, saver = sft_module(lora=True), ModelCheckpoint(filename="{step}")
+    logger = CSVLogger(os.path.relpath(tmp_path), name="n")
+    options = {"max_epochs": 1, "enable_checkpointing": True, "logger": logger}
+    upload = Upload("memory://run")
+    runner = trainer(tmp_path, callbacks=[upload, saver], **options)
+    runner.fit(module, sft_data(module, chats(6)))
+    saver.last_model_path = os.path.abspath(saver.best_model_path)  # as of a resumed run
+    assert len(list(upload._jobs(runner))) == 1
+    assert not os.path.isabs(saver.dirpath) and os.path.basename(saver.best_model_path) in whole("memory://run")
 
 
 def test_what_limits_the_upload(tmp_path):
