@@ -149,7 +149,11 @@ def test_checkpoint_resumes_on_another_number_of_ranks(before, after, lora, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "stored",
+    [pytest.param(torch.float32, marks=pytest.mark.exhaustive), torch.bfloat16],
+    ids=["float32", "bfloat16"],
+)
 def test_each_rank_holds_its_shards_alone_while_a_model_is_loaded(stored, tmp_path):
     """Both together need little more than one copy; files are mapped, and belong to no process."""
     base_model_folder(
