@@ -39,12 +39,12 @@ ENGINES = (
     "lit_alignment.vllm.sampler.VLLMSampler",
     "lit_alignment.vllm.server_sampler.ServerSampler",
 )
+CALLBACKS = ["CherryPicks", "ScoredPicks", "Export", "IndexRefresh", "Throughput", "MemorySnapshot", "PredictionWriter"]
+DEVICES = ["FSDP2Strategy", "DeepSpeedStrategy", "AsyncCheckpointIO", "AtomicCheckpointIO"]
 OTHERS = {  # pages of the reference that are no method's: what they are, and which public names they hold
-    "callbacks": ("Callbacks and loggers", ["CherryPicks", "ScoredPicks", "Export", "IndexRefresh", "Throughput"]),
-    "devices": ("Strategies, checkpoints and optimizers", ["FSDP2Strategy", "DeepSpeedStrategy"]),
+    "callbacks": ("Callbacks and loggers", [*CALLBACKS, "Upload", "ClearMLLogger"]),
+    "devices": ("Strategies, checkpoints and optimizers", [*DEVICES, "MuonWithAdamW", "ScheduleFreeAdamW"]),
 }
-OTHERS["callbacks"][1].extend(["MemorySnapshot", "PredictionWriter", "Upload", "ClearMLLogger"])
-OTHERS["devices"][1].extend(["AsyncCheckpointIO", "AtomicCheckpointIO", "MuonWithAdamW", "ScheduleFreeAdamW"])
 OUTSIDE = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 WIDTH = 104  # columns of a configuration
 ASKED = ("from_checkpoint", "chat", "generate", "answers", "classify", "score", "embed", "retrieve")

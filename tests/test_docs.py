@@ -8,6 +8,7 @@ import runpy
 import shlex
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -182,7 +183,7 @@ def shown(value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, arguments", written_commands(), ids=shown)
-def test_options_of_each_command_are_taken(name, arguments, monkeypatch):
+def test_options_of_each_command_are_taken(name, arguments):
     command, *options = arguments
     assert command in {*TRAINER_COMMANDS, *TOOLS}
     if "--help" in options:
@@ -193,9 +194,15 @@ def test_options_of_each_command_are_taken(name, arguments, monkeypatch):
         return
     if command not in TRAINER_COMMANDS:
         _, options = PARSERS[command]().parse_known_args(options)
-    monkeypatch.setattr(AlignmentCLI, "instantiate_classes", lambda self: None)
     given = [ours(each, name) for each in without_overlays(options) if each != "--print_config"]
-    assert build(without_checkpoint(given)).config
+    assert configured(*without_checkpoint(given))
+
+
+@cache
+def configured(*options):
+    """The configuration that options give; many commands have the same."""
+    with mock.patch.object(AlignmentCLI, "instantiate_classes", lambda self: None):
+        return build([*options]).config
 
 
 def ours(option, page):

@@ -102,12 +102,6 @@ def test_judged_pairs_have_the_figures_of_the_page(real):
     assert after > before - 1.5  # not spoiled, as at rates that the page warns of
 
 
-@pytest.mark.parametrize("page", [CHATS, REWARDS], ids=lambda page: page.stem)
-def test_links_of_a_tutorial_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
-    assert links and all((page.parent / link).exists() for link in links if "://" not in link)
-
-
 def test_words_of_a_page_are_compared_without_figures_and_what_is_left_out():
     (step,) = read_steps("$ say\na 3.5 of 10\n...\nfile: runs/version_0/... (ok)\n│ x │ 7% │ ██ │\n")
     step.said = "a 41 of 1,000\nfile: runs/version_0/checkpoints/a.ckpt (ok)\n│ x │ 12% │ │"
